@@ -1,0 +1,106 @@
+"""calibrate: static scales and thresholds from real batches, padding excluded, merged over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from attnpress.models.attention import CompressedAttention
+from attnpress.models.binding import attentions
+
+Batch = Mapping[str, Any]
+
+REFITS = 2
+"""Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
+
+
+def calibrate(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+    """Fix the static scales of a bound model, then fit its thresholds to `spec.sparsity`.
+
+    Args:
+        model: after `bind`.
+        batches: keyword arguments of the model's forward (labels are ignored); a handful of real training batches.
+            Under torch.distributed, each rank gives its own share, the same number of batches everywhere.
+
+    Raises:
+        ValueError: no batches, or none with a real token; the model is not bound.
+    """
+    modules = list(_bound(model).values())
+    kept = [_without_labels(batch) for batch in batches]
+    if not kept:
+        raise ValueError("calibrate needs at least one batch of real data")
+    for module in modules:
+        module.observers = module.make_observers()
+    _run(model, kept)
+    for module in modules:
+        _set_scales(module)
+    fit_thresholds(model, kept)
+
+
+def fit_thresholds(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+    """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode."""
+    modules = {name: module for name, module in _bound(model).items() if not module.spec.is_dense}
+    kept = [_without_labels(batch) for batch in batches]
+    for _ in range(1 + REFITS):
+        with watching(modules.values(), slice(None)):
+            _run(model, kept)
+        for module in modules.values():
+            module.take_seen(0.0, reduce_over_ranks)
+            module.set_sparsity(module.spec.sparsity)
+
+
+@contextmanager
+def watching(modules: Iterable[CompressedAttention], rows: slice) -> Iterator[None]:
+    """Inside the `with` block, calls add the pairs of the chosen query rows to `seen`."""
+    chosen = list(modules)
+    for module in chosen:
+        module.rows = rows
+    try:
+        yield
+    finally:
+        for module in chosen:
+            module.rows = None
+
+
+def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:
+    """The "max" or "sum" of the tensor over all ranks; the tensor itself in a single process."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return tensor
+    merged = tensor.clone()
+    dist.all_reduce(merged, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    return merged
+
+
+def _bound(model: PreTrainedModel) -> dict[str, CompressedAttention]:
+    modules = attentions(model)
+    if not modules:
+        raise ValueError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
+    return modules
+
+
+def _set_scales(module: CompressedAttention) -> None:
+    observers, module.observers = module.observers or {}, None
+    with torch.no_grad():
+        for name, observer in observers.items():
+            getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
+
+
+def _run(model: PreTrainedModel, batches: list[dict[str, Any]]) -> None:
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                model(**{name: value.to(model.device) for name, value in batch.items()})
+    finally:
+        model.train(training)
+
+
+def _without_labels(batch: Batch) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name not in ("labels", "start_positions", "end_positions")}

@@ -1,0 +1,210 @@
+"""Attention three times, in the same order of lines: dense, and in integers (the oracle); see `fake_quantize` too.
+
+Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid: bool broadcastable to
+[B, Hq, Sq, Sk], True where the query may attend to the key, None if everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
+from attnpress.core.pruner import keep_mask
+from attnpress.core.quantizer import quantize, smooth_key, token_scale
+
+FAR = 2**30
+"""Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
+
+
+@dataclass(frozen=True)
+class Scales:
+    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token)."""
+
+    q: Tensor | None = None
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What becomes of each pair of a query and a key.
+
+    Attributes:
+        valid, keep: bool [B, Hq, Sq, Sk].
+        exponent: int32, 1/1024 octaves below the row maximum; T_MAX where not valid.
+        probability: int32, p~ in units of 2^-16, before pruning.
+        distance: integers below the row maximum, FAR or inf where not valid.
+        codes: P codes, float32 holding integers (or real weights if P is not quantized).
+        divisor: what the weighted sum of V is divided by, [B, Hq, Sq, 1].
+    """
+
+    valid: Tensor
+    keep: Tensor
+    exponent: Tensor
+    probability: Tensor
+    distance: Tensor
+    codes: Tensor
+    divisor: Tensor
+
+
+@dataclass(frozen=True)
+class IntegerAttention:
+    """Every integer of one attention call: what kernels must equal bit for bit (numerics, section 6).
+
+    Attributes:
+        q_codes, k_codes, v_codes: int8 [B, Hq or Hkv, S, D].
+        acc: int32 [B, Hq, Sq, Sk]; row_max: int32 [B, Hq, Sq, 1] (0 in a row without a valid key).
+        keep: bool [B, Hq, Sq, Sk].
+        p_codes: uint8 [B, Hq, Sq, Sk]; code_sum: int64 [B, Hq, Sq, 1].
+        weighted: int64 [B, Hq, Sq, D], the sum of code * v_code.
+        output: float32 [B, Hq, Sq, D].
+    """
+
+    q_codes: Tensor
+    k_codes: Tensor
+    v_codes: Tensor
+    acc: Tensor
+    row_max: Tensor
+    keep: Tensor
+    p_codes: Tensor
+    code_sum: Tensor
+    weighted: Tensor
+    output: Tensor
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
+    """softmax(Q K^T * scaling) V in floating point; rows without a valid key give zeros. [B, Hq, Sq, D]."""
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    scores = query @ key.mT * scaling
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    probs = torch.softmax(scores, -1).nan_to_num(nan=0.0)
+    return probs @ value
+
+
+def integer_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    scales: Scales,
+    cutoff: Tensor | None,
+    spec: AttentionSpec,
+    scaling: float,
+) -> IntegerAttention:
+    """Compressed attention in integers: the readable reference that defines correctness.
+
+    Args:
+        query, key, value, valid: see the module.
+        scales: from calibration.
+        cutoff: float32 [Hq], per head (`pruner.fit_cutoff`); None prunes nothing.
+        spec: bits, modes and rule; all four matrices must be quantized.
+        scaling: factor of the scores, usually 1 / sqrt(D).
+
+    Raises:
+        ValueError: a matrix is not quantized.
+    """
+    if None in spec.bits.values():
+        raise ValueError(f"integer attention needs bits for all of q, k, v and p; found {spec.bits}")
+    heads = query.shape[1]
+    q_scale = query_scale(query, scales, spec.q)
+    k_scale, v_scale = _present(scales.k, "k"), _present(scales.v, "v")
+    q_codes = quantize(query, q_scale, spec.q.qmax)
+    k_codes = quantize(smooth_key(key, key_validity(valid)) if spec.smooth_key else key, k_scale, spec.k.qmax)
+    v_codes = quantize(value, v_scale, spec.v.qmax)
+    # A float64 product of integers this small is exact in any order of summation.
+    acc = (q_codes.double() @ repeat_heads(k_codes, heads).double().mT).to(torch.int32)
+    alpha = score_step(q_scale, k_scale, scaling, heads)
+    pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
+    weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
+    output = (weighted.float() * repeat_heads(v_scale, heads)) / pairs.divisor
+    return IntegerAttention(
+        q_codes.to(torch.int8), k_codes.to(torch.int8), v_codes.to(torch.int8),
+        acc, _row_max(acc, pairs.valid), pairs.keep,
+        pairs.codes.to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
+        weighted.long(), output,
+    )  # fmt: skip
+
+
+def prune_and_code(
+    acc: Tensor, valid: Tensor | None, alpha: Tensor, cutoff: Tensor | None, spec: AttentionSpec
+) -> Pairs:
+    """From scores to P codes, any rule and mode (numerics, sections 3 and 4).
+
+    Args:
+        acc: integer scores [B, Hq, Sq, Sk] (real ones if Q and K are not quantized).
+        alpha: float32 broadcastable, from `score_step`.
+        cutoff: float32 [Hq] or None.
+    """
+    valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
+    distance = (_row_max(acc, valid) - acc).masked_fill(~valid, FAR)
+    rate = exponent_rate(alpha)
+    t = exponent(distance, rate).masked_fill(~valid, T_MAX)
+    probability = power_table(t.device)[t.long()]
+    per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
+    keep = keep_mask(spec, distance, probability, valid, alpha, per_head)
+    if spec.p.bits is None:
+        real = torch.exp2(-distance.float() * rate / 1024).masked_fill(~valid, 0.0)
+        codes, divisor = real * keep, _real_divisor(real, keep, spec.p)
+    else:
+        codes = probs_codes(probability, spec.p) * keep
+        divisor = code_divisor(codes, spec.p)
+    return Pairs(valid, keep, t, probability, distance, codes, divisor)
+
+
+def probs_codes(probability: Tensor, spec: ProbsSpec) -> Tensor:
+    """P codes before pruning; float32 holding integers in [0, qmax], shape of `probability`."""
+    if spec.mode == "row":
+        return row_codes(probability, spec.qmax).float()
+    total = probability.sum(-1, keepdim=True, dtype=torch.int64).clamp(min=1)
+    return (probability.float() * (spec.qmax / total.float())).round_()
+
+
+def code_divisor(codes: Tensor, spec: ProbsSpec) -> Tensor:
+    """sum(code), or the fixed qmax of mode "unit"; at least 1, so that an empty row gives zeros. [B, Hq, Sq, 1]."""
+    if spec.mode == "unit" and not spec.renormalize:
+        return codes.new_full((*codes.shape[:-1], 1), float(spec.qmax))
+    return codes.sum(-1, keepdim=True, dtype=torch.float64).clamp_(min=1).float()
+
+
+def _real_divisor(real: Tensor, keep: Tensor, spec: ProbsSpec) -> Tensor:
+    survivors = real if spec.mode == "unit" and not spec.renormalize else real * keep
+    total = survivors.sum(-1, keepdim=True)
+    return torch.where(total > 0, total, torch.ones_like(total))
+
+
+def score_step(q_scale: Tensor, k_scale: Tensor, scaling: float, heads: int) -> Tensor:
+    """alpha = (q_scale * k_scale) * scaling: the real score of one integer step; float32, broadcastable."""
+    return (q_scale * repeat_heads(k_scale, heads)) * torch.tensor(scaling, dtype=torch.float32, device=q_scale.device)
+
+
+def query_scale(query: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
+    """The static scale of Q, or each row's own with granularity "token"."""
+    if spec.granularity == "token":
+        return token_scale(query, spec.qmax, power_of_two=spec.power_of_two)
+    return _present(scales.q, "q")
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Give each query head its key/value head: [B, Hkv or 1, ...] -> [B, heads or 1, ...]."""
+    return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def key_validity(valid: Tensor | None) -> Tensor | None:
+    """Keys that some query may attend to: bool [B, 1, Sk, 1]."""
+    return None if valid is None else valid.any(-2, keepdim=True).any(1, keepdim=True).mT
+
+
+def _row_max(acc: Tensor, valid: Tensor) -> Tensor:
+    lowest = acc.masked_fill(~valid, -FAR).amax(-1, keepdim=True)
+    return lowest.masked_fill(~valid.any(-1, keepdim=True), 0)
+
+
+def _present(scale: Tensor | None, name: str) -> Tensor:
+    if scale is None:
+        raise ValueError(f"{name} has no scale yet: run calibrate(model, batches) first")
+    return scale

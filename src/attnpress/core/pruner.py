@@ -1,0 +1,169 @@
+"""The pruning rules (numerics, section 4): which valid pairs survive, and thresholds fitted to a target sparsity.
+
+All rules look only at one row's own valid pairs, so a mask never depends on padding or on batch-mates. Distances and
+probabilities are integers, in int or exactly in float tensors; ties are the normal case.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnpress.config import AttentionSpec
+from attnpress.core.exponential import ONE, STEPS_PER_OCTAVE
+
+BINS = 4608
+BIN_WIDTH = 8
+"""A histogram bin spans 8/1024 octave (0.54 % of a probability); 4608 bins reach 2^-36, below any P code."""
+
+NATS_PER_BIN = BIN_WIDTH / STEPS_PER_OCTAVE * math.log(2)
+
+
+def relative_cut(cutoff: Tensor, alpha: Tensor) -> Tensor:
+    """Largest distance that rule "relative" keeps: cutoff / alpha, one float32 division.
+
+    The floor of numerics section 4 is implied: an integer distance is at most x exactly if it is at most floor(x).
+
+    Args:
+        cutoff: float32 [.., H, 1, 1], -ln tau in nats; +inf keeps all.
+        alpha: float32 score units per integer step.
+    """
+    return cutoff.float() / alpha
+
+
+def keep_relative(distance: Tensor, cut: Tensor) -> Tensor:
+    """Pairs with p~ >= tau, decided on integers before any exponential."""
+    return distance <= cut
+
+
+def keep_threshold(probability: Tensor, total: Tensor, distance: Tensor, cutoff: Tensor) -> Tensor:
+    """Pairs with P = probability / total >= theta = exp(-cutoff), and the row maximum (the paper's reading)."""
+    theta = torch.exp(-cutoff.double()).float()
+    return (probability.float() >= theta * total.float()) | (distance == 0)
+
+
+def keep_topk(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:
+    """The k nearest pairs of each row, k = max(1, round((1 - sparsity) * valid keys); ties go to the lower index."""
+    count = valid.sum(-1, keepdim=True)
+    k = torch.round((1.0 - sparsity) * count.double()).long().clamp(min=1)
+    ranked = distance.double().masked_fill(~valid, math.inf)
+    smallest = ranked.topk(int(k.max()), largest=False, sorted=True).values
+    kth = smallest.gather(-1, k.expand(*ranked.shape[:-1], 1) - 1)
+    nearer, tied = ranked < kth, ranked == kth
+    room = k - nearer.sum(-1, keepdim=True)
+    return (nearer | (tied & (tied.cumsum(-1) <= room))) & valid
+
+
+def keep_mass(probability: Tensor, distance: Tensor, cutoff: Tensor) -> Tensor:
+    """The smallest set of most probable pairs whose P adds up to gamma = cutoff; ties go to the lower index."""
+    before, total = mass_before(probability, distance)
+    return before.double() < cutoff.double() * total.double()
+
+
+def mass_before(probability: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed probability of the pairs that rank before each pair, and of the whole row; exact int64."""
+    order = distance.sort(dim=-1, stable=True).indices
+    ranked = probability.long().gather(-1, order)
+    running = ranked.cumsum(-1)
+    before = torch.empty_like(running).scatter_(-1, order, running - ranked)
+    return before, running[..., -1:]
+
+
+def keep_mask(
+    spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
+) -> Tensor:
+    """The keep mask of `spec.rule` over valid pairs.
+
+    Args:
+        distance: integers [B, H, Sq, Sk]; +inf or anything large where not valid.
+        probability: 16-bit fixed point, same shape; 0 where not valid.
+        valid: bool, same shape.
+        alpha: broadcastable float32.
+        cutoff: float32 [1, H, 1, 1] in the rule's unit (`fit_cutoff`); None prunes nothing.
+
+    Returns:
+        bool, True = keep.
+    """
+    if spec.rule == "topk":
+        return keep_topk(distance, valid, spec.sparsity) if spec.sparsity > 0 else valid
+    if cutoff is None:
+        return valid
+    if spec.rule == "relative":
+        return keep_relative(distance, relative_cut(cutoff, alpha)) & valid
+    if spec.rule == "threshold":
+        total = probability.sum(-1, keepdim=True, dtype=torch.int64)
+        return keep_threshold(probability, total, distance, cutoff) & valid
+    return keep_mass(probability, distance, cutoff) & valid
+
+
+def pair_bins(spec: AttentionSpec, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
+    """Histogram bin of each pair: how late the rule would keep it, 0 for the surest.
+
+    Args:
+        t: exponents from `exponent`, int32.
+
+    Returns:
+        int64 bins, 0 to BINS - 1: -log2 p~ for "relative", -log2 P for "threshold", mass before for "mass".
+    """
+    if spec.rule == "mass":
+        before, total = mass_before(probability, distance)
+        position = before.double() / total.clamp(min=1) * BINS
+    elif spec.rule == "threshold":
+        total = probability.sum(-1, keepdim=True, dtype=torch.int64).clamp(min=1)
+        position = (t + STEPS_PER_OCTAVE * torch.log2(total.double() / ONE)) / BIN_WIDTH
+    else:
+        position = (t // BIN_WIDTH).double()
+    return position.long().clamp_(0, BINS - 1)
+
+
+def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
+    """Counts of valid pairs per head and bin.
+
+    Args:
+        bins: from `pair_bins`, [B, H, Sq, Sk].
+        valid: bool, same shape.
+
+    Returns:
+        float64 [H, BINS], whole numbers, so that sums over batches and ranks are exact.
+    """
+    heads = bins.shape[1]
+    offset = torch.arange(heads, device=bins.device).view(1, heads, 1, 1) * BINS
+    flat = (bins + offset)[valid]
+    return torch.bincount(flat, minlength=heads * BINS).view(heads, BINS).double()
+
+
+def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float) -> Tensor:
+    """Per-head cutoff that removes the asked fraction of the pairs pooled in `histogram`.
+
+    Args:
+        histogram: float64 [H, BINS].
+        sparsity: fraction to remove, in [0, 1); 0 removes nothing.
+
+    Returns:
+        float32 [H]: -ln tau, -ln theta, or gamma for rule "mass"; +inf keeps everything.
+
+    Raises:
+        ValueError: a head has no pair to fit on.
+    """
+    total = histogram.sum(-1, keepdim=True)
+    if bool((total == 0).any()):
+        raise ValueError("no valid pairs were observed, so thresholds cannot be fitted: calibrate on real batches first")
+    if sparsity == 0:
+        return torch.full_like(total, math.inf, dtype=torch.float32).squeeze(-1)
+    asked = (1.0 - sparsity) * total
+    running = histogram.cumsum(-1)
+    index = (running < asked).sum(-1, keepdim=True).clamp(max=BINS - 1)
+    inside = histogram.gather(-1, index).clamp(min=1e-9)
+    position = index + ((asked - (running.gather(-1, index) - inside)) / inside).clamp(0, 1)
+    unit = 1.0 / BINS if spec.rule == "mass" else NATS_PER_BIN
+    return (position.squeeze(-1) * unit).float()
+
+
+def fixed_cutoff(spec: AttentionSpec, heads: int) -> Tensor:
+    """The user's own `spec.threshold` (tau, theta or gamma) as the cutoff of every head; float32 [heads]."""
+    if spec.threshold is None:
+        raise ValueError("attention.threshold is not set")
+    value = spec.threshold if spec.rule == "mass" else -math.log(spec.threshold)
+    return torch.full((heads,), value, dtype=torch.float32)

@@ -1,0 +1,123 @@
+"""Symmetric linear quantization (numerics, section 1): scales, codes, and gradients straight through the rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SMALLEST_SCALE = 2.0**-40
+"""Keeps 1 / scale and products of scales well inside float32."""
+
+
+def positive_scale(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
+    """A usable float32 scale: at least SMALLEST_SCALE; 1 where the data were all zero; rounded up to 2^-f if asked."""
+    scale = scale.float()
+    scale = torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
+    return torch.exp2(torch.log2(scale).ceil()) if power_of_two else scale
+
+
+def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
+    """Dynamic scale of each row, from its largest finite magnitude.
+
+    Args:
+        x: [..., S, D], any float dtype.
+
+    Returns:
+        float32 [..., S, 1].
+    """
+    magnitude = x.detach().float().abs().nan_to_num_(nan=0.0, posinf=0.0)
+    return positive_scale(magnitude.amax(-1, keepdim=True) / qmax, power_of_two=power_of_two)
+
+
+def quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """Codes of `x`: clamp(round_half_to_even(x * (1 / scale)), -qmax, +qmax).
+
+    NaN has no direction, so it becomes code 0; an infinity saturates like any other large value.
+
+    Args:
+        x: any shape and float dtype; converted to float32 first.
+        scale: positive float32, broadcastable to `x`.
+
+    Returns:
+        float32 tensor holding integers, so that a float matrix product of codes is exact.
+    """
+    codes = x.float() * (1.0 / scale)
+    return codes.round_().clamp_(-qmax, qmax).nan_to_num_(nan=0.0)
+
+
+def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
+    """codes * scale."""
+    return codes * scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    """`quantize` whose gradient ignores the rounding and stops outside the clipping range (numerics, section 7).
+
+    The derivative with respect to the scale, joined with that of dequantization, is learned step size quantization
+    (Esser et al., ICLR 2020, equation 3).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+        inside = (x.float() * (1.0 / scale)).abs_() <= qmax
+        ctx.save_for_backward(inside, scale, x if scale.requires_grad else None)
+        ctx.dtype = x.dtype
+        return quantize(x, scale, qmax)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        inside, scale, x = ctx.saved_tensors
+        through = grads[0] * inside / scale
+        grad_scale = None if x is None else -(through * (x.float() / scale)).sum_to_size(scale.shape)
+        return through.to(ctx.dtype), grad_scale, None
+
+
+def quantize_straight_through(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    """`quantize` with gradients: to `x` inside the clipping range, and to `scale` where it is learned."""
+    codes: Tensor = _StraightThrough.apply(x, scale, qmax)  # type: ignore[no-untyped-call]
+    return codes
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0] * ctx.factor, None
+
+
+def learned_step(scale: Tensor, count: int, qmax: int) -> Tensor:
+    """The scale itself, with its gradient divided by sqrt(count * qmax) (LSQ, section 2.2).
+
+    Args:
+        scale: learned scale, kept positive by `positive_scale`.
+        count: how many values share one scale.
+    """
+    stepped: Tensor = _ScaleGradient.apply(scale, (count * qmax) ** -0.5)  # type: ignore[no-untyped-call]
+    return stepped
+
+
+def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
+    """K less its mean over the valid keys of the same head (SageAttention's K smoothing; softmax does not change).
+
+    Args:
+        key: [B, Hkv, Sk, D].
+        valid: bool, broadcastable to [B, Hkv, Sk, 1]; None if every key is valid.
+
+    Returns:
+        float32 [B, Hkv, Sk, D]. The mean is taken in float64, then rounded; it carries no gradient, since each row of
+        score gradients sums to zero.
+    """
+    with torch.no_grad():
+        exact = key.double()
+        if valid is None:
+            mean = exact.mean(-2, keepdim=True)
+        else:
+            weight = valid.double()
+            mean = exact.masked_fill(~valid, 0.0).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
+    return key.float() - mean.float()

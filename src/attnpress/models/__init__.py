@@ -1,0 +1,1 @@
+"""Binding to Transformers: the only place that knows its internals."""

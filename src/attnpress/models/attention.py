@@ -1,0 +1,163 @@
+"""CompressedAttention: the state of one attention module (scales, thresholds, histogram) and what it does with a call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnpress.config import AttentionSpec, TensorSpec
+from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, repeat_heads
+from attnpress.core.cost import PairCounts, count_pairs
+from attnpress.core.fake_quantize import batch_part, batch_slices, fake_quantize_attention, scores_operands
+from attnpress.core.observer import Observer, Reduce, alone
+from attnpress.core.pruner import BINS, fit_cutoff, fixed_cutoff, pair_bins, pair_histogram
+from attnpress.core.quantizer import positive_scale, smooth_key
+
+ROW_STRIDE = 8
+"""While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
+
+HISTOGRAM_DECAY = 0.95
+"""What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
+
+Attend = Callable[..., Tensor]
+
+
+class CompressedAttention(nn.Module):
+    """Compression of one attention module of a Transformers model; attached to it as the child `attnpress`.
+
+    Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
+    (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
+    Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
+
+    Args:
+        spec: what to do; `spec.sparsity` is the sparsity in force and changes with `set_sparsity`.
+        heads, kv_heads, head_dim: Hq, Hkv, D.
+    """
+
+    q_scale: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+    cutoff: Tensor
+    histogram: Tensor
+    seen: Tensor
+
+    def __init__(self, spec: AttentionSpec, heads: int, kv_heads: int, head_dim: int) -> None:
+        super().__init__()
+        self.spec, self.heads, self.kv_heads, self.head_dim = spec, heads, kv_heads, head_dim
+        self.attend: Attend = fake_quantize_attention
+        self.observers: dict[str, Observer] | None = None
+        self.counts: PairCounts | None = None
+        self.captured: list[Tensor] | None = None
+        self.rows: slice | None = None
+        for name, tensor_spec in self.quantized().items():
+            scale = torch.ones(self._scale_shape(name, tensor_spec))
+            if tensor_spec.learned:
+                self.register_parameter(f"{name}_scale", nn.Parameter(scale))
+            else:
+                self.register_buffer(f"{name}_scale", scale)
+        self.register_buffer("cutoff", torch.full((heads,), torch.inf))
+        self.register_buffer("histogram", torch.zeros(heads, BINS, dtype=torch.float64))
+        self.register_buffer("seen", torch.zeros(heads, BINS, dtype=torch.float64), persistent=False)
+        if spec.threshold is not None:
+            self.cutoff.copy_(fixed_cutoff(spec, heads))
+
+    def quantized(self) -> dict[str, TensorSpec]:
+        """Specs of those of q, k, v that have a static scale."""
+        specs = {"q": self.spec.q, "k": self.spec.k, "v": self.spec.v}
+        return {name: spec for name, spec in specs.items() if spec.bits is not None and spec.granularity != "token"}
+
+    def _scale_shape(self, name: str, spec: TensorSpec) -> tuple[int, ...]:
+        heads = 1 if spec.granularity == "tensor" else self.heads if name == "q" else self.kv_heads
+        return (1, heads, 1, self.head_dim if spec.granularity == "channel" else 1)
+
+    def scales(self) -> Scales:
+        """The scales in force; learned ones kept positive."""
+        values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
+        learned = {name: positive_scale(scale) for name, scale in values.items() if scale.requires_grad}
+        return Scales(**(values | learned))
+
+    def active_cutoff(self) -> Tensor | None:
+        """The thresholds [Hq], or None while nothing is to be pruned."""
+        return self.cutoff if self.spec.sparsity > 0 or self.spec.threshold is not None else None
+
+    def set_sparsity(self, sparsity: float) -> None:
+        """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far."""
+        self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
+        if self.spec.threshold is None and self.spec.rule != "topk":
+            self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, sparsity))
+
+    def take_seen(self, decay: float, reduce: Reduce = alone) -> None:
+        """histogram = decay * histogram + what all ranks have seen since the last time."""
+        self.histogram.mul_(decay).add_(reduce(self.seen, "sum"))
+        self.seen.zero_()
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
+        scaling: float, dropout: float,
+    ) -> Tensor:  # fmt: skip
+        """Compressed attention, in float32.
+
+        Args:
+            query, key, value: [B, Hq or Hkv, S, D].
+            valid: bool [B or 1, 1 or Hq, Sq, Sk]; None allows all pairs.
+            real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are.
+            dropout: probability of dropping a P code.
+
+        Returns:
+            float32 [B, Hq, Sq, D].
+        """
+        with torch.no_grad():
+            if self.rows is not None:
+                for pairs, counted in self._pairs(query, key, valid, real, scaling, self.rows, None):
+                    bins = pair_bins(self.spec, pairs.exponent, pairs.probability, pairs.distance)
+                    self.seen += pair_histogram(bins, counted)
+            if self.counts is not None:
+                for pairs, counted in self._pairs(query, key, valid, real, scaling, slice(None), self.active_cutoff()):
+                    self.counts += count_pairs(pairs.codes, pairs.keep, counted)
+        return self.attend(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, dropout)
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
+        """Show the tensors of one call to the observers."""
+        keys = key_validity(valid if real is None or valid is None else valid & real)
+        if self.spec.smooth_key:
+            key = smooth_key(key, key_validity(valid))
+        shown = {"q": (query, real), "k": (key, keys), "v": (value, keys)}
+        for name, observer in (self.observers or {}).items():
+            observer.update(*shown[name])
+
+    def make_observers(self) -> dict[str, Observer]:
+        """A fresh observer for each static scale."""
+        return {
+            name: Observer(spec.observer_name, spec.granularity, spec.qmax, power_of_two=spec.power_of_two)
+            for name, spec in self.quantized().items()
+        }
+
+    def _pairs(
+        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float,
+        rows: slice, cutoff: Tensor | None,
+    ) -> Iterator[tuple[Pairs, Tensor]]:  # fmt: skip
+        """The pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
+        q, k, alpha = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
+        k = repeat_heads(k, self.heads)
+        for part in batch_slices(*query.shape[:3], key.shape[2]):
+            acc = q[part, :, rows] @ k[part].mT
+            allowed, step = (_rows(batch_part(x, part), rows) for x in (valid, alpha))
+            pairs = prune_and_code(acc, allowed, step, cutoff, self.spec)
+            yield pairs, pairs.valid if real is None else pairs.valid & _rows(batch_part(real, part), rows)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedAttention:
+        # model.half() must not round scales, thresholds and counts: only their device may change.
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+def _rows(x: Any, rows: slice) -> Any:
+    return x if x is None or x.shape[2] == 1 else x[:, :, rows]

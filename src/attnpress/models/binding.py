@@ -1,0 +1,241 @@
+"""bind and unbind: give a Transformers model compressed attention, without touching its code.
+
+All attention of a model that uses Transformers' AttentionInterface passes through one registered function; the module
+it is called for carries its own `CompressedAttention`. Modules are found by one small forward pass, which shows what
+really calls the interface, with its true shapes; no list of architectures is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import eager_mask
+
+from attnpress.config import AttentionSpec
+from attnpress.models.attention import CompressedAttention
+
+NAME = "attnpress"
+
+_calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor]] | None] = ContextVar("attention_calls", default=None)
+
+
+class UnsupportedModelError(ValueError):
+    """A model whose attention does not go through Transformers' AttentionInterface, or needs what the method lacks."""
+
+
+def bind(model: PreTrainedModel, spec: AttentionSpec) -> PreTrainedModel:
+    """Attach a `CompressedAttention` to each attention module; a model already bound is bound anew.
+
+    Args:
+        model: any Transformers model on the AttentionInterface; changed in place, with a configuration of its own
+            (other models that shared its configuration object keep theirs).
+        spec: what to compress. Nothing is calibrated yet: see `attnpress.calibrate`.
+
+    Returns:
+        The same model.
+
+    Raises:
+        UnsupportedModelError: the model's attention cannot be reached; it is left as it was.
+    """
+    unbind(model)
+    before = model.config._attn_implementation
+    own_config(model)
+    _switch(model, NAME)
+    try:
+        found = find_attention(model)
+    except Exception:
+        _switch(model, before)
+        raise
+    for module, query, key in found:
+        child = CompressedAttention(spec, query.shape[1], key.shape[1], query.shape[-1])
+        child.train(module.training)
+        module.add_module(NAME, child.to(query.device))
+    model._attnpress_before = before  # type: ignore[assignment]
+    return model
+
+
+def unbind(model: PreTrainedModel) -> PreTrainedModel:
+    """Remove what `bind` attached and restore the attention implementation that was in force; returns the model."""
+    for module in model.modules():
+        if isinstance(getattr(module, NAME, None), CompressedAttention):
+            delattr(module, NAME)
+    before = getattr(model, "_attnpress_before", None)
+    if before is not None:
+        del model._attnpress_before
+        _switch(model, before)
+    return model
+
+
+def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
+    """The compressed attention modules by the name of the module that carries them, in the order of the layers."""
+    ending = "." + NAME
+    return {
+        name.removesuffix(ending): module
+        for name, module in model.named_modules()
+        if isinstance(module, CompressedAttention)
+    }
+
+
+@contextmanager
+def captured_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the attention outputs [B, S, H, D] of every call inside the `with` block, in order."""
+    outputs: list[Tensor] = []
+    modules = list(attentions(model).values())
+    for module in modules:
+        module.captured = outputs
+    try:
+        yield outputs
+    finally:
+        for module in modules:
+            module.captured = None
+
+
+def find_attention(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor]]:
+    """Each attention module once (shared ones too), with the query and key of a small example.
+
+    Raises:
+        UnsupportedModelError: no module called the interface.
+    """
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    token, training = _calls.set(calls), model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            model(**_example(model))
+    finally:
+        model.train(training)
+        _calls.reset(token)
+    first: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
+    for call in calls:
+        first.setdefault(id(call[0]), call)
+    if not first:
+        raise _unsupported(model)
+    return list(first.values())
+
+
+def own_config(model: PreTrainedModel) -> None:
+    """Give the model copies of its configurations, so that switching attention does not leak to models sharing them."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None:
+            module.config = copy.deepcopy(config, copies)
+
+
+def _switch(model: PreTrainedModel, name: str) -> None:
+    model.set_attn_implementation(name)
+    if model.config._attn_implementation != name:
+        raise _unsupported(model)
+
+
+def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{type(model).__name__}: its attention does not go through Transformers' AttentionInterface, so it cannot be "
+        "compressed; use a model that does (BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, ViT, ModernBERT, ...)"
+    )
+
+
+def _example(model: PreTrainedModel) -> dict[str, Tensor]:
+    config, device = model.config, model.device
+    if model.main_input_name == "pixel_values":
+        size = (1, config.num_channels, config.image_size, config.image_size)
+        return {"pixel_values": torch.zeros(size, dtype=model.dtype, device=device)}
+    limit = getattr(config, "vocab_size", 2) - 1
+    return {name: value.clamp(max=limit).to(device) for name, value in model.dummy_inputs.items()}
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """The function registered with Transformers' AttentionInterface under the name "attnpress".
+
+    Returns:
+        Output [B, S, H, D] in the query's dtype, and the attention weights (only where nothing is compressed).
+
+    Raises:
+        UnsupportedModelError: additive position biases, which the integer scores cannot carry.
+        RuntimeError: the module was never bound, for example because a configuration was copied from a bound model.
+    """
+    state = getattr(module, NAME, None)
+    if state is None:
+        return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    if state.observers is None and not state.spec.is_dense:
+        if kwargs.get("position_bias") is not None:
+            raise UnsupportedModelError(f"{type(module).__name__} adds a position bias to its scores; not supported")
+        valid = valid_pairs(module, query, key, attention_mask)
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        with torch.autocast(query.device.type, enabled=False):
+            output = state(query, key, value, valid, real_rows(module, query, key, valid), scale, dropout)
+        result = output.transpose(1, 2).to(query.dtype).contiguous(), None
+    else:
+        if state.observers is not None:
+            valid = valid_pairs(module, query, key, attention_mask)
+            state.observe(query, key, value, valid, real_rows(module, query, key, valid))
+        result = _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if state.captured is not None:
+        state.captured.append(result[0])
+    return result
+
+
+def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
+    """The framework's mask as bool [B or 1, 1 or H, Sq, Sk], True = may attend; None if all pairs may.
+
+    Raises:
+        ValueError: the mask holds values other than 0 and "very negative": it is a bias, not a mask.
+    """
+    if mask is None:
+        rows, keys = query.shape[2], key.shape[2]
+        if not getattr(module, "is_causal", False) or rows == 1:
+            return None
+        return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+    mask = mask[..., : key.shape[2]]
+    if mask.dtype == torch.bool:
+        return mask
+    valid = mask == 0
+    if not torch.compiler.is_compiling() and bool((~valid & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+        raise ValueError("attention_mask adds a bias to the scores; compressed attention takes masks of 0 and min only")
+    return valid
+
+
+def real_rows(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
+    """Rows of real tokens, bool [B or 1, 1, Sq, 1], or None if all are: a real token may attend to itself."""
+    offset = key.shape[2] - query.shape[2]
+    same_tokens = offset == 0 or getattr(module, "is_causal", False)
+    if valid is None or not same_tokens:
+        return None
+    square = valid.expand(*valid.shape[:-2], query.shape[2], key.shape[2])
+    return square.diagonal(offset, -2, -1).any(1, keepdim=True).unsqueeze(-1)
+
+
+def _without_state(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    calls = _calls.get()
+    if calls is None:
+        raise RuntimeError(f"{type(module).__name__} asks for attention {NAME!r} but was never bound: call bind(model)")
+    calls.append((module, query, key))
+    value, mask, scaling, dropout = args
+    return _eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    # Each model file of Transformers has its own eager function; calling that one makes "nothing compressed" exact.
+    function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    return function
+
+
+AttentionInterface.register(NAME, attention_forward)
+AttentionMaskInterface.register(NAME, eager_mask)
