@@ -84,11 +84,26 @@ class CompressedAttention(nn.Module):
         """The thresholds [Hq], or None while nothing is to be pruned."""
         return self.cutoff if self.spec.sparsity > 0 or self.spec.threshold is not None else None
 
+    def threshold(self) -> Tensor:
+        """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""
+        if self.active_cutoff() is None or self.spec.rule == "topk":
+            return torch.zeros_like(self.cutoff)
+        return self.cutoff.clamp(max=1) if self.spec.rule == "mass" else torch.exp(-self.cutoff)
+
     def set_sparsity(self, sparsity: float) -> None:
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
         if self.spec.threshold is None and self.spec.rule != "topk":
             self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, sparsity))
+
+    def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
+        """Count the valid pairs of a call that nothing is taken from."""
+        shape = (*query.shape[:3], key.shape[2])
+        counted = torch.ones(shape, dtype=torch.bool, device=query.device)
+        for mask in (valid, real):
+            counted = counted if mask is None else counted & mask
+        if self.counts is not None:
+            self.counts += count_pairs(counted, counted, counted)
 
     def take_seen(self, decay: float, reduce: Reduce = alone) -> None:
         """histogram = decay * histogram + what all ranks have seen since the last time."""

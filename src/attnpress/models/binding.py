@@ -183,9 +183,11 @@ def attention_forward(
             output = state(query, key, value, valid, real_rows(module, query, key, valid), scale, dropout)
         result = output.transpose(1, 2).to(query.dtype).contiguous(), None
     else:
-        if state.observers is not None:
+        if state.observers is not None or state.counts is not None:
             valid = valid_pairs(module, query, key, attention_mask)
-            state.observe(query, key, value, valid, real_rows(module, query, key, valid))
+            real = real_rows(module, query, key, valid)
+            state.observe(query, key, value, valid, real)
+            state.count_dense(query, key, valid, real)
         result = _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     if state.captured is not None:
         state.captured.append(result[0])

@@ -1,0 +1,76 @@
+"""Low-bit, sparse attention for Transformers models: quantize Q, K, V and P, prune P, and record what it cost."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from attnpress.config import (
+    DENSE,
+    AttentionSpec,
+    CalibrationSpec,
+    ConfigError,
+    DataSpec,
+    DistillationSpec,
+    ProbsSpec,
+    RunConfig,
+    ScheduleSpec,
+    TensorSpec,
+    TrainSpec,
+)
+from attnpress.recipe import load_config
+
+if TYPE_CHECKING:
+    from attnpress.calibrate import calibrate, fit_thresholds
+    from attnpress.compress import compress
+    from attnpress.finetune import SparsityCallback, SparsityDriver
+    from attnpress.models.binding import attentions, bind, unbind
+    from attnpress.models.loading import load_compressed, save_compressed
+
+__version__ = version("attnpress")
+
+__all__ = [
+    "DENSE",
+    "AttentionSpec",
+    "CalibrationSpec",
+    "ConfigError",
+    "DataSpec",
+    "DistillationSpec",
+    "ProbsSpec",
+    "RunConfig",
+    "ScheduleSpec",
+    "SparsityCallback",
+    "SparsityDriver",
+    "TensorSpec",
+    "TrainSpec",
+    "attentions",
+    "bind",
+    "calibrate",
+    "compress",
+    "fit_thresholds",
+    "load_compressed",
+    "load_config",
+    "save_compressed",
+    "unbind",
+]
+
+# Loaded on first use: they import torch and Transformers, which `attnpress --help` must not wait for.
+_LATE = {
+    "SparsityCallback": "attnpress.finetune",
+    "SparsityDriver": "attnpress.finetune",
+    "attentions": "attnpress.models.binding",
+    "bind": "attnpress.models.binding",
+    "calibrate": "attnpress.calibrate",
+    "compress": "attnpress.compress",
+    "fit_thresholds": "attnpress.calibrate",
+    "load_compressed": "attnpress.models.loading",
+    "save_compressed": "attnpress.models.loading",
+    "unbind": "attnpress.models.binding",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATE:
+        raise AttributeError(f"module 'attnpress' has no attribute {name!r}")
+    return getattr(importlib.import_module(_LATE[name]), name)

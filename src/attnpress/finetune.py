@@ -1,0 +1,249 @@
+"""Training: one Transformers Trainer for dense and compressing stages; a callback asks for sparsity, a teacher helps.
+
+`SparsityCallback` works with any Trainer; `SparsityDriver`, which it drives, with any loop of your own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from attnpress.calibrate import reduce_over_ranks
+from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
+from attnpress.core.schedule import sparsity_at
+from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
+from attnpress.models.binding import attentions, captured_outputs
+from attnpress.tasks import TaskData
+
+COMPLETE = "complete"
+"""Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
+
+
+class DivergedError(RuntimeError):
+    """The loss or a weight became NaN or infinite; the last good checkpoint is kept."""
+
+
+class SparsityDriver:
+    """Raises the sparsity of a bound model step by step; for any training loop.
+
+    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing else is kept here: the
+    thresholds and their histogram are buffers of the model, so a checkpoint holds all that a resumed run needs.
+
+    Args:
+        model: bound and calibrated.
+        schedule: how sparsity grows.
+        target: sparsity to end at.
+        total: number of steps of the training.
+    """
+
+    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: float, total: int) -> None:
+        self.modules = list(attentions(model).values())
+        self.schedule, self.target, self.total = schedule, target, total
+
+    def begin(self, step: int) -> float:
+        """Refit thresholds to the sparsity asked at `step` (from 0), watch this step's pairs; returns that sparsity."""
+        sparsity = sparsity_at(step, self.total, self.schedule, self.target)
+        for module in self.modules:
+            module.set_sparsity(sparsity)
+            module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
+        return sparsity
+
+    def end(self) -> None:
+        """Add the pairs that all ranks have seen in this step to the running histogram."""
+        for module in self.modules:
+            module.rows = None
+            module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks)
+
+
+class SparsityCallback(TrainerCallback):
+    """Progressive pruning as a Trainer callback.
+
+    Args:
+        model: bound and calibrated.
+        schedule, target: see `SparsityDriver`.
+    """
+
+    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: float) -> None:
+        self.driver = SparsityDriver(model, schedule, target, total=1)
+        self.asked = 0.0
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for the sparsity of this step."""
+        self.driver.total = state.max_steps
+        self.asked = self.driver.begin(state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Collect what the step has seen, before any checkpoint is written."""
+        self.driver.end()
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:  # fmt: skip
+        """Put the asked sparsity beside the loss."""
+        if logs is not None and "loss" in logs:
+            logs["sparsity_asked"] = self.asked
+            state.log_history[-1]["sparsity_asked"] = self.asked
+
+
+class CheckpointCallback(TrainerCallback):
+    """Marks checkpoints that are whole, and refuses to keep one whose weights are not finite."""
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_: Any
+    ) -> None:  # fmt: skip
+        """Called when all files of a checkpoint are written."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        finite = model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        if not state.is_world_process_zero or not folder.is_dir():
+            return
+        if not finite:
+            shutil.rmtree(folder)
+            raise DivergedError(diverged_message(state.global_step))
+        (folder / COMPLETE).touch()
+
+
+class CompressionTrainer(Trainer):
+    """The one Trainer: the task's loss, plus distillation where a teacher is given.
+
+    Args:
+        teacher: dense model, bound with `DENSE` so that its attention outputs can be seen; None for plain training.
+        distillation: weights of its terms.
+    """
+
+    def __init__(
+        self, *args: Any, teacher: PreTrainedModel | None = None, distillation: DistillationSpec | None = None, **kwargs: Any
+    ) -> None:  # fmt: skip
+        super().__init__(*args, **kwargs)
+        self.distillation = distillation or DistillationSpec()
+        self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Loss of one batch; stops a run whose loss is no longer finite."""
+        if self.teacher is None or not model.training:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        else:
+            loss, outputs = self._distilled(self.teacher, model, inputs, num_items_in_batch)
+        if model.training and not bool(torch.isfinite(loss)):
+            raise DivergedError(diverged_message(self.state.global_step))
+        return (loss, outputs) if return_outputs else loss
+
+    def _distilled(
+        self, teacher: PreTrainedModel, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Any]:
+        with captured_outputs(self.accelerator.unwrap_model(model)) as seen:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad(), captured_outputs(teacher) as wanted:
+            answers = teacher(**inputs)
+        spec, tokens = self.distillation, inputs["attention_mask"]
+        loss = loss + spec.attention * attention_loss(seen, wanted, tokens)
+        return loss + spec.logits * logits_loss(outputs, answers, spec.temperature, tokens), outputs
+
+
+def diverged_message(step: int) -> str:
+    """What to do when training left the finite numbers."""
+    return f"the loss or a weight is no longer finite at step {step}; lower the learning rate (dense or compress .learning_rate) and run again: it goes on from the last good checkpoint"  # noqa: E501
+
+
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    """Mean squared error of attention outputs over real tokens, relative to the teacher's power, averaged over layers.
+
+    Args:
+        student, teacher: per layer [B, S, H, D].
+        tokens: 1 for real tokens, [B, S].
+    """
+    weight = tokens.view(*tokens.shape, 1, 1).to(teacher[0].dtype)
+    errors = [((s - t) ** 2 * weight).sum() / (t**2 * weight).sum() for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(errors).mean()
+
+
+def logits_loss(student: Any, teacher: Any, temperature: float, tokens: Tensor) -> Tensor:
+    """Divergence of the predictions, softened by `temperature` and scaled by its square (Hinton et al. 2015).
+
+    Classification compares classes, extractive question answering positions (start and end, averaged), regression the
+    squared difference.
+    """
+    if hasattr(student, "start_logits"):
+        hidden = tokens == 0
+        pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
+        return torch.stack([_divergence(s, t, temperature, hidden) for s, t in pairs]).mean()
+    if student.logits.shape[-1] == 1:
+        return F.mse_loss(student.logits, teacher.logits)
+    return _divergence(student.logits, teacher.logits, temperature, None)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, hidden: Tensor | None) -> Tensor:
+    if hidden is not None:
+        lowest = torch.finfo(student.dtype).min
+        student, teacher = student.masked_fill(hidden, lowest), teacher.masked_fill(hidden, lowest)
+    ours, theirs = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
+
+
+def train(
+    model: PreTrainedModel,
+    data: TaskData,
+    spec: TrainSpec,
+    folder: Path,
+    seed: int,
+    teacher: PreTrainedModel | None = None,
+    distillation: DistillationSpec | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> list[dict[str, Any]]:
+    """Train in place, resuming from the last whole checkpoint in `folder`.
+
+    Args:
+        folder: checkpoints go there.
+        seed: of data order and dropout.
+        teacher, distillation: see `CompressionTrainer`.
+
+    Returns:
+        Log history: loss, learning rate, asked sparsity by step.
+
+    Raises:
+        DivergedError: NaN or infinity; the last good checkpoint is kept.
+    """
+    trainer = CompressionTrainer(
+        model=model, args=training_arguments(spec, len(data.train), folder, seed), train_dataset=data.train,
+        data_collator=data.collate, callbacks=[*callbacks, CheckpointCallback()],
+        teacher=teacher, distillation=distillation,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    return list(trainer.state.log_history)
+
+
+def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> TrainingArguments:
+    """The Trainer's own arguments for one stage."""
+    steps = max(1, math.ceil(rows / spec.batch_size * spec.epochs))
+    return TrainingArguments(
+        output_dir=str(folder), num_train_epochs=spec.epochs, learning_rate=spec.learning_rate,
+        per_device_train_batch_size=spec.batch_size, weight_decay=spec.weight_decay,
+        warmup_steps=math.ceil(steps * spec.warmup), lr_scheduler_type="linear", seed=seed, data_seed=seed,
+        save_strategy="steps", save_steps=max(1, math.ceil(steps / spec.checkpoints)), save_total_limit=2,
+        logging_steps=max(1, steps // 50), report_to="none", ddp_broadcast_buffers=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )  # fmt: skip
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written whole; those cut short are removed."""
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for path in [path for path in found if not (path / COMPLETE).is_file()]:
+        shutil.rmtree(path)
+        found.remove(path)
+    return str(found[-1]) if found else None
+
+
+def history_lines(history: list[dict[str, Any]]) -> str:
+    """The log history as JSON lines."""
+    return "".join(json.dumps(entry) + "\n" for entry in history)

@@ -1,0 +1,67 @@
+"""A record as a table, for the terminal and for Markdown: the same rows, made once."""
+
+from __future__ import annotations
+
+from rich.table import Table
+
+from attnpress.results import Record, StageRecord
+
+TITLES = {
+    "dense": "dense",
+    "dense_control": "dense, trained as long",
+    "quantized": "quantized, no training",
+    "one_shot": "pruned at once, no training",
+    "progressive": "pruned progressively",
+}
+
+COLUMNS = (
+    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys a row", "bits Q/K/V/P", "MACs left",
+)  # fmt: skip
+
+
+def stage_rows(record: Record) -> list[tuple[str, ...]]:
+    """Header and one row a stage, as text."""
+    header = tuple(column.format(metric=record.headline) for column in COLUMNS)
+    return [header, *(_row(stage, record.headline) for stage in record.stages)]
+
+
+def stages_table(record: Record) -> Table:
+    """The closing table for a terminal."""
+    header, *rows = stage_rows(record)
+    table = Table(title=_title(record), caption=_caption(record))
+    for column in header:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def stages_markdown(record: Record) -> str:
+    """The closing table as Markdown."""
+    header, *rows = stage_rows(record)
+    rule = ("---", *("---:" for _ in header[1:]))
+    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    return "\n".join([*lines, "", _caption(record)])
+
+
+def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
+    bits = "/".join("fp" if value is None else str(value) for value in stage.bits.values())
+    return (
+        TITLES[stage.name], f"{stage.metrics[headline]:.2f}", f"{stage.sparsity:.3f}", f"{stage.pruned:.3f}",
+        f"{stage.padded_sparsity:.3f}", f"{stage.tile_sparsity:.3f}", f"{stage.keys_per_row:.2f}", bits,
+        f"{stage.macs_remaining / stage.macs_dense:.1%}",
+    )  # fmt: skip
+
+
+def _title(record: Record) -> str:
+    return f"{record.recipe['data']['task']} with {record.recipe['model']}"
+
+
+def _caption(record: Record) -> str:
+    length = record.stages[0].padded_length if record.stages else "?"
+    majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    return (
+        f"{record.headline} in points on {record.provenance['rows']['eval']} rows; sparsity over valid pairs (the headline"
+        f" figure), pruned by the rule alone, padded to {length} tokens, and of 16 x 64 tiles; MACs of attention over"
+        f" valid pairs.{majority}"
+    )
