@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
@@ -20,7 +19,7 @@ REFITS = 2
 """Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
 
 
-def calibrate(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fix the static scales of a bound model, then fit its thresholds to `spec.sparsity`.
 
     Args:
@@ -43,7 +42,7 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
     fit_thresholds(model, kept)
 
 
-def fit_thresholds(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode."""
     modules = {name: module for name, module in _bound(model).items() if not module.spec.is_dense}
     kept = [_without_labels(batch) for batch in batches]
@@ -77,7 +76,7 @@ def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:
     return merged
 
 
-def _bound(model: PreTrainedModel) -> dict[str, CompressedAttention]:
+def _bound(model: nn.Module) -> dict[str, CompressedAttention]:
     modules = attentions(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
@@ -91,13 +90,13 @@ def _set_scales(module: CompressedAttention) -> None:
             getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
 
 
-def _run(model: PreTrainedModel, batches: list[dict[str, Any]]) -> None:
-    training = model.training
+def _run(model: nn.Module, batches: list[dict[str, Any]]) -> None:
+    training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
         with torch.no_grad():
             for batch in batches:
-                model(**{name: value.to(model.device) for name, value in batch.items()})
+                model(**{name: value.to(device) for name, value in batch.items()})
     finally:
         model.train(training)
 

@@ -153,12 +153,9 @@ def _stage_line(text: str) -> None:
 
 
 def _quiet_libraries() -> None:
-    import os
+    from attnpress.models.loading import quiet
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
+    quiet()
 
 
 def _is_ours(error: Exception) -> bool:

@@ -7,18 +7,14 @@ dense (fine-tuned here, or a checkpoint), dense_control (optional), quantized, o
 from __future__ import annotations
 
 import dataclasses
-import os
-import platform
 import shutil
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
@@ -36,14 +32,11 @@ from attnpress.models.loading import (
     load_tokenizer,
     resolve_model,
     save_compressed,
-    weights_hash,
 )
-from attnpress.recipe import dump_config, spec_to_dict
+from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, StageRecord, read_record, to_json
+from attnpress.run_folder import check_space, claim_folder, provenance
 from attnpress.tasks import TaskData, check_data, load_task
-
-COPIES = 8
-"""Disk a run needs, in copies of the weights: two checkpoints with optimizer state, and two final models."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,9 +64,8 @@ class Run:
         """This rank's share of the calibration batches: random training rows, fixed by the seed."""
         spec, state = self.config.calibration, PartialState()
         generator = torch.Generator().manual_seed(self.config.seed)
-        loader = DataLoader(
-            self.data.train, batch_size=spec.batch_size, shuffle=True, generator=generator, collate_fn=self.data.collate  # type: ignore[arg-type]
-        )  # fmt: skip
+        rows, collate = self.data.train, self.data.collate
+        loader = DataLoader(rows, spec.batch_size, shuffle=True, generator=generator, collate_fn=collate)
         batches = list(islice(loader, spec.batches))
         shares = [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
         return [share for share in shares if len(next(iter(share.values())))]
@@ -111,41 +103,6 @@ def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = pr
         notify(f"{name}: {_DOES[name]}")
         record = _run_stage(run, record, name)
     return record
-
-
-def claim_folder(config: RunConfig, output: Path) -> None:
-    """Make the run folder this recipe's own.
-
-    Raises:
-        ConfigError: it holds a run of another recipe, or cannot be written.
-    """
-    recipe = output / "recipe.yaml"
-    if recipe.is_file():
-        different = _differences(yaml.safe_load(recipe.read_text(encoding="utf-8")), spec_to_dict(config))
-        if different:
-            raise ConfigError(
-                f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "
-                "choose another --output, or delete the folder"
-            )
-        return
-    try:
-        if PartialState().is_main_process:
-            write_text(recipe, dump_config(config))
-    except OSError as error:
-        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
-    PartialState().wait_for_everyone()
-
-
-def check_space(model: PreTrainedModel, output: Path) -> None:
-    """Refuse to start what cannot be saved.
-
-    Raises:
-        ConfigError: too little disk.
-    """
-    needed = COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        raise ConfigError(f"{output}: the run needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free")
 
 
 def _run_stage(run: Run, record: Record, name: str) -> Record:
@@ -233,7 +190,7 @@ def _train(
 ) -> list[dict[str, Any]]:
     folder = run.output / "checkpoints" / name
     history = train(
-        model, run.data, spec, folder, run.config.seed, teacher, run.config.distillation, callbacks
+        model, run.data, spec, folder, run.config.seed, run.config.distillation, teacher, callbacks
     )  # fmt: skip
     return [entry for entry in history if "loss" in entry]
 
@@ -262,38 +219,17 @@ def _open_record(run: Run) -> Record:
         if before != now:
             raise ConfigError(f"{run.output}: the data have changed since this run began (sha256 {before}, now {now})")
         return record
-    return Record(spec_to_dict(run.config), run.data.task.headline, run.data.majority, _provenance(run))
-
-
-def _provenance(run: Run) -> dict[str, Any]:
-    packages = ("attnpress", "torch", "transformers", "accelerate", "datasets", "numpy")
-    return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-        "seed": run.config.seed,
-        "data": run.data.fingerprint,
-        "rows": {"train": len(run.data.train), "eval": len(run.data.eval)},
-        "weights": {"base": weights_hash(run.base)},
-        "machine": {
-            "system": platform.platform(terse=True),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processes": PartialState().num_processes,
-        },
-    }
+    return Record(
+        spec_to_dict(run.config),
+        run.data.task.headline,
+        run.data.majority,
+        provenance(run.config.seed, run.base, run.data),
+    )
 
 
 def _hashes(run: Run) -> dict[str, str]:
     files = {"dense": Path(run.dense) / WEIGHTS, "progressive": run.output / "progressive" / WEIGHTS}
     return {name: sha256_of(file) for name, file in files.items() if file.is_file()}
-
-
-def _differences(before: Any, now: Any, prefix: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = sorted({*before, *now})
-        return [line for key in keys for line in _differences(before.get(key), now.get(key), f"{prefix}{key}.")]
-    return [] if before == now else [prefix.removesuffix(".")]
 
 
 def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
@@ -304,7 +240,9 @@ def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
     """
     folder = run_folder / "progressive"
     if not folder.is_dir():
-        raise ConfigError(f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first")
+        raise ConfigError(
+            f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
+        )
     data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
     model = load_compressed(folder, data.task.kind, data.label_names)
     return evaluate(model, data, "progressive", config.data.max_length)

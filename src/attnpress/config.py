@@ -64,7 +64,9 @@ class TensorSpec:
     @model_validator(mode="after")
     def _check(self) -> TensorSpec:
         if self.learned and (self.power_of_two or self.granularity == "token"):
-            raise ValueError("learned steps need a static, unconstrained scale: drop power_of_two, or granularity token")
+            raise ValueError(
+                "learned steps need a static, unconstrained scale: drop power_of_two, or granularity token"
+            )
         return self
 
 
@@ -100,7 +102,7 @@ class AttentionSpec:
         q, k, v, p: the four matrices.
         rule: which valid pairs survive (numerics, section 4).
         sparsity: fraction of valid pairs to remove, in [0, 1).
-        threshold: a fixed cut in the rule's own unit (tau, theta or gamma) instead of one fitted per head to `sparsity`.
+        threshold: a fixed cut in the rule's own unit (tau, theta or gamma), instead of one fitted per head.
         smooth_key: subtract from K its mean over valid keys before quantizing.
     """
 
@@ -116,7 +118,9 @@ class AttentionSpec:
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         if self.q.granularity == "channel":
-            raise ValueError("q.granularity: 'channel' cannot leave the integer sums of Q K^T; use tensor, head or token")
+            raise ValueError(
+                "q.granularity: 'channel' cannot leave the integer sums of Q K^T; use tensor, head or token"
+            )
         if self.k.granularity not in ("tensor", "head"):
             raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
         if self.v.granularity == "token":

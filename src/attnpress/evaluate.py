@@ -46,11 +46,15 @@ def predict(model: PreTrainedModel, data: TaskData, batch_size: int = 32) -> dic
             output_dir=scratch, per_device_eval_batch_size=batch_size, report_to="none",
             dataloader_pin_memory=torch.cuda.is_available(),
         )  # fmt: skip
-        trainer = Trainer(
-            model=model, args=arguments, data_collator=data.collate, compute_metrics=data.compute_metrics
-        )
-        found = trainer.predict(data.eval).metrics or {}  # type: ignore[arg-type]
-    timing = ("test_loss", "test_runtime", "test_samples_per_second", "test_steps_per_second", "test_model_preparation_time")
+        trainer = Trainer(model=model, args=arguments, data_collator=data.collate, compute_metrics=data.compute_metrics)
+        found = trainer.predict(data.eval).metrics or {}
+    timing = (
+        "test_loss",
+        "test_runtime",
+        "test_samples_per_second",
+        "test_steps_per_second",
+        "test_model_preparation_time",
+    )
     return {key.removeprefix("test_"): float(value) for key, value in found.items() if key not in timing}
 
 
@@ -64,7 +68,9 @@ def _stage_record(
     padded_length: int, seconds: float,
 ) -> StageRecord:  # fmt: skip
     merged = [count.total() for count in counts.values()]
-    total = PairCounts(*(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True)))
+    total = PairCounts(
+        *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
+    )
     first = next(iter(modules.values()))
     pairs, survivors = int(total.pairs), int(total.pairs - total.zeros)
     work = dataclasses.asdict(attention_work(pairs, survivors, first.head_dim, first.spec.bits))

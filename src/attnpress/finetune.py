@@ -86,8 +86,8 @@ class SparsityCallback(TrainerCallback):
         self.driver.end()
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float] | None = None, **_: Any
-    ) -> None:  # fmt: skip
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
         """Put the asked sparsity beside the loss."""
         if logs is not None and "loss" in logs:
             logs["sparsity_asked"] = self.asked
@@ -98,8 +98,8 @@ class CheckpointCallback(TrainerCallback):
     """Marks checkpoints that are whole, and refuses to keep one whose weights are not finite."""
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module | None = None, **_: Any
-    ) -> None:  # fmt: skip
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         """Called when all files of a checkpoint are written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         finite = model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
@@ -120,10 +120,10 @@ class CompressionTrainer(Trainer):
     """
 
     def __init__(
-        self, *args: Any, teacher: PreTrainedModel | None = None, distillation: DistillationSpec | None = None, **kwargs: Any
-    ) -> None:  # fmt: skip
+        self, *args: Any, teacher: PreTrainedModel | None, distillation: DistillationSpec, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self.distillation = distillation or DistillationSpec()
+        self.distillation = distillation
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
 
     def compute_loss(
@@ -152,7 +152,10 @@ class CompressionTrainer(Trainer):
 
 def diverged_message(step: int) -> str:
     """What to do when training left the finite numbers."""
-    return f"the loss or a weight is no longer finite at step {step}; lower the learning rate (dense or compress .learning_rate) and run again: it goes on from the last good checkpoint"  # noqa: E501
+    return (
+        f"the loss or a weight is no longer finite at step {step}; the last good checkpoint is kept. Lower the "
+        "learning rate (dense.learning_rate or compress.learning_rate) in a new run folder"
+    )
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
@@ -196,8 +199,8 @@ def train(
     spec: TrainSpec,
     folder: Path,
     seed: int,
+    distillation: DistillationSpec,
     teacher: PreTrainedModel | None = None,
-    distillation: DistillationSpec | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> list[dict[str, Any]]:
     """Train in place, resuming from the last whole checkpoint in `folder`.
@@ -205,7 +208,7 @@ def train(
     Args:
         folder: checkpoints go there.
         seed: of data order and dropout.
-        teacher, distillation: see `CompressionTrainer`.
+        distillation, teacher: see `CompressionTrainer`.
 
     Returns:
         Log history: loss, learning rate, asked sparsity by step.

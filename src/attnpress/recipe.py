@@ -81,7 +81,9 @@ def _override(data: dict[str, Any], item: str) -> None:
 def _explain(kind: type[Any], item: Any) -> str:
     place = ".".join(str(part) for part in item["loc"])
     if item["type"] != "unexpected_keyword_argument":
-        given = "" if isinstance(item["input"], dict) or item["type"] == "value_error" else f" (found {item['input']!r})"
+        given = (
+            "" if isinstance(item["input"], dict) or item["type"] == "value_error" else f" (found {item['input']!r})"
+        )
         message = item["msg"].removeprefix("Value error, ")
         return f"{place}: {message}{given}" if place else message
     known = _known_keys(kind, item["loc"][:-1])

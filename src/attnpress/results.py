@@ -147,5 +147,7 @@ def read_record(path: Path) -> Record:
 
 
 def _stage(data: dict[str, Any]) -> StageRecord:
-    layers = [LayerRecord(**{**layer, "heads": [HeadRecord(**head) for head in layer["heads"]]}) for layer in data["layers"]]
+    layers = [
+        LayerRecord(**{**layer, "heads": [HeadRecord(**head) for head in layer["heads"]]}) for layer in data["layers"]
+    ]
     return StageRecord(**{**data, "layers": layers})

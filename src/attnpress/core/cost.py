@@ -91,14 +91,16 @@ def count_pairs(codes: Tensor, keep: Tensor, valid: Tensor) -> PairCounts:
 
 
 def _per_head(mask: Tensor) -> Tensor:
-    return mask.sum((0, 2, 3)).double()
+    counts: Tensor = mask.sum((0, 2, 3)).double()
+    return counts
 
 
 def _tiles(mask: Tensor) -> Tensor:
     rows, keys = mask.shape[-2:]
     padded = F.pad(mask, (0, -keys % TILE_KEYS, 0, -rows % TILE_ROWS))
     tiled = padded.unflatten(-1, (-1, TILE_KEYS)).unflatten(-3, (-1, TILE_ROWS))
-    return tiled.any(-1).any(-2)
+    occupied: Tensor = tiled.any(-1).any(-2)
+    return occupied
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ attention; batches are worked through in slices that fit the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,15 @@ def fake_quantize_attention(
         v_codes = quantize_straight_through(value, v_scale, spec.v.qmax)
         v_scale = repeat_heads(v_scale, heads)
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        q_codes, repeat_heads(k_codes, heads), repeat_heads(v_codes, heads), alpha, v_scale, valid, cutoff, spec, dropout
+        q_codes,
+        repeat_heads(k_codes, heads),
+        repeat_heads(v_codes, heads),
+        alpha,
+        v_scale,
+        valid,
+        cutoff,
+        spec,
+        dropout,
     )
     return output
 
@@ -109,8 +118,10 @@ class _Attend(torch.autograd.Function):
         kept = torch.empty(codes.shape, dtype=torch.bool, device=q.device) if dropout > 0 else None
         divisor = torch.empty(batch, heads, rows, 1, device=q.device)
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
-        for part in batch_slices(*codes.shape):
-            weights, divisor[part] = _codes(q[part], k[part], batch_part(valid, part), batch_part(alpha, part), cutoff, spec)
+        for part in batch_slices(codes.shape):
+            weights, divisor[part] = _codes(
+                q[part], k[part], batch_part(valid, part), batch_part(alpha, part), cutoff, spec
+            )
             codes[part] = weights
             if kept is not None:
                 kept[part].bernoulli_(1 - dropout)
@@ -125,7 +136,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, alpha, v_scale, codes, kept, divisor, output = ctx.saved_tensors
         grad = grads[0].float()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part in batch_slices(*codes.shape):
+        for part in batch_slices(codes.shape):
             scaled = grad[part] * v_scale
             weights = codes[part] / divisor[part]
             inner = scaled @ v[part].mT
@@ -173,8 +184,9 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def batch_slices(batch: int, heads: int, rows: int, keys: int) -> list[slice]:
-    """Slices of the batch of about `SLICE` pairs each: elementwise passes then stay in the processor's cache."""
+def batch_slices(shape: Sequence[int]) -> list[slice]:
+    """Slices of the batch of about `SLICE` pairs each, of `shape` [B, H, Sq, Sk]: passes then stay in the cache."""
+    batch, heads, rows, keys = shape
     step = max(1, SLICE // max(1, heads * rows * keys))
     return [slice(start, start + step) for start in range(0, batch, step)]
 

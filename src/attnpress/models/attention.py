@@ -1,4 +1,4 @@
-"""CompressedAttention: the state of one attention module (scales, thresholds, histogram) and what it does with a call."""
+"""CompressedAttention: the state of one attention module (scales, thresholds, histogram), and what a call does."""
 
 from __future__ import annotations
 
@@ -158,7 +158,7 @@ class CompressedAttention(nn.Module):
         """The pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
         q, k, alpha = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
         k = repeat_heads(k, self.heads)
-        for part in batch_slices(*query.shape[:3], key.shape[2]):
+        for part in batch_slices((*query.shape[:3], key.shape[2])):
             acc = q[part, :, rows] @ k[part].mT
             allowed, step = (_rows(batch_part(x, part), rows) for x in (valid, alpha))
             pairs = prune_and_code(acc, allowed, step, cutoff, self.spec)
@@ -170,7 +170,7 @@ class CompressedAttention(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

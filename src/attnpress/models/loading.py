@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.files import sha256_of, write_text
@@ -35,6 +37,13 @@ PINNED_WEIGHTS = {
 
 class ModelError(ValueError):
     """A model that cannot be found or loaded; the message says which, and what to do."""
+
+
+def quiet() -> None:
+    """Silence what Transformers prints while loading, saving and tokenizing; errors still show."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def resolve_model(name: str) -> str:
@@ -124,7 +133,9 @@ def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) 
     except (ConfigError, OSError, SafetensorError) as error:
         raise ModelError(f"{folder}: damaged: {error}") from None
     model = bind(load_model(str(folder), kind, label_names), spec)
-    missing = [name for name in model.load_state_dict(state, strict=False).missing_keys if not name.endswith("histogram")]
+    missing = [
+        name for name in model.load_state_dict(state, strict=False).missing_keys if not name.endswith("histogram")
+    ]
     if missing:
         raise ModelError(f"{folder}: damaged: {WEIGHTS} lacks {', '.join(missing[:3])}")
     return model

@@ -61,7 +61,7 @@ def _caption(record: Record) -> str:
     length = record.stages[0].padded_length if record.stages else "?"
     majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
     return (
-        f"{record.headline} in points on {record.provenance['rows']['eval']} rows; sparsity over valid pairs (the headline"
-        f" figure), pruned by the rule alone, padded to {length} tokens, and of 16 x 64 tiles; MACs of attention over"
-        f" valid pairs.{majority}"
+        f"{record.headline} in points on {record.provenance['rows']['eval']} rows; sparsity over valid pairs (the"
+        f" headline figure), pruned by the rule alone, padded to {length} tokens, and of 16 x 64 tiles; MACs of"
+        f" attention over valid pairs.{majority}"
     )
