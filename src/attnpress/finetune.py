@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from attnpress.calibrate import reduce_over_ranks
@@ -111,6 +112,41 @@ class CheckpointCallback(TrainerCallback):
         (folder / COMPLETE).touch()
 
 
+class LengthSampler(Sampler[int]):
+    """Shuffled rows whose batches hold similar lengths, so that little padding is computed.
+
+    The order depends on seed and epoch alone: a resumed run sees the batches that an uninterrupted one would have.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows that are trained on together, over all ranks.
+        seed: of the shuffle.
+    """
+
+    POOL = 25
+    """Batches' worth of random rows that are sorted together."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, 0
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        pools = torch.randperm(len(self), generator=generator).split(self.POOL * self.batch_size)
+        batches = [batch for pool in pools for batch in pool[self.lengths[pool].argsort()].split(self.batch_size)]
+        short = [batch for batch in batches if len(batch) < self.batch_size]
+        whole = [batch for batch in batches if len(batch) == self.batch_size]
+        order = torch.randperm(len(whole), generator=generator).tolist()
+        # A short batch in the middle would shift all later ones out of their lengths.
+        yield from torch.cat([*(whole[index] for index in order), *short]).tolist()
+
+
 class CompressionTrainer(Trainer):
     """The one Trainer: the task's loss, plus distillation where a teacher is given.
 
@@ -125,6 +161,11 @@ class CompressionTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.distillation = distillation
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        batch = self.args.train_batch_size * self.args.world_size
+        return LengthSampler([len(ids) for ids in rows["input_ids"]], batch, self.args.seed)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
