@@ -15,6 +15,8 @@ from attnpress.models.binding import attentions
 
 Batch = Mapping[str, Any]
 
+LABELS = ("labels", "start_positions", "end_positions")
+
 REFITS = 2
 """Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
 
@@ -31,12 +33,13 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         ValueError: no batches, or none with a real token; the model is not bound.
     """
     modules = list(_bound(model).values())
-    kept = [_without_labels(batch) for batch in batches]
+    kept = list(batches)
     if not kept:
         raise ValueError("calibrate needs at least one batch of real data")
     for module in modules:
         module.observers = module.make_observers()
-    _run(model, kept)
+    for _ in outputs(model, kept):
+        pass
     for module in modules:
         _set_scales(module)
     fit_thresholds(model, kept)
@@ -45,13 +48,28 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
 def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode."""
     modules = {name: module for name, module in _bound(model).items() if not module.spec.is_dense}
-    kept = [_without_labels(batch) for batch in batches]
+    kept = list(batches)
     for _ in range(1 + REFITS):
         with watching(modules.values(), slice(None)):
-            _run(model, kept)
+            for _ in outputs(model, kept):
+                pass
         for module in modules.values():
             module.take_seen(0.0, reduce_over_ranks)
             module.set_sparsity(module.spec.sparsity)
+
+
+def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
+    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name not in LABELS}
+            with torch.no_grad():
+                output = model(**inputs)
+            yield output
+    finally:
+        model.train(training)
 
 
 @contextmanager
@@ -88,18 +106,3 @@ def _set_scales(module: CompressedAttention) -> None:
     with torch.no_grad():
         for name, observer in observers.items():
             getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
-
-
-def _run(model: nn.Module, batches: list[dict[str, Any]]) -> None:
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**{name: value.to(device) for name, value in batch.items()})
-    finally:
-        model.train(training)
-
-
-def _without_labels(batch: Batch) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("labels", "start_positions", "end_positions")}

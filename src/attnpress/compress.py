@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from attnpress.calibrate import calibrate, fit_thresholds
-from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig
+from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
 from attnpress.files import sha256_of, whole_folder, write_text
-from attnpress.finetune import SparsityCallback, history_lines, train
-from attnpress.models.binding import bind
+from attnpress.finetune import SparsityCallback, history_lines, read_history, train
+from attnpress.models.binding import bind, unbind
 from attnpress.models.loading import (
     WEIGHTS,
     load_compressed,
@@ -35,7 +35,7 @@ from attnpress.models.loading import (
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, StageRecord, read_record, to_json
-from attnpress.run_folder import check_space, claim_folder, provenance
+from attnpress.run_folder import check_space, claim_folder, differences, provenance
 from attnpress.tasks import TaskData, check_data, load_task
 
 
@@ -48,7 +48,6 @@ class Run:
     data: TaskData
     tokenizer: PreTrainedTokenizerBase
     base: str
-    notify: Callable[[str], None]
 
     @property
     def dense(self) -> str:
@@ -58,7 +57,9 @@ class Run:
     def load(self, source: str) -> PreTrainedModel:
         """A model with the task's head, the same head for the same seed."""
         set_seed(self.config.seed)
-        return load_model(source, self.data.task.kind, self.data.label_names)
+        model = load_model(source, self.data.task.kind, self.data.label_names)
+        model.to(PartialState().device)
+        return model
 
     def calibration_batches(self) -> list[dict[str, Any]]:
         """This rank's share of the calibration batches: random training rows, fixed by the seed."""
@@ -66,9 +67,9 @@ class Run:
         generator = torch.Generator().manual_seed(self.config.seed)
         rows, collate = self.data.train, self.data.collate
         loader = DataLoader(rows, spec.batch_size, shuffle=True, generator=generator, collate_fn=collate)
-        batches = list(islice(loader, spec.batches))
-        shares = [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
-        return [share for share in shares if len(next(iter(share.values())))]
+        # Ranks observe together, batch by batch: a last batch that is too small to share is left out.
+        batches = [batch for batch in islice(loader, spec.batches) if len(batch["input_ids"]) >= state.num_processes]
+        return [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
 
 
 def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = print) -> Record:
@@ -87,82 +88,88 @@ def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = pr
         DivergedError: training left the finite numbers; the last good checkpoint is kept.
     """
     check_data(config.data)
-    base = resolve_model(config.model)
-    if config.checkpoint is not None:
-        resolve_model(str(config.checkpoint))
-    claim_folder(config, output)
+    base = resolve_model(str(_checkpoint_folder(config) or config.model))
     tokenizer = load_tokenizer(base)
-    run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base, notify)
+    run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base)
+    claim_folder(config, output)
     record = _open_record(run)
+    tell = notify if PartialState().is_main_process else _say_nothing
     for name in STAGES:
         if name == "dense_control" and not config.dense_control:
             continue
         if record.stage(name) is not None:
-            notify(f"{name}: already done")
+            tell(f"{name}: already done")
             continue
-        notify(f"{name}: {_DOES[name]}")
+        tell(f"{name}: {_DOES[name]}")
         record = _run_stage(run, record, name)
     return record
 
 
+def _checkpoint_folder(config: RunConfig) -> Path | None:
+    if config.checkpoint is not None and not config.checkpoint.is_dir():
+        raise ConfigError(
+            f"checkpoint: no folder {config.checkpoint}; give one that save_pretrained wrote, or remove it"
+        )
+    return config.checkpoint
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
 def _run_stage(run: Run, record: Record, name: str) -> Record:
     begin, state = time.monotonic(), PartialState()
-    model, history = _STAGES[name](run)
-    stage = evaluate(model, run.data, name, run.config.data.max_length)
-    stage = dataclasses.replace(stage, seconds=round(time.monotonic() - begin, 1))
-    record = record.with_stage(stage)
-    if history:
+    stage = evaluate(_STAGES[name](run), run.data, name, run.config.data.max_length)
+    record = record.with_stage(dataclasses.replace(stage, seconds=round(time.monotonic() - begin, 1)))
+    if history := read_history(_log(run, name)):
         record = dataclasses.replace(record, training={**record.training, name: history})
     record.provenance["weights"].update(_hashes(run))
     if state.is_main_process:
-        if history:
-            write_text(run.output / "logs" / f"{name}.jsonl", history_lines(history))
         write_text(run.output / "record.json", to_json(record))
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)
     state.wait_for_everyone()
     return record
 
 
-def _dense(run: Run) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    folder, history = Path(run.dense), []
+def _dense(run: Run) -> PreTrainedModel:
+    folder = Path(run.dense)
     if not folder.is_dir():
         model = run.load(run.base)
+        unbind(bind(model, DENSE))  # a model that cannot be compressed is refused before it is trained
         check_space(model, run.output)
-        history = _train(run, model, "dense", run.config.dense)
+        _train(run, model, "dense", run.config.dense)
         _save(folder, lambda scratch: _save_dense(run, model, scratch))
-    return bind(run.load(run.dense), DENSE), history
+    return bind(run.load(run.dense), DENSE)
 
 
-def _dense_control(run: Run) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+def _dense_control(run: Run) -> PreTrainedModel:
     model = run.load(run.dense)
-    history = _train(run, model, "dense_control", run.config.compress)
-    return bind(model, DENSE), history
+    _train(run, model, "dense_control", run.config.compress)
+    return bind(model, DENSE)
 
 
-def _quantized(run: Run) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    return _compressed(run, dataclasses.replace(run.config.attention, sparsity=0.0, threshold=None)), []
+def _quantized(run: Run) -> PreTrainedModel:
+    return _compressed(run, dataclasses.replace(run.config.attention, sparsity=0.0, threshold=None))
 
 
-def _one_shot(run: Run) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
-    return _compressed(run, run.config.attention), []
+def _one_shot(run: Run) -> PreTrainedModel:
+    return _compressed(run, run.config.attention)
 
 
-def _progressive(run: Run) -> tuple[PreTrainedModel, list[dict[str, Any]]]:
+def _progressive(run: Run) -> PreTrainedModel:
     spec, folder = run.config.attention, run.output / "progressive"
-    kind, names = run.data.task.kind, run.data.label_names
-    if folder.is_dir():
-        return load_compressed(folder, kind, names), []
-    model = _compressed(run, dataclasses.replace(spec, sparsity=min(run.config.schedule.start, spec.sparsity)))
-    check_space(model, run.output)
-    callback = SparsityCallback(model, run.config.schedule, spec.sparsity)
-    teacher = bind(run.load(run.dense), DENSE)
-    history = _train(run, model, "progressive", run.config.compress, teacher, [callback])
-    fit_thresholds(model, run.calibration_batches())
-    _save(folder, lambda scratch: _save_progressive(run, model, spec, scratch))
-    return model, history
+    if not folder.is_dir():
+        model = _compressed(run, dataclasses.replace(spec, sparsity=min(run.config.schedule.start, spec.sparsity)))
+        check_space(model, run.output)
+        callback = SparsityCallback(model, run.config.schedule, spec.sparsity)
+        teacher = bind(run.load(run.dense), DENSE)
+        _train(run, model, "progressive", run.config.compress, teacher, [callback])
+        fit_thresholds(model, run.calibration_batches())
+        _save(folder, lambda scratch: _save_progressive(run, model, spec, scratch))
+    return load_compressed(folder, run.data.task.kind, run.data.label_names)
 
 
-_STAGES: dict[str, Callable[[Run], tuple[PreTrainedModel, list[dict[str, Any]]]]] = {
+_STAGES: dict[str, Callable[[Run], PreTrainedModel]] = {
     "dense": _dense,
     "dense_control": _dense_control,
     "quantized": _quantized,
@@ -186,13 +193,19 @@ def _compressed(run: Run, spec: AttentionSpec) -> PreTrainedModel:
 
 
 def _train(
-    run: Run, model: PreTrainedModel, name: str, spec: Any, teacher: PreTrainedModel | None = None, callbacks: Any = ()
-) -> list[dict[str, Any]]:
-    folder = run.output / "checkpoints" / name
-    history = train(
-        model, run.data, spec, folder, run.config.seed, run.config.distillation, teacher, callbacks
-    )  # fmt: skip
-    return [entry for entry in history if "loss" in entry]
+    run: Run, model: PreTrainedModel, name: str, spec: TrainSpec, teacher: PreTrainedModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:  # fmt: skip
+    folder, config = run.output / "checkpoints" / name, run.config
+    history = train(model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks)
+    if PartialState().is_main_process:
+        # On disk before the weights are: a run killed between the two, or before its record, still has its history.
+        write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))
+    PartialState().wait_for_everyone()
+
+
+def _log(run: Run, name: str) -> Path:
+    return run.output / "logs" / f"{name}.jsonl"
 
 
 def _save(folder: Path, write: Callable[[Path], None]) -> None:
@@ -213,18 +226,24 @@ def _save_progressive(run: Run, model: PreTrainedModel, spec: AttentionSpec, fol
 
 
 def _open_record(run: Run) -> Record:
-    if (run.output / "record.json").is_file():
-        record = read_record(run.output)
-        before, now = record.provenance["data"], run.data.fingerprint
-        if before != now:
-            raise ConfigError(f"{run.output}: the data have changed since this run began (sha256 {before}, now {now})")
+    now = provenance(run.config.seed, run.base, run.data)
+    if not (run.output / "record.json").is_file():
+        record = Record(spec_to_dict(run.config), run.data.task.headline, run.data.majority, now)
+        if PartialState().is_main_process:
+            write_text(run.output / "record.json", to_json(record))
         return record
-    return Record(
-        spec_to_dict(run.config),
-        run.data.task.headline,
-        run.data.majority,
-        provenance(run.config.seed, run.base, run.data),
-    )
+    record = read_record(run.output)
+    changed = differences(_sources(record.provenance), _sources(now))
+    if changed:
+        raise ConfigError(
+            f"{run.output}: the sha256 of {', '.join(changed)} is not what it was when this run began; "
+            "restore the files, or choose another --output"
+        )
+    return record
+
+
+def _sources(provenance: dict[str, Any]) -> dict[str, Any]:
+    return {"data": provenance["data"], "model": provenance["weights"]["base"]}
 
 
 def _hashes(run: Run) -> dict[str, str]:
@@ -236,7 +255,7 @@ def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
     """Evaluate the compressed model of a finished run, on its own data or another `config.data`.
 
     Raises:
-        ConfigError: the run has no compressed model yet.
+        ConfigError: the run has no compressed model yet, or one with other classes.
     """
     folder = run_folder / "progressive"
     if not folder.is_dir():
@@ -244,5 +263,11 @@ def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
             f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
         )
     data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
+    outputs = len(AutoConfig.from_pretrained(folder).id2label)
+    if data.task.kind != "qa" and outputs != max(1, len(data.label_names)):
+        raise ConfigError(
+            f"--task {data.task.name}: has {len(data.label_names)} classes, the model of {run_folder} answers with "
+            f"{outputs}; choose a task with the same classes"
+        )
     model = load_compressed(folder, data.task.kind, data.label_names)
     return evaluate(model, data, "progressive", config.data.max_length)

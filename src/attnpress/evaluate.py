@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
+import sys
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import tqdm
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import EvalPrediction, PreTrainedModel
 
-from attnpress.calibrate import reduce_over_ranks
+from attnpress.calibrate import outputs, reduce_over_ranks
 from attnpress.core.cost import PairCounts, attention_work
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
@@ -22,14 +29,16 @@ def evaluate(
     """Metrics and sparsity of a bound model on the task's evaluation split.
 
     Args:
-        model: bound; calibrated if its spec is not dense.
+        model: bound; calibrated if its spec is not dense. Goes to this process's device.
         name: of the stage.
         padded_length: length for `padded_sparsity`.
         seconds: wall time to record.
     """
-    modules = attentions(model)
+    modules = attentions(model.to(PartialState().device))
     for module in modules.values():
-        module.counts = PairCounts.none_yet(module.heads)
+        module.counts = PairCounts(
+            *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())
+        )
     try:
         metrics = predict(model, data, batch_size)
         counts = {name: _merged(module) for name, module in modules.items()}
@@ -40,22 +49,34 @@ def evaluate(
 
 
 def predict(model: PreTrainedModel, data: TaskData, batch_size: int = 32) -> dict[str, float]:
-    """The task's metrics in points, headline first."""
-    with tempfile.TemporaryDirectory() as scratch:
-        arguments = TrainingArguments(
-            output_dir=scratch, per_device_eval_batch_size=batch_size, report_to="none",
-            dataloader_pin_memory=torch.cuda.is_available(),
-        )  # fmt: skip
-        trainer = Trainer(model=model, args=arguments, data_collator=data.collate, compute_metrics=data.compute_metrics)
-        found = trainer.predict(data.eval).metrics or {}
-    timing = (
-        "test_loss",
-        "test_runtime",
-        "test_samples_per_second",
-        "test_steps_per_second",
-        "test_model_preparation_time",
-    )
-    return {key.removeprefix("test_"): float(value) for key, value in found.items() if key not in timing}
+    """The task's metrics in points, headline first; ranks share the rows, and none is seen twice."""
+    logits = predicted_logits(model, data, batch_size).cpu().numpy()
+    if data.task.kind == "qa":
+        spans: Any = (logits[:, 0], logits[:, 1])  # its annotation allows one output only
+        return data.compute_metrics(EvalPrediction(spans, np.empty(0)))
+    return data.compute_metrics(EvalPrediction(logits[:, 0], np.asarray(data.eval["labels"])))
+
+
+def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) -> Tensor:
+    """Logits of all evaluation rows, in their order and on every rank, zero where a row is shorter than the longest.
+
+    Returns:
+        [rows, 1, classes], or [rows, 2, length] with the start and end logits of "qa".
+    """
+    state, rows, outcomes = PartialState(), len(data.eval), 2 if data.task.kind == "qa" else 1
+    mine = range(state.process_index, rows, state.num_processes)
+    loader = DataLoader(data.eval.select(mine), batch_size, collate_fn=data.collate)
+    shown = tqdm(loader, desc="evaluate", leave=False, disable=not sys.stderr.isatty())
+    parts = [
+        torch.stack([output[key] for key in output if key.endswith("logits")], 1) for output in outputs(model, shown)
+    ]
+    longest = torch.tensor(max((part.shape[-1] for part in parts), default=1), device=model.device)
+    widest = int(reduce_over_ranks(longest, "max"))
+    # Each rank fills in its own rows, so that the sum over ranks is the whole: no row is padded in, none is doubled.
+    logits = torch.zeros(rows, outcomes, widest, device=model.device)
+    padded = [F.pad(part.float(), (0, widest - part.shape[-1])) for part in parts]
+    logits[mine.start :: mine.step] = torch.cat([logits[:0], *padded])
+    return reduce_over_ranks(logits, "sum")
 
 
 def _merged(module: CompressedAttention) -> PairCounts:

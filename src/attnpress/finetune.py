@@ -8,15 +8,26 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from attnpress.calibrate import reduce_over_ranks
 from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
@@ -64,6 +75,11 @@ class SparsityDriver:
             module.rows = None
             module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks)
 
+    def freeze(self) -> None:
+        """Ask for the target itself when training is over: the last step may have asked for less."""
+        for module in self.modules:
+            module.set_sparsity(self.target)
+
 
 class SparsityCallback(TrainerCallback):
     """Progressive pruning as a Trainer callback.
@@ -86,6 +102,10 @@ class SparsityCallback(TrainerCallback):
         """Collect what the step has seen, before any checkpoint is written."""
         self.driver.end()
 
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Leave the model at its target, also when training was resumed from its very last checkpoint."""
+        self.driver.freeze()
+
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
@@ -93,6 +113,39 @@ class SparsityCallback(TrainerCallback):
         if logs is not None and "loss" in logs:
             logs["sparsity_asked"] = self.asked
             state.log_history[-1]["sparsity_asked"] = self.asked
+
+
+class ProgressBar(ProgressCallback):
+    """The Trainer's own progress bar, with the newest figures beside it instead of a line for each."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Show the newest figures."""
+        if self.training_bar is not None and (shown := newest_figures(logs)):
+            self.training_bar.set_postfix(shown)
+
+
+class PlainProgress(TrainerCallback):
+    """A line now and then, for output that is no terminal."""
+
+    LINES = 5
+    """How many lines a stage prints."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Print the newest figures, but not all of them."""
+        due = state.global_step % max(1, state.max_steps // self.LINES) < state.logging_steps
+        if state.is_world_process_zero and due and (shown := newest_figures(logs)):
+            text = ", ".join(f"{name} {value}" for name, value in shown.items())
+            print(f"   step {state.global_step} of {state.max_steps}: {text}", flush=True)
+
+
+def newest_figures(logs: Any) -> dict[str, str]:
+    """Loss and asked sparsity of a log entry, ready to print; empty for entries without a loss."""
+    names = ("loss", "sparsity_asked") if logs and "loss" in logs else ()
+    return {name: f"{logs[name]:.3f}" for name in names if name in logs}
 
 
 class CheckpointCallback(TrainerCallback):
@@ -104,6 +157,7 @@ class CheckpointCallback(TrainerCallback):
         """Called when all files of a checkpoint are written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         finite = model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
+        PartialState().wait_for_everyone()  # each rank writes its random state
         if not state.is_world_process_zero or not folder.is_dir():
             return
         if not finite:
@@ -163,7 +217,7 @@ class CompressionTrainer(Trainer):
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False).to(self.args.device)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
-        rows = self.train_dataset if train_dataset is None else train_dataset
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
         batch = self.args.train_batch_size * self.args.world_size
         return LengthSampler([len(ids) for ids in rows["input_ids"]], batch, self.args.seed)
 
@@ -262,20 +316,27 @@ def train(
         data_collator=data.collate, callbacks=[*callbacks, CheckpointCallback()],
         teacher=teacher, distillation=distillation,
     )  # fmt: skip
+    trainer.remove_callback(ProgressCallback)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(ProgressBar() if sys.stderr.isatty() else PlainProgress())
     trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     return list(trainer.state.log_history)
 
 
 def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> TrainingArguments:
     """The Trainer's own arguments for one stage."""
-    steps = max(1, math.ceil(rows / spec.batch_size * spec.epochs))
+    batches = math.ceil(rows / (spec.batch_size * PartialState().num_processes))
+    steps = math.ceil(batches * spec.epochs)
+    log_every = max(1, steps // 50)
+    # A loss is logged as the mean since the last log, so a run resumed between two logs would report another one.
+    save_every = math.ceil(steps / spec.checkpoints / log_every) * log_every
     return TrainingArguments(
         output_dir=str(folder), num_train_epochs=spec.epochs, learning_rate=spec.learning_rate,
         per_device_train_batch_size=spec.batch_size, weight_decay=spec.weight_decay,
         warmup_steps=math.ceil(steps * spec.warmup), lr_scheduler_type="linear", seed=seed, data_seed=seed,
-        save_strategy="steps", save_steps=max(1, math.ceil(steps / spec.checkpoints)), save_total_limit=2,
-        logging_steps=max(1, steps // 50), report_to="none", ddp_broadcast_buffers=False,
-        dataloader_pin_memory=torch.cuda.is_available(),
+        save_strategy="steps", save_steps=save_every, save_total_limit=2,
+        logging_steps=log_every, report_to="none", ddp_broadcast_buffers=False,
+        disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
 
@@ -283,7 +344,7 @@ def last_checkpoint(folder: Path) -> str | None:
     """The newest checkpoint that was written whole; those cut short are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in [path for path in found if not (path / COMPLETE).is_file()]:
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)  # another rank may be removing it too
         found.remove(path)
     return str(found[-1]) if found else None
 
@@ -291,3 +352,8 @@ def last_checkpoint(folder: Path) -> str | None:
 def history_lines(history: list[dict[str, Any]]) -> str:
     """The log history as JSON lines."""
     return "".join(json.dumps(entry) + "\n" for entry in history)
+
+
+def read_history(log: Path) -> list[dict[str, Any]]:
+    """The log history that `history_lines` wrote; nothing where there is no such file."""
+    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []

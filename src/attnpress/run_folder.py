@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import PartialState
 from torch import nn
 
 from attnpress.config import ConfigError, RunConfig
 from attnpress.files import write_text
 from attnpress.models.loading import weights_hash
-from attnpress.recipe import dump_config, spec_to_dict
+from attnpress.recipe import dump_config, load_config, spec_to_dict
 from attnpress.tasks import TaskData
 
 COPIES = 8
@@ -30,21 +29,17 @@ def claim_folder(config: RunConfig, output: Path) -> None:
     Raises:
         ConfigError: it holds a run of another recipe, or cannot be written.
     """
-    recipe = output / "recipe.yaml"
-    if recipe.is_file():
-        different = differences(yaml.safe_load(recipe.read_text(encoding="utf-8")), spec_to_dict(config))
-        if different:
-            raise ConfigError(
-                f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "
-                "choose another --output, or delete the folder"
-            )
-        return
+    recipe, state = output / "recipe.yaml", PartialState()
+    taken = recipe.is_file()
+    state.wait_for_everyone()  # all ranks have looked before one writes
+    if taken:
+        return _check_owner(output, config)
     try:
-        if PartialState().is_main_process:
+        if state.is_main_process:
             write_text(recipe, dump_config(config))
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
-    PartialState().wait_for_everyone()
+    state.wait_for_everyone()
 
 
 def check_space(model: nn.Module, output: Path) -> None:
@@ -85,3 +80,12 @@ def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
         keys = sorted({*before, *now})
         return [line for key in keys for line in differences(before.get(key), now.get(key), f"{prefix}{key}.")]
     return [] if before == now else [prefix.removesuffix(".")]
+
+
+def _check_owner(output: Path, config: RunConfig) -> None:
+    different = differences(spec_to_dict(load_config(output / "recipe.yaml")), spec_to_dict(config))
+    if different:
+        raise ConfigError(
+            f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "
+            "choose another --output, or delete the folder"
+        )

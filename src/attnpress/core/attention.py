@@ -200,8 +200,8 @@ def key_validity(valid: Tensor | None) -> Tensor | None:
 
 
 def _row_max(acc: Tensor, valid: Tensor) -> Tensor:
-    lowest = acc.masked_fill(~valid, -FAR).amax(-1, keepdim=True)
-    return lowest.masked_fill(~valid.any(-1, keepdim=True), 0)
+    lowest = -torch.inf if acc.is_floating_point() else -FAR
+    return acc.masked_fill(~valid, lowest).amax(-1, keepdim=True).masked_fill(~valid.any(-1, keepdim=True), 0)
 
 
 def _present(scale: Tensor | None, name: str) -> Tensor:

@@ -29,6 +29,9 @@ from attnpress.core.quantizer import learned_step, quantize_straight_through, sm
 EXACT = 2**24
 """Float32 holds every integer up to here."""
 
+SATURATION = 2.0**56
+"""Where Q and K in floating point stop, so that their products stay finite."""
+
 SLICE = 2**18
 """Pairs worked on at a time: about a megabyte of float32."""
 
@@ -78,12 +81,16 @@ def fake_quantize_attention(
 def scores_operands(
     query: Tensor, key: Tensor, valid: Tensor | None, scales: Scales, spec: AttentionSpec, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of Q and K with straight-through gradients, and alpha; the values themselves where bits are None."""
+    """Codes of Q and K with straight-through gradients, and alpha; the values themselves where bits are None.
+
+    Either way NaN counts as 0, and infinities saturate.
+    """
     if spec.smooth_key:
         key = smooth_key(key, key_validity(valid))
     if spec.q.bits is None:
         one = torch.ones(1, 1, 1, 1, device=query.device)
-        return query.float(), key.float(), score_step(one, one, scaling, query.shape[1])
+        q, k = (x.float().nan_to_num(nan=0.0).clamp(-SATURATION, SATURATION) for x in (query, key))
+        return q, k, score_step(one, one, scaling, query.shape[1])
     q_scale = query_scale(query, scales, spec.q)
     if spec.q.granularity != "token":
         q_scale = static_scale(q_scale, query, spec.q.qmax)
@@ -168,7 +175,8 @@ def _codes(
     # The default rule, in place and by one table look-up; pairs at infinite distance get exponent T_MAX and code 0.
     if valid is not None:
         acc.masked_fill_(~valid, -torch.inf)
-    row_max = acc.amax(-1, keepdim=True).clamp_(min=-EXACT)
+    row_max = acc.amax(-1, keepdim=True)
+    row_max.masked_fill_(row_max == -torch.inf, 0.0)
     distance = acc.neg_().add_(row_max)
     if cutoff is not None:
         distance.masked_fill_(distance > relative_cut(cutoff.view(1, -1, 1, 1), alpha), torch.inf)

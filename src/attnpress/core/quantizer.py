@@ -7,15 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-40
-"""Keeps 1 / scale and products of scales well inside float32."""
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
+"""Keep 1 / scale and products of scales well inside float32."""
+
+_MANTISSA = 2**23 - 1
 
 
 def positive_scale(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
-    """A usable float32 scale: at least SMALLEST_SCALE; 1 where the data were all zero; rounded up to 2^-f if asked."""
+    """A usable float32 scale: SMALLEST_SCALE to LARGEST_SCALE, 1 where the data were all zero, up to 2^-f if asked."""
     scale = scale.float()
-    scale = torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
-    return torch.exp2(torch.log2(scale).ceil()) if power_of_two else scale
+    scale = torch.where(scale > 0, scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), torch.ones_like(scale))
+    if not power_of_two:
+        return scale
+    # On the bits, since log2 in floating point takes the number just above a power for the power itself.
+    return ((scale.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
 
 
 def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
@@ -70,7 +75,9 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inside, scale, x = ctx.saved_tensors
         through = grads[0] * inside / scale
-        grad_scale = None if x is None else -(through * (x.float() / scale)).sum_to_size(scale.shape)
+        # Outside the range x may be infinite or NaN, and zero times that would be NaN.
+        steps = None if x is None else (x.float() / scale).masked_fill(~inside, 0.0)
+        grad_scale = None if steps is None else -(through * steps).sum_to_size(scale.shape)
         return through.to(ctx.dtype), grad_scale, None
 
 
@@ -110,14 +117,12 @@ def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
         valid: bool, broadcastable to [B, Hkv, Sk, 1]; None if every key is valid.
 
     Returns:
-        float32 [B, Hkv, Sk, D]. The mean is taken in float64, then rounded; it carries no gradient, since each row of
-        score gradients sums to zero.
+        float32 [B, Hkv, Sk, D]. The mean is of finite values, taken in float64, then rounded; it carries no gradient,
+        since each row of score gradients sums to zero.
     """
     with torch.no_grad():
         exact = key.double()
-        if valid is None:
-            mean = exact.mean(-2, keepdim=True)
-        else:
-            weight = valid.double()
-            mean = exact.masked_fill(~valid, 0.0).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
+        counted = exact.isfinite() if valid is None else exact.isfinite() & valid
+        total = exact.masked_fill(~counted, 0.0).sum(-2, keepdim=True)
+        mean = total / counted.sum(-2, keepdim=True).clamp(min=1)
     return key.float() - mean.float()

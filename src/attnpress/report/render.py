@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
 from rich.table import Table
 
 from attnpress.results import Record, StageRecord
@@ -42,6 +45,49 @@ def stages_markdown(record: Record) -> str:
     rule = ("---", *("---:" for _ in header[1:]))
     lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
     return "\n".join([*lines, "", _caption(record)])
+
+
+def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
+    """Runs of the same recipes with several seeds, as Markdown: mean and standard deviation of each stage.
+
+    Args:
+        groups: records by the label of their recipe; one record a seed. "Against dense" compares with the dense model
+            that was trained equally long (stage dense_control) from the same dense weights, in whichever record it is.
+    """
+    controls = _controls(record for records in groups.values() for record in records)
+    lines = ["| recipe | stage | {metric} | against dense | sparsity | keys a row | seeds |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for label, records in groups.items():
+        for name in [stage.name for stage in records[0].stages]:
+            lines.append(_seeds_row(label, name, records, controls))
+    return "\n".join(lines).format(metric=next(iter(groups.values()))[0].headline)
+
+
+def _seeds_row(label: str, name: str, records: Sequence[Record], controls: Mapping[str, float]) -> str:
+    found = [(record, stage) for record in records if (stage := record.stage(name))]
+    stages = [stage for _, stage in found]
+    scores = [stage.metrics[record.headline] for record, stage in found]
+    losses = [score - _reference(record, controls) for score, (record, _) in zip(scores, found, strict=True)]
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    sparsity = statistics.mean(stage.sparsity for stage in stages)
+    keys = statistics.mean(stage.keys_per_row for stage in stages)
+    return (
+        f"| {label} | {TITLES[name]} | {statistics.mean(scores):.2f} ± {spread:.2f} | {statistics.mean(losses):+.2f} "
+        f"| {sparsity:.3f} | {keys:.2f} | {len(scores)} |"
+    )
+
+
+def _controls(records: Iterable[Record]) -> dict[str, float]:
+    """Score of the dense model trained as long as the compressed one, by the hash of its first dense weights."""
+    found = [(record, record.stage("dense_control")) for record in records]
+    return {record.provenance["weights"]["dense"]: stage.metrics[record.headline] for record, stage in found if stage}
+
+
+def _reference(record: Record, controls: Mapping[str, float]) -> float:
+    dense = record.stage("dense")
+    if dense is None:
+        raise ValueError("the record has no dense stage to compare with")
+    return controls.get(record.provenance["weights"]["dense"], dense.metrics[record.headline])
 
 
 def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
