@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 from torch import Tensor, nn
 
 from attnpress.models.attention import CompressedAttention
@@ -83,6 +84,11 @@ def watching(modules: Iterable[CompressedAttention], rows: slice) -> Iterator[No
     finally:
         for module in chosen:
             module.rows = None
+
+
+def this_process() -> PartialState:
+    """This process among those of `torchrun` or `accelerate launch`; without an accelerator they talk through gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:

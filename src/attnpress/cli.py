@@ -96,14 +96,14 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 def _compress(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.set)
     _quiet_libraries()
-    from accelerate import PartialState
     from rich.console import Console
 
+    from attnpress.calibrate import this_process
     from attnpress.compress import compress
     from attnpress.report.render import stages_table
 
     record = compress(config, options.output, notify=_stage_line)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         console = Console() if sys.stdout.isatty() else Console(width=140)
         console.print(stages_table(record))
         print(f"record: {options.output / 'record.json'}")
@@ -117,12 +117,11 @@ def _evaluate(options: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from accelerate import PartialState
-
+    from attnpress.calibrate import this_process
     from attnpress.compress import reevaluate
 
     stage = dataclasses.asdict(reevaluate(options.run_dir, config))
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         print(json.dumps({key: value for key, value in stage.items() if key not in ("layers", "seconds")}, indent=1))
     return 0
 

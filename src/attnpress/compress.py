@@ -15,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from attnpress.calibrate import calibrate, fit_thresholds
+from attnpress.calibrate import calibrate, fit_thresholds, this_process
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
 from attnpress.files import sha256_of, whole_folder, write_text
@@ -58,12 +57,12 @@ class Run:
         """A model with the task's head, the same head for the same seed."""
         set_seed(self.config.seed)
         model = load_model(source, self.data.task.kind, self.data.label_names)
-        model.to(PartialState().device)
+        model.to(this_process().device)
         return model
 
     def calibration_batches(self) -> list[dict[str, Any]]:
         """This rank's share of the calibration batches: random training rows, fixed by the seed."""
-        spec, state = self.config.calibration, PartialState()
+        spec, state = self.config.calibration, this_process()
         generator = torch.Generator().manual_seed(self.config.seed)
         rows, collate = self.data.train, self.data.collate
         loader = DataLoader(rows, spec.batch_size, shuffle=True, generator=generator, collate_fn=collate)
@@ -93,7 +92,7 @@ def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = pr
     run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base)
     claim_folder(config, output)
     record = _open_record(run)
-    tell = notify if PartialState().is_main_process else _say_nothing
+    tell = notify if this_process().is_main_process else _say_nothing
     for name in STAGES:
         if name == "dense_control" and not config.dense_control:
             continue
@@ -118,7 +117,7 @@ def _say_nothing(_: str) -> None:
 
 
 def _run_stage(run: Run, record: Record, name: str) -> Record:
-    begin, state = time.monotonic(), PartialState()
+    begin, state = time.monotonic(), this_process()
     stage = evaluate(_STAGES[name](run), run.data, name, run.config.data.max_length)
     record = record.with_stage(dataclasses.replace(stage, seconds=round(time.monotonic() - begin, 1)))
     if history := read_history(_log(run, name)):
@@ -159,7 +158,9 @@ def _one_shot(run: Run) -> PreTrainedModel:
 def _progressive(run: Run) -> PreTrainedModel:
     spec, folder = run.config.attention, run.output / "progressive"
     if not folder.is_dir():
-        model = _compressed(run, dataclasses.replace(spec, sparsity=min(run.config.schedule.start, spec.sparsity)))
+        start = dataclasses.replace(spec, sparsity=min(run.config.schedule.start, spec.sparsity))
+        # Attention that nothing is taken from is the framework's own, which shows no pairs to fit a threshold to.
+        model = _compressed(run, spec if start.is_dense else start)
         check_space(model, run.output)
         callback = SparsityCallback(model, run.config.schedule, spec.sparsity)
         teacher = bind(run.load(run.dense), DENSE)
@@ -198,10 +199,10 @@ def _train(
 ) -> None:  # fmt: skip
     folder, config = run.output / "checkpoints" / name, run.config
     history = train(model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks)
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         # On disk before the weights are: a run killed between the two, or before its record, still has its history.
         write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))
-    PartialState().wait_for_everyone()
+    this_process().wait_for_everyone()
 
 
 def _log(run: Run, name: str) -> Path:
@@ -209,10 +210,10 @@ def _log(run: Run, name: str) -> Path:
 
 
 def _save(folder: Path, write: Callable[[Path], None]) -> None:
-    if PartialState().is_main_process:
+    if this_process().is_main_process:
         with whole_folder(folder) as scratch:
             write(scratch)
-    PartialState().wait_for_everyone()
+    this_process().wait_for_everyone()
 
 
 def _save_dense(run: Run, model: PreTrainedModel, folder: Path) -> None:
@@ -229,7 +230,7 @@ def _open_record(run: Run) -> Record:
     now = provenance(run.config.seed, run.base, run.data)
     if not (run.output / "record.json").is_file():
         record = Record(spec_to_dict(run.config), run.data.task.headline, run.data.majority, now)
-        if PartialState().is_main_process:
+        if this_process().is_main_process:
             write_text(run.output / "record.json", to_json(record))
         return record
     record = read_record(run.output)
@@ -263,11 +264,13 @@ def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
             f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
         )
     data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
-    outputs = len(AutoConfig.from_pretrained(folder).id2label)
-    if data.task.kind != "qa" and outputs != max(1, len(data.label_names)):
+    saved = AutoConfig.from_pretrained(folder)
+    answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
+    classes = max(1, len(data.label_names))
+    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
         raise ConfigError(
-            f"--task {data.task.name}: has {len(data.label_names)} classes, the model of {run_folder} answers with "
-            f"{outputs}; choose a task with the same classes"
+            f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
+            f"{run_folder} was trained for another; choose a task that its head fits"
         )
     model = load_compressed(folder, data.task.kind, data.label_names)
     return evaluate(model, data, "progressive", config.data.max_length)

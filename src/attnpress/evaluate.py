@@ -9,13 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from accelerate import PartialState
 from accelerate.utils import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 
-from attnpress.calibrate import outputs, reduce_over_ranks
+from attnpress.calibrate import outputs, reduce_over_ranks, this_process
 from attnpress.core.cost import PairCounts, attention_work
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
@@ -34,7 +33,7 @@ def evaluate(
         padded_length: length for `padded_sparsity`.
         seconds: wall time to record.
     """
-    modules = attentions(model.to(PartialState().device))
+    modules = attentions(model.to(this_process().device))
     for module in modules.values():
         module.counts = PairCounts(
             *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())
@@ -63,7 +62,7 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
     Returns:
         [rows, 1, classes], or [rows, 2, length] with the start and end logits of "qa".
     """
-    state, rows, outcomes = PartialState(), len(data.eval), 2 if data.task.kind == "qa" else 1
+    state, rows, outcomes = this_process(), len(data.eval), 2 if data.task.kind == "qa" else 1
     mine = range(state.process_index, rows, state.num_processes)
     loader = DataLoader(data.eval.select(mine), batch_size, collate_fn=data.collate)
     shown = tqdm(loader, desc="evaluate", leave=False, disable=not sys.stderr.isatty())

@@ -29,13 +29,13 @@ def write_text(path: Path, text: str) -> None:
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A scratch folder that becomes `path` when the `with` block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    scratch = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(scratch, ignore_errors=True)  # what a killed writer left
+    scratch.mkdir(parents=True)
     try:
         yield scratch
         if path.exists():
             shutil.rmtree(path)
-        scratch.chmod(0o755)
         scratch.replace(path)
     except BaseException:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -9,13 +9,11 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -29,12 +27,14 @@ from transformers import (
     TrainingArguments,
 )
 
-from attnpress.calibrate import reduce_over_ranks
+from attnpress.calibrate import reduce_over_ranks, this_process
 from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
+from attnpress.core.distillation import attention_loss, logits_loss
 from attnpress.core.schedule import sparsity_at
 from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
 from attnpress.models.binding import attentions, captured_outputs
 from attnpress.tasks import TaskData
+from attnpress.tasks.sampler import LengthSampler
 
 COMPLETE = "complete"
 """Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
@@ -157,48 +157,13 @@ class CheckpointCallback(TrainerCallback):
         """Called when all files of a checkpoint are written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         finite = model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
-        PartialState().wait_for_everyone()  # each rank writes its random state
+        this_process().wait_for_everyone()  # each rank writes its random state
         if not state.is_world_process_zero or not folder.is_dir():
             return
         if not finite:
             shutil.rmtree(folder)
             raise DivergedError(diverged_message(state.global_step))
         (folder / COMPLETE).touch()
-
-
-class LengthSampler(Sampler[int]):
-    """Shuffled rows whose batches hold similar lengths, so that little padding is computed.
-
-    The order depends on seed and epoch alone: a resumed run sees the batches that an uninterrupted one would have.
-
-    Args:
-        lengths: tokens of each row.
-        batch_size: rows that are trained on together, over all ranks.
-        seed: of the shuffle.
-    """
-
-    POOL = 25
-    """Batches' worth of random rows that are sorted together."""
-
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, 0
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        pools = torch.randperm(len(self), generator=generator).split(self.POOL * self.batch_size)
-        batches = [batch for pool in pools for batch in pool[self.lengths[pool].argsort()].split(self.batch_size)]
-        short = [batch for batch in batches if len(batch) < self.batch_size]
-        whole = [batch for batch in batches if len(batch) == self.batch_size]
-        order = torch.randperm(len(whole), generator=generator).tolist()
-        # A short batch in the middle would shift all later ones out of their lengths.
-        yield from torch.cat([*(whole[index] for index in order), *short]).tolist()
 
 
 class CompressionTrainer(Trainer):
@@ -219,7 +184,8 @@ class CompressionTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         rows: Any = self.train_dataset if train_dataset is None else train_dataset
         batch = self.args.train_batch_size * self.args.world_size
-        return LengthSampler([len(ids) for ids in rows["input_ids"]], batch, self.args.seed)
+        lengths = [len(ids) for ids in rows["input_ids"]]
+        return LengthSampler(lengths, batch, self.args.seed, epoch=lambda: int(self.state.epoch or 0))
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -251,41 +217,6 @@ def diverged_message(step: int) -> str:
         f"the loss or a weight is no longer finite at step {step}; the last good checkpoint is kept. Lower the "
         "learning rate (dense.learning_rate or compress.learning_rate) in a new run folder"
     )
-
-
-def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
-    """Mean squared error of attention outputs over real tokens, relative to the teacher's power, averaged over layers.
-
-    Args:
-        student, teacher: per layer [B, S, H, D].
-        tokens: 1 for real tokens, [B, S].
-    """
-    weight = tokens.view(*tokens.shape, 1, 1).to(teacher[0].dtype)
-    errors = [((s - t) ** 2 * weight).sum() / (t**2 * weight).sum() for s, t in zip(student, teacher, strict=True)]
-    return torch.stack(errors).mean()
-
-
-def logits_loss(student: Any, teacher: Any, temperature: float, tokens: Tensor) -> Tensor:
-    """Divergence of the predictions, softened by `temperature` and scaled by its square (Hinton et al. 2015).
-
-    Classification compares classes, extractive question answering positions (start and end, averaged), regression the
-    squared difference.
-    """
-    if hasattr(student, "start_logits"):
-        hidden = tokens == 0
-        pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
-        return torch.stack([_divergence(s, t, temperature, hidden) for s, t in pairs]).mean()
-    if student.logits.shape[-1] == 1:
-        return F.mse_loss(student.logits, teacher.logits)
-    return _divergence(student.logits, teacher.logits, temperature, None)
-
-
-def _divergence(student: Tensor, teacher: Tensor, temperature: float, hidden: Tensor | None) -> Tensor:
-    if hidden is not None:
-        lowest = torch.finfo(student.dtype).min
-        student, teacher = student.masked_fill(hidden, lowest), teacher.masked_fill(hidden, lowest)
-    ours, theirs = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
-    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
 
 
 def train(
@@ -325,7 +256,7 @@ def train(
 
 def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> TrainingArguments:
     """The Trainer's own arguments for one stage."""
-    batches = math.ceil(rows / (spec.batch_size * PartialState().num_processes))
+    batches = math.ceil(rows / (spec.batch_size * this_process().num_processes))
     steps = math.ceil(batches * spec.epochs)
     log_every = max(1, steps // 50)
     # A loss is logged as the mean since the last log, so a run resumed between two logs would report another one.
@@ -336,7 +267,8 @@ def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> T
         warmup_steps=math.ceil(steps * spec.warmup), lr_scheduler_type="linear", seed=seed, data_seed=seed,
         save_strategy="steps", save_steps=save_every, save_total_limit=2,
         logging_steps=log_every, report_to="none", ddp_broadcast_buffers=False,
-        disable_tqdm=not sys.stderr.isatty(), dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(), log_level="error", log_level_replica="error",
+        use_cpu=not torch.accelerator.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 
 
@@ -350,8 +282,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def history_lines(history: list[dict[str, Any]]) -> str:
-    """The log history as JSON lines."""
-    return "".join(json.dumps(entry) + "\n" for entry in history)
+    """The log history as JSON lines; keys are sorted, as in the checkpoints that a resumed run goes on from."""
+    return "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
 
 
 def read_history(log: Path) -> list[dict[str, Any]]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import nn
 
+from attnpress.calibrate import this_process
 from attnpress.config import ConfigError, RunConfig
 from attnpress.files import write_text
 from attnpress.models.loading import weights_hash
@@ -29,7 +29,7 @@ def claim_folder(config: RunConfig, output: Path) -> None:
     Raises:
         ConfigError: it holds a run of another recipe, or cannot be written.
     """
-    recipe, state = output / "recipe.yaml", PartialState()
+    recipe, state = output / "recipe.yaml", this_process()
     taken = recipe.is_file()
     state.wait_for_everyone()  # all ranks have looked before one writes
     if taken:
@@ -69,7 +69,7 @@ def provenance(seed: int, base: str, data: TaskData) -> dict[str, Any]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processes": PartialState().num_processes,
+            "processes": this_process().num_processes,
         },
     }
 

@@ -141,10 +141,11 @@ def prune_and_code(
         cutoff: float32 [Hq] or None.
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
-    distance = (_row_max(acc, valid) - acc).masked_fill(~valid, FAR)
+    blocked = ~valid
+    distance = (_row_max(acc, valid) - acc).masked_fill_(blocked, FAR)
     rate = exponent_rate(alpha)
-    t = exponent(distance, rate).masked_fill(~valid, T_MAX)
-    probability = power_table(t.device)[t.long()]
+    t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
+    probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
     keep = keep_mask(spec, distance, probability, valid, alpha, per_head)
     if spec.p.bits is None:

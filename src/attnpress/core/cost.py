@@ -43,7 +43,7 @@ class PairCounts:
         return [getattr(self, field.name) for field in fields(self)]
 
     def __add__(self, other: PairCounts) -> PairCounts:
-        return PairCounts(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        return PairCounts(*(a.to(b.device) + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def total(self) -> PairCounts:
         """Summed over heads; [1] each."""

@@ -10,6 +10,9 @@ from torch import Tensor
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
 """Keep 1 / scale and products of scales well inside float32."""
 
+_EDGE = 1 + 2.0**-21
+"""Rounding of x * (1 / scale): the value that a scale was taken from counts as inside the range, not beyond it."""
+
 _MANTISSA = 2**23 - 1
 
 
@@ -66,7 +69,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmax: int) -> Tensor:
-        inside = (x.float() * (1.0 / scale)).abs_() <= qmax
+        magnitude = (x.float() * (1.0 / scale)).abs_()
+        # A byte, not a bool: PyTorch's products with booleans are many times slower on a CPU.
+        inside = torch.le(magnitude, qmax * _EDGE, out=torch.empty(x.shape, dtype=torch.uint8, device=x.device))
         ctx.save_for_backward(inside, scale, x if scale.requires_grad else None)
         ctx.dtype = x.dtype
         return quantize(x, scale, qmax)
@@ -74,15 +79,17 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inside, scale, x = ctx.saved_tensors
-        through = grads[0] * inside / scale
+        through = grads[0] * inside.float() / scale
         # Outside the range x may be infinite or NaN, and zero times that would be NaN.
-        steps = None if x is None else (x.float() / scale).masked_fill(~inside, 0.0)
+        steps = None if x is None else (x.float() / scale).masked_fill(inside == 0, 0.0)
         grad_scale = None if steps is None else -(through * steps).sum_to_size(scale.shape)
         return through.to(ctx.dtype), grad_scale, None
 
 
 def quantize_straight_through(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
     """`quantize` with gradients: to `x` inside the clipping range, and to `scale` where it is learned."""
+    if not torch.is_grad_enabled():
+        return quantize(x, scale, qmax)
     codes: Tensor = _StraightThrough.apply(x, scale, qmax)  # type: ignore[no-untyped-call]
     return codes
 
@@ -103,9 +110,9 @@ def learned_step(scale: Tensor, count: int, qmax: int) -> Tensor:
 
     Args:
         scale: learned scale, kept positive by `positive_scale`.
-        count: how many values share one scale.
+        count: how many values share one scale; 0 in an empty batch.
     """
-    stepped: Tensor = _ScaleGradient.apply(scale, (count * qmax) ** -0.5)  # type: ignore[no-untyped-call]
+    stepped: Tensor = _ScaleGradient.apply(scale, (max(count, 1) * qmax) ** -0.5)  # type: ignore[no-untyped-call]
     return stepped
 
 

@@ -75,9 +75,9 @@ class CompressedAttention(nn.Module):
         return (1, heads, 1, self.head_dim if spec.granularity == "channel" else 1)
 
     def scales(self) -> Scales:
-        """The scales in force; learned ones kept positive."""
+        """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
-        learned = {name: positive_scale(scale) for name, scale in values.items() if scale.requires_grad}
+        learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
         return Scales(**(values | learned))
 
     def active_cutoff(self) -> Tensor | None:
@@ -156,12 +156,13 @@ class CompressedAttention(nn.Module):
         rows: slice, cutoff: Tensor | None,
     ) -> Iterator[tuple[Pairs, Tensor]]:  # fmt: skip
         """The pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
-        q, k, alpha = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
+        shown = query[:, :, rows]
+        q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
         k = repeat_heads(k, self.heads)
-        for part in batch_slices((*query.shape[:3], key.shape[2])):
-            acc = q[part, :, rows] @ k[part].mT
-            allowed, step = (_rows(batch_part(x, part), rows) for x in (valid, alpha))
-            pairs = prune_and_code(acc, allowed, step, cutoff, self.spec)
+        for part in batch_slices((*shown.shape[:3], key.shape[2])):
+            acc = q[part] @ k[part].mT
+            allowed = _rows(batch_part(valid, part), rows)
+            pairs = prune_and_code(acc, allowed, batch_part(alpha, part), cutoff, self.spec)
             yield pairs, pairs.valid if real is None else pairs.valid & _rows(batch_part(real, part), rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedAttention:

