@@ -6,14 +6,13 @@ import csv
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import datasets
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import EvalPrediction, PreTrainedTokenizerFast
 
 from attnpress.config import DataSpec
@@ -24,12 +23,8 @@ GLUE = ("sst2", "mrpc", "rte", "cola", "stsb", "qnli", "mnli", "qqp")
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    words.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=128, **special)
+def tokenizer(make_tokenizer: Callable[[list[str]], PreTrainedTokenizerFast]) -> PreTrainedTokenizerFast:
+    return make_tokenizer(WORDS)
 
 
 def write_lines(path: Path, *lines: str) -> Path:

@@ -29,6 +29,8 @@ from attnpress.core.quantizer import learned_step, quantize_straight_through, sm
 EXACT = 2**24
 """Float32 holds every integer up to here."""
 
+FINITE = torch.finfo(torch.float32).max
+
 SATURATION = 2.0**56
 """Where Q and K in floating point stop, so that their products stay finite."""
 
@@ -180,7 +182,7 @@ def _codes(
     distance = torch.sub(row_max, acc, out=acc)
     beyond = None
     if cutoff is not None:
-        cut = relative_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=EXACT)
+        cut = relative_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
         beyond = (distance - cut).clamp_(min=0)
     t = exponent(distance, exponent_rate(alpha), beyond)
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
