@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from attnpress.calibrate import calibrate
+from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, DistillationSpec, ScheduleSpec
 from attnpress.finetune import CompressionTrainer, SparsityDriver, TrainingArguments
 from attnpress.models.binding import bind

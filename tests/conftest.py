@@ -125,7 +125,7 @@ def from_dense(tiny_recipe: RunConfig, finished: Path) -> RunConfig:
 @pytest.fixture(scope="session")
 def finished(tiny_recipe: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of `tiny_recipe`, run to its end once; tests leave it as it is."""
-    from attnpress.compress import compress
+    from attnpress.compression import compress
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
     compress(tiny_recipe, folder, notify=lambda _: None)

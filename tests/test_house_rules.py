@@ -20,7 +20,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "attnpress"
 
-JOURNEYS = {"benchmark", "calibrate", "compress", "deploy", "evaluate", "export", "finetune", "run_folder", "tasks"}
+JOURNEYS = {
+    "benchmark",
+    "calibration",
+    "compression",
+    "deploy",
+    "evaluate",
+    "export",
+    "finetune",
+    "run_folder",
+    "tasks",
+}
 BELOW_JOURNEYS = {"config", "recipe", "files", "results", "core", "kernels", "models"}
 ARROWS: dict[str, set[str]] = {
     "config": set(),
@@ -38,7 +48,7 @@ ARROWS: dict[str, set[str]] = {
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "transformers": ("models", "tasks", "finetune", "evaluate", "export", "compress"),
+    "transformers": ("models", "tasks", "finetune", "evaluate", "export", "compression"),
     "datasets": ("tasks",),
     "matplotlib": ("report.plots",),
     "triton": ("kernels.triton",),
@@ -277,3 +287,14 @@ def test_code_keeps(rule: Rule) -> None:
 def test_command_line_starts_without_heavy_libraries() -> None:
     fresh = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=False)
     assert (fresh.returncode, fresh.stdout.strip()) == (0, ""), fresh.stderr
+
+
+def test_public_names_are_not_hidden_by_modules() -> None:
+    code = (
+        "import attnpress, pkgutil\n"
+        "for module in pkgutil.iter_modules(attnpress.__path__, 'attnpress.'):\n"
+        "    __import__(module.name)\n"
+        "hidden = [name for name in attnpress.__all__ if type(getattr(attnpress, name)).__name__ == 'module']\n"
+        "assert not hidden, hidden"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -22,8 +22,8 @@ from attnpress.config import (
 from attnpress.recipe import load_config
 
 if TYPE_CHECKING:
-    from attnpress.calibrate import calibrate, fit_thresholds
-    from attnpress.compress import compress
+    from attnpress.calibration import calibrate, fit_thresholds
+    from attnpress.compression import compress
     from attnpress.finetune import SparsityCallback, SparsityDriver
     from attnpress.models.binding import attentions, bind, unbind
     from attnpress.models.loading import load_compressed, save_compressed
@@ -61,9 +61,9 @@ _LATE = {
     "SparsityDriver": "attnpress.finetune",
     "attentions": "attnpress.models.binding",
     "bind": "attnpress.models.binding",
-    "calibrate": "attnpress.calibrate",
-    "compress": "attnpress.compress",
-    "fit_thresholds": "attnpress.calibrate",
+    "calibrate": "attnpress.calibration",
+    "compress": "attnpress.compression",
+    "fit_thresholds": "attnpress.calibration",
     "load_compressed": "attnpress.models.loading",
     "save_compressed": "attnpress.models.loading",
     "unbind": "attnpress.models.binding",

@@ -98,8 +98,8 @@ def _compress(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from rich.console import Console
 
-    from attnpress.calibrate import this_process
-    from attnpress.compress import compress
+    from attnpress.calibration import this_process
+    from attnpress.compression import compress
     from attnpress.report.render import stages_table
 
     record = compress(config, options.output, notify=_stage_line)
@@ -117,8 +117,8 @@ def _evaluate(options: argparse.Namespace) -> int:
     import dataclasses
     import json
 
-    from attnpress.calibrate import this_process
-    from attnpress.compress import reevaluate
+    from attnpress.calibration import this_process
+    from attnpress.compression import reevaluate
 
     stage = dataclasses.asdict(reevaluate(options.run_dir, config))
     if this_process().is_main_process:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import EvalPrediction, PreTrainedModel
 
-from attnpress.calibrate import outputs, reduce_over_ranks, this_process
+from attnpress.calibration import outputs, reduce_over_ranks, this_process
 from attnpress.core.cost import PairCounts, attention_work
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions

@@ -27,7 +27,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from attnpress.calibrate import reduce_over_ranks, this_process
+from attnpress.calibration import reduce_over_ranks, this_process
 from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
 from attnpress.core.distillation import attention_loss, logits_loss
 from attnpress.core.schedule import sparsity_at

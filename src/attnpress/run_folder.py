@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnpress.calibrate import this_process
+from attnpress.calibration import this_process
 from attnpress.config import ConfigError, RunConfig
 from attnpress.files import write_text
 from attnpress.models.loading import weights_hash

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -61,6 +62,16 @@ def test_dequantized_values_are_within_half_a_step_inside_the_range(bits: int, s
     error = (dequantize(quantize(x, on_scale(scale), qmax), on_scale(scale)).double() - x.double()).abs()
     rounding = 3 * torch.finfo(torch.float32).eps * qmax  # of 1 / scale, of the product, of code * scale
     assert float(error.max()) <= scale * (0.5 + rounding)
+
+
+@given(BITS, SCALES)
+def test_codes_are_one_product_with_the_inverse_scale_rounded(bits: int, scale: float) -> None:
+    qmax = largest_code(bits)
+    halves = (np.arange(-qmax, qmax) + 0.5).astype(np.float32)
+    # Around the edges of the codes one rounding more or less, or a division, would show.
+    x = np.concatenate([np.nextafter(halves * np.float32(scale), np.float32(side)) for side in (-1e38, 1e38)])
+    expected = np.clip(np.rint(x * (np.float32(1) / np.float32(scale))), -qmax, qmax)
+    assert quantize(torch.from_numpy(x), on_scale(scale), qmax).tolist() == expected.tolist()
 
 
 def test_halves_go_to_even() -> None:

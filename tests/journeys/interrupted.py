@@ -17,10 +17,10 @@ from typing import Any
 import transformers
 
 import attnpress.cli
-import attnpress.compress
+import attnpress.compression
 import attnpress.finetune
 
-journey: Any = sys.modules["attnpress.compress"]
+journey: Any = sys.modules["attnpress.compression"]
 
 Trap = Callable[[], None]
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import attnpress.cli
-from attnpress.calibrate import calibrate, outputs, reduce_over_ranks, this_process
+from attnpress.calibration import calibrate, outputs, reduce_over_ranks, this_process
 from attnpress.config import DENSE, AttentionSpec, ScheduleSpec, TensorSpec, TrainSpec
 from attnpress.evaluate import evaluate, predicted_logits
 from attnpress.finetune import SparsityDriver, train

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from attnpress.compress import reevaluate
+from attnpress.compression import reevaluate
 from attnpress.config import DENSE, ConfigError, DataSpec, RunConfig
 from attnpress.evaluate import evaluate, predict, predicted_logits
 from attnpress.models.binding import attentions, bind

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from attnpress.calibrate import calibrate
+from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, DistillationSpec, RunConfig, ScheduleSpec, TrainSpec
 from attnpress.core.schedule import sparsity_at
 from attnpress.evaluate import evaluate

@@ -24,7 +24,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from attnpress.calibrate import calibrate
+from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.models.binding import (

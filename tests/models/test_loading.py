@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertForQuestionAnswering, PreTrainedModel
 
-from attnpress.calibrate import calibrate
+from attnpress.calibration import calibrate
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.files import sha256_of
 from attnpress.models import loading

@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from attnpress.calibrate import Batch, calibrate, fit_thresholds, outputs, watching
+from attnpress.calibration import Batch, calibrate, fit_thresholds, outputs, watching
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.models.binding import attentions, bind

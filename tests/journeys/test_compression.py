@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
-from attnpress.compress import compress
+from attnpress.compression import compress
 from attnpress.config import DENSE, AttentionSpec, ConfigError, DataSpec, ProbsSpec, RunConfig, ScheduleSpec, TensorSpec
 from attnpress.files import sha256_of
 from attnpress.models.binding import UnsupportedModelError, attentions
@@ -277,7 +277,7 @@ def test_a_model_off_the_interface_is_refused_before_it_is_trained(
     shape: Any = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
     DebertaV2ForSequenceClassification(DebertaV2Config(vocab_size=26, **shape)).save_pretrained(tmp_path / "deberta")
     load_tokenizer(tiny_recipe.model).save_pretrained(tmp_path / "deberta")
-    monkeypatch.setattr("attnpress.compress.train", no_training)
+    monkeypatch.setattr("attnpress.compression.train", no_training)
     with pytest.raises(UnsupportedModelError, match="DebertaV2ForSequenceClassification: its attention does not go"):
         quietly(dataclasses.replace(tiny_recipe, model=str(tmp_path / "deberta")), tmp_path / "run")
 
@@ -303,7 +303,7 @@ def test_a_run_does_not_go_on_with_other_files(
     config = dataclasses.replace(
         from_dense, checkpoint=tmp_path / "model", data=dataclasses.replace(from_dense.data, eval_file=held_out)
     )
-    monkeypatch.setattr("attnpress.compress.evaluate", no_training)
+    monkeypatch.setattr("attnpress.compression.evaluate", no_training)
     with pytest.raises(AssertionError):
         quietly(config, tmp_path / "run")
     if what == "model":

@@ -18,7 +18,7 @@ import torch
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from attnpress.calibrate import calibrate, fit_thresholds, this_process
+from attnpress.calibration import calibrate, fit_thresholds, this_process
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
 from attnpress.files import sha256_of, whole_folder, write_text
