@@ -10,12 +10,19 @@ from torch import Tensor
 SMALLEST_SCALE = 2.0**-40
 """Keeps 1 / scale and products of scales well inside float32."""
 
+MEAN_GRID, MEAN_LIMIT = 2.0**20, 2.0**36
+"""K smoothing averages multiples of 2^-20 up to 2^16: float64 sums of up to 2^17 of them are exact in any order."""
+
 
 def positive_scale(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
     """A usable float32 scale: at least SMALLEST_SCALE; 1 where the data were all zero; rounded up to 2^-f if asked."""
     scale = scale.float()
     scale = torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
-    return torch.exp2(torch.log2(scale).ceil()) if power_of_two else scale
+    if not power_of_two:
+        return scale
+    # Not by log2 and exp2, which libraries round differently: scale = mantissa * 2^exponent, mantissa in [1/2, 1).
+    mantissa, exponent = torch.frexp(scale)
+    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
 
 
 def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
@@ -105,19 +112,23 @@ def learned_step(scale: Tensor, count: int, qmax: int) -> Tensor:
 def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
     """K less its mean over the valid keys of the same head (SageAttention's K smoothing; softmax does not change).
 
+    The mean is one that any order of summation gives: each value is rounded to a multiple of 2^-20, at most 2^16 in
+    magnitude (NaN counts as 0), summed and divided by the number of keys in float64, then rounded to float32. What
+    this loses is subtracted from all keys alike, so softmax does not see it.
+
     Args:
         key: [B, Hkv, Sk, D].
         valid: bool, broadcastable to [B, Hkv, Sk, 1]; None if every key is valid.
 
     Returns:
-        float32 [B, Hkv, Sk, D]. The mean is taken in float64, then rounded; it carries no gradient, since each row of
-        score gradients sums to zero.
+        float32 [B, Hkv, Sk, D]. The mean carries no gradient, since each row of score gradients sums to zero.
     """
     with torch.no_grad():
-        exact = key.double()
+        steps = (key.float() * MEAN_GRID).round_().clamp_(-MEAN_LIMIT, MEAN_LIMIT).nan_to_num_(nan=0.0)
         if valid is None:
-            mean = exact.mean(-2, keepdim=True)
+            count = torch.tensor(float(max(1, key.shape[-2])), dtype=torch.float64, device=key.device)
         else:
-            weight = valid.double()
-            mean = exact.masked_fill(~valid, 0.0).sum(-2, keepdim=True) / weight.sum(-2, keepdim=True).clamp(min=1)
-    return key.float() - mean.float()
+            steps = steps.masked_fill(~valid, 0.0)
+            count = valid.double().sum(-2, keepdim=True).clamp(min=1)
+        mean = (steps.sum(-2, keepdim=True, dtype=torch.float64) / count / MEAN_GRID).float()
+    return key.float() - mean
