@@ -32,6 +32,7 @@ constexpr int32_t ONE = 1 << 16;
 constexpr int32_t MAX_CUT = 32766;       // largest cut for which distances fit the streaming way's 16 bits
 constexpr int64_t CHUNK = 65536;         // keys whose 255 * 127 products fit 32-bit sums, and 16-bit indexes
 constexpr int MAX_DIM = 256;
+constexpr int64_t AHEAD = 2;             // tokens to ask of memory before they are packed
 constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
 constexpr float SMALLEST_SCALE = 0x1p-40f;
 constexpr float GRID = 0x1p20f;          // K smoothing sums multiples of 2^-20, clamped to 2^16: exact in any order
@@ -71,33 +72,58 @@ struct Row {
     const uint8_t* bytes;
     uint16_t *keys, *slack;  // survivors: index, and cut minus distance
     float rate;
-    int32_t begin, end, cut, max, threshold, count, query_sum;
-    int64_t place;  // (batch, head, row) as one index, for the trace
+    int32_t begin, end, cut, max, count, query_sum;
+    int32_t base;             // slack counts from here
+    int32_t floor;            // slack below it cannot survive
+    int64_t place;            // (batch, head, row) as one index, for the trace
+    alignas(64) int16_t top[32];  // largest slack so far, by lane
 };
 
-// K and V of one head, as codes.
-template <class I> struct Packed {
-    Buffer key_buffer, value_buffer;
-    typename I::Key* keys;      // [tiles][D / GROUP][W][GROUP]
-    typename I::Value* values;  // [padded][width], each W columns in the order that I::interleave undoes
-    int64_t batch, head, count, padded;
-    float mean[MAX_DIM + 64];
+// One batch element as codes, all heads.
+template <class I> struct Batch {
+    Buffer query_buffer, scale_buffer, key_buffer, value_buffer, mean_buffer;
+    typename I::Query* queries;  // [Hq][Sq][query_width]
+    float* q_scales;             // [Hq][Sq]
+    typename I::Key* keys;       // [Hkv][tiles][D / GROUP][W][GROUP]
+    typename I::Value* values;   // [Hkv][padded][width], each W columns in the order that I::interleave undoes
+    float* means;                // [Hkv][query_width], of K
+    const Keys* mask;
+    int64_t index, count, padded;
+};
+
+// What one query head works with.
+template <class I> struct Head {
+    const typename I::Query* queries;  // [Sq][query_width]
+    const float* q_scales;             // [Sq]
+    const typename I::Key* keys;
+    const typename I::Value* values;
+    const Keys& mask;
+    int64_t batch, head, kv_head, count, padded;
 };
 
 template <class I> struct Scratch {
-    Buffer floats, codes, query, keys, slack, scores, probs, listed, list_keys, panel, weighted, wide;
+    Buffer floats, codes, keys, slack, scores, probs, listed, list_keys, panel, weighted, wide;
     int64_t panel_of = -1;  // which head the panel holds
     bool many = false;      // what the last rows were like
+    int64_t cut_of = -1;    // which head, and which step alpha, the cut belongs to
+    float cut_alpha = 0;
+    int32_t cut = 0;
 };
 
-// Shapes and pointers that all steps share.
+ATTN_INLINE float scale_of(const Scale& scale, int64_t head, int64_t channel = 0) {
+    return scale.data[head * scale.head + channel * scale.channel];
+}
+
+// Shapes and factors that all steps share.
 template <class I> struct Job {
     static constexpr int W = I::COLS * I::LANES;
     static constexpr int PASS = I::ROWS * 4;  // query rows that share one sweep over the keys
     const Attention& a;
-    int64_t steps, width, query_width;
-    explicit Job(const Attention& args)
-        : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), query_width(round_up(args.dim, I::LANES)) {}
+    int64_t steps, width, query_width, group;
+    int32_t last_exponent;  // beyond it all codes are 0
+    Buffer room;
+    float *v_scale, *v_inverse;  // [Hkv][query_width]
+    explicit Job(const Attention& args);
 };
 
 ATTN_INLINE float half_to_float(uint16_t h) {
@@ -123,6 +149,13 @@ ATTN_INLINE float bfloat_to_float(uint16_t b) {
     std::memcpy(&value, &bits, 4);
     return value;
 }
+
+// Asks memory for the rows of a token some tokens ahead.
+ATTN_INLINE void fetch(const char* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+}
+
+ATTN_INLINE int64_t row_bytes(DType dtype, int64_t dim) { return dim * (dtype == DType::f32 ? 4 : 2); }
 
 // A row as float32, padded with zeros to whole vectors; the row itself where it is that already.
 template <class I> const float* as_float(const char* row, DType dtype, int64_t dim, float* room) {
@@ -164,10 +197,6 @@ template <class I> void quantize_columns(const float* x, const float* inverse, i
     quantize<I>(x, nullptr, [&](int64_t d) { return I::loadf(inverse + d); }, static_cast<float>(qmax), dim, codes);
 }
 
-ATTN_INLINE float scale_of(const Scale& scale, int64_t head, int64_t channel = 0) {
-    return scale.data[head * scale.head + channel * scale.channel];
-}
-
 // core/quantizer.py, token_scale: from the largest finite magnitude of a row.
 template <class I> float token_scale(const float* x, int64_t dim, int32_t qmax, bool power_of_two) {
     typename I::F32 largest = I::set1f(0.0f);
@@ -185,87 +214,107 @@ template <class I> void record_codes(int8_t* where, const typename I::Query* cod
 }
 
 // core/quantizer.py, smooth_key: mean over the keys that some query may attend to.
-template <class I> void find_mean(const Job<I>& job, const Keys& keys, Packed<I>& packed, Scratch<I>& scratch) {
+template <class I> void find_mean(const Job<I>& job, Batch<I>& batch, int64_t head, Scratch<I>& scratch) {
     const Attention& a = job.a;
-    const char* base = a.key.data + packed.batch * a.key.batch + packed.head * a.key.head;
+    const Keys& mask = *batch.mask;
+    const char* base = a.key.data + batch.index * a.key.batch + head * a.key.head;
     double sums[MAX_DIM + 64];
     for (int64_t d = 0; d < job.query_width; ++d) sums[d] = 0.0;
     float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
     float* snapped = room + MAX_DIM + 64;
     const typename I::F32 high = I::set1f(GRID_MAX), low = I::set1f(-GRID_MAX), grid = I::set1f(GRID);
-    for (int32_t place = 0; place < keys.seen_count; ++place) {
-        const float* x = as_float<I>(base + keys.seen[place] * a.key.row, a.key.dtype, a.dim, room);
+    for (int32_t place = 0; place < mask.seen_count; ++place) {
+        const float* x = as_float<I>(base + mask.seen[place] * a.key.row, a.key.dtype, a.dim, room);
         for (int64_t d = 0; d < job.query_width; d += I::LANES) {
             I::storef(snapped + d, I::clamp(I::nearest(I::mulf(I::loadf(x + d), grid)), low, high));
         }
         for (int64_t d = 0; d < job.query_width; ++d) sums[d] += static_cast<double>(snapped[d]);
     }
-    const double count = most(keys.seen_count, 1);
-    for (int64_t d = 0; d < job.query_width; ++d) packed.mean[d] = static_cast<float>(sums[d] / count * 0x1p-20);
+    const double count = most(mask.seen_count, 1);
+    float* mean = batch.means + head * job.query_width;
+    for (int64_t d = 0; d < job.query_width; ++d) mean[d] = static_cast<float>(sums[d] / count * 0x1p-20);
 }
 
-template <class I> void prepare(const Job<I>& job, const Keys& keys, int64_t batch, int64_t head, Packed<I>& packed, Scratch<I>& scratch) {
-    packed.batch = batch;
-    packed.head = head;
-    packed.count = keys.packed_count;
-    packed.padded = round_up(packed.count, job.W);
-    packed.keys = packed.key_buffer.template get<typename I::Key>(packed.padded * job.a.dim);
-    packed.values = packed.value_buffer.template get<typename I::Value>(packed.padded * job.width);
-    if (job.a.smooth_key) find_mean(job, keys, packed, scratch);
-}
-
-template <class I> void pack_keys(const Job<I>& job, const Keys& keys, Packed<I>& packed, int64_t tile, Scratch<I>& scratch) {
+template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batch) {
     const Attention& a = job.a;
-    const char* base = a.key.data + packed.batch * a.key.batch + packed.head * a.key.head;
+    batch.index = index;
+    batch.mask = &a.keys[index];
+    batch.count = batch.mask->packed_count;
+    batch.padded = round_up(batch.count, job.W);
+    batch.queries = batch.query_buffer.template get<typename I::Query>(a.q_heads * a.q_rows * job.query_width);
+    batch.q_scales = batch.scale_buffer.template get<float>(a.q_heads * a.q_rows);
+    batch.keys = batch.key_buffer.template get<typename I::Key>(a.kv_heads * batch.padded * a.dim);
+    batch.values = batch.value_buffer.template get<typename I::Value>(a.kv_heads * batch.padded * job.width);
+    batch.means = batch.mean_buffer.template get<float>(a.kv_heads * job.query_width);
+}
+
+// Packing goes through a token's heads before the next token, since that is how models lay them out in memory.
+template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, int64_t tile, Scratch<I>& scratch) {
+    const Attention& a = job.a;
     float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    auto* codes = scratch.codes.template get<typename I::Query>(job.W * job.query_width);
-    const float scale = scale_of(a.k_scale, packed.head);
+    const int64_t head_size = job.W * job.query_width;
+    auto* codes = scratch.codes.template get<typename I::Query>(a.kv_heads * head_size);
     for (int64_t i = 0; i < job.W; ++i) {
-        auto* row = codes + i * job.query_width;
         const int64_t place = tile * job.W + i;
-        if (place >= packed.count) {
-            std::memset(row, 0, job.query_width * sizeof(*row));
-            continue;
-        }
-        const int64_t key = keys.packed[place];
-        const float* x = as_float<I>(base + key * a.key.row, a.key.dtype, a.dim, room);
-        quantize_row<I>(x, a.smooth_key ? packed.mean : nullptr, scale, a.k_max, job.query_width, row);
-        if (a.trace != nullptr) {
-            record_codes<I>(a.trace->k_codes + ((packed.batch * a.kv_heads + packed.head) * a.key_rows + key) * a.dim, row, a.dim);
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+            auto* row = codes + head * head_size + i * job.query_width;
+            if (place >= batch.count) {
+                std::memset(row, 0, job.query_width * sizeof(*row));
+                continue;
+            }
+            const int64_t key = batch.mask->packed[place];
+            const char* from = a.key.data + batch.index * a.key.batch + head * a.key.head + key * a.key.row;
+            const float* mean = a.smooth_key ? batch.means + head * job.query_width : nullptr;
+            fetch(from + AHEAD * a.key.row, row_bytes(a.key.dtype, a.dim));
+            const float* x = as_float<I>(from, a.key.dtype, a.dim, room);
+            quantize_row<I>(x, mean, scale_of(a.k_scale, head), a.k_max, job.query_width, row);
+            if (a.trace == nullptr) continue;
+            record_codes<I>(a.trace->k_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, row, a.dim);
         }
     }
-    I::pack_tile(codes, job.query_width, job.steps, packed.keys + tile * job.W * a.dim);
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+        I::pack_tile(codes + head * head_size, job.query_width, job.steps, batch.keys + (head * batch.padded + tile * job.W) * a.dim);
+    }
 }
 
-template <class I> void pack_values(const Job<I>& job, const Keys& keys, Packed<I>& packed, int64_t tile, Scratch<I>& scratch) {
+template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, int64_t tile, Scratch<I>& scratch) {
     const Attention& a = job.a;
-    const char* base = a.value.data + packed.batch * a.value.batch + packed.head * a.value.head;
     float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    float* inverse = room + MAX_DIM + 64;
-    for (int64_t d = 0; d < job.query_width; ++d) inverse[d] = 1.0f / scale_of(a.v_scale, packed.head, least(d, a.dim - 1));
-    auto* codes = scratch.codes.template get<typename I::Query>(job.W * job.query_width + job.width);
+    auto* codes = scratch.codes.template get<typename I::Query>(job.width);
     std::memset(codes, 0, job.width * sizeof(*codes));
-    for (int64_t i = 0; i < job.W; ++i) {
-        const int64_t place = tile * job.W + i;
-        auto* row = packed.values + place * job.width;
-        if (place >= packed.count) {
-            std::memset(row, 0, job.width * sizeof(*row));
-            continue;
-        }
-        const int64_t key = keys.packed[place];
-        const float* x = as_float<I>(base + key * a.value.row, a.value.dtype, a.dim, room);
-        quantize_columns<I>(x, inverse, a.v_max, job.query_width, codes);
-        for (int64_t d = 0; d < job.width; d += job.W) I::arrange(codes + d, row + d);
-        if (a.trace != nullptr) {
-            record_codes<I>(a.trace->v_codes + ((packed.batch * a.kv_heads + packed.head) * a.key_rows + key) * a.dim, codes, a.dim);
+    for (int64_t place = tile * job.W; place < (tile + 1) * job.W; ++place) {
+        for (int64_t head = 0; head < a.kv_heads; ++head) {
+            auto* row = batch.values + (head * batch.padded + place) * job.width;
+            if (place >= batch.count) {
+                std::memset(row, 0, job.width * sizeof(*row));
+                continue;
+            }
+            const int64_t key = batch.mask->packed[place];
+            const char* from = a.value.data + batch.index * a.value.batch + head * a.value.head + key * a.value.row;
+            fetch(from + AHEAD * a.value.row, row_bytes(a.value.dtype, a.dim));
+            const float* x = as_float<I>(from, a.value.dtype, a.dim, room);
+            quantize_columns<I>(x, job.v_inverse + head * job.query_width, a.v_max, job.query_width, codes);
+            for (int64_t d = 0; d < job.width; d += job.W) I::arrange(codes + d, row + d);
+            if (a.trace == nullptr) continue;
+            record_codes<I>(a.trace->v_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, codes, a.dim);
         }
     }
 }
 
-template <class I> void pack(const Job<I>& job, const Keys& keys, Packed<I>& packed, int64_t begin, int64_t end, Scratch<I>& scratch) {
-    for (int64_t tile = begin; tile < end; ++tile) {
-        pack_keys(job, keys, packed, tile, scratch);
-        pack_values(job, keys, packed, tile, scratch);
+template <class I> void pack_query(const Job<I>& job, Batch<I>& batch, int64_t row, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
+    for (int64_t head = 0; head < a.q_heads; ++head) {
+        const char* from = a.query.data + batch.index * a.query.batch + head * a.query.head + row * a.query.row;
+        fetch(from + AHEAD * a.query.row, row_bytes(a.query.dtype, a.dim));
+            const float* x = as_float<I>(from, a.query.dtype, a.dim, room);
+        auto* codes = batch.queries + (head * a.q_rows + row) * job.query_width;
+        const float scale = a.q_scale.data != nullptr ? scale_of(a.q_scale, head)
+                                                      : token_scale<I>(x, job.query_width, a.q_max, a.q_power_of_two);
+        batch.q_scales[head * a.q_rows + row] = scale;
+        quantize_row<I>(x, nullptr, scale, a.q_max, job.query_width, codes);
+        if (a.trace == nullptr) continue;
+        record_codes<I>(a.trace->q_codes + ((batch.index * a.q_heads + head) * a.q_rows + row) * a.dim, codes, a.dim);
     }
 }
 
@@ -297,9 +346,12 @@ inline int32_t row_code_at(int32_t t, int32_t qmax) {
 }
 
 inline int32_t last_coded_exponent(int32_t qmax) {
-    int32_t t = T_MAX;
-    while (row_code_at(t, qmax) == 0) --t;  // powers never rise with t
-    return t;
+    int32_t low = 0, high = T_MAX;  // powers never rise with t: bisect between a code and none
+    while (high - low > 1) {
+        const int32_t middle = (low + high) / 2;
+        (row_code_at(middle, qmax) > 0 ? low : high) = middle;
+    }
+    return low;
 }
 
 inline bool has_code(int32_t distance, float rate, int32_t last) {
@@ -373,23 +425,6 @@ template <class I> ATTN_INLINE typename I::I32 largest(const typename I::I32 (&a
     return most_of;
 }
 
-// A score above the row maximum so far: what was listed sinks, and what sinks below the cut is dropped.
-template <class I> __attribute__((noinline)) void raise(Row& row, int32_t max) {
-    const int32_t drop = max - row.max;
-    row.count = drop > row.cut ? 0 : I::sift(row.keys, row.slack, row.count, drop);
-    row.max = max;
-    row.threshold = max - row.cut;
-}
-
-template <class I> ATTN_INLINE void take(Row& row, const typename I::I32 (&acc)[I::COLS], int32_t base) {
-    int taken = I::take(acc, row.threshold, row.cut, base, row.keys + row.count, row.slack + row.count);
-    if (__builtin_expect(taken < 0, 0)) {
-        raise<I>(row, I::highest(largest<I>(acc)));
-        taken = I::take(acc, row.threshold, row.cut, base, row.keys + row.count, row.slack + row.count);
-    }
-    row.count += taken;
-}
-
 struct Range {
     int64_t begin, end;          // keys that some row of the group may attend to
     int64_t all_begin, all_end;  // keys that all rows may attend to
@@ -412,17 +447,66 @@ template <int R> ATTN_INLINE Range range_of(const Row* rows) {
     return range;
 }
 
-template <class I, int R> void stream(const Job<I>& job, const Packed<I>& packed, const typename I::Query* codes, Row* rows, const Range& range, int64_t tile) {
+template <class I, int R>
+ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
+    product<I, ScoreDot, R>(codes, job.query_width, unit.keys + base * job.a.dim, job.steps, acc);
+    if (base >= range.all_begin && base + job.W <= range.all_end) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
+}
+
+// Rare: a score so far above its row's base that 16 bits cannot hold the difference. The base moves up, and with it the
+// list. Scores are computed again, so that the usual way need not keep them.
+template <class I, int R>
+__attribute__((noinline)) void rebase(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, const Range& range, int64_t base) {
+    typename I::I32 acc[R][I::COLS];
+    scores<I, R>(job, unit, codes, rows, range, base, acc);
+    for (int r = 0; r < R; ++r) {
+        const int32_t top = I::highest(largest<I>(acc[r])) - rows[r].cut, drop = top - rows[r].base;
+        if (drop + rows[r].cut <= MAX_CUT) continue;
+        rows[r].count = drop > MAX_CUT ? 0 : I::sift(rows[r].keys, rows[r].slack, rows[r].count, drop);
+        rows[r].base = top;
+        rows[r].floor = 0;
+        I::store_short(rows[r].top, I::set1_short(0));  // this tile holds the row's maximum, and is about to be taken
+    }
+}
+
+// One tile of keys meets R rows. A row's base is its maximum over the first tile, less the cut. Slack is what a score has
+// above the base; what has at least the floor is listed. The floor rises now and then with the largest slack so far, on a
+// fixed schedule, since a branch for each new maximum would be mispredicted; a last sift makes the list exact.
+template <class I, int R>
+void stream(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, const Range& range, int64_t tile) {
     const int64_t base = tile * job.W;
     if (base >= range.end || base + job.W <= range.begin) return;
-    typename I::I32 acc[R][I::COLS];
-    product<I, ScoreDot, R>(codes, job.query_width, packed.keys + base * job.a.dim, job.steps, acc);
-    if (base < range.all_begin || base + job.W > range.all_end) {
+    const int64_t turn = tile - range.begin / job.W;
+    typename I::Slack slack[R];
+    for (;;) {
+        typename I::I32 acc[R][I::COLS];
+        scores<I, R>(job, unit, codes, rows, range, base, acc);
+        if (turn == 0) {
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
+            for (int r = 0; r < R; ++r) rows[r].base = I::highest(largest<I>(acc[r])) - rows[r].cut;
+        }
+        typename I::Short peak = I::set1_short(0);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            slack[r] = I::narrow(acc[r], rows[r].base);
+            const typename I::Short most_of = I::max_slack(slack[r]);
+            peak = I::max_short(peak, most_of);
+            I::store_short(rows[r].top, I::max_short(I::load_short_top(rows[r].top), most_of));
+        }
+        if (__builtin_expect(!I::any_above(peak, MAX_CUT), 1)) break;
+        rebase<I, R>(job, unit, codes, rows, range, base);
+    }
+    if (turn > 0 && (turn & (turn - 1)) == 0) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) rows[r].floor = I::highest_short(I::load_short_top(rows[r].top)) - rows[r].cut;
     }
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) take<I>(rows[r], acc[r], static_cast<int32_t>(base));
+    for (int r = 0; r < R; ++r) {
+        Row& row = rows[r];
+        row.count += I::list(slack[r], row.floor, static_cast<int32_t>(base), row.keys + row.count, row.slack + row.count);
+    }
 }
 
 // weighted[d] = sum over the list of code * value; `tiles` tiles of W columns at a time.
@@ -448,12 +532,10 @@ ATTN_INLINE void gather(const typename I::Value* values, int64_t width, const ui
     for (int c = 0; c < T * I::COLS; ++c) I::store(weighted + c * I::LANES, acc[c]);
 }
 
-// The list must have room for GROUP - 1 more entries; they become code 0 of key 0.
-template <class I> void weigh_list(const Job<I>& job, const typename I::Value* values, uint16_t* keys, typename I::Prob* codes, int64_t count, int32_t* weighted) {
-    for (int g = 0; g < I::GROUP - 1; ++g) {
-        keys[count + g] = 0;
-        codes[count + g] = 0;
-    }
+// Codes past the list, up to a whole group, must be 0. They are not set here: narrow stores among wide ones would keep the
+// loads of gather waiting until every older store has left for memory.
+template <class I> void weigh_list(const Job<I>& job, const typename I::Value* values, uint16_t* keys, const typename I::Prob* codes, int64_t count, int32_t* weighted) {
+    for (int g = 0; g < I::GROUP - 1; ++g) keys[count + g] = 0;
     for (int64_t d = 0; d < job.width;) {
         const int64_t tiles = (job.width - d) / job.W;
         if (tiles >= 4) {
@@ -474,22 +556,17 @@ template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* w
     const Attention& a = job.a;
     const float divisor = a.mode == ProbMode::unit ? static_cast<float>(a.p_max) : static_cast<float>(most<int64_t>(code_sum, 1));
     const typename I::F32 by = I::set1f(divisor), inverse = I::set1f(1.0f / divisor);
-    float room[MAX_DIM + 64];
-    for (int64_t d = 0; d < a.dim; d += I::LANES) {
-        typename I::F32 sum;
-        if (wide == nullptr) {
-            sum = I::to_float(I::load(weighted + d));
-        } else {
-            for (int64_t i = 0; i < I::LANES; ++i) room[d + i] = static_cast<float>(wide[d + i]);
-            sum = I::loadf(room + d);
-        }
-        const typename I::F32 out = I::divide(I::mulf(sum, I::loadf(row.scale + d)), by, inverse);
-        if (d + I::LANES <= a.dim) {
-            I::storef(row.output + d, out);
-        } else {
-            I::storef(room, out);
-            std::memcpy(row.output + d, room, (a.dim - d) * sizeof(float));
-        }
+    const auto scaled = [&](typename I::F32 sum, int64_t d) { return I::divide(I::mulf(sum, I::loadf(row.scale + d)), by, inverse); };
+    const int64_t dim = a.dim;
+    float* output = row.output;
+    if (wide == nullptr && dim % I::LANES == 0) {
+        for (int64_t d = 0; d < dim; d += I::LANES) I::storef(output + d, scaled(I::to_float(I::load(weighted + d)), d));
+    } else {
+        alignas(64) float room[MAX_DIM + 64];
+        for (int64_t d = 0; d < dim; ++d) room[d] = wide == nullptr ? static_cast<float>(weighted[d]) : static_cast<float>(wide[d]);
+        for (int64_t d = dim; d % I::LANES != 0; ++d) room[d] = 0.0f;
+        for (int64_t d = 0; d < dim; d += I::LANES) I::storef(room + d, scaled(I::loadf(room + d), d));
+        std::memcpy(output, room, dim * sizeof(float));
     }
     if (a.trace == nullptr) return;
     a.trace->code_sum[row.place] = code_sum;
@@ -498,44 +575,62 @@ template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* w
     for (int64_t d = 0; d < a.dim; ++d) a.trace->weighted[row.place * a.dim + d] = wide == nullptr ? weighted[d] : wide[d];
 }
 
-// The streaming way's second half: codes of the list, P V, output.
-template <class I> void finish(const Job<I>& job, const Packed<I>& packed, const Keys& keys, Row& row, Scratch<I>& scratch) {
-    const int64_t count = row.max == LOW ? 0 : row.count;
-    auto* codes = scratch.listed.template get<typename I::Prob>(packed.padded + 2 * I::LANES);
-    auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
+// The streaming way's second half: codes of a list, in `codes`; returns their sum.
+template <class I> int64_t code_list(const Job<I>& job, const Row& row, typename I::Prob* codes) {
     const auto rate = I::set1f(row.rate);
-    const auto cut = I::set1(row.cut), bits = I::set1(bits_of(job.a.p_max)), end = I::set1(static_cast<int32_t>(count));
+    const auto cut = I::set1(row.cut), bits = I::set1(bits_of(job.a.p_max)), end = I::set1(row.count);
     auto sum = I::set1(0);
-    for (int64_t i = 0; i < count; i += I::LANES) {
+    for (int64_t i = 0; i < row.count; i += I::LANES) {
         const auto p = probability<I>(I::sub(cut, I::load_short(row.slack + i)), rate);
-        // Past its end the list holds leftovers: position <= count - 1, that is position + 1 <= count, rules them out.
+        // Past its end the list holds leftovers: only position + 1 <= count counts.
         const auto code = I::select_le(I::add(I::iota(), I::set1(static_cast<int32_t>(i) + 1)), end, row_code<I>(p, bits));
         I::store_code(codes + i, code);
         sum = I::add(sum, code);
     }
-    weigh_list(job, packed.values, row.keys, codes, count, weighted);
-    if (job.a.trace != nullptr) {
-        for (int64_t i = 0; i < count; ++i) {
-            job.a.trace->p_codes[row.place * job.a.key_rows + keys.packed[row.keys[i]]] = static_cast<uint8_t>(codes[i]);
-        }
+    return I::total(sum);
+}
+
+template <class I> void record_list(const Job<I>& job, const Head<I>& unit, const Row& row, const typename I::Prob* codes) {
+    for (int64_t i = 0; i < row.count; ++i) {
+        job.a.trace->p_codes[row.place * job.a.key_rows + unit.mask.packed[row.keys[i]]] = static_cast<uint8_t>(codes[i]);
     }
-    emit(job, row, weighted, nullptr, I::total(sum));
+}
+
+// All codes first, then all sums of values: what one row waits for, another fills.
+template <class I> void finish(const Job<I>& job, const Head<I>& unit, Row* rows, int64_t count, Scratch<I>& scratch) {
+    const int64_t room = unit.padded + 2 * I::LANES;
+    auto* codes = scratch.listed.template get<typename I::Prob>(job.PASS * room);
+    auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
+    int64_t sums[Job<I>::PASS];
+    for (int64_t r = 0; r < count; ++r) {
+        Row& row = rows[r];
+        const int32_t top = row.begin < row.end ? I::highest_short(I::load_short_top(row.top)) : 0;
+        row.max = row.begin < row.end ? row.base + top : LOW;
+        // Without a valid key the list holds pairs that are not valid.
+        row.count = row.max == LOW ? 0 : I::sift(row.keys, row.slack, row.count, top - row.cut);
+        sums[r] = code_list(job, row, codes + r * room);
+    }
+    for (int64_t r = 0; r < count; ++r) {
+        weigh_list(job, unit.values, rows[r].keys, codes + r * room, rows[r].count, weighted);
+        if (job.a.trace != nullptr) record_list(job, unit, rows[r], codes + r * room);
+        emit(job, rows[r], weighted, nullptr, sums[r]);
+    }
 }
 
 // Values of all packed keys as dense tiles [width / W][padded / GROUP][W][GROUP].
-template <class I> const typename I::Value* panel(const Job<I>& job, const Packed<I>& packed, Scratch<I>& scratch) {
-    auto* to = scratch.panel.template get<typename I::Value>(packed.padded * job.width);
-    const int64_t which = packed.batch * job.a.kv_heads + packed.head;
+template <class I> const typename I::Value* panel(const Job<I>& job, const Head<I>& unit, Scratch<I>& scratch) {
+    auto* to = scratch.panel.template get<typename I::Value>(unit.padded * job.width);
+    const int64_t which = unit.batch * job.a.kv_heads + unit.kv_head;
     if (scratch.panel_of == which) return to;
     scratch.panel_of = which;
     for (int64_t d = 0; d < job.width; d += job.W) {
-        for (int64_t key = 0; key < packed.padded; key += I::GROUP) {
+        for (int64_t key = 0; key < unit.padded; key += I::GROUP) {
             const typename I::Value* from[I::GROUP];
-            for (int g = 0; g < I::GROUP; ++g) from[g] = packed.values + (key + g) * job.width;
+            for (int g = 0; g < I::GROUP; ++g) from[g] = unit.values + (key + g) * job.width;
             typename I::I32 columns[I::COLS];
             I::interleave(from, d, columns);
             for (int c = 0; c < I::COLS; ++c) {
-                I::store_codes(to + d * packed.padded + key * job.W + c * I::LANES * I::GROUP, columns[c]);
+                I::store_codes(to + d * unit.padded + key * job.W + c * I::LANES * I::GROUP, columns[c]);
             }
         }
     }
@@ -657,12 +752,12 @@ template <class I> Coded code_scores(const Job<I>& job, Row& row, int64_t head, 
 
 // P V of a few rows of dense codes over keys [begin, end), at most a chunk: a dense product, or lists where zeros abound.
 template <class I, int R>
-void weigh(const Job<I>& job, const Packed<I>& packed, const typename I::Prob* probs, int64_t begin, int64_t end, bool dense, Scratch<I>& scratch, int32_t* weighted) {
+void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs, int64_t begin, int64_t end, bool dense, Scratch<I>& scratch, int32_t* weighted) {
     if (dense) {
-        const auto* tiles = panel(job, packed, scratch);
+        const auto* tiles = panel(job, unit, scratch);
         for (int64_t d = 0; d < job.width; d += job.W) {
             typename I::I32 acc[R][I::COLS];
-            product<I, ValueDot, R>(probs + begin, packed.padded, tiles + d * packed.padded + begin * job.W, (end - begin) / I::GROUP, acc);
+            product<I, ValueDot, R>(probs + begin, unit.padded, tiles + d * unit.padded + begin * job.W, (end - begin) / I::GROUP, acc);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -671,47 +766,48 @@ void weigh(const Job<I>& job, const Packed<I>& packed, const typename I::Prob* p
         }
         return;
     }
-    auto* codes = scratch.listed.template get<typename I::Prob>(packed.padded + 2 * I::LANES);
+    auto* codes = scratch.listed.template get<typename I::Prob>(unit.padded + 2 * I::LANES);
     auto* keys = scratch.list_keys.template get<uint16_t>(CHUNK + 64);
     for (int r = 0; r < R; ++r) {
         int64_t count = 0;
         for (int64_t key = begin; key < end; ++key) {
-            codes[count] = probs[r * packed.padded + key];
+            codes[count] = probs[r * unit.padded + key];
             keys[count] = static_cast<uint16_t>(key - begin);
             count += codes[count] != 0;
         }
-        weigh_list(job, packed.values + begin * job.width, keys, codes, count, weighted + r * job.width);
+        for (int g = 0; g < I::GROUP; ++g) codes[count + g] = 0;
+        weigh_list(job, unit.values + begin * job.width, keys, codes, count, weighted + r * job.width);
     }
 }
 
 // The thorough way, for R rows.
 template <class I, int R>
-void consider(const Job<I>& job, const Packed<I>& packed, const Keys& keys, int64_t head, const typename I::Query* codes, Row* rows, Scratch<I>& scratch) {
+void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, Scratch<I>& scratch) {
     const Attention& a = job.a;
     const Range range = range_of<R>(rows);
     const int64_t begin = range.begin / job.W * job.W, end = round_up(range.end, job.W);
-    auto* scores = scratch.scores.template get<int32_t>(R * packed.padded);
-    auto* probs = scratch.probs.template get<typename I::Prob>(R * packed.padded);
+    auto* scores = scratch.scores.template get<int32_t>(R * unit.padded);
+    auto* probs = scratch.probs.template get<typename I::Prob>(R * unit.padded);
     auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
     for (int64_t base = begin; base < end; base += job.W) {
         typename I::I32 acc[R][I::COLS];
-        product<I, ScoreDot, R>(codes, job.query_width, packed.keys + base * a.dim, job.steps, acc);
+        product<I, ScoreDot, R>(codes, job.query_width, unit.keys + base * a.dim, job.steps, acc);
         const bool whole = base >= range.all_begin && base + job.W <= range.all_end;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             if (!whole) mask<I>(rows[r], base, acc[r]);
 #pragma GCC unroll 4
-            for (int c = 0; c < I::COLS; ++c) I::store(scores + r * packed.padded + base + c * I::LANES, acc[r][c]);
+            for (int c = 0; c < I::COLS; ++c) I::store(scores + r * unit.padded + base + c * I::LANES, acc[r][c]);
         }
     }
     int64_t sums[R], survivors = 0;
     for (int r = 0; r < R; ++r) {
-        const Coded coded = code_scores(job, rows[r], head, scores + r * packed.padded, begin, end, probs + r * packed.padded);
+        const Coded coded = code_scores(job, rows[r], unit.head, scores + r * unit.padded, begin, end, probs + r * unit.padded);
         sums[r] = coded.sum;
         survivors += coded.survivors;
         if (a.trace == nullptr) continue;
-        for (int64_t key = begin; key < least(end, packed.count); ++key) {
-            a.trace->p_codes[rows[r].place * a.key_rows + keys.packed[key]] = static_cast<uint8_t>(probs[r * packed.padded + key]);
+        for (int64_t key = begin; key < least(end, unit.count); ++key) {
+            a.trace->p_codes[rows[r].place * a.key_rows + unit.mask.packed[key]] = static_cast<uint8_t>(probs[r * unit.padded + key]);
         }
     }
     scratch.many = survivors * MANY > R * (end - begin);
@@ -723,7 +819,7 @@ void consider(const Job<I>& job, const Packed<I>& packed, const Keys& keys, int6
         std::memset(wide, 0, R * job.width * sizeof(*wide));
     }
     for (int64_t from = begin; from < end || from == begin; from += CHUNK) {
-        weigh<I, R>(job, packed, probs, from, least(end, from + CHUNK), dense, scratch, weighted);
+        weigh<I, R>(job, unit, probs, from, least(end, from + CHUNK), dense, scratch, weighted);
         for (int64_t i = 0; several && i < R * job.width; ++i) wide[i] += weighted[i];
     }
     for (int r = 0; r < R; ++r) emit(job, rows[r], weighted + r * job.width, several ? wide + r * job.width : nullptr, sums[r]);
@@ -737,35 +833,36 @@ template <int R, class F> ATTN_INLINE void with_rows(int64_t rows, F f) {
     }
 }
 
-template <class I>
-void start_row(const Job<I>& job, const Keys& keys, const float* v_scale, int64_t batch, int64_t head, int64_t index, int32_t last_exponent, typename I::Query* codes, Row& row, Scratch<I>& scratch) {
+template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_t index, Row& row, Scratch<I>& scratch) {
     const Attention& a = job.a;
-    row.scale = v_scale;
-    row.output = a.output + ((batch * a.q_rows + index) * a.q_heads + head) * a.dim;
-    row.place = (batch * a.q_heads + head) * a.q_rows + index;
-    row.begin = keys.spans[index].begin;
-    row.end = most(row.begin, keys.spans[index].end);
-    row.bytes = keys.bytes == nullptr ? nullptr : keys.bytes + head * keys.byte_head + index * keys.byte_row;
-    const char* from = a.query.data + batch * a.query.batch + head * a.query.head + index * a.query.row;
-    const float* x = as_float<I>(from, a.query.dtype, a.dim, scratch.floats.template get<float>(2 * (MAX_DIM + 64)));
-    const float scale = a.q_scale.data != nullptr ? scale_of(a.q_scale, head) : token_scale<I>(x, job.query_width, a.q_max, a.q_power_of_two);
-    quantize_row<I>(x, nullptr, scale, a.q_max, job.query_width, codes);
-    const float alpha = (scale * scale_of(a.k_scale, head / (a.q_heads / a.kv_heads))) * a.scaling;
+    const Keys& mask = unit.mask;
+    row.scale = job.v_scale + unit.kv_head * job.query_width;
+    row.output = a.output + ((unit.batch * a.q_rows + index) * a.q_heads + unit.head) * a.dim;
+    row.place = (unit.batch * a.q_heads + unit.head) * a.q_rows + index;
+    row.begin = mask.spans[index].begin;
+    row.end = most(row.begin, mask.spans[index].end);
+    row.bytes = mask.bytes == nullptr ? nullptr : mask.bytes + unit.head * mask.byte_head + index * mask.byte_row;
+    const float alpha = (unit.q_scales[index] * scale_of(a.k_scale, unit.kv_head)) * a.scaling;
     row.rate = (alpha * 1.4426950408889634f) * 1024.0f;
-    const float cutoff = a.rule == Rule::relative && a.cutoff != nullptr ? a.cutoff[head] : INFINITY;
-    row.cut = a.mode == ProbMode::row ? find_cut(cutoff, alpha, row.rate, last_exponent) : find_cut(cutoff, alpha, row.rate, T_MAX - 1);
+    if (scratch.cut_of != unit.head || scratch.cut_alpha != alpha) {
+        const float cutoff = a.rule == Rule::relative && a.cutoff != nullptr ? a.cutoff[unit.head] : INFINITY;
+        scratch.cut = find_cut(cutoff, alpha, row.rate, job.last_exponent);
+        scratch.cut_of = unit.head;
+        scratch.cut_alpha = alpha;
+    }
+    row.cut = scratch.cut;
     row.max = LOW;
-    row.threshold = LOW - row.cut;
-    row.count = 0;
+    row.count = row.floor = 0;
+    I::store_short(row.top, I::set1_short(0));
+    for (int64_t d = 0; d < a.dim; d += 16) __builtin_prefetch(row.output + d, 1);
     if (a.trace == nullptr) return;
-    record_codes<I>(a.trace->q_codes + row.place * a.dim, codes, a.dim);
     row.query_sum = 0;
-    for (int64_t d = 0; d < a.dim; ++d) row.query_sum += codes[d];
+    for (int64_t d = 0; d < a.dim; ++d) row.query_sum += unit.queries[index * job.query_width + d];
 }
 
 template <class I>
-void attend_streaming(const Job<I>& job, const Packed<I>& packed, const Keys& keys, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
-    const int64_t room = packed.padded + 64;
+void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
+    const int64_t room = unit.padded + 64;
     auto* lists = scratch.keys.template get<uint16_t>(job.PASS * room);
     auto* slack = scratch.slack.template get<uint16_t>(job.PASS * room);
     Range ranges[4];
@@ -776,48 +873,86 @@ void attend_streaming(const Job<I>& job, const Packed<I>& packed, const Keys& ke
     for (int64_t r = 0; r < count; r += I::ROWS) {
         with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) { ranges[r / I::ROWS] = range_of<R.value>(rows + r); });
     }
-    for (int64_t tile = 0; tile < packed.padded / job.W; ++tile) {
+    for (int64_t tile = 0; tile < unit.padded / job.W; ++tile) {
         for (int64_t r = 0; r < count; r += I::ROWS) {
             with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
-                stream<I, R.value>(job, packed, codes + r * job.query_width, rows + r, ranges[r / I::ROWS], tile);
+                stream<I, R.value>(job, unit, codes + r * job.query_width, rows + r, ranges[r / I::ROWS], tile);
             });
         }
     }
+    finish(job, unit, rows, count, scratch);
     int64_t survivors = 0, pairs = 0;
     for (int64_t r = 0; r < count; ++r) {
-        finish(job, packed, keys, rows[r], scratch);
         survivors += rows[r].count;
         pairs += rows[r].end - rows[r].begin;
     }
     scratch.many = survivors * MANY > pairs;
 }
 
-// Query rows [begin, end) of one head.
-template <class I>
-void attend(const Job<I>& job, const Packed<I>& packed, const Keys& keys, int64_t head, int64_t begin, int64_t end, Scratch<I>& scratch) {
+// At most PASS query rows of one head, from `first`.
+template <class I> void attend(const Job<I>& job, const Head<I>& unit, int64_t first, Scratch<I>& scratch) {
     const Attention& a = job.a;
-    float v_scale[MAX_DIM + 64];
-    for (int64_t d = 0; d < job.query_width; ++d) v_scale[d] = scale_of(a.v_scale, packed.head, least(d, a.dim - 1));
-    const int32_t last_exponent = last_coded_exponent(a.p_max);
-    auto* codes = scratch.query.template get<typename I::Query>(job.PASS * job.query_width);
-    const bool streamable = a.rule == Rule::relative && a.mode == ProbMode::row && packed.count <= CHUNK;
+    const int64_t count = least<int64_t>(job.PASS, a.q_rows - first);
+    const auto* codes = unit.queries + first * job.query_width;
     Row rows[Job<I>::PASS];
-    for (int64_t first = begin; first < end; first += job.PASS) {
-        const int64_t count = least<int64_t>(job.PASS, end - first);
-        int32_t widest = 0;
-        for (int64_t r = 0; r < count; ++r) {
-            start_row(job, keys, v_scale, packed.batch, head, first + r, last_exponent, codes + r * job.query_width, rows[r], scratch);
-            widest = most(widest, rows[r].cut);
+    int32_t widest = 0;
+    for (int64_t r = 0; r < count; ++r) {
+        start_row(job, unit, first + r, rows[r], scratch);
+        widest = most(widest, rows[r].cut);
+    }
+    const bool streamable = a.rule == Rule::relative && a.mode == ProbMode::row && unit.count <= CHUNK;
+    if (streamable && widest <= MAX_CUT && !scratch.many) return attend_streaming(job, unit, codes, rows, count, scratch);
+    for (int64_t r = 0; r < count; r += I::ROWS) {
+        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
+            consider<I, R.value>(job, unit, codes + r * job.query_width, rows + r, scratch);
+        });
+    }
+}
+
+template <class I> Head<I> head_of(const Job<I>& job, const Batch<I>& batch, int64_t head) {
+    const int64_t kv = head / job.group;
+    return {batch.queries + head * job.a.q_rows * job.query_width, batch.q_scales + head * job.a.q_rows,
+            batch.keys + kv * batch.padded * job.a.dim, batch.values + kv * batch.padded * job.width,
+            *batch.mask, batch.index, head, kv, batch.count, batch.padded};
+}
+
+// The three steps of one batch element; `share(count, f)` runs f(begin, end, scratch) over [0, count).
+template <class I, class Share> void attend_batch(const Job<I>& job, int64_t index, Batch<I>& batch, Share share) {
+    const Attention& a = job.a;
+    prepare(job, index, batch);
+    if (a.smooth_key) {
+        share(a.kv_heads, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
+            for (int64_t head = begin; head < end; ++head) find_mean(job, batch, head, scratch);
+        });
+    }
+    const int64_t tiles = batch.padded / job.W, passes = (a.q_rows + job.PASS - 1) / job.PASS;
+    share(tiles + passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
+        for (int64_t work = begin; work < end; ++work) {
+            if (work < tiles) {
+                pack_keys(job, batch, work, scratch);
+                pack_values(job, batch, work, scratch);
+                continue;
+            }
+            const int64_t first = (work - tiles) * job.PASS;
+            for (int64_t row = first; row < least(first + job.PASS, a.q_rows); ++row) pack_query(job, batch, row, scratch);
         }
-        if (streamable && widest <= MAX_CUT && !scratch.many) {
-            attend_streaming(job, packed, keys, codes, rows, count, scratch);
-            continue;
+    });
+    share(a.q_heads * passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
+        scratch.cut_of = scratch.panel_of = -1;
+        for (int64_t work = begin; work < end; ++work) {
+            attend(job, head_of(job, batch, work / passes), work % passes * job.PASS, scratch);
         }
-        for (int64_t r = 0; r < count; r += I::ROWS) {
-            with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
-                consider<I, R.value>(job, packed, keys, head, codes + r * job.query_width, rows + r, scratch);
-            });
-        }
+    });
+}
+
+template <class I> Job<I>::Job(const Attention& args)
+    : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), query_width(round_up(args.dim, I::LANES)),
+      group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1) {
+    v_scale = room.template get<float>(2 * a.kv_heads * query_width);
+    v_inverse = v_scale + a.kv_heads * query_width;
+    for (int64_t i = 0; i < a.kv_heads * query_width; ++i) {
+        v_scale[i] = scale_of(a.v_scale, i / query_width, least(i % query_width, a.dim - 1));
+        v_inverse[i] = 1.0f / v_scale[i];
     }
 }
 
@@ -825,56 +960,27 @@ template <class F> void parallel(const Attention& a, int64_t count, F f) {
     a.parallel(count, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
 }
 
-// Heads enough: each thread packs a head and attends to it while it is in its cache.
-template <class I> void by_head(const Job<I>& job) {
-    const Attention& a = job.a;
-    const int64_t group = a.q_heads / a.kv_heads;
-    parallel(a, a.batch * a.kv_heads, [&](int64_t begin, int64_t end) {
-        Packed<I> packed;
-        Scratch<I> scratch;
-        for (int64_t task = begin; task < end; ++task) {
-            const int64_t batch = task / a.kv_heads, head = task % a.kv_heads;
-            const Keys& keys = a.keys[batch];
-            prepare(job, keys, batch, head, packed, scratch);
-            pack(job, keys, packed, 0, packed.padded / job.W, scratch);
-            for (int64_t h = head * group; h < (head + 1) * group; ++h) attend(job, packed, keys, h, 0, a.q_rows, scratch);
-        }
-    });
-}
-
-// Few heads: all threads pack one head, then share its query rows.
-template <class I> void by_row(const Job<I>& job) {
-    const Attention& a = job.a;
-    const int64_t group = a.q_heads / a.kv_heads, passes = (a.q_rows + job.PASS - 1) / job.PASS;
-    Packed<I> packed;
-    Scratch<I> first;
-    for (int64_t task = 0; task < a.batch * a.kv_heads; ++task) {
-        const int64_t batch = task / a.kv_heads, head = task % a.kv_heads;
-        const Keys& keys = a.keys[batch];
-        prepare(job, keys, batch, head, packed, first);
-        parallel(a, packed.padded / job.W, [&](int64_t begin, int64_t end) {
-            Scratch<I> scratch;
-            pack(job, keys, packed, begin, end, scratch);
-        });
-        parallel(a, group * passes, [&](int64_t begin, int64_t end) {
-            Scratch<I> scratch;
-            for (int64_t work = begin; work < end;) {
-                const int64_t h = work / passes, stop = least(end, (h + 1) * passes);
-                attend(job, packed, keys, head * group + h, (work - h * passes) * job.PASS,
-                       least((stop - h * passes) * job.PASS, a.q_rows), scratch);
-                work = stop;
-            }
-        });
-    }
-}
-
+// Each thread takes whole batch elements where they come out even; else all threads share each one.
 template <class I> void run(const Attention& a) {
     const Job<I> job(a);
-    const int64_t heads = a.batch * a.kv_heads;
-    if (heads % a.threads == 0 || heads >= 4 * a.threads) {
-        by_head(job);
-    } else {
-        by_row(job);
+    if (a.batch % a.threads == 0 || a.batch >= 4 * a.threads) {
+        parallel(a, a.batch, [&](int64_t begin, int64_t end) {
+            Batch<I> batch;
+            Scratch<I> scratch;
+            for (int64_t index = begin; index < end; ++index) {
+                attend_batch(job, index, batch, [&](int64_t count, auto f) { f(0, count, scratch); });
+            }
+        });
+        return;
+    }
+    Batch<I> batch;
+    for (int64_t index = 0; index < a.batch; ++index) {
+        attend_batch(job, index, batch, [&](int64_t count, auto f) {
+            parallel(a, count, [&](int64_t begin, int64_t end) {
+                Scratch<I> scratch;
+                f(begin, end, scratch);
+            });
+        });
     }
 }
 

@@ -18,6 +18,8 @@ struct Avx2 {
     using Query = int16_t;
     using Prob = int16_t;
     using Value = int16_t;
+    using Short = __m256i;
+    using Slack = __m256i;
 
     static ATTN_INLINE I32 at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
     static ATTN_INLINE void to(void* p, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
@@ -139,21 +141,35 @@ struct Avx2 {
         const __m128i zero = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(whole)), _mm_setzero_si128());
         return static_cast<uint16_t>(~_mm_movemask_epi8(zero));
     }
-    static ATTN_INLINE int take(const I32 (&acc)[COLS], int32_t threshold, int32_t cut, int32_t base, uint16_t* keys, uint16_t* slack) {
-        // Saturation is harmless: cut <= 32766, so what saturates upwards lies above it and what saturates downwards below 0.
-        const I32 from = set1(threshold);
-        const I32 above = _mm256_packs_epi32(sub(acc[0], from), sub(acc[1], from));
-        if (_mm256_movemask_epi8(_mm256_cmpgt_epi16(above, _mm256_set1_epi16(static_cast<int16_t>(cut))))) return -1;
-        uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(above)) & 0xaaaaaaaau;  // sign bits of 16-bit lanes
+    static ATTN_INLINE Short set1_short(int16_t x) { return _mm256_set1_epi16(x); }
+    static ATTN_INLINE Short load_short_top(const int16_t* p) { return at(p); }
+    static ATTN_INLINE void store_short(int16_t* p, Short x) { to(p, x); }
+    static ATTN_INLINE Short max_short(Short a, Short b) { return _mm256_max_epi16(a, b); }
+    static ATTN_INLINE bool any_above(Short a, int32_t limit) {
+        return _mm256_movemask_epi8(_mm256_cmpgt_epi16(a, set1_short(static_cast<int16_t>(limit)))) != 0;
+    }
+    static ATTN_INLINE int32_t highest_short(Short a) { return highest_of_eight(_mm_max_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1))); }
+    static ATTN_INLINE int32_t highest_of_eight(__m128i a) {
+        // vphminposuw finds the least of eight unsigned numbers: 32767 - x turns the order round.
+        const __m128i top = _mm_set1_epi16(0x7fff);
+        return 0x7fff - _mm_extract_epi16(_mm_minpos_epu16(_mm_sub_epi16(top, a)), 0);
+    }
+    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS], int32_t base) {
+        return _mm256_packs_epi32(sub(acc[0], set1(base)), sub(acc[1], set1(base)));
+    }
+    static ATTN_INLINE Short max_slack(Slack slack) { return slack; }
+    static ATTN_INLINE int list(Slack slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* where) {
+        const I32 below = _mm256_cmpgt_epi16(_mm256_set1_epi16(static_cast<int16_t>(floor)), slack);
+        uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(below)) & 0x55555555u;
         if (mask == 0) return 0;
         alignas(32) uint16_t wide[16];
-        to(wide, above);
+        to(wide, slack);
         int count = 0;
         for (; mask != 0; mask &= mask - 1) {
             const int lane = __builtin_ctz(mask) >> 1;
             // vpackssdw works in 128-bit halves: lane 8 L + 4 j + i holds key 8 j + 4 L + i.
             keys[count] = static_cast<uint16_t>(base + ((lane & 3) | (lane & 8) >> 1 | (lane & 4) << 1));
-            slack[count++] = wide[lane];
+            where[count++] = wide[lane];
         }
         return count;
     }

@@ -18,6 +18,10 @@ struct Avx512Vnni {
     using Query = int8_t;
     using Prob = uint8_t;
     using Value = int8_t;
+    using Short = __m512i;
+    struct Slack {
+        __m512i low, high;
+    };
 
     static ATTN_INLINE I32 set1(int32_t x) { return _mm512_set1_epi32(x); }
     static ATTN_INLINE F32 set1f(float x) { return _mm512_set1_ps(x); }
@@ -150,20 +154,33 @@ struct Avx512Vnni {
         return _mm512_set_epi16(31, 30, 29, 28, 15, 14, 13, 12, 27, 26, 25, 24, 11, 10, 9, 8,
                                 23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);
     }
-    static ATTN_INLINE int take(const I32 (&acc)[COLS], int32_t threshold, int32_t cut, int32_t base, uint16_t* keys, uint16_t* slack) {
-        // Saturation is harmless: cut <= 32766, so what saturates upwards lies above it and what saturates downwards below 0.
-        const I32 from = set1(threshold);
-        const I32 low = _mm512_packs_epi32(sub(acc[0], from), sub(acc[1], from));
-        const I32 high = _mm512_packs_epi32(sub(acc[2], from), sub(acc[3], from));
-        const I32 larger = _mm512_max_epi16(low, high);
-        if (_mm512_cmpgt_epi16_mask(larger, _mm512_set1_epi16(static_cast<int16_t>(cut)))) return -1;
-        const __mmask32 in_low = ~_mm512_movepi16_mask(low), in_high = ~_mm512_movepi16_mask(high);
+    static ATTN_INLINE Short set1_short(int16_t x) { return _mm512_set1_epi16(x); }
+    static ATTN_INLINE Short load_short_top(const int16_t* p) { return _mm512_load_si512(p); }
+    static ATTN_INLINE void store_short(int16_t* p, Short x) { _mm512_store_si512(p, x); }
+    static ATTN_INLINE Short max_short(Short a, Short b) { return _mm512_max_epi16(a, b); }
+    static ATTN_INLINE bool any_above(Short a, int32_t limit) {
+        return _mm512_cmpgt_epi16_mask(a, set1_short(static_cast<int16_t>(limit))) != 0;
+    }
+    static ATTN_INLINE int32_t highest_short(Short a) {
+        // vphminposuw finds the least of eight unsigned numbers: 32767 - x turns the order round.
+        const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+        const __m128i quarter = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+        return 0x7fff - _mm_extract_epi16(_mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(0x7fff), quarter)), 0);
+    }
+    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS], int32_t base) {
+        const I32 from = set1(base);
+        return {_mm512_packs_epi32(sub(acc[0], from), sub(acc[1], from)), _mm512_packs_epi32(sub(acc[2], from), sub(acc[3], from))};
+    }
+    static ATTN_INLINE Short max_slack(const Slack& slack) { return _mm512_max_epi16(slack.low, slack.high); }
+    static ATTN_INLINE int list(const Slack& slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* to) {
+        const I32 least_slack = _mm512_set1_epi16(static_cast<int16_t>(floor));
+        const __mmask32 in_low = _mm512_cmpge_epi16_mask(slack.low, least_slack), in_high = _mm512_cmpge_epi16_mask(slack.high, least_slack);
         const I32 order = _mm512_add_epi16(pack_order(), _mm512_set1_epi16(static_cast<int16_t>(base)));
         const int count = __builtin_popcount(in_low);
         store_codes(keys, _mm512_maskz_compress_epi16(in_low, order));
-        store_codes(slack, _mm512_maskz_compress_epi16(in_low, low));
+        store_codes(to, _mm512_maskz_compress_epi16(in_low, slack.low));
         store_codes(keys + count, _mm512_maskz_compress_epi16(in_high, _mm512_add_epi16(order, _mm512_set1_epi16(32))));
-        store_codes(slack + count, _mm512_maskz_compress_epi16(in_high, high));
+        store_codes(to + count, _mm512_maskz_compress_epi16(in_high, slack.high));
         return count + __builtin_popcount(in_high);
     }
     static int sift(uint16_t* keys, uint16_t* slack, int count, int32_t drop) {

@@ -12,6 +12,10 @@ struct Scalar {
     using Query = int32_t;
     using Prob = int32_t;
     using Value = int32_t;
+    using Short = int16_t;
+    struct Slack {
+        int16_t of[COLS];
+    };
 
     static I32 set1(int32_t x) { return x; }
     static F32 set1f(float x) { return x; }
@@ -71,14 +75,24 @@ struct Scalar {
         for (int i = 0; i < count; ++i) bits |= static_cast<uint64_t>(bytes[i] != 0) << i;
         return bits;
     }
-    static int take(const I32 (&acc)[COLS], int32_t threshold, int32_t cut, int32_t base, uint16_t* keys, uint16_t* slack) {
+    static Short set1_short(int16_t x) { return x; }
+    static Short load_short_top(const int16_t* p) { return *p; }
+    static void store_short(int16_t* p, Short x) { *p = x; }
+    static Short max_short(Short a, Short b) { return most(a, b); }
+    static bool any_above(Short a, int32_t limit) { return a > limit; }
+    static int32_t highest_short(Short a) { return a; }
+    static Slack narrow(const I32 (&acc)[COLS], int32_t base) {
+        Slack slack;
+        for (int c = 0; c < COLS; ++c) slack.of[c] = static_cast<int16_t>(least(most(acc[c] - base, -32768), 32767));
+        return slack;
+    }
+    static Short max_slack(const Slack& slack) { return most(most(slack.of[0], slack.of[1]), most(slack.of[2], slack.of[3])); }
+    static int list(const Slack& slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* to) {
         int count = 0;
         for (int c = 0; c < COLS; ++c) {
-            const int32_t above = acc[c] - threshold;
-            if (above > cut) return -1;
-            if (above < 0) continue;
+            if (slack.of[c] < floor) continue;
             keys[count] = static_cast<uint16_t>(base + c);
-            slack[count++] = static_cast<uint16_t>(above);
+            to[count++] = static_cast<uint16_t>(slack.of[c]);
         }
         return count;
     }
