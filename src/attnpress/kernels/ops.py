@@ -84,6 +84,16 @@ def attention(
     return run(query, key, value, valid, scales, cutoff, spec, scaling, causal)
 
 
+def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> None:
+    """Raise now what `attention` would raise at its first call; see there."""
+    if backend not in _BACKENDS:
+        raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
+    if backend == "cpu":
+        cpu.load()
+        _check_spec(spec, scales)
+        _check_head(head_dim)
+
+
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
     spec: AttentionSpec, scaling: float, causal: bool,
@@ -178,6 +188,10 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit together: "
             "key and value are [B, Hkv, Sk, D], with Hq a multiple of Hkv"
         )
+    _check_head(dim)
+
+
+def _check_head(dim: int) -> None:
     if dim % 4 != 0 or not 4 <= dim <= LARGEST_HEAD:
         raise ValueError(f"head size {dim}: backend 'cpu' takes multiples of 4 up to {LARGEST_HEAD}; use 'reference'")
 
@@ -203,5 +217,6 @@ __all__ = [
     "IntegerAttention",
     "attention",
     "backends",
+    "check",
     "compiled_integers",
 ]
