@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import warnings
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -84,5 +83,4 @@ def _attend(
     """The signature of `fake_quantize_attention`, without its gradients."""
     if dropout > 0:
         raise RuntimeError("a deployed model does not train: call undeploy(model), or model.eval()")
-    with torch.no_grad():
-        return ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend=backend)
+    return ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend=backend)

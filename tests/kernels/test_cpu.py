@@ -14,7 +14,7 @@ from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.attention import key_validity
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
-from tests.kernels.cases import Case, cases, make_case
+from tests.kernels.factories import Case, cases, make_case
 
 pytestmark = pytest.mark.skipif(not cpu.is_built(), reason="the CPU kernel is not built: python setup.py build_ext --inplace")
 

@@ -12,7 +12,7 @@ from attnpress.config import AttentionSpec, TensorSpec
 from attnpress.core.attention import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
-from tests.kernels.cases import make_case
+from tests.kernels.factories import make_case
 
 needs_kernel = pytest.mark.skipif(not cpu.is_built(), reason="the CPU kernel is not built")
 

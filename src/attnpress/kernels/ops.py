@@ -138,7 +138,8 @@ def compiled_arguments(
         ValueError: what the compiled kernel cannot take.
         BackendUnavailableError: it is not built.
     """
-    cpu.load()
+    if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
+        cpu.load()
     _check_spec(spec, scales)
     _check_tensors(query, key, value)
     if cutoff is not None and spec.rule == "threshold":
