@@ -1,4 +1,4 @@
-"""Builds the CPU kernel of csrc/ with the package, where there is a C++ compiler and torch; everything else is in pyproject.toml.
+"""Builds the CPU kernel of csrc/ with the package, where there is a C++ compiler and torch; pyproject.toml has the rest.
 
 Without them the package installs all the same and runs through its reference; the build says so. In a checkout:
 
@@ -15,7 +15,16 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-SHARED = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-Wall", "-Wextra"]
+SHARED = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
 # The headers of torch 2.10: one binary for it and every later version.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-unused-parameter"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
@@ -41,7 +50,9 @@ class BuildKernel(build_ext):
         try:
             self._build(ext)
         except Exception as error:
-            print(f"attnpress: built without its CPU kernel ({error}); it will run through the reference", file=sys.stderr)
+            print(
+                f"attnpress: built without its CPU kernel ({error}); it will run through the reference", file=sys.stderr
+            )
 
     def _build(self, ext: Extension) -> None:
         spec = importlib.util.find_spec("torch")
@@ -52,7 +63,11 @@ class BuildKernel(build_ext):
         objects = []
         for source in ext.sources:
             objects += self.compiler.compile(
-                [source], self.build_temp, include_dirs=include, extra_postargs=[*SHARED, *FLAGS[source]], depends=ext.depends
+                [source],
+                self.build_temp,
+                include_dirs=include,
+                extra_postargs=[*SHARED, *FLAGS[source]],
+                depends=ext.depends,
             )
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],

@@ -33,8 +33,11 @@ Run = Callable[[], object]
 
 @dataclass(frozen=True)
 class Timing:
-    """One comparison. Times are medians in milliseconds; ratio is peer over ours; spread is the distance between the
-    quartiles of our times, as a fraction of their median."""
+    """One comparison.
+
+    Times are medians in milliseconds; ratio is peer over ours; spread is the distance between the quartiles of our
+    times, as a fraction of their median.
+    """
 
     seq_len: int
     batch: int
@@ -63,6 +66,7 @@ class Problem:
 
     @property
     def scaling(self) -> float:
+        """1 / sqrt(D)."""
         return float(self.query.shape[-1] ** -0.5)
 
 
@@ -93,7 +97,9 @@ def bench(
     torch.set_num_threads(threads)
     try:
         return [
-            _compare(make_problem(length, batch or _usual_batch(length), heads, head_dim, sparsity), name, threads, seconds)
+            _compare(
+                make_problem(length, batch or _usual_batch(length), heads, head_dim, sparsity), name, threads, seconds
+            )
             for length in seq_lens
             for name in names
         ]
@@ -104,7 +110,9 @@ def bench(
 def make_problem(length: int, batch: int, heads: int, head_dim: int, sparsity: float, seed: int = 0) -> Problem:
     """Normal Q, K, V with absmax scales, and the cutoff that prunes `sparsity` of the pairs, on a sample of rows."""
     generator = torch.Generator().manual_seed(seed)
-    query, key, value = (torch.randn(batch, length, heads, head_dim, generator=generator).transpose(1, 2) for _ in range(3))
+    query, key, value = (
+        torch.randn(batch, length, heads, head_dim, generator=generator).transpose(1, 2) for _ in range(3)
+    )
     spec = AttentionSpec(sparsity=sparsity)
     scales = Scales(*(positive_scale(x.abs().amax((0, 2, 3), keepdim=True) / 127) for x in (query, key, value)))
     if sparsity == 0:
@@ -187,7 +195,9 @@ def _openvino(problem: Problem, threads: int) -> Run:
     scores = op.multiply(op.matmul(q, k, False, True), op.constant(np.array(problem.scaling, np.float32)))
     probs = quantized(op.softmax(scores, 3), 0.0, 1.0, 256)
     model = ov.Model([op.matmul(probs, v, False, False)], inputs)
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"})
+    compiled = ov.Core().compile_model(
+        model, "CPU", {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
+    )
     request = compiled.create_infer_request()
     return lambda: request.infer(arrays)
 

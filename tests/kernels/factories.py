@@ -83,7 +83,12 @@ def make_scales(spec: AttentionSpec, heads: int, kv_heads: int, dim: int, genera
     def scale(tensor_spec: TensorSpec, count: int) -> Tensor | None:
         if tensor_spec.granularity == "token":
             return None
-        shape = (1, 1 if tensor_spec.granularity == "tensor" else count, 1, dim if tensor_spec.granularity == "channel" else 1)
+        shape = (
+            1,
+            1 if tensor_spec.granularity == "tensor" else count,
+            1,
+            dim if tensor_spec.granularity == "channel" else 1,
+        )
         return (torch.rand(shape, generator=generator) * 3 + 0.5) / tensor_spec.qmax
 
     return Scales(q=scale(spec.q, heads), k=scale(spec.k, kv_heads), v=scale(spec.v, kv_heads))
@@ -119,7 +124,9 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
     rule = draw(st.sampled_from(("relative", "relative", "threshold", "topk")))
     return AttentionSpec(
         q=TensorSpec(
-            bits=draw(bits()), granularity=draw(st.sampled_from(("tensor", "head", "token"))), power_of_two=draw(st.booleans())
+            bits=draw(bits()),
+            granularity=draw(st.sampled_from(("tensor", "head", "token"))),
+            power_of_two=draw(st.booleans()),
         ),
         k=TensorSpec(bits=draw(bits()), granularity=draw(st.sampled_from(("tensor", "head")))),
         v=TensorSpec(bits=draw(bits()), granularity=draw(st.sampled_from(("tensor", "head", "channel")))),
@@ -137,7 +144,8 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
 def cases(draw: st.DrawFn, longest: int = 200) -> Case:
     kv_heads, group = draw(st.integers(1, 2)), draw(st.integers(1, 3))
     shape = (
-        draw(st.integers(1, 3)), kv_heads * group, kv_heads, draw(st.integers(1, longest)), draw(st.integers(1, longest)),
+        draw(st.integers(1, 3)), kv_heads * group, kv_heads,
+        draw(st.integers(1, longest)), draw(st.integers(1, longest)),
         4 * draw(st.integers(4, 64)) if draw(st.booleans()) else draw(st.sampled_from((16, 32, 64, 80, 128, 256))),
     )  # fmt: skip
     return make_case(

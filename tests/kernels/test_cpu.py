@@ -16,7 +16,9 @@ from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
 from tests.kernels.factories import Case, cases, make_case
 
-pytestmark = pytest.mark.skipif(not cpu.is_built(), reason="the CPU kernel is not built: python setup.py build_ext --inplace")
+pytestmark = pytest.mark.skipif(
+    not cpu.is_built(), reason="the CPU kernel is not built: python setup.py build_ext --inplace"
+)
 
 TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
 NAMES = ("q_codes", "row_max", "p_codes", "code_sum", "weighted")
@@ -52,7 +54,9 @@ def assert_same(case: Case) -> None:
     expected, found = case.reference(), ops.compiled_integers(*case.arguments, causal=case.causal)  # type: ignore[arg-type]
     for name in NAMES:
         assert torch.equal(found[name], getattr(expected, name)), name
-    seen = key_validity(None if case.allowed is None else case.allowed.expand(case.query.shape[0], -1, case.query.shape[2], -1))
+    seen = key_validity(
+        None if case.allowed is None else case.allowed.expand(case.query.shape[0], -1, case.query.shape[2], -1)
+    )
     for name in ("k_codes", "v_codes"):
         codes = getattr(expected, name)
         assert torch.equal(found[name] * (1 if seen is None else seen), codes * (1 if seen is None else seen)), name

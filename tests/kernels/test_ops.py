@@ -64,7 +64,10 @@ def test_backends_lists_targets_best_first() -> None:
         ({"spec": AttentionSpec(rule="mass", sparsity=0.5)}, "no kernel for rule 'mass'"),
         ({"spec": AttentionSpec(v=TensorSpec(bits=None))}, "set bits for all"),
         ({"scales": Scales()}, "q, k, v: no scale yet"),
-        ({"query": torch.zeros(1, 2, 5, 18), "key": torch.zeros(1, 2, 5, 18), "value": torch.zeros(1, 2, 5, 18)}, "head size 18"),
+        (
+            {"query": torch.zeros(1, 2, 5, 18), "key": torch.zeros(1, 2, 5, 18), "value": torch.zeros(1, 2, 5, 18)},
+            "head size 18",
+        ),
         ({"query": torch.zeros(1, 2, 5, 16, dtype=torch.float64)}, "query: .* found torch.float64"),
         ({"key": torch.zeros(1, 2, 6, 16)}, "do not fit together"),
         ({"valid": torch.zeros(1, 1, 5, 5)}, "valid: a bool mask"),

@@ -153,7 +153,9 @@ def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float) -> Tenso
     """
     total = histogram.sum(-1, keepdim=True)
     if bool((total == 0).any()):
-        raise ValueError("no valid pairs were observed, so thresholds cannot be fitted: calibrate on real batches first")
+        raise ValueError(
+            "no valid pairs were observed, so thresholds cannot be fitted: calibrate on real batches first"
+        )
     if sparsity == 0:
         return torch.full_like(total, math.inf, dtype=torch.float32).squeeze(-1)
     asked = (1.0 - sparsity) * total
