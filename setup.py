@@ -1,4 +1,4 @@
-"""Builds the CPU kernel of csrc/ with the package, where there is a C++ compiler and torch; pyproject.toml has the rest.
+"""Builds the CPU kernel of csrc/ with the package where there is a C++ compiler and torch; pyproject.toml has the rest.
 
 Without them the package installs all the same and runs through its reference; the build says so. In a checkout:
 
