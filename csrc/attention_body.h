@@ -644,7 +644,7 @@ struct TopK {
 
 // (1 - sparsity) * count, rounded half to even, at least 1: the k-th smallest distance by bisection on its value.
 template <class I> TopK find_topk(const int32_t* scores, int32_t max, int64_t begin, int64_t end, double sparsity) {
-    const auto top = I::set1(max), reach = I::set1(VALID), one = I::set1(1);
+    const auto top = I::set1(max), one = I::set1(1);
     const auto within = [&](int32_t limit) {
         const auto bound = I::set1(limit);
         auto count = I::set1(0);
@@ -653,7 +653,6 @@ template <class I> TopK find_topk(const int32_t* scores, int32_t max, int64_t be
         }
         return I::total(count);
     };
-    (void)reach;
     const int64_t k = most<int64_t>(1, static_cast<int64_t>(std::nearbyint((1.0 - sparsity) * static_cast<double>(within(VALID)))));
     int32_t low = 0, high = VALID;
     while (low < high) {
