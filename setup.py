@@ -1,8 +1,7 @@
 """Builds the CPU kernel of csrc/ with the package where there is a C++ compiler and torch; pyproject.toml has the rest.
 
-Without them the package installs all the same and runs through its reference; the build says so. In a checkout:
-
-    python setup.py build_ext --inplace
+Without them the package installs all the same and runs through its reference; the build says so. In a checkout,
+`make kernel` builds it anew, or fails.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ ours with it in turns of whole processes.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import statistics
 import subprocess
@@ -29,6 +30,10 @@ SECONDS = 2.0
 """How long each pair is timed, at least seven calls."""
 
 Run = Callable[[], object]
+
+
+class BenchmarkError(ValueError):
+    """A comparison that cannot be run; the message says why, and what to do."""
 
 
 @dataclass(frozen=True)
@@ -84,14 +89,12 @@ def bench(
         peers: of PEERS.
 
     Raises:
-        ValueError: an unknown peer.
+        BenchmarkError: an unknown peer, or one whose package is not installed; a length or thread count below 1.
+        ConfigError: a sparsity outside [0, 1).
         BackendUnavailableError: the kernel is not built.
-        ImportError: peer "openvino" without the package.
     """
-    names = list(peers)
-    unknown = [name for name in names if name not in PEERS]
-    if unknown:
-        raise ValueError(f"no peer called {', '.join(unknown)}; use some of {', '.join(PEERS)}")
+    names, lengths = list(peers), list(seq_lens)
+    _check(names, lengths, threads)
     cpu.load()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -100,7 +103,7 @@ def bench(
             _compare(
                 make_problem(length, batch or _usual_batch(length), heads, head_dim, sparsity), name, threads, seconds
             )
-            for length in seq_lens
+            for length in lengths
             for name in names
         ]
     finally:
@@ -122,11 +125,23 @@ def make_problem(length: int, batch: int, heads: int, head_dim: int, sparsity: f
     return Problem(query, key, value, scales, below[:, round((1 - sparsity) * (below.shape[1] - 1))].contiguous(), spec)
 
 
+def _check(peers: list[str], lengths: list[int], threads: int) -> None:
+    unknown = [name for name in peers if name not in PEERS]
+    if unknown:
+        raise BenchmarkError(f"no peer called {', '.join(unknown)}; use some of {', '.join(PEERS)}")
+    if "openvino" in peers and importlib.util.find_spec("openvino") is None:
+        raise BenchmarkError(
+            "peer openvino: the package is not installed; pip install openvino, or leave this peer out"
+        )
+    if threads < 1 or min(lengths, default=1) < 1:
+        raise BenchmarkError(f"lengths and threads start at 1, found lengths {lengths} and {threads} threads")
+
+
 def measured_sparsity(problem: Problem) -> float:
     """Fraction of pairs whose P code is zero in the first batch element."""
-    first = (x[:1] for x in (problem.query, problem.key, problem.value))
-    found = ops.compiled_integers(*first, None, problem.scales, problem.cutoff, problem.spec, problem.scaling)
-    return float((found["p_codes"] == 0).float().mean())
+    p = problem
+    first = ops.compiled_integers(p.query[:1], p.key[:1], p.value[:1], None, p.scales, p.cutoff, p.spec, p.scaling)
+    return float((first["p_codes"] == 0).float().mean())
 
 
 def _usual_batch(length: int) -> int:
@@ -171,8 +186,8 @@ def _peer(name: str, problem: Problem, threads: int) -> Run:
     if name == "sdpa":
         return lambda: scaled_dot_product_attention(q, k, v)
     if name == "sdpa-bf16":
-        low = [x.bfloat16() for x in (q, k, v)]
-        return lambda: scaled_dot_product_attention(*low)
+        low_q, low_k, low_v = (x.bfloat16() for x in (q, k, v))
+        return lambda: scaled_dot_product_attention(low_q, low_k, low_v)
     if name == "eager":
         return lambda: torch.softmax(q @ k.mT * problem.scaling, -1) @ v
     return _openvino(problem, threads)

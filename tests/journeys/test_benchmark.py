@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from typing import Any
 
 import pytest
 import torch
 
-from attnpress.benchmark import PEERS, as_records, bench, make_problem, measured_sparsity
+from attnpress.benchmark import PEERS, BenchmarkError, as_records, bench, make_problem, measured_sparsity
 from attnpress.kernels import cpu
+from tests.kernels.factories import needs_kernel
 
-pytestmark = pytest.mark.skipif(not cpu.is_built(), reason="the CPU kernel is not built")
+pytestmark = needs_kernel
 
 
 def test_records_have_all_fields_and_add_up() -> None:
@@ -34,8 +36,20 @@ def test_synthetic_inputs_have_the_sparsity_they_state(asked: float) -> None:
 
 
 def test_unknown_peer_is_named() -> None:
-    with pytest.raises(ValueError, match=f"no peer called flash; use some of {', '.join(PEERS)}"):
+    with pytest.raises(BenchmarkError, match=f"no peer called flash; use some of {', '.join(PEERS)}"):
         bench([16], peers=["flash"])
+
+
+@pytest.mark.parametrize("wrong", [{"seq_lens": [0]}, {"seq_lens": [16], "threads": 0}])
+def test_lengths_and_threads_start_at_one(wrong: dict[str, Any]) -> None:
+    with pytest.raises(BenchmarkError, match="start at 1"):
+        bench(**wrong)
+
+
+def test_a_peer_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BenchmarkError, match="pip install openvino"):
+        bench([16], peers=["openvino"])
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="openvino is an optional peer")

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import IntegerAttention, Scales, integer_attention
+from attnpress.kernels import cpu
 from attnpress.kernels.ops import causal_pairs
+
+COMPILER = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
+needs_kernel = pytest.mark.skipif(
+    COMPILER is None and not cpu.is_built(), reason="no C++ compiler here, so there is no CPU kernel to test"
+)
+"""Where there is a compiler, a kernel that is missing fails: `make kernel` says why."""
 
 MASKS = ("none", "padding", "left padding", "window", "holes", "by head", "all masked")
 EXTREMES = ("none", "nan", "inf", "huge", "tiny", "zero", "equal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
 
 
 @dataclass(frozen=True)
@@ -31,7 +44,7 @@ class Case:
     causal: bool
 
     @property
-    def arguments(self) -> tuple[object, ...]:
+    def arguments(self) -> Arguments:
         """What `ops.attention` and `ops.compiled_integers` take, causal apart."""
         return (self.query, self.key, self.value, self.valid, self.scales, self.cutoff, self.spec, self.scaling)
 
@@ -121,7 +134,7 @@ def bits(low: int = 2) -> st.SearchStrategy[int]:
 
 @st.composite
 def specs(draw: st.DrawFn) -> AttentionSpec:
-    rule = draw(st.sampled_from(("relative", "relative", "threshold", "topk")))
+    rules: tuple[RuleName, ...] = ("relative", "relative", "threshold", "topk")
     return AttentionSpec(
         q=TensorSpec(
             bits=draw(bits()),
@@ -134,7 +147,7 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
             bits=draw(bits()), mode=draw(st.sampled_from(("row", "unit"))), signed=draw(st.booleans()),
             renormalize=draw(st.booleans()),
         ),
-        rule=rule,
+        rule=draw(st.sampled_from(rules)),
         sparsity=draw(st.sampled_from((0.0, 0.3, 0.5, 0.9, 0.98))),
         smooth_key=draw(st.booleans()),
     )  # fmt: skip

@@ -10,15 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor
 
-from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import key_validity
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
-from tests.kernels.factories import Case, cases, make_case
+from tests.kernels.factories import Case, cases, make_case, needs_kernel
 
-pytestmark = pytest.mark.skipif(
-    not cpu.is_built(), reason="the CPU kernel is not built: python setup.py build_ext --inplace"
-)
+pytestmark = needs_kernel
 
 TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
 NAMES = ("q_codes", "row_max", "p_codes", "code_sum", "weighted")
@@ -51,7 +49,7 @@ def ulps(left: Tensor, right: Tensor) -> int:
 
 
 def assert_same(case: Case) -> None:
-    expected, found = case.reference(), ops.compiled_integers(*case.arguments, causal=case.causal)  # type: ignore[arg-type]
+    expected, found = case.reference(), ops.compiled_integers(*case.arguments, causal=case.causal)
     for name in NAMES:
         assert torch.equal(found[name], getattr(expected, name)), name
     seen = key_validity(
@@ -61,11 +59,11 @@ def assert_same(case: Case) -> None:
         codes = getattr(expected, name)
         assert torch.equal(found[name] * (1 if seen is None else seen), codes * (1 if seen is None else seen)), name
     assert ulps(found["output"], expected.output) <= 1
-    plain = ops.attention(*case.arguments, causal=case.causal)  # type: ignore[arg-type]
+    plain = ops.attention(*case.arguments, causal=case.causal)
     assert torch.equal(plain, found["output"])
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_integers_equal_the_reference(target: str, case: Case) -> None:
     assert_same(case)
@@ -74,16 +72,16 @@ def test_integers_equal_the_reference(target: str, case: Case) -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
 @pytest.mark.parametrize("batch", [1, 5])
 def test_thread_count_changes_nothing(target: str, batch: int, count: int) -> None:
-    case = make_case((batch, 3, 3, 130, 140, 64), PRUNED, cutoff=4.0, mask="padding")
+    case = make_case((batch, 2, 2, 60, 70, 32), PRUNED, cutoff=4.0, mask="padding")
     with threads(count):
         assert_same(case)
 
 
 @pytest.mark.parametrize("rule", ["relative", "topk"])
 @pytest.mark.parametrize("keys", [2047, 3000])
-def test_long_rows(target: str, keys: int, rule: str) -> None:
+def test_long_rows(target: str, keys: int, rule: RuleName) -> None:
     spec = AttentionSpec(sparsity=0.95, rule=rule)
-    assert_same(make_case((1, 1, 1, 40, keys, 64), spec, cutoff=3.0))
+    assert_same(make_case((1, 1, 1, 26, keys, 64), spec, cutoff=3.0))
 
 
 def test_more_keys_than_one_chunk_of_32_bit_sums_and_16_bit_indexes() -> None:
@@ -103,14 +101,14 @@ def test_rows_with_rising_scores_and_far_maxima(target: str) -> None:
 
 def test_ties_go_to_the_lower_index(target: str) -> None:
     case = make_case((1, 1, 1, 5, 100, 32), AttentionSpec(rule="topk", sparsity=0.7), extreme="equal")
-    codes = ops.compiled_integers(*case.arguments)["p_codes"]  # type: ignore[arg-type]
+    codes = ops.compiled_integers(*case.arguments)["p_codes"]
     assert torch.equal(codes[..., :30] > 0, torch.ones(1, 1, 5, 30, dtype=torch.bool))
     assert int(codes[..., 30:].sum()) == 0
 
 
 def test_rows_without_a_key_give_zeros(target: str) -> None:
     case = make_case((2, 2, 1, 9, 33, 64), PRUNED, mask="all masked", cutoff=2.0)
-    assert torch.equal(ops.attention(*case.arguments), torch.zeros(2, 2, 9, 64))  # type: ignore[arg-type]
+    assert torch.equal(ops.attention(*case.arguments), torch.zeros(2, 2, 9, 64))
 
 
 def test_codes_do_not_depend_on_padding_or_batch_mates(target: str) -> None:
@@ -118,29 +116,29 @@ def test_codes_do_not_depend_on_padding_or_batch_mates(target: str) -> None:
     valid = torch.ones(2, 1, 1, 50, dtype=torch.bool)
     valid[1, ..., 30:] = False
     both = ops.attention(long.query, long.key, long.value, valid, long.scales, long.cutoff, long.spec, long.scaling)
-    short = (x[1:, :, :30] for x in (long.query, long.key, long.value))
-    alone = ops.attention(*short, None, long.scales, long.cutoff, long.spec, long.scaling)
+    query, key, value = (x[1:, :, :30] for x in (long.query, long.key, long.value))
+    alone = ops.attention(query, key, value, None, long.scales, long.cutoff, long.spec, long.scaling)
     assert torch.equal(both[1:, :, :30], alone)
 
 
 def test_output_layout_lets_heads_be_joined_without_a_copy() -> None:
     case = make_case((2, 3, 3, 7, 7, 16), DENSE)
-    output = ops.attention(*case.arguments)  # type: ignore[arg-type]
+    output = ops.attention(*case.arguments)
     assert output.transpose(1, 2).is_contiguous()
-    assert ops.attention(*case.arguments, backend="reference").stride() == output.stride()  # type: ignore[arg-type]
+    assert ops.attention(*case.arguments, backend="reference").stride() == output.stride()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 3, 3, 16), (1, 2, 2, 0, 3, 16), (1, 2, 2, 3, 0, 16)])
 def test_empty_tensors(shape: tuple[int, int, int, int, int, int]) -> None:
     case = make_case(shape, DENSE)
-    output = ops.attention(*case.arguments)  # type: ignore[arg-type]
+    output = ops.attention(*case.arguments)
     assert torch.equal(output, torch.zeros(output.shape))
 
 
 def test_operator_passes_the_checks_of_torch() -> None:
     for mask, causal in (("none", False), ("padding", True), ("holes", False)):
         case = make_case((2, 2, 1, 9, 11, 16), PRUNED, mask=mask, cutoff=2.0, causal=causal)
-        arguments = ops.compiled_arguments(*case.arguments, causal)  # type: ignore[arg-type]
+        arguments = ops.compiled_arguments(*case.arguments, causal)
         torch.library.opcheck(torch.ops.attnpress.attention.default, arguments)
         torch.library.opcheck(torch.ops.attnpress.attention_integers.default, arguments)
 
@@ -151,12 +149,12 @@ def test_unknown_or_unsupported_target_is_an_error(monkeypatch: pytest.MonkeyPat
         cpu.active_target()
     case = make_case((1, 1, 1, 2, 2, 16), DENSE)
     with pytest.raises(RuntimeError, match="no such target"):
-        ops.attention(*case.arguments)  # type: ignore[arg-type]
+        ops.attention(*case.arguments)
 
 
 def test_torch_ops_reject_what_would_crash() -> None:
     case = make_case((1, 2, 2, 4, 4, 16), DENSE)
-    good = list(ops.compiled_arguments(*case.arguments, False))  # type: ignore[arg-type]
+    good = list(ops.compiled_arguments(*case.arguments, False))
     bad = {
         0: torch.zeros(1, 2, 4, 18), 1: torch.zeros(1, 2, 5, 16), 3: torch.ones(1, 1, 3, 4, dtype=torch.bool),
         6: torch.ones(2), 7: torch.ones(1, 3, 1, 1), 9: torch.ones(3), 10: "mass", 12: "rows", 13: 128, 16: 200,

@@ -141,10 +141,11 @@ def prune_and_code(
         cutoff: float32 [Hq] or None.
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
-    distance = (_row_max(acc, valid) - acc).masked_fill(~valid, FAR)
+    blocked = ~valid
+    distance = (_row_max(acc, valid) - acc).masked_fill_(blocked, FAR)
     rate = exponent_rate(alpha)
-    t = exponent(distance, rate).masked_fill(~valid, T_MAX)
-    probability = power_table(t.device)[t.long()]
+    t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
+    probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
     keep = keep_mask(spec, distance, probability, valid, alpha, per_head)
     if spec.p.bits is None:
@@ -200,8 +201,8 @@ def key_validity(valid: Tensor | None) -> Tensor | None:
 
 
 def _row_max(acc: Tensor, valid: Tensor) -> Tensor:
-    lowest = acc.masked_fill(~valid, -FAR).amax(-1, keepdim=True)
-    return lowest.masked_fill(~valid.any(-1, keepdim=True), 0)
+    lowest = -torch.inf if acc.is_floating_point() else -FAR
+    return acc.masked_fill(~valid, lowest).amax(-1, keepdim=True).masked_fill(~valid.any(-1, keepdim=True), 0)
 
 
 def _present(scale: Tensor | None, name: str) -> Tensor:

@@ -43,7 +43,7 @@ class PairCounts:
         return [getattr(self, field.name) for field in fields(self)]
 
     def __add__(self, other: PairCounts) -> PairCounts:
-        return PairCounts(*(a + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
+        return PairCounts(*(a.to(b.device) + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def total(self) -> PairCounts:
         """Summed over heads; [1] each."""
@@ -91,14 +91,16 @@ def count_pairs(codes: Tensor, keep: Tensor, valid: Tensor) -> PairCounts:
 
 
 def _per_head(mask: Tensor) -> Tensor:
-    return mask.sum((0, 2, 3)).double()
+    counts: Tensor = mask.sum((0, 2, 3)).double()
+    return counts
 
 
 def _tiles(mask: Tensor) -> Tensor:
     rows, keys = mask.shape[-2:]
     padded = F.pad(mask, (0, -keys % TILE_KEYS, 0, -rows % TILE_ROWS))
     tiled = padded.unflatten(-1, (-1, TILE_KEYS)).unflatten(-3, (-1, TILE_ROWS))
-    return tiled.any(-1).any(-2)
+    occupied: Tensor = tiled.any(-1).any(-2)
+    return occupied
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ ONE = 1 << 16
 T_MAX = 18 * STEPS_PER_OCTAVE
 """First exponent that all implementations may saturate at: its power is 0, as is that of every t above 17 octaves."""
 
+_FAR = 1e30
+"""Lifts any positive float32 difference of distances above T_MAX."""
+
 LOG2_E = 1.4426950408889634
 # Cubic coefficients of 1 - 2^-x on [0, 1) in units of 2^-16, found by search over integers for the least maximal
 # relative error (1.05e-4) of the integer evaluation itself.
@@ -38,17 +41,21 @@ def exponent_rate(alpha: Tensor) -> Tensor:
     return (alpha.float() * torch.tensor(LOG2_E, dtype=torch.float32)) * STEPS_PER_OCTAVE
 
 
-def exponent(distance: Tensor, rate: Tensor) -> Tensor:
+def exponent(distance: Tensor, rate: Tensor, beyond: Tensor | None = None) -> Tensor:
     """Quantized exponent t of each distance.
 
     Args:
         distance: integers >= 0 (any dtype), or +inf in a float tensor for a pair that must vanish.
         rate: from `exponent_rate`, broadcastable.
+        beyond: float, shape of `distance`; where it is positive the exponent is T_MAX.
 
     Returns:
-        int32, 0 to T_MAX.
+        int32, 0 to T_MAX; T_MAX for a NaN, which only real (unquantized) scores can hold.
     """
-    return (distance.float() * rate).round_().clamp_(max=T_MAX).to(torch.int32)
+    scaled = distance.float() * rate
+    if beyond is not None:
+        scaled.add_(beyond, alpha=_FAR)
+    return scaled.round_().clamp_(max=T_MAX).nan_to_num_(nan=T_MAX).to(torch.int32)
 
 
 def power(t: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ attention; batches are worked through in slices that fit the cache.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,11 @@ from attnpress.core.quantizer import learned_step, quantize_straight_through, sm
 
 EXACT = 2**24
 """Float32 holds every integer up to here."""
+
+FINITE = torch.finfo(torch.float32).max
+
+SATURATION = 2.0**56
+"""Where Q and K in floating point stop, so that their products stay finite."""
 
 SLICE = 2**18
 """Pairs worked on at a time: about a megabyte of float32."""
@@ -61,7 +67,14 @@ def fake_quantize_attention(
         v_codes = quantize_straight_through(value, v_scale, spec.v.qmax)
         v_scale = repeat_heads(v_scale, heads)
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        q_codes, repeat_heads(k_codes, heads), repeat_heads(v_codes, heads), alpha, v_scale, valid, cutoff, spec, dropout
+        q_codes,
+        *(repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes)),
+        alpha,
+        v_scale,
+        valid,
+        cutoff,
+        spec,
+        dropout,
     )
     return output
 
@@ -69,12 +82,16 @@ def fake_quantize_attention(
 def scores_operands(
     query: Tensor, key: Tensor, valid: Tensor | None, scales: Scales, spec: AttentionSpec, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of Q and K with straight-through gradients, and alpha; the values themselves where bits are None."""
+    """Codes of Q and K with straight-through gradients, and alpha; the values themselves where bits are None.
+
+    Either way NaN counts as 0, and infinities saturate.
+    """
     if spec.smooth_key:
         key = smooth_key(key, key_validity(valid))
     if spec.q.bits is None:
         one = torch.ones(1, 1, 1, 1, device=query.device)
-        return query.float(), key.float(), score_step(one, one, scaling, query.shape[1])
+        q, k = (x.float().nan_to_num(nan=0.0).clamp(-SATURATION, SATURATION) for x in (query, key))
+        return q, k, score_step(one, one, scaling, query.shape[1])
     q_scale = query_scale(query, scales, spec.q)
     if spec.q.granularity != "token":
         q_scale = static_scale(q_scale, query, spec.q.qmax)
@@ -106,18 +123,19 @@ class _Attend(torch.autograd.Function):
         batch, heads, rows, keys = *q.shape[:3], k.shape[2]
         code_dtype = torch.float32 if spec.p.bits is None else torch.uint8
         codes = torch.empty(batch, heads, rows, keys, dtype=code_dtype, device=q.device)
-        kept = torch.empty(codes.shape, dtype=torch.bool, device=q.device) if dropout > 0 else None
+        kept, keep_share = dropout_mask(codes, dropout)
         divisor = torch.empty(batch, heads, rows, 1, device=q.device)
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
-        for part in batch_slices(*codes.shape):
-            weights, divisor[part] = _codes(q[part], k[part], batch_part(valid, part), batch_part(alpha, part), cutoff, spec)
+        bias = None if valid is None else additive_mask(valid)
+        for part in batch_slices(codes.shape):
+            masks = batch_part(valid, part), batch_part(bias, part)
+            weights, divisor[part] = _codes(q[part], k[part], *masks, batch_part(alpha, part), cutoff, spec)
             codes[part] = weights
             if kept is not None:
-                kept[part].bernoulli_(1 - dropout)
-                weights = weights * kept[part] / (1 - dropout)
+                weights = weights * kept[part].float() / keep_share
             output[part] = (_weighted(weights, v[part]) * v_scale) / divisor[part]
         ctx.save_for_backward(q, k, v, alpha, v_scale, codes, kept, divisor, output)
-        ctx.dropout = dropout
+        ctx.keep_share = keep_share
         return output
 
     @staticmethod
@@ -125,15 +143,15 @@ class _Attend(torch.autograd.Function):
         q, k, v, alpha, v_scale, codes, kept, divisor, output = ctx.saved_tensors
         grad = grads[0].float()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part in batch_slices(*codes.shape):
+        for part in batch_slices(codes.shape):
             scaled = grad[part] * v_scale
-            weights = codes[part] / divisor[part]
+            weights = codes[part].float() / divisor[part]
             inner = scaled @ v[part].mT
             dropped = weights
             if kept is not None:
-                factor = kept[part] / (1 - ctx.dropout)
+                factor = kept[part].float().div_(ctx.keep_share)
                 inner.mul_(factor)
-                dropped = weights * factor
+                dropped = factor.mul_(weights)
             grad_v[part] = dropped.mT @ scaled
             inner.sub_((grad[part] * output[part]).sum(-1, keepdim=True)).mul_(weights)
             inner.mul_(batch_part(alpha, part))
@@ -148,22 +166,46 @@ class _Attend(torch.autograd.Function):
 
 
 def _codes(
-    q: Tensor, k: Tensor, valid: Tensor | None, alpha: Tensor, cutoff: Tensor | None, spec: AttentionSpec
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, cutoff: Tensor | None,
+    spec: AttentionSpec,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     acc = q @ k.mT
-    if spec.rule != "relative" or spec.p.mode != "row" or spec.p.bits is None:
+    if spec.rule != "relative" or spec.p.mode != "row" or None in spec.bits.values():
         pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
         return pairs.codes, pairs.divisor
-    # The default rule, in place and by one table look-up; pairs at infinite distance get exponent T_MAX and code 0.
-    if valid is not None:
-        acc.masked_fill_(~valid, -torch.inf)
-    row_max = acc.amax(-1, keepdim=True).clamp_(min=-EXACT)
-    distance = acc.neg_().add_(row_max)
+    # The default rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
+    # that is not valid is at infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
+    if bias is not None:
+        acc.add_(bias)
+    row_max = acc.amax(-1, keepdim=True)
+    row_max.masked_fill_(row_max == -torch.inf, 0.0)
+    distance = torch.sub(row_max, acc, out=acc)
+    beyond = None
     if cutoff is not None:
-        distance.masked_fill_(distance > relative_cut(cutoff.view(1, -1, 1, 1), alpha), torch.inf)
-    t = exponent(distance, exponent_rate(alpha))
+        cut = relative_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
+        beyond = (distance - cut).clamp_(min=0)
+    t = exponent(distance, exponent_rate(alpha), beyond)
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
     return codes, codes.sum(-1, keepdim=True).clamp_(min=1)
+
+
+def additive_mask(valid: Tensor) -> Tensor:
+    """0 where a pair is valid, -inf elsewhere; float32, shape of `valid`."""
+    return torch.zeros(valid.shape, device=valid.device).masked_fill_(~valid, -torch.inf)
+
+
+def dropout_mask(codes: Tensor, dropout: float) -> tuple[Tensor | None, float]:
+    """Which codes dropout leaves (uint8, shape of `codes`), and the share that it leaves; None without dropout.
+
+    The probability is rounded to 1/256: one random byte a pair costs a fraction of a Bernoulli draw, and the returned
+    share is the exact one, so that expectations stay right.
+    """
+    dropped = round(dropout * 256)
+    if dropped == 0:
+        return None, 1.0
+    words = torch.empty(-(-codes.numel() // 8), dtype=torch.int64, device=codes.device).random_(-(2**63), None)
+    random = words.view(torch.uint8)[: codes.numel()].view(codes.shape)
+    return torch.ge(random, dropped, out=torch.empty_like(random)), 1 - dropped / 256
 
 
 def _weighted(weights: Tensor, v: Tensor) -> Tensor:
@@ -173,8 +215,9 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def batch_slices(batch: int, heads: int, rows: int, keys: int) -> list[slice]:
-    """Slices of the batch of about `SLICE` pairs each: elementwise passes then stay in the processor's cache."""
+def batch_slices(shape: Sequence[int]) -> list[slice]:
+    """Slices of the batch of about `SLICE` pairs each, of `shape` [B, H, Sq, Sk]: passes then stay in the cache."""
+    batch, heads, rows, keys = shape
     step = max(1, SLICE // max(1, heads * rows * keys))
     return [slice(start, start + step) for start in range(0, batch, step)]
 

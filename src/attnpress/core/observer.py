@@ -17,6 +17,7 @@ EMA_MOMENTUM = 0.9
 PERCENTILE = 99.99
 BINS_PER_OCTAVE = 128
 LOW_OCTAVE, HIGH_OCTAVE = -24, 16
+"""Range of the histograms, as float16 has it; magnitudes beyond count in the first or last bin."""
 CANDIDATES = 100
 
 REDUCED = {"tensor": (0, 1, 2, 3), "head": (0, 2, 3), "channel": (0, 2)}
@@ -51,12 +52,13 @@ class Observer:
         """See one batch.
 
         Args:
-            x: [B, H, S, D]; values that are not finite are left out.
+            x: [B, H, S, D], B may be 0; values that are not finite are left out.
             valid: bool broadcastable to x, True for real tokens.
         """
         magnitude = x.detach().float().abs().nan_to_num_(nan=0.0, posinf=0.0)
         if valid is not None:
             magnitude = magnitude.masked_fill(~valid, 0.0)
+        magnitude = magnitude if len(magnitude) else magnitude.new_zeros(1, *magnitude.shape[1:])
         self.maxima.append(magnitude.amax(self.reduced, keepdim=True))
         if self.name in ("percentile", "mse"):
             counts = _log_histogram(magnitude, self.reduced)
@@ -99,7 +101,8 @@ class Observer:
 def _moving_average(maxima: Tensor) -> Tensor:
     average = maxima[0]
     for batch in maxima[1:]:
-        average = EMA_MOMENTUM * average + (1 - EMA_MOMENTUM) * batch
+        mixed = torch.where(average > 0, EMA_MOMENTUM * average + (1 - EMA_MOMENTUM) * batch, batch)
+        average = torch.where(batch > 0, mixed, average)  # 0 is a batch without a real token: no statistic
     return average
 
 

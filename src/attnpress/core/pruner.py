@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.exponential import ONE, STEPS_PER_OCTAVE
+from attnpress.core.exponential import STEPS_PER_OCTAVE
 
 BINS = 4608
 BIN_WIDTH = 8
@@ -52,8 +52,9 @@ def keep_topk(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:
     """The k nearest pairs of each row, k = max(1, round((1 - sparsity) * valid keys); ties go to the lower index."""
     count = valid.sum(-1, keepdim=True)
     k = torch.round((1.0 - sparsity) * count.double()).long().clamp(min=1)
+    most = max(1, round((1.0 - sparsity) * valid.shape[-1]))
     ranked = distance.double().masked_fill(~valid, math.inf)
-    smallest = ranked.topk(int(k.max()), largest=False, sorted=True).values
+    smallest = ranked.topk(most, largest=False, sorted=True).values
     kth = smallest.gather(-1, k.expand(*ranked.shape[:-1], 1) - 1)
     nearer, tied = ranked < kth, ranked == kth
     room = k - nearer.sum(-1, keepdim=True)
@@ -116,10 +117,11 @@ def pair_bins(spec: AttentionSpec, t: Tensor, probability: Tensor, distance: Ten
         position = before.double() / total.clamp(min=1) * BINS
     elif spec.rule == "threshold":
         total = probability.sum(-1, keepdim=True, dtype=torch.int64).clamp(min=1)
-        position = (t + STEPS_PER_OCTAVE * torch.log2(total.double() / ONE)) / BIN_WIDTH
+        # From the very integers that the rule compares, since t is finer than small probabilities.
+        position = torch.log2(total.double() / probability.double()) * (STEPS_PER_OCTAVE / BIN_WIDTH)
     else:
-        position = (t // BIN_WIDTH).double()
-    return position.long().clamp_(0, BINS - 1)
+        return t.long() // BIN_WIDTH
+    return position.clamp_(0, BINS - 1).long()
 
 
 def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
@@ -133,9 +135,10 @@ def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
         float64 [H, BINS], whole numbers, so that sums over batches and ranks are exact.
     """
     heads = bins.shape[1]
-    offset = torch.arange(heads, device=bins.device).view(1, heads, 1, 1) * BINS
-    flat = (bins + offset)[valid]
-    return torch.bincount(flat, minlength=heads * BINS).view(heads, BINS).double()
+    offset = torch.arange(heads, device=bins.device).view(1, heads, 1, 1) * (BINS + 1)
+    # What does not count goes to a bin of its own, which is cheaper than to pick out what does.
+    placed = torch.where(valid, bins, BINS) + offset
+    return torch.bincount(placed.flatten(), minlength=heads * (BINS + 1)).view(heads, BINS + 1)[:, :BINS].double()
 
 
 def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float) -> Tensor:

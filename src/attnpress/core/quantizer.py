@@ -7,22 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SMALLEST_SCALE = 2.0**-40
-"""Keeps 1 / scale and products of scales well inside float32."""
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
+"""Keep 1 / scale and products of scales well inside float32."""
+
+_EDGE = 1 + 2.0**-21
+"""Rounding of x * (1 / scale): the value that a scale was taken from counts as inside the range, not beyond it."""
 
 MEAN_GRID, MEAN_LIMIT = 2.0**20, 2.0**36
 """K smoothing averages multiples of 2^-20 up to 2^16: float64 sums of up to 2^17 of them are exact in any order."""
 
+_MANTISSA = 2**23 - 1
+
 
 def positive_scale(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
-    """A usable float32 scale: at least SMALLEST_SCALE; 1 where the data were all zero; rounded up to 2^-f if asked."""
+    """A usable float32 scale: SMALLEST_SCALE to LARGEST_SCALE, 1 where the data were all zero, up to 2^-f if asked."""
     scale = scale.float()
-    scale = torch.where(scale > 0, scale.clamp(min=SMALLEST_SCALE), torch.ones_like(scale))
+    scale = torch.where(scale > 0, scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), torch.ones_like(scale))
     if not power_of_two:
         return scale
-    # Not by log2 and exp2, which libraries round differently: scale = mantissa * 2^exponent, mantissa in [1/2, 1).
-    mantissa, exponent = torch.frexp(scale)
-    return torch.ldexp(torch.ones_like(scale), exponent - (mantissa == 0.5).to(exponent.dtype))
+    # On the bits, since log2 in floating point takes the number just above a power for the power itself.
+    return ((scale.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
 
 
 def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
@@ -68,7 +72,9 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmax: int) -> Tensor:
-        inside = (x.float() * (1.0 / scale)).abs_() <= qmax
+        magnitude = (x.float() * (1.0 / scale)).abs_()
+        # A byte, not a bool: PyTorch's products with booleans are many times slower on a CPU.
+        inside = torch.le(magnitude, qmax * _EDGE, out=torch.empty(x.shape, dtype=torch.uint8, device=x.device))
         ctx.save_for_backward(inside, scale, x if scale.requires_grad else None)
         ctx.dtype = x.dtype
         return quantize(x, scale, qmax)
@@ -76,13 +82,17 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inside, scale, x = ctx.saved_tensors
-        through = grads[0] * inside / scale
-        grad_scale = None if x is None else -(through * (x.float() / scale)).sum_to_size(scale.shape)
+        through = grads[0] * inside.float() / scale
+        # Outside the range x may be infinite or NaN, and zero times that would be NaN.
+        steps = None if x is None else (x.float() / scale).masked_fill(inside == 0, 0.0)
+        grad_scale = None if steps is None else -(through * steps).sum_to_size(scale.shape)
         return through.to(ctx.dtype), grad_scale, None
 
 
 def quantize_straight_through(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
     """`quantize` with gradients: to `x` inside the clipping range, and to `scale` where it is learned."""
+    if not torch.is_grad_enabled():
+        return quantize(x, scale, qmax)
     codes: Tensor = _StraightThrough.apply(x, scale, qmax)  # type: ignore[no-untyped-call]
     return codes
 
@@ -103,9 +113,9 @@ def learned_step(scale: Tensor, count: int, qmax: int) -> Tensor:
 
     Args:
         scale: learned scale, kept positive by `positive_scale`.
-        count: how many values share one scale.
+        count: how many values share one scale; 0 in an empty batch.
     """
-    stepped: Tensor = _ScaleGradient.apply(scale, (count * qmax) ** -0.5)  # type: ignore[no-untyped-call]
+    stepped: Tensor = _ScaleGradient.apply(scale, (max(count, 1) * qmax) ** -0.5)  # type: ignore[no-untyped-call]
     return stepped
 
 
@@ -113,8 +123,8 @@ def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
     """K less its mean over the valid keys of the same head (SageAttention's K smoothing; softmax does not change).
 
     The mean is one that any order of summation gives: each value is rounded to a multiple of 2^-20, at most 2^16 in
-    magnitude (NaN counts as 0), summed and divided by the number of keys in float64, then rounded to float32. What
-    this loses is subtracted from all keys alike, so softmax does not see it.
+    magnitude (0 where it is not finite), summed and divided by the number of keys in float64, then rounded to float32.
+    What this loses is subtracted from all keys alike, so softmax does not see it.
 
     Args:
         key: [B, Hkv, Sk, D].
@@ -124,7 +134,8 @@ def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
         float32 [B, Hkv, Sk, D]. The mean carries no gradient, since each row of score gradients sums to zero.
     """
     with torch.no_grad():
-        steps = (key.float() * MEAN_GRID).round_().clamp_(-MEAN_LIMIT, MEAN_LIMIT).nan_to_num_(nan=0.0)
+        finite = key.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        steps = (finite * MEAN_GRID).round_().clamp_(-MEAN_LIMIT, MEAN_LIMIT)
         if valid is None:
             count = torch.tensor(float(max(1, key.shape[-2])), dtype=torch.float64, device=key.device)
         else:

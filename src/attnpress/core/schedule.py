@@ -34,7 +34,7 @@ def sparsity_at(step: int, total: int, spec: ScheduleSpec, target: float) -> flo
 def _progress(fraction: float, begin: float, end: float) -> float:
     if fraction >= end:
         return 1.0
-    return max(0.0, (fraction - begin) / (end - begin))
+    return 0.0 if fraction <= begin else (fraction - begin) / (end - begin)
 
 
 def _between(start: float, target: float, x: float) -> float:

@@ -40,7 +40,7 @@ def load() -> None:
     path = library_path()
     if path is None:
         raise BackendUnavailableError(
-            "the CPU kernel is not built: run `python setup.py build_ext --inplace` in a checkout (or reinstall with "
+            "the CPU kernel is not built: run `make kernel` in a checkout (or reinstall with "
             "`pip install --no-build-isolation attnpress`) where a C++17 compiler and torch are installed, or use "
             "backend 'reference'"
         )

@@ -34,6 +34,14 @@ class Backend:
     targets: tuple[str, ...] = ()
     active_target: str | None = None
 
+    def describe(self) -> str:
+        """One line for people."""
+        if self.name == "reference":
+            return "readable Python: any device, every rule, slow"
+        if not self.available:
+            return "the compiled kernel; not built here: make kernel"
+        return f"the compiled kernel; targets {', '.join(self.targets)}; runs {self.active_target}"
+
 
 def backends() -> list[Backend]:
     """All backends, for listings; nothing is built or chosen by asking."""

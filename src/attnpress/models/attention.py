@@ -1,4 +1,4 @@
-"""CompressedAttention: the state of one attention module (scales, thresholds, histogram) and what it does with a call."""
+"""CompressedAttention: the state of one attention module (scales, thresholds, histogram), and what a call does."""
 
 from __future__ import annotations
 
@@ -75,20 +75,35 @@ class CompressedAttention(nn.Module):
         return (1, heads, 1, self.head_dim if spec.granularity == "channel" else 1)
 
     def scales(self) -> Scales:
-        """The scales in force; learned ones kept positive."""
+        """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
-        learned = {name: positive_scale(scale) for name, scale in values.items() if scale.requires_grad}
+        learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
         return Scales(**(values | learned))
 
     def active_cutoff(self) -> Tensor | None:
         """The thresholds [Hq], or None while nothing is to be pruned."""
         return self.cutoff if self.spec.sparsity > 0 or self.spec.threshold is not None else None
 
+    def threshold(self) -> Tensor:
+        """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""
+        if self.active_cutoff() is None or self.spec.rule == "topk":
+            return torch.zeros_like(self.cutoff)
+        return self.cutoff.clamp(max=1) if self.spec.rule == "mass" else torch.exp(-self.cutoff)
+
     def set_sparsity(self, sparsity: float) -> None:
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
         if self.spec.threshold is None and self.spec.rule != "topk":
             self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, sparsity))
+
+    def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
+        """Count the valid pairs of a call that nothing is taken from."""
+        shape = (*query.shape[:3], key.shape[2])
+        counted = torch.ones(shape, dtype=torch.bool, device=query.device)
+        for mask in (valid, real):
+            counted = counted if mask is None else counted & mask
+        if self.counts is not None:
+            self.counts += count_pairs(counted, counted, counted)
 
     def take_seen(self, decay: float, reduce: Reduce = alone) -> None:
         """histogram = decay * histogram + what all ranks have seen since the last time."""
@@ -141,12 +156,13 @@ class CompressedAttention(nn.Module):
         rows: slice, cutoff: Tensor | None,
     ) -> Iterator[tuple[Pairs, Tensor]]:  # fmt: skip
         """The pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
-        q, k, alpha = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
+        shown = query[:, :, rows]
+        q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
         k = repeat_heads(k, self.heads)
-        for part in batch_slices(*query.shape[:3], key.shape[2]):
-            acc = q[part, :, rows] @ k[part].mT
-            allowed, step = (_rows(batch_part(x, part), rows) for x in (valid, alpha))
-            pairs = prune_and_code(acc, allowed, step, cutoff, self.spec)
+        for part in batch_slices((*shown.shape[:3], key.shape[2])):
+            acc = q[part] @ k[part].mT
+            allowed = _rows(batch_part(valid, part), rows)
+            pairs = prune_and_code(acc, allowed, batch_part(alpha, part), cutoff, self.spec)
             yield pairs, pairs.valid if real is None else pairs.valid & _rows(batch_part(real, part), rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedAttention:
@@ -155,7 +171,7 @@ class CompressedAttention(nn.Module):
             moved = fn(tensor)
             return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
 
-        super()._apply(move, recurse)
+        super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
 
 

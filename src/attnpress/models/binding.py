@@ -24,6 +24,9 @@ from attnpress.models.attention import CompressedAttention
 
 NAME = "attnpress"
 
+SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
+"""Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
+
 _calls: ContextVar[list[tuple[nn.Module, Tensor, Tensor]] | None] = ContextVar("attention_calls", default=None)
 
 
@@ -58,7 +61,7 @@ def bind(model: PreTrainedModel, spec: AttentionSpec) -> PreTrainedModel:
         child = CompressedAttention(spec, query.shape[1], key.shape[1], query.shape[-1])
         child.train(module.training)
         module.add_module(NAME, child.to(query.device))
-    model._attnpress_before = before  # type: ignore[assignment]
+    model._attnpress_before = before
     return model
 
 
@@ -168,28 +171,34 @@ def attention_forward(
         Output [B, S, H, D] in the query's dtype, and the attention weights (only where nothing is compressed).
 
     Raises:
-        UnsupportedModelError: additive position biases, which the integer scores cannot carry.
+        UnsupportedModelError: scores with a position bias, soft cap or sink, which the integer ones cannot carry.
         RuntimeError: the module was never bound, for example because a configuration was copied from a bound model.
     """
-    state = getattr(module, NAME, None)
+    state: CompressedAttention | None = getattr(module, NAME, None)
+    terms = [name for name in SCORE_TERMS if kwargs.get(name) is not None]
+    if terms:
+        raise UnsupportedModelError(f"{type(module).__name__} adds {', '.join(terms)} to its scores; not supported")
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    if state.observers is None and not state.spec.is_dense:
-        if kwargs.get("position_bias") is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} adds a position bias to its scores; not supported")
-        valid = valid_pairs(module, query, key, attention_mask)
-        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        with torch.autocast(query.device.type, enabled=False):
-            output = state(query, key, value, valid, real_rows(module, query, key, valid), scale, dropout)
-        result = output.transpose(1, 2).to(query.dtype).contiguous(), None
-    else:
-        if state.observers is not None:
+    if state.observers is not None or state.spec.is_dense:
+        output, weights = _eager(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+        if state.observers is not None or state.counts is not None:
             valid = valid_pairs(module, query, key, attention_mask)
-            state.observe(query, key, value, valid, real_rows(module, query, key, valid))
-        result = _eager(module)(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+            real = real_rows(module, query, key, valid)
+            state.observe(query, key, value, valid, real)
+            state.count_dense(query, key, valid, real)
+    else:
+        valid = valid_pairs(module, query, key, attention_mask)
+        real = real_rows(module, query, key, valid)
+        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        with torch.autocast(query.device.type, enabled=False):
+            exact = state(query, key, value, valid, real, scaling, dropout)
+        output, weights = exact.transpose(1, 2).to(query.dtype).contiguous(), None
     if state.captured is not None:
-        state.captured.append(result[0])
-    return result
+        state.captured.append(output)
+    return output, weights
 
 
 def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
@@ -222,7 +231,9 @@ def real_rows(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | Non
     return square.diagonal(offset, -2, -1).any(1, keepdim=True).unsqueeze(-1)
 
 
-def _without_state(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+def _without_state(
+    module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
     calls = _calls.get()
     if calls is None:
         raise RuntimeError(f"{type(module).__name__} asks for attention {NAME!r} but was never bound: call bind(model)")
@@ -233,7 +244,7 @@ def _without_state(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **
 
 def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
     # Each model file of Transformers has its own eager function; calling that one makes "nothing compressed" exact.
-    function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+    function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[type(module).__module__].eager_attention_forward
     return function
 
 

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from attnpress import deploy as deploy_module
-from attnpress.calibrate import calibrate
+from attnpress import deployment
+from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
-from attnpress.deploy import deploy, undeploy
+from attnpress.deployment import deploy, undeploy
 from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.binding import attentions, bind
+from tests.kernels.factories import needs_kernel
 
-needs_kernel = pytest.mark.skipif(not cpu.is_built(), reason="the CPU kernel is not built")
 PRUNED = AttentionSpec(sparsity=0.7)
 
 
@@ -66,7 +66,8 @@ def test_a_deployed_model_really_runs_the_kernel(monkeypatch: pytest.MonkeyPatch
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_models(dtype: torch.dtype) -> None:
-    model = tiny_bert(PRUNED).to(dtype)
+    model = tiny_bert(PRUNED)
+    torch.nn.Module.to(model, dtype)
     expected = logits(model, make_batch(9))
     assert torch.equal(logits(deploy(model, "cpu"), make_batch(9)), expected)
 
@@ -75,8 +76,8 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
 def test_a_deployed_model_compiles_without_a_graph_break() -> None:
     model = deploy(tiny_bert(PRUNED), "cpu")
     expected = logits(model, make_batch(9))
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert torch.equal(logits(compiled, make_batch(9)), expected)
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(logits(model, make_batch(9)), expected)
 
 
 @needs_kernel
@@ -111,7 +112,7 @@ def test_a_dense_model_keeps_the_frameworks_attention() -> None:
 def test_without_a_compiler_auto_says_so_once_and_names_stay_strict(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library_path", lambda: None)
     cpu.load.cache_clear()
-    deploy_module._say_once.cache_clear()
+    deployment._say_once.cache_clear()
     model = tiny_bert(PRUNED)
     expected = logits(model, make_batch())
     with pytest.warns(UserWarning, match="not built"):

@@ -8,19 +8,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedModel
+from accelerate import PartialState
+from torch import Tensor, nn
 
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 
 Batch = Mapping[str, Any]
 
+LABELS = ("labels", "start_positions", "end_positions")
+
 REFITS = 2
 """Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
 
 
-def calibrate(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fix the static scales of a bound model, then fit its thresholds to `spec.sparsity`.
 
     Args:
@@ -32,27 +34,43 @@ def calibrate(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
         ValueError: no batches, or none with a real token; the model is not bound.
     """
     modules = list(_bound(model).values())
-    kept = [_without_labels(batch) for batch in batches]
+    kept = list(batches)
     if not kept:
         raise ValueError("calibrate needs at least one batch of real data")
     for module in modules:
         module.observers = module.make_observers()
-    _run(model, kept)
+    for _ in outputs(model, kept):
+        pass
     for module in modules:
         _set_scales(module)
     fit_thresholds(model, kept)
 
 
-def fit_thresholds(model: PreTrainedModel, batches: Iterable[Batch]) -> None:
+def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode."""
     modules = {name: module for name, module in _bound(model).items() if not module.spec.is_dense}
-    kept = [_without_labels(batch) for batch in batches]
+    kept = list(batches)
     for _ in range(1 + REFITS):
         with watching(modules.values(), slice(None)):
-            _run(model, kept)
+            for _ in outputs(model, kept):
+                pass
         for module in modules.values():
             module.take_seen(0.0, reduce_over_ranks)
             module.set_sparsity(module.spec.sparsity)
+
+
+def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
+    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        for batch in batches:
+            inputs = {name: value.to(device) for name, value in batch.items() if name not in LABELS}
+            with torch.no_grad():
+                output = model(**inputs)
+            yield output
+    finally:
+        model.train(training)
 
 
 @contextmanager
@@ -68,6 +86,11 @@ def watching(modules: Iterable[CompressedAttention], rows: slice) -> Iterator[No
             module.rows = None
 
 
+def this_process() -> PartialState:
+    """This process among those of `torchrun` or `accelerate launch`; without an accelerator they talk through gloo."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:
     """The "max" or "sum" of the tensor over all ranks; the tensor itself in a single process."""
     if not (dist.is_available() and dist.is_initialized()):
@@ -77,7 +100,7 @@ def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:
     return merged
 
 
-def _bound(model: PreTrainedModel) -> dict[str, CompressedAttention]:
+def _bound(model: nn.Module) -> dict[str, CompressedAttention]:
     modules = attentions(model)
     if not modules:
         raise ValueError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
@@ -89,18 +112,3 @@ def _set_scales(module: CompressedAttention) -> None:
     with torch.no_grad():
         for name, observer in observers.items():
             getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
-
-
-def _run(model: PreTrainedModel, batches: list[dict[str, Any]]) -> None:
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch in batches:
-                model(**{name: value.to(model.device) for name, value in batch.items()})
-    finally:
-        model.train(training)
-
-
-def _without_labels(batch: Batch) -> dict[str, Any]:
-    return {name: value for name, value in batch.items() if name not in ("labels", "start_positions", "end_positions")}

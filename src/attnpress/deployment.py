@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import warnings
+from typing import TypeVar
 
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec
 from attnpress.core.attention import Scales
@@ -17,8 +17,10 @@ from attnpress.models.binding import attentions
 
 AUTO = "auto"
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def deploy(model: PreTrainedModel, backend: str = AUTO) -> PreTrainedModel:
+
+def deploy(model: Model, backend: str = AUTO) -> Model:
     """Swap the attention of a calibrated or trained model for a backend of `attnpress.kernels`, for inference.
 
     Args:
@@ -46,7 +48,7 @@ def deploy(model: PreTrainedModel, backend: str = AUTO) -> PreTrainedModel:
     return model
 
 
-def undeploy(model: PreTrainedModel) -> PreTrainedModel:
+def undeploy(model: Model) -> Model:
     """Give the model back its training forward; returns it. Does nothing to a model that was not deployed."""
     for module in attentions(model).values():
         module.attend = fake_quantize_attention
@@ -64,7 +66,7 @@ def _choose() -> str:
 def _say_once() -> None:
     warnings.warn(
         "the compiled CPU kernel is not built, so attention runs through the slow reference; build it with "
-        "`python setup.py build_ext --inplace`, or pass backend='reference' to mean it",
+        "`make kernel`, or pass backend='reference' to mean it",
         stacklevel=4,
     )
 

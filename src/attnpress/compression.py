@@ -1,0 +1,276 @@
+"""compress: the main journey, from a dense model to a compressed one and a record of what each step cost.
+
+Stages, each recorded as soon as it is done, so that the same command goes on where a killed one stopped:
+dense (fine-tuned here, or a checkpoint), dense_control (optional), quantized, one_shot, progressive.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+
+from attnpress.calibration import calibrate, fit_thresholds, this_process
+from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
+from attnpress.evaluate import evaluate
+from attnpress.files import sha256_of, whole_folder, write_text
+from attnpress.finetune import SparsityCallback, history_lines, read_history, train
+from attnpress.models.binding import bind, unbind
+from attnpress.models.loading import (
+    WEIGHTS,
+    load_compressed,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    save_compressed,
+)
+from attnpress.recipe import spec_to_dict
+from attnpress.results import STAGES, Record, StageRecord, read_record, to_json
+from attnpress.run_folder import check_space, claim_folder, differences, provenance
+from attnpress.tasks import TaskData, check_data, load_task
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What every stage needs to know."""
+
+    config: RunConfig
+    output: Path
+    data: TaskData
+    tokenizer: PreTrainedTokenizerBase
+    base: str
+
+    @property
+    def dense(self) -> str:
+        """Where the fine-tuned dense model is."""
+        return str(self.config.checkpoint or self.output / "dense")
+
+    def load(self, source: str) -> PreTrainedModel:
+        """A model with the task's head, the same head for the same seed."""
+        set_seed(self.config.seed)
+        model = load_model(source, self.data.task.kind, self.data.label_names)
+        model.to(this_process().device)
+        return model
+
+    def calibration_batches(self) -> list[dict[str, Any]]:
+        """This rank's share of the calibration batches: random training rows, fixed by the seed."""
+        spec, state = self.config.calibration, this_process()
+        generator = torch.Generator().manual_seed(self.config.seed)
+        rows, collate = self.data.train, self.data.collate
+        loader = DataLoader(rows, spec.batch_size, shuffle=True, generator=generator, collate_fn=collate)
+        # Ranks observe together, batch by batch: a last batch that is too small to share is left out.
+        batches = [batch for batch in islice(loader, spec.batches) if len(batch["input_ids"]) >= state.num_processes]
+        return [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
+
+
+def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = print) -> Record:
+    """Run a recipe, or go on with one that was interrupted.
+
+    Args:
+        config: the recipe.
+        output: run folder; `record.json`, weights, recipe and logs go there.
+        notify: is given one line when a stage begins or is already done.
+
+    Returns:
+        The record, also written to `output/record.json`.
+
+    Raises:
+        ConfigError, TaskError, ModelError: found before any training starts.
+        DivergedError: training left the finite numbers; the last good checkpoint is kept.
+    """
+    check_data(config.data)
+    base = resolve_model(str(_checkpoint_folder(config) or config.model))
+    tokenizer = load_tokenizer(base)
+    run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base)
+    claim_folder(config, output)
+    record = _open_record(run)
+    tell = notify if this_process().is_main_process else _say_nothing
+    for name in STAGES:
+        if name == "dense_control" and not config.dense_control:
+            continue
+        if record.stage(name) is not None:
+            tell(f"{name}: already done")
+            continue
+        tell(f"{name}: {_DOES[name]}")
+        record = _run_stage(run, record, name)
+    return record
+
+
+def _checkpoint_folder(config: RunConfig) -> Path | None:
+    if config.checkpoint is not None and not config.checkpoint.is_dir():
+        raise ConfigError(
+            f"checkpoint: no folder {config.checkpoint}; give one that save_pretrained wrote, or remove it"
+        )
+    return config.checkpoint
+
+
+def _say_nothing(_: str) -> None:
+    pass
+
+
+def _run_stage(run: Run, record: Record, name: str) -> Record:
+    begin, state = time.monotonic(), this_process()
+    stage = evaluate(_STAGES[name](run), run.data, name, run.config.data.max_length)
+    record = record.with_stage(dataclasses.replace(stage, seconds=round(time.monotonic() - begin, 1)))
+    if history := read_history(_log(run, name)):
+        record = dataclasses.replace(record, training={**record.training, name: history})
+    record.provenance["weights"].update(_hashes(run))
+    if state.is_main_process:
+        write_text(run.output / "record.json", to_json(record))
+        shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)
+    state.wait_for_everyone()
+    return record
+
+
+def _dense(run: Run) -> PreTrainedModel:
+    folder = Path(run.dense)
+    if not folder.is_dir():
+        model = run.load(run.base)
+        unbind(bind(model, DENSE))  # a model that cannot be compressed is refused before it is trained
+        check_space(model, run.output)
+        _train(run, model, "dense", run.config.dense)
+        _save(folder, lambda scratch: _save_dense(run, model, scratch))
+    return bind(run.load(run.dense), DENSE)
+
+
+def _dense_control(run: Run) -> PreTrainedModel:
+    model = run.load(run.dense)
+    _train(run, model, "dense_control", run.config.compress)
+    return bind(model, DENSE)
+
+
+def _quantized(run: Run) -> PreTrainedModel:
+    return _compressed(run, dataclasses.replace(run.config.attention, sparsity=0.0, threshold=None))
+
+
+def _one_shot(run: Run) -> PreTrainedModel:
+    return _compressed(run, run.config.attention)
+
+
+def _progressive(run: Run) -> PreTrainedModel:
+    spec, folder = run.config.attention, run.output / "progressive"
+    if not folder.is_dir():
+        start = dataclasses.replace(spec, sparsity=min(run.config.schedule.start, spec.sparsity))
+        # Attention that nothing is taken from is the framework's own, which shows no pairs to fit a threshold to.
+        model = _compressed(run, spec if start.is_dense else start)
+        check_space(model, run.output)
+        callback = SparsityCallback(model, run.config.schedule, spec.sparsity)
+        teacher = bind(run.load(run.dense), DENSE)
+        _train(run, model, "progressive", run.config.compress, teacher, [callback])
+        fit_thresholds(model, run.calibration_batches())
+        _save(folder, lambda scratch: _save_progressive(run, model, spec, scratch))
+    return load_compressed(folder, run.data.task.kind, run.data.label_names)
+
+
+_STAGES: dict[str, Callable[[Run], PreTrainedModel]] = {
+    "dense": _dense,
+    "dense_control": _dense_control,
+    "quantized": _quantized,
+    "one_shot": _one_shot,
+    "progressive": _progressive,
+}
+
+_DOES = {
+    "dense": "fine-tune without compression",
+    "dense_control": "train the dense model further, as long as the compressed one",
+    "quantized": "quantize Q, K, V and P without training",
+    "one_shot": "quantize and prune P at once, without training",
+    "progressive": "quantize, and prune P progressively while training",
+}
+
+
+def _compressed(run: Run, spec: AttentionSpec) -> PreTrainedModel:
+    model = bind(run.load(run.dense), spec)
+    calibrate(model, run.calibration_batches())
+    return model
+
+
+def _train(
+    run: Run, model: PreTrainedModel, name: str, spec: TrainSpec, teacher: PreTrainedModel | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> None:  # fmt: skip
+    folder, config = run.output / "checkpoints" / name, run.config
+    history = train(model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks)
+    if this_process().is_main_process:
+        # On disk before the weights are: a run killed between the two, or before its record, still has its history.
+        write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))
+    this_process().wait_for_everyone()
+
+
+def _log(run: Run, name: str) -> Path:
+    return run.output / "logs" / f"{name}.jsonl"
+
+
+def _save(folder: Path, write: Callable[[Path], None]) -> None:
+    if this_process().is_main_process:
+        with whole_folder(folder) as scratch:
+            write(scratch)
+    this_process().wait_for_everyone()
+
+
+def _save_dense(run: Run, model: PreTrainedModel, folder: Path) -> None:
+    model.save_pretrained(folder)
+    run.tokenizer.save_pretrained(folder)
+
+
+def _save_progressive(run: Run, model: PreTrainedModel, spec: AttentionSpec, folder: Path) -> None:
+    save_compressed(model, spec, folder)
+    run.tokenizer.save_pretrained(folder)
+
+
+def _open_record(run: Run) -> Record:
+    now = provenance(run.config.seed, run.base, run.data)
+    if not (run.output / "record.json").is_file():
+        record = Record(spec_to_dict(run.config), run.data.task.headline, run.data.majority, now)
+        if this_process().is_main_process:
+            write_text(run.output / "record.json", to_json(record))
+        return record
+    record = read_record(run.output)
+    changed = differences(_sources(record.provenance), _sources(now))
+    if changed:
+        raise ConfigError(
+            f"{run.output}: the sha256 of {', '.join(changed)} is not what it was when this run began; "
+            "restore the files, or choose another --output"
+        )
+    return record
+
+
+def _sources(provenance: dict[str, Any]) -> dict[str, Any]:
+    return {"data": provenance["data"], "model": provenance["weights"]["base"]}
+
+
+def _hashes(run: Run) -> dict[str, str]:
+    files = {"dense": Path(run.dense) / WEIGHTS, "progressive": run.output / "progressive" / WEIGHTS}
+    return {name: sha256_of(file) for name, file in files.items() if file.is_file()}
+
+
+def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
+    """Evaluate the compressed model of a finished run, on its own data or another `config.data`.
+
+    Raises:
+        ConfigError: the run has no compressed model yet, or one with other classes.
+    """
+    folder = run_folder / "progressive"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
+        )
+    data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
+    saved = AutoConfig.from_pretrained(folder)
+    answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
+    classes = max(1, len(data.label_names))
+    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
+        raise ConfigError(
+            f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
+            f"{run_folder} was trained for another; choose a task that its head fits"
+        )
+    model = load_compressed(folder, data.task.kind, data.label_names)
+    return evaluate(model, data, "progressive", config.data.max_length)

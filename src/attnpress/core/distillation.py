@@ -1,0 +1,45 @@
+"""What the dense teacher adds to the loss: attention outputs and softened predictions, as in the student's own pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
+    """Mean squared error of attention outputs over real tokens, relative to the teacher's power, averaged over layers.
+
+    Args:
+        student, teacher: per layer [B, S, H, D].
+        tokens: 1 for real tokens, [B, S].
+    """
+    weight = tokens.view(*tokens.shape, 1, 1).to(teacher[0].dtype)
+    errors = [((s - t) ** 2 * weight).sum() / (t**2 * weight).sum() for s, t in zip(student, teacher, strict=True)]
+    return torch.stack(errors).mean()
+
+
+def logits_loss(student: Any, teacher: Any, temperature: float, tokens: Tensor) -> Tensor:
+    """Divergence of the predictions, softened by `temperature` and scaled by its square (Hinton et al. 2015).
+
+    Classification compares classes, extractive question answering positions (start and end, averaged), regression the
+    squared difference.
+    """
+    if hasattr(student, "start_logits"):
+        hidden = tokens == 0
+        pairs = [(student.start_logits, teacher.start_logits), (student.end_logits, teacher.end_logits)]
+        return torch.stack([_divergence(s, t, temperature, hidden) for s, t in pairs]).mean()
+    if student.logits.shape[-1] == 1:
+        return F.mse_loss(student.logits, teacher.logits)
+    return _divergence(student.logits, teacher.logits, temperature, None)
+
+
+def _divergence(student: Tensor, teacher: Tensor, temperature: float, hidden: Tensor | None) -> Tensor:
+    if hidden is not None:
+        lowest = torch.finfo(student.dtype).min
+        student, teacher = student.masked_fill(hidden, lowest), teacher.masked_fill(hidden, lowest)
+    ours, theirs = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
+    return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2

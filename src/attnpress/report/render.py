@@ -1,0 +1,124 @@
+"""A record as a table, for the terminal and for Markdown: the same rows, made once."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.table import Table
+
+from attnpress.results import Record, StageRecord
+
+TITLES = {
+    "dense": "dense",
+    "dense_control": "dense, trained as long",
+    "quantized": "quantized, no training",
+    "one_shot": "pruned at once, no training",
+    "progressive": "pruned progressively",
+}
+
+COLUMNS = (
+    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys a row", "bits Q/K/V/P", "MACs left",
+)  # fmt: skip
+
+
+def stage_rows(record: Record) -> list[tuple[str, ...]]:
+    """Header and one row a stage, as text."""
+    header = tuple(column.format(metric=record.headline) for column in COLUMNS)
+    return [header, *(_row(stage, record.headline) for stage in record.stages)]
+
+
+def stages_table(record: Record) -> Table:
+    """The closing table for a terminal."""
+    header, *rows = stage_rows(record)
+    table = Table(title=_title(record), caption=_caption(record))
+    for column in header:
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def timings_table(records: Iterable[Mapping[str, object]]) -> Table:
+    """What `benchmark.as_records` gives, for a terminal: medians in milliseconds, ratio = peer over ours."""
+    table = Table(title="one attention call, medians")
+    for column in ("tokens", "batch", "sparsity", "threads", "target", "peer", "ours ms", "peer ms", "ratio", "spread"):
+        table.add_column(column, justify="left" if column in ("target", "peer") else "right")
+    for record in records:
+        whole = [str(record[name]) for name in ("seq_len", "batch", "sparsity", "threads", "target", "peer")]
+        table.add_row(*whole, *(f"{record[name]:.3f}" for name in ("ours_ms", "peer_ms", "ratio", "spread")))
+    return table
+
+
+def stages_markdown(record: Record) -> str:
+    """The closing table as Markdown."""
+    header, *rows = stage_rows(record)
+    rule = ("---", *("---:" for _ in header[1:]))
+    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
+    return "\n".join([*lines, "", _caption(record)])
+
+
+def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
+    """Runs of the same recipes with several seeds, as Markdown: mean and standard deviation of each stage.
+
+    Args:
+        groups: records by the label of their recipe; one record a seed. "Against dense" compares with the dense model
+            that was trained equally long (stage dense_control) from the same dense weights, in whichever record it is.
+    """
+    controls = _controls(record for records in groups.values() for record in records)
+    lines = ["| recipe | stage | {metric} | against dense | sparsity | keys a row | seeds |"]
+    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    for label, records in groups.items():
+        for name in [stage.name for stage in records[0].stages]:
+            lines.append(_seeds_row(label, name, records, controls))
+    return "\n".join(lines).format(metric=next(iter(groups.values()))[0].headline)
+
+
+def _seeds_row(label: str, name: str, records: Sequence[Record], controls: Mapping[str, float]) -> str:
+    found = [(record, stage) for record in records if (stage := record.stage(name))]
+    stages = [stage for _, stage in found]
+    scores = [stage.metrics[record.headline] for record, stage in found]
+    losses = [score - _reference(record, controls) for score, (record, _) in zip(scores, found, strict=True)]
+    spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
+    sparsity = statistics.mean(stage.sparsity for stage in stages)
+    keys = statistics.mean(stage.keys_per_row for stage in stages)
+    return (
+        f"| {label} | {TITLES[name]} | {statistics.mean(scores):.2f} ± {spread:.2f} | {statistics.mean(losses):+.2f} "
+        f"| {sparsity:.3f} | {keys:.2f} | {len(scores)} |"
+    )
+
+
+def _controls(records: Iterable[Record]) -> dict[str, float]:
+    """Score of the dense model trained as long as the compressed one, by the hash of its first dense weights."""
+    found = [(record, record.stage("dense_control")) for record in records]
+    return {record.provenance["weights"]["dense"]: stage.metrics[record.headline] for record, stage in found if stage}
+
+
+def _reference(record: Record, controls: Mapping[str, float]) -> float:
+    dense = record.stage("dense")
+    if dense is None:
+        raise ValueError("the record has no dense stage to compare with")
+    return controls.get(record.provenance["weights"]["dense"], dense.metrics[record.headline])
+
+
+def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
+    bits = "/".join("fp" if value is None else str(value) for value in stage.bits.values())
+    return (
+        TITLES[stage.name], f"{stage.metrics[headline]:.2f}", f"{stage.sparsity:.3f}", f"{stage.pruned:.3f}",
+        f"{stage.padded_sparsity:.3f}", f"{stage.tile_sparsity:.3f}", f"{stage.keys_per_row:.2f}", bits,
+        f"{stage.macs_remaining / stage.macs_dense:.1%}",
+    )  # fmt: skip
+
+
+def _title(record: Record) -> str:
+    return f"{record.recipe['data']['task']} with {record.recipe['model']}"
+
+
+def _caption(record: Record) -> str:
+    length = record.stages[0].padded_length if record.stages else "?"
+    majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    return (
+        f"{record.headline} in points on {record.provenance['rows']['eval']} rows; sparsity over valid pairs (the"
+        f" headline figure), pruned by the rule alone, padded to {length} tokens, and of 16 x 64 tiles; MACs of"
+        f" attention over valid pairs.{majority}"
+    )

@@ -1,0 +1,153 @@
+"""The record of a run: what was measured, on what, with what. Plain JSON; figures and tables are made from it alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
+
+
+class RecordError(ValueError):
+    """A record that cannot be read; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class HeadRecord:
+    """One head: sparsity by its names (fractions of its valid pairs), kept keys a row, and its threshold.
+
+    `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold.
+    """
+
+    sparsity: float
+    pruned: float
+    tile_sparsity: float
+    keys_per_row: float
+    threshold: float
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One attention module: its name in the model, pooled figures, its static scales and its heads."""
+
+    name: str
+    sparsity: float
+    pruned: float
+    padded_sparsity: float
+    tile_sparsity: float
+    keys_per_row: float
+    scales: dict[str, list[float]]
+    heads: list[HeadRecord]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One stage of a run, evaluated.
+
+    Attributes:
+        name: one of STAGES.
+        metrics: in points; the first key is the task's headline.
+        sparsity, pruned, padded_sparsity, tile_sparsity: fractions, as numerics section 5 defines them.
+        padded_length: the length to which `padded_sparsity` pads every sequence.
+        keys_per_row: mean number of surviving keys of a real query row.
+        bits: of q, k, v, p; None is floating point.
+        macs_dense, macs_remaining: multiply-accumulates of Q K^T and P V over valid pairs of the evaluation set.
+        work: bit operations and bytes, dense and remaining.
+        layers: per attention module and head.
+        seconds: wall time of the stage, training included.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    sparsity: float
+    pruned: float
+    padded_sparsity: float
+    padded_length: int
+    tile_sparsity: float
+    keys_per_row: float
+    bits: dict[str, int | None]
+    macs_dense: int
+    macs_remaining: int
+    work: dict[str, int]
+    layers: list[LayerRecord]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Record:
+    """A whole run.
+
+    Attributes:
+        recipe: the RunConfig as plain data.
+        headline: name of the metric that is compared.
+        majority: headline of always answering the commonest class, in points; None outside classification.
+        provenance: versions, hashes of data and weights, machine, row counts.
+        stages: in the order they were run.
+        training: log history of each trained stage.
+    """
+
+    recipe: dict[str, Any]
+    headline: str
+    majority: float | None
+    provenance: dict[str, Any]
+    stages: list[StageRecord] = field(default_factory=list)
+    training: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def stage(self, name: str) -> StageRecord | None:
+        """The stage of that name, if it was run."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def with_stage(self, stage: StageRecord) -> Record:
+        """A copy in which the stage is added, or replaces its namesake."""
+        others = [known for known in self.stages if known.name != stage.name]
+        ordered = sorted([*others, stage], key=lambda known: STAGES.index(known.name))
+        return dataclasses.replace(self, stages=ordered)
+
+
+def to_json(record: Record) -> str:
+    """The record as indented JSON; refuses NaN and infinity."""
+    return json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
+
+
+def from_json(text: str, where: str = "record") -> Record:
+    """Read a record.
+
+    Raises:
+        RecordError: not JSON, of a newer format, or with missing or unknown keys.
+    """
+    try:
+        data = json.loads(text)
+        found = data["format"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecordError(f"{where}: not a record of a run ({error!r})") from None
+    if found != FORMAT:
+        raise RecordError(f"{where}: format {found!r}; this version reads format {FORMAT}: update attnpress")
+    try:
+        stages = [_stage(item) for item in data.pop("stages")]
+        return Record(stages=stages, **data)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise RecordError(f"{where}: damaged record ({error})") from None
+
+
+def read_record(path: Path) -> Record:
+    """Read `record.json` of a run folder, or the file itself.
+
+    Raises:
+        RecordError: no such file, or `from_json`'s reasons.
+    """
+    file = path / "record.json" if path.is_dir() else path
+    if not file.is_file():
+        raise RecordError(f"{file}: no such record; give the folder that `attnpress compress --output` wrote")
+    return from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def _stage(data: dict[str, Any]) -> StageRecord:
+    layers = [
+        LayerRecord(**{**layer, "heads": [HeadRecord(**head) for head in layer["heads"]]}) for layer in data["layers"]
+    ]
+    return StageRecord(**{**data, "layers": layers})

@@ -1,0 +1,91 @@
+"""The run folder: whose it is, whether it has room, and what its record says about where the figures came from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnpress.calibration import this_process
+from attnpress.config import ConfigError, RunConfig
+from attnpress.files import write_text
+from attnpress.models.loading import weights_hash
+from attnpress.recipe import dump_config, load_config, spec_to_dict
+from attnpress.tasks import TaskData
+
+COPIES = 8
+"""Disk a run needs, in copies of the weights: two checkpoints with optimizer state, and two final models."""
+
+
+def claim_folder(config: RunConfig, output: Path) -> None:
+    """Make the run folder this recipe's own.
+
+    Raises:
+        ConfigError: it holds a run of another recipe, or cannot be written.
+    """
+    recipe, state = output / "recipe.yaml", this_process()
+    taken = recipe.is_file()
+    state.wait_for_everyone()  # all ranks have looked before one writes
+    if taken:
+        return _check_owner(output, config)
+    try:
+        if state.is_main_process:
+            write_text(recipe, dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
+    state.wait_for_everyone()
+
+
+def check_space(model: nn.Module, output: Path) -> None:
+    """Refuse to start what cannot be saved.
+
+    Raises:
+        ConfigError: too little disk.
+    """
+    needed = COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise ConfigError(f"{output}: the run needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free")
+
+
+def provenance(seed: int, base: str, data: TaskData) -> dict[str, Any]:
+    """What the figures of a run rest on: versions, hashes of data and base weights, row counts, machine."""
+    packages = ("attnpress", "torch", "transformers", "accelerate", "datasets", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "seed": seed,
+        "data": data.fingerprint,
+        "rows": {"train": len(data.train), "eval": len(data.eval)},
+        "weights": {"base": weights_hash(base)},
+        "machine": {
+            "system": platform.platform(terse=True),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "processes": this_process().num_processes,
+        },
+    }
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested mappings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if before == now else [prefix.removesuffix(".")]
+
+
+def _check_owner(output: Path, config: RunConfig) -> None:
+    different = differences(spec_to_dict(load_config(output / "recipe.yaml")), spec_to_dict(config))
+    if different:
+        raise ConfigError(
+            f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "
+            "choose another --output, or delete the folder"
+        )

@@ -1,0 +1,100 @@
+"""What can be found wrong with a `DataSpec` before a row is read or a model loaded, and where its files are."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import get_args
+
+from attnpress.config import DataSpec
+from attnpress.tasks import movie
+from attnpress.tasks.metrics import METRICS
+from attnpress.tasks.sources import SUFFIXES, TaskError
+from attnpress.tasks.table import CUSTOM, TASKS, Layout, Split, Task
+
+
+def check_data(data: DataSpec) -> Task:
+    """The task that `data` asks for, after everything that can be checked without reading rows.
+
+    Raises:
+        TaskError: unknown task or metric, missing file or folder, or options that the task does not take.
+    """
+    task = _custom_task(data) if data.task == CUSTOM else _named_task(data)
+    for key in ("train_file", "eval_file"):
+        if path := getattr(data, key):
+            _check_file(key, path, (".json",) if task.kind == "qa" else SUFFIXES)
+    if data.data_dir is not None:
+        _check_folder(task, data, data.data_dir)
+    return task
+
+
+def own_file(data: DataSpec, split: Split) -> Path | None:
+    """The user's own file for a split, if one is given."""
+    return data.train_file if split == "train" else data.eval_file
+
+
+def find_published(layout: Layout, split: Split, data_dir: Path) -> Path:
+    """The published file of a split, in `data_dir` or in the task's folder within it.
+
+    Raises:
+        TaskError: no such file, or several.
+    """
+    pattern = layout.train if split == "train" else layout.eval
+    folders = [data_dir, data_dir / layout.folder, data_dir / "glue" / layout.folder]
+    found = next((paths for folder in folders if (paths := sorted(folder.glob(pattern)))), [])
+    whole = [path for path in found if path.name == pattern.replace("*", "")] or found
+    if len(whole) > 1:
+        names = ", ".join(path.name for path in whole)
+        raise TaskError(f"data.data_dir: {whole[0].parent} holds several files ({names}); set data.{split}_file to one")
+    if not whole:
+        raise TaskError(f"data.data_dir: no {pattern} in {data_dir} or its folder {layout.folder}; put it there")
+    return whole[0]
+
+
+def _named_task(data: DataSpec) -> Task:
+    task = TASKS.get(data.task)
+    if task is None:
+        raise TaskError(f"data.task: unknown task {data.task!r}; {_nearest(data.task, [*TASKS, CUSTOM])}")
+    if data.metric:
+        raise TaskError(f"data.metric: task {task.name!r} has its own ({', '.join(task.metrics)}); remove data.metric")
+    named = [f"data.{key}" for key in ("text", "text_pair", "label") if getattr(data, key)]
+    if named and (task.kind == "qa" or not (data.train_file or data.eval_file)):
+        mend = "remove them" if task.kind == "qa" else "set data.train_file or data.eval_file, or remove them"
+        raise TaskError(f"{', '.join(named)}: task {task.name!r} knows its own columns; {mend}")
+    return task
+
+
+def _custom_task(data: DataSpec) -> Task:
+    needed = ("train_file", "eval_file", "text", "label", "metric")
+    missing = [f"data.{key}" for key in needed if not getattr(data, key)]
+    if missing or data.text is None or data.label is None or data.metric is None:
+        raise TaskError(f"{', '.join(missing)}: needed by task 'custom'")
+    if data.data_dir:
+        raise TaskError("data.data_dir: task 'custom' reads data.train_file and data.eval_file; remove data.data_dir")
+    if data.metric not in METRICS:
+        raise TaskError(f"data.metric: unknown metric {data.metric!r}; {_nearest(data.metric, METRICS)}")
+    text = (data.text, data.text_pair) if data.text_pair else (data.text,)
+    return Task(CUSTOM, "your own files", METRICS[data.metric].kind, (data.metric,), text=text, label=data.label)
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+
+
+def _check_file(key: str, path: Path, suffixes: Sequence[str]) -> None:
+    if not path.is_file():
+        raise TaskError(f"data.{key}: {path} is not a file; give the path of an existing one")
+    if path.suffix not in suffixes:
+        raise TaskError(f"data.{key}: {path.name} has none of the endings {', '.join(suffixes)}; convert or rename it")
+
+
+def _check_folder(task: Task, data: DataSpec, folder: Path) -> None:
+    if not folder.is_dir():
+        raise TaskError(f"data.data_dir: {folder} is not a folder; give an existing one, or remove it to use the Hub")
+    if task.embedded and not (folder / movie.ARCHIVE).is_file():
+        raise TaskError(f"data.data_dir: no {movie.ARCHIVE} in {folder}; put it there, or remove data.data_dir")
+    for split in get_args(Split):
+        if task.local and not own_file(data, split):
+            find_published(task.local, split, folder)

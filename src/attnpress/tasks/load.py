@@ -1,0 +1,199 @@
+"""Loading a task: rows read, labels fitted, text tokenized, metrics bound. All in memory; no cache file is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from attnpress.config import DataSpec
+from attnpress.tasks import squad
+from attnpress.tasks.check import check_data, find_published, own_file
+from attnpress.tasks.labels import fit_labels
+from attnpress.tasks.metrics import score, sentence_metrics
+from attnpress.tasks.sources import Columns, Rows, TaskError, read_file, read_hub
+from attnpress.tasks.table import Split, Task
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import EvalPrediction, PreTrainedTokenizerBase
+
+CHUNK = 1000  # examples tokenized at once: more hold needlessly many encodings in memory
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Everything training and evaluation need.
+
+    Attributes:
+        task: the row of the table.
+        train, eval: tokenized, unpadded rows: input_ids, attention_mask, token_type_ids where the model has them, and
+            labels (int or float), or start_positions and end_positions. In qa a row is a window.
+        label_names: names of the classes by index; empty in regression and qa.
+        fingerprint: sha256 of the sources of "train" and "eval"; of the rows when they come from the Hub.
+        majority: headline metric, in points, of always answering the commonest training label; None in other kinds.
+        collate: pads a list of rows to the longest and returns tensors.
+        compute_metrics: metrics in points from a Trainer's predictions; the first key is the headline.
+    """
+
+    task: Task
+    train: Dataset
+    eval: Dataset
+    label_names: tuple[str, ...]
+    fingerprint: dict[str, str]
+    majority: float | None
+    collate: Callable[[list[dict[str, Any]]], Any]
+    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+
+
+def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    """Read and tokenize a task.
+
+    Args:
+        data: which examples. `train_rows` are taken after a shuffle with `seed`, `eval_rows` in order; in qa both
+            count questions.
+        tokenizer: of the model; inputs are cut (in qa: windowed) to `data.max_length` tokens.
+        seed: of the run.
+
+    Raises:
+        TaskError: see `check_data`; also data that cannot be fetched, malformed lines, missing columns, an empty
+            split, labels that do not fit, or a tokenizer that cannot serve the task.
+    """
+    task = check_data(data)
+    _check_tokenizer(task, data, tokenizer)
+    load = _load_questions if task.kind == "qa" else _load_sentences
+    return load(task, data, tokenizer, seed)
+
+
+def _load_sentences(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    from transformers import DataCollatorWithPadding
+
+    train, held_out = (_read_rows(task, data, split) for split in ("train", "eval"))
+    names, train_labels, eval_labels = fit_labels(task, train, held_out)
+    order, first = _choose(len(train), data.train_rows, seed), range(len(held_out))[: data.eval_rows]
+    majority = _majority(task, train_labels, [eval_labels[row] for row in first], len(names)) if names else None
+    return TaskData(
+        task=task,
+        train=_tokenize(tokenizer, train, train_labels, order, data.max_length),
+        eval=_tokenize(tokenizer, held_out, eval_labels, first, data.max_length),
+        label_names=names,
+        fingerprint={"train": train.sha256, "eval": held_out.sha256},
+        majority=majority,
+        collate=DataCollatorWithPadding(tokenizer),
+        compute_metrics=sentence_metrics(task.metrics, len(names)),
+    )
+
+
+def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    from transformers import DataCollatorWithPadding
+
+    (train, train_hash), (held_out, eval_hash) = (_read_questions(task, data, split) for split in ("train", "eval"))
+    train = [train[row] for row in _choose(len(train), data.train_rows, seed)]
+    held_out = held_out[: data.eval_rows]
+    train_windows, _ = _tokenize_questions(tokenizer, train, data.max_length)
+    eval_windows, windows = _tokenize_questions(tokenizer, held_out, data.max_length)
+    return TaskData(
+        task=task,
+        train=train_windows,
+        eval=eval_windows,
+        label_names=(),
+        fingerprint={"train": train_hash, "eval": eval_hash},
+        majority=None,
+        collate=DataCollatorWithPadding(tokenizer),
+        compute_metrics=squad.squad_metrics(held_out, windows),
+    )
+
+
+def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:
+    if path := own_file(data, split):
+        rows = read_file(path, Columns(_text_columns(task, data), data.label or task.label))
+    elif task.embedded:
+        rows = task.embedded(split, data.data_dir)
+    elif task.local and data.data_dir:
+        text, label = task.local.text or task.text, task.local.label or task.label
+        mend = f"data.data_dir must hold the published files of task {task.name!r}"
+        rows = read_file(
+            find_published(task.local, split, data.data_dir), Columns(text, label, task.local.header, mend)
+        )
+    else:
+        rows = read_hub(*_hub(task, split), Columns(task.text, task.label))
+    if not len(rows):
+        raise TaskError(f"{rows.name}: the {split} split is empty; give a file with at least one row")
+    return rows
+
+
+def _read_questions(task: Task, data: DataSpec, split: Split) -> tuple[list[squad.Question], str]:
+    path = own_file(data, split)
+    if path is None and task.local and data.data_dir:
+        path = find_published(task.local, split, data.data_dir)
+    questions, sha256 = squad.read_squad(path) if path else squad.read_hub_squad(*_hub(task, split))
+    if not questions:
+        raise TaskError(f"{path or task.hub}: the {split} split is empty; give a file with at least one question")
+    return questions, sha256
+
+
+def _hub(task: Task, split: Split) -> tuple[str, str | None, str]:
+    assert task.hub is not None  # only rows without embedded data come here
+    return (*task.hub, task.splits[split == "eval"])
+
+
+def _text_columns(task: Task, data: DataSpec) -> tuple[str, ...]:
+    first, *second = task.text
+    pair = [data.text_pair] if data.text_pair else second
+    return (data.text or first, *pair)
+
+
+def _majority(task: Task, train_labels: Sequence[int], eval_labels: Sequence[int], classes: int) -> float:
+    commonest = max(range(classes), key=train_labels.count)
+    return score([task.headline], [commonest] * len(eval_labels), eval_labels, classes)[task.headline]
+
+
+def _choose(count: int, wanted: int | None, seed: int) -> list[int]:
+    import numpy as np
+
+    order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
+    return order[:wanted]
+
+
+def _tokenize(
+    tokenizer: PreTrainedTokenizerBase, rows: Rows, labels: Sequence[Any], order: Sequence[int], max_length: int
+) -> Dataset:
+    def parts() -> Iterator[dict[str, Any]]:
+        for begin in range(0, len(order), CHUNK):
+            part = order[begin : begin + CHUNK]
+            text = [[column[row] for row in part] for column in rows.text]
+            encoded = tokenizer(*text, truncation=True, max_length=max_length)
+            yield {**encoded, "labels": [labels[row] for row in part]}
+
+    return _in_memory(parts())
+
+
+def _tokenize_questions(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[squad.Question], max_length: int
+) -> tuple[Dataset, list[squad.Window]]:
+    windows: list[squad.Window] = []
+
+    def parts() -> Iterator[dict[str, Any]]:
+        for begin in range(0, len(questions), CHUNK):
+            encoded, part = squad.encode_windows(tokenizer, questions[begin : begin + CHUNK], max_length, begin)
+            windows.extend(part)
+            yield encoded
+
+    return _in_memory(parts()), windows
+
+
+def _in_memory(parts: Iterable[dict[str, Any]]) -> Dataset:
+    from datasets import Dataset, concatenate_datasets
+
+    return concatenate_datasets([Dataset.from_dict(part) for part in parts])
+
+
+def _check_tokenizer(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token is None:
+        raise TaskError("model: its tokenizer has no padding token, so that examples cannot be batched; set one")
+    if data.max_length > tokenizer.model_max_length:
+        raise TaskError(f"data.max_length: {data.max_length} exceeds the model's {tokenizer.model_max_length} tokens")
+    if task.kind == "qa" and not tokenizer.is_fast:
+        raise TaskError(f"model: task {task.name!r} needs a fast tokenizer (a model with tokenizer.json)")
+    if task.kind == "qa" and data.max_length < squad.SHORTEST_INPUT:
+        raise TaskError(f"data.max_length: task {task.name!r} needs at least {squad.SHORTEST_INPUT}")

@@ -1,0 +1,191 @@
+"""Attention calls for the tests of core: drawn by hypothesis or made from a seed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
+from attnpress.core.attention import IntegerAttention, Scales, integer_attention, key_validity
+from attnpress.core.fake_quantize import fake_quantize_attention
+from attnpress.core.observer import Observer
+from attnpress.core.quantizer import positive_scale, smooth_key
+
+RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass")
+MASKS = ("none", "padding", "causal", "pairs")
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one attention call."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor | None
+    scales: Scales
+    cutoff: Tensor | None
+    spec: AttentionSpec
+    scaling: float
+
+    def integer(self) -> IntegerAttention:
+        return integer_attention(*self.arguments())
+
+    def fake(self, dropout: float = 0.0) -> Tensor:
+        arguments = (*self.arguments(), dropout)
+        return fake_quantize_attention(*arguments)
+
+    def arguments(self) -> tuple[Any, ...]:
+        return (
+            self.query, self.key, self.value, self.valid, self.scales, self.cutoff, self.spec, self.scaling,
+        )  # fmt: skip
+
+    def allowed(self) -> Tensor:
+        """`valid`, always as a tensor [B, Hq, Sq, Sk]."""
+        shape = (*self.query.shape[:3], self.key.shape[2])
+        return torch.ones(shape, dtype=torch.bool) if self.valid is None else self.valid.expand(shape)
+
+    def calibrated(self) -> Call:
+        """The call with scales fixed on its own tensors."""
+        return self.with_(scales=make_scales(self.query, self.key, self.value, self.valid, self.spec))
+
+    def with_(self, **changes: Any) -> Call:
+        return replace(self, **changes)
+
+
+def generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator(seed))
+
+
+def make_spec(
+    bits: int | None = 8, rule: RuleName = "relative", sparsity: float = 0.0, **changes: Any
+) -> AttentionSpec:
+    """The same bits for all four matrices; `changes` go to `AttentionSpec`."""
+    tensor = TensorSpec(bits=bits)
+    matrices: dict[str, Any] = {"q": tensor, "k": tensor, "v": tensor, "p": ProbsSpec(bits=bits)}
+    return AttentionSpec(**(matrices | {"rule": rule, "sparsity": sparsity} | changes))
+
+
+def make_mask(kind: str, seed: int, batch: int, heads: int, rows: int, keys: int) -> Tensor | None:
+    """None, key padding [B, 1, 1, Sk], causal [1, 1, Sq, Sk], or any pairs [B, Hq, Sq, Sk]; rows may be empty."""
+    if kind == "none":
+        return None
+    if kind == "padding":
+        lengths = torch.randint(0, keys + 1, (batch, 1, 1, 1), generator=generator(seed))
+        return torch.arange(keys) < lengths
+    if kind == "causal":
+        return torch.ones(1, 1, rows, keys, dtype=torch.bool).tril(keys - rows)
+    density = torch.rand(batch, heads, rows, 1, generator=generator(seed))
+    return torch.rand(batch, heads, rows, keys, generator=generator(seed + 1)) < density
+
+
+def make_scales(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, spec: AttentionSpec) -> Scales:
+    """Calibrated on the call itself; a matrix that was not observed (an empty batch) gets scale 1."""
+    shown = {"q": query, "k": smooth_key(key, key_validity(valid)) if spec.smooth_key else key, "v": value}
+    found: dict[str, Tensor] = {}
+    for name, x in shown.items():
+        tensor_spec: TensorSpec = getattr(spec, name)
+        if tensor_spec.bits is None or tensor_spec.granularity == "token":
+            continue
+        observer = Observer("absmax", tensor_spec.granularity, tensor_spec.qmax, power_of_two=tensor_spec.power_of_two)
+        observer.update(x, None)
+        found[name] = observer.scale()
+    return Scales(**found)
+
+
+def make_cutoff(spec: AttentionSpec, heads: int, seed: int) -> Tensor | None:
+    """Thresholds [Hq] that prune some pairs; None where the rule needs none."""
+    if spec.rule == "topk" or spec.sparsity == 0:
+        return None
+    drawn = torch.rand(heads, generator=generator(seed)).clamp(min=0.05)
+    return drawn if spec.rule == "mass" else 6 * drawn
+
+
+def make_call(
+    spec: AttentionSpec,
+    seed: int = 0,
+    *,
+    batch: int = 2,
+    heads: int = 4,
+    kv_heads: int | None = None,
+    rows: int = 5,
+    keys: int = 7,
+    dim: int = 8,
+    mask: str = "none",
+    spread: float = 1.0,
+    dtype: torch.dtype = torch.float32,
+) -> Call:
+    """A call on normal data; `spread` multiplies the queries, so that rows run from flat to one-hot."""
+    kv_heads = kv_heads or heads
+    query = (normal(seed, batch, heads, rows, dim) * spread).to(dtype)
+    key, value = (normal(seed + i, batch, kv_heads, keys, dim).to(dtype) for i in (1, 2))
+    valid = make_mask(mask, seed + 3, batch, heads, rows, keys)
+    cutoff = make_cutoff(spec, heads, seed + 4)
+    return Call(query, key, value, valid, Scales(), cutoff, spec, dim**-0.5).calibrated()
+
+
+QuantizedBits = st.integers(2, 8)
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> AttentionSpec:
+    """All four matrices quantized, each its own way."""
+    q_granularity: Literal["tensor", "head", "token"] = draw(st.sampled_from(["tensor", "head", "token"]))
+    k_granularity: Literal["tensor", "head"] = draw(st.sampled_from(["tensor", "head"]))
+    v_granularity: Literal["tensor", "head", "channel"] = draw(st.sampled_from(["tensor", "head", "channel"]))
+    flag = st.booleans()
+    return AttentionSpec(
+        q=TensorSpec(bits=draw(QuantizedBits), granularity=q_granularity, power_of_two=draw(flag)),
+        k=TensorSpec(bits=draw(QuantizedBits), granularity=k_granularity, power_of_two=draw(flag)),
+        v=TensorSpec(bits=draw(QuantizedBits), granularity=v_granularity, power_of_two=draw(flag)),
+        p=ProbsSpec(
+            bits=draw(QuantizedBits), mode=draw(st.sampled_from(["row", "unit"])),
+            signed=draw(flag), renormalize=draw(flag),
+        ),
+        rule=draw(st.sampled_from(RULES)),
+        sparsity=draw(st.sampled_from([0.0, 0.3, 0.9, 0.99])),
+        smooth_key=draw(flag),
+    )  # fmt: skip
+
+
+@st.composite
+def calls(draw: st.DrawFn, largest: int = 20) -> Call:
+    """Any shape up to `largest`, any mask, any spec; now and then NaN, infinities and huge values among the inputs."""
+    seed, kv_heads = draw(SEEDS), draw(st.integers(1, 2))
+    call = make_call(
+        draw(specs()),
+        seed,
+        batch=draw(st.integers(1, 3)),
+        heads=kv_heads * draw(st.integers(1, 2)),
+        kv_heads=kv_heads,
+        rows=draw(st.integers(1, largest)),
+        keys=draw(st.integers(1, largest)),
+        dim=draw(st.integers(1, largest)),
+        mask=draw(st.sampled_from(MASKS)),
+        spread=draw(st.sampled_from([0.0, 0.01, 1.0, 10.0])),
+        dtype=draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])),
+    )
+    if draw(st.integers(0, 3)) == 0:
+        call = call.with_(**{name: wounded(getattr(call, name), seed) for name in ("query", "key", "value")})
+    return call
+
+
+def wounded(x: Tensor, seed: int) -> Tensor:
+    """The tensor with NaN, infinities and the dtype's own extremes at a few random places."""
+    largest = torch.finfo(x.dtype).max
+    extremes = torch.tensor([torch.nan, torch.inf, -torch.inf, largest, -largest, 2.0**-20], dtype=x.dtype)
+    chosen = extremes[torch.randint(len(extremes), x.shape, generator=generator(seed))]
+    return torch.where(torch.rand(x.shape, generator=generator(seed + 1)) < 0.1, chosen, x)
+
+
+def random_scale(seed: int, *shape: int) -> Tensor:
+    return positive_scale(torch.exp(normal(seed, *shape)))

@@ -1,0 +1,327 @@
+"""The rules against brute force, and thresholds against the sparsity they were fitted to."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from attnpress.config import AttentionSpec, RuleName
+from attnpress.core.attention import Pairs, prune_and_code
+from attnpress.core.exponential import exponent, exponent_rate, power
+from attnpress.core.pruner import (
+    BINS,
+    fit_cutoff,
+    fixed_cutoff,
+    keep_mask,
+    mass_before,
+    pair_bins,
+    pair_histogram,
+)
+from tests.core.factories import RULES, SEEDS, generator, make_cutoff, make_mask, make_spec
+
+FITTED: tuple[RuleName, ...] = ("relative", "threshold", "mass")
+SPARSITIES = st.floats(0.01, 0.99)
+GAMMAS = st.sampled_from([0.25, 0.5, 0.75, 1.0]) | st.floats(2.0**-7, 1.0, width=32)
+"""With equal pairs the first ones are reached exactly."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of pairs in plain numbers, as a rule sees it."""
+
+    distance: list[int]
+    probability: list[int]
+    valid: list[bool]
+
+    def ranked(self) -> list[int]:
+        """Valid keys, nearest first, ties by index."""
+        return sorted((i for i, real in enumerate(self.valid) if real), key=lambda i: (self.distance[i], i))
+
+    def total(self) -> int:
+        return sum(p for p, real in zip(self.probability, self.valid, strict=True) if real)
+
+
+def expected_keep(spec: AttentionSpec, row: Row, alpha: float, cutoff: float | None) -> set[int]:
+    """The kept keys of one row, by the words of the contract."""
+    ranked = row.ranked()
+    if spec.rule == "topk":
+        return set(ranked[: max(1, round((1 - spec.sparsity) * len(ranked)))])
+    if cutoff is None:
+        return set(ranked)
+    if spec.rule == "relative":
+        cut = math.floor(np.float32(cutoff) / np.float32(alpha)) if math.isfinite(cutoff) else math.inf
+        return {i for i in ranked if row.distance[i] <= cut}
+    if spec.rule == "threshold":
+        least = np.float32(math.exp(-cutoff)) * np.float32(row.total())
+        return {i for i in ranked if row.distance[i] == 0 or np.float32(row.probability[i]) >= least}
+    kept: set[int] = set()
+    for i in ranked:
+        if math.isfinite(cutoff) and sum(row.probability[j] for j in kept) >= Fraction(cutoff) * row.total():
+            break
+        kept.add(i)
+    return kept
+
+
+def make_pairs(
+    spec: AttentionSpec, seed: int, shape: Sequence[int], mask: str = "pairs", levels: int = 12, alpha: float = 0.3
+) -> Pairs:
+    """Pairs of random integer scores; few levels make many ties."""
+    batch, heads, rows, keys = shape
+    acc = torch.randint(0, levels, (batch, heads, rows, keys), generator=generator(seed)).float()
+    valid = make_mask(mask, seed + 1, batch, heads, rows, keys)
+    return prune_and_code(acc, valid, torch.tensor(alpha).view(1, 1, 1, 1), make_cutoff(spec, heads, seed + 2), spec)
+
+
+def rows_of(pairs: Pairs) -> list[Row]:
+    columns = (pairs.distance.int(), pairs.probability, pairs.valid)
+    return [Row(*row) for row in zip(*(column.flatten(0, 2).tolist() for column in columns), strict=True)]
+
+
+def kept_of(keep: Tensor) -> list[set[int]]:
+    return [{i for i, kept in enumerate(row) if kept} for row in keep.flatten(0, 2).tolist()]
+
+
+@given(
+    rule=st.sampled_from(RULES), sparsity=st.one_of(st.just(0.0), SPARSITIES), seed=SEEDS,
+    keys=st.integers(1, 17), levels=st.sampled_from([1, 2, 5, 100]), alpha=st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
+)  # fmt: skip
+def test_masks_are_those_of_the_contract(
+    rule: RuleName, sparsity: float, seed: int, keys: int, levels: int, alpha: float
+) -> None:
+    spec = make_spec(rule=rule, sparsity=sparsity)
+    pairs = make_pairs(spec, seed, (2, 3, 2, keys), levels=levels, alpha=alpha)
+    cutoff = make_cutoff(spec, 3, seed + 2)
+    per_row = [None] * 12 if cutoff is None else cutoff.view(1, 3, 1).expand(2, 3, 2).flatten().tolist()
+    expected = [expected_keep(spec, row, alpha, cut) for row, cut in zip(rows_of(pairs), per_row, strict=True)]
+    assert kept_of(pairs.keep) == expected
+
+
+@pytest.mark.parametrize("levels", [1, 2, 1000])
+@given(sparsity=SPARSITIES, seed=SEEDS, keys=st.integers(1, 40))
+def test_rank_counts_are_exact_whatever_ties(levels: int, sparsity: float, seed: int, keys: int) -> None:
+    pairs = make_pairs(make_spec(rule="topk", sparsity=sparsity), seed, (1, 2, 3, keys), levels=levels)
+    counts = [max(1, round((1 - sparsity) * sum(row.valid))) if any(row.valid) else 0 for row in rows_of(pairs)]
+    assert [len(kept) for kept in kept_of(pairs.keep)] == counts
+
+
+def test_ties_go_to_the_lower_index() -> None:
+    keep = make_pairs(make_spec(rule="topk", sparsity=0.6), 0, (1, 1, 1, 10), "none", levels=1).keep
+    assert kept_of(keep) == [{0, 1, 2, 3}]
+    distance, probability = torch.tensor([[[[5, 0, 5, 0]]]]), torch.tensor([[[[10, 40, 10, 40]]]])
+    valid, alpha, gamma = torch.ones(1, 1, 1, 4, dtype=torch.bool), torch.tensor(0.2), torch.tensor(0.85)
+    spec = make_spec(rule="mass", sparsity=0.5)
+    assert kept_of(keep_mask(spec, distance, probability, valid, alpha, gamma)) == [{0, 1, 3}]
+
+
+@given(seed=SEEDS, keys=st.integers(1, 8), gamma=GAMMAS, levels=st.sampled_from([1, 2, 6]))
+def test_mass_keeps_the_smallest_set_that_adds_up(seed: int, keys: int, gamma: float, levels: int) -> None:
+    distance = torch.randint(0, levels, (1, 1, 3, keys), generator=generator(seed))
+    distance = distance - distance.amin(-1, keepdim=True)
+    probability = power(exponent(distance, exponent_rate(torch.tensor(0.7))))
+    spec = make_spec(rule="mass", threshold=gamma)
+    valid = torch.ones_like(distance, dtype=torch.bool)
+    keep = keep_mask(spec, distance, probability, valid, torch.tensor(0.7), fixed_cutoff(spec, 1).view(1, 1, 1, 1))
+    for row, kept in zip(probability.flatten(0, 2).tolist(), kept_of(keep), strict=True):
+        asked = Fraction(gamma) * sum(row)
+        smallest = next(
+            size for size in range(keys + 1) if any(sum(c) >= asked for c in itertools.combinations(row, size))
+        )
+        assert sum(row[i] for i in kept) >= asked
+        assert len(kept) == smallest
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(
+    seed=SEEDS, keys=st.integers(1, 12), levels=st.sampled_from([1, 3, 50]), alpha=st.sampled_from([1e-3, 0.3, 99.0])
+)
+def test_every_row_with_a_valid_key_keeps_its_maximum(
+    rule: RuleName, seed: int, keys: int, levels: int, alpha: float
+) -> None:
+    spec = make_spec(rule=rule, sparsity=0.999)
+    pairs = make_pairs(spec, seed, (2, 2, 3, keys), levels=levels, alpha=alpha)
+    harshest = torch.full((1, 2, 1, 1), 1e-30)
+    step = torch.tensor(alpha)
+    keep = keep_mask(spec, pairs.distance, pairs.probability, pairs.valid, step, harshest)
+    for row, kept in zip(rows_of(pairs), kept_of(keep), strict=True):
+        assert kept == set(row.ranked()[:1]) or (kept and {row.distance[i] for i in kept} == {0})
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_row_without_a_valid_key_keeps_nothing_and_has_no_code(rule: RuleName) -> None:
+    for sparsity in (0.0, 0.5):
+        spec = make_spec(rule=rule, sparsity=sparsity)
+        acc = torch.randint(-9, 9, (1, 2, 4, 6), generator=generator(0)).float()
+        valid = torch.ones(1, 2, 4, 6, dtype=torch.bool)
+        valid[:, :, 1] = False
+        pairs = prune_and_code(acc, valid, torch.full((1, 1, 1, 1), 0.1), make_cutoff(spec, 2, 1), spec)
+        assert not pairs.keep[:, :, 1].any()
+        assert not pairs.codes[:, :, 1].any()
+        assert bool((pairs.divisor > 0).all()), "so that the output is zero, not NaN"
+        assert bool(pairs.keep[:, :, [0, 2, 3]].any(-1).all())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(seed=SEEDS, extra=st.integers(1, 9), levels=st.sampled_from([2, 9, 200]))
+def test_masks_do_not_depend_on_padding(rule: RuleName, seed: int, extra: int, levels: int) -> None:
+    spec = make_spec(rule=rule, sparsity=0.6)
+    acc = torch.randint(0, levels, (2, 3, 4, 7 + extra), generator=generator(seed)).float()
+    valid = torch.rand(2, 3, 4, 7 + extra, generator=generator(seed + 1)) < 0.8
+    valid[..., 7:] = False
+    acc[..., 7:] *= 1e4  # what padding holds must not matter either
+    alpha, cutoff = torch.full((1, 3, 1, 1), 0.2), make_cutoff(spec, 3, seed)
+    padded = prune_and_code(acc, valid, alpha, cutoff, spec)
+    plain = prune_and_code(acc[..., :7], valid[..., :7], alpha, cutoff, spec)
+    assert torch.equal(padded.keep[..., :7], plain.keep)
+    assert torch.equal(padded.codes[..., :7], plain.codes)
+    assert not padded.keep[..., 7:].any()
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(seed=SEEDS)
+def test_masks_do_not_depend_on_batch_mates_or_other_rows(rule: RuleName, seed: int) -> None:
+    spec = make_spec(rule=rule, sparsity=0.6)
+    acc = torch.randint(0, 9, (3, 2, 4, 8), generator=generator(seed)).float()
+    valid = torch.rand(3, 2, 4, 8, generator=generator(seed + 1)) < 0.8
+    alpha, cutoff = torch.full((1, 2, 1, 1), 0.2), make_cutoff(spec, 2, seed)
+    together = prune_and_code(acc, valid, alpha, cutoff, spec).keep
+    for b, i in itertools.product(range(3), range(4)):
+        one = (slice(b, b + 1), slice(None), slice(i, i + 1))
+        assert torch.equal(prune_and_code(acc[one], valid[one], alpha, cutoff, spec).keep, together[one])
+
+
+@pytest.mark.parametrize("rule", RULES)
+@given(seed=SEEDS)
+def test_sparsity_zero_keeps_every_valid_pair(rule: RuleName, seed: int) -> None:
+    spec = make_spec(rule=rule)
+    pairs = make_pairs(spec, seed, (2, 2, 3, 9))
+    assert torch.equal(pairs.keep, pairs.valid)
+    infinite = fit_cutoff(spec, torch.ones(2, BINS, dtype=torch.float64), 0.0)
+    assert infinite.tolist() == [math.inf] * 2
+    step = torch.tensor(0.3)
+    keep = keep_mask(spec, pairs.distance, pairs.probability, pairs.valid, step, infinite.view(1, 2, 1, 1))
+    assert torch.equal(keep, pairs.valid)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_an_empty_batch_gets_an_empty_mask(rule: RuleName) -> None:
+    for shape in ((0, 2, 3, 4), (2, 2, 0, 4)):
+        assert make_pairs(make_spec(rule=rule, sparsity=0.5), 0, shape).keep.shape == shape
+
+
+def test_mass_before_counts_the_nearer_pairs() -> None:
+    distance, probability = torch.tensor([[3, 0, 3, 1]]), torch.tensor([[5, 100, 5, 50]])
+    before, total = mass_before(probability, distance)
+    assert before.tolist() == [[150, 0, 155, 100]]
+    assert total.tolist() == [[160]]
+
+
+# Thresholds fitted to a target.
+
+
+def spread_pairs(spec: AttentionSpec, seed: int, keys: int, cutoff: Tensor | None = None) -> Pairs:
+    """Normal scores in fine steps: hardly any ties, other spreads for other heads; a padded second sequence."""
+    spread = torch.tensor([300.0, 1000.0, 3000.0]).view(1, 3, 1, 1)
+    acc = (torch.randn(2, 3, 12, keys, generator=generator(seed)) * spread).round()
+    valid = torch.arange(keys) < torch.tensor([keys, keys // 2 + 1]).view(2, 1, 1, 1)
+    return prune_and_code(acc, valid, torch.full((1, 3, 1, 1), 1e-3), cutoff, spec)
+
+
+def histogram_of(spec: AttentionSpec, pairs: Pairs) -> Tensor:
+    return pair_histogram(pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance), pairs.valid)
+
+
+@pytest.mark.parametrize("rule", FITTED)
+@given(sparsity=SPARSITIES, seed=SEEDS)
+def test_fitted_thresholds_hold_their_target_on_the_pooled_pairs(rule: RuleName, sparsity: float, seed: int) -> None:
+    spec = make_spec(rule=rule, sparsity=sparsity)
+    lengths = (5, 17, 60)
+    batches = [spread_pairs(spec, seed + keys, keys) for keys in lengths]
+    histogram = torch.stack([histogram_of(spec, pairs) for pairs in batches]).sum(0)
+    cutoff = fit_cutoff(spec, histogram, sparsity)
+    after = [spread_pairs(spec, seed + keys, keys, cutoff) for keys in lengths]
+    kept = torch.stack([pairs.keep.sum((0, 2, 3)) for pairs in after]).sum(0)
+    wanted = (1 - sparsity) * histogram.sum(-1)
+    # Pairs of the bin that the threshold falls in, and of its neighbours, may go either way.
+    index = (histogram.cumsum(-1) < wanted.unsqueeze(-1)).sum(-1)
+    slack = (histogram * ((torch.arange(BINS) - index.unsqueeze(-1)).abs() <= 1)).sum(-1)
+    spared = torch.stack([spared_maxima(spec, pairs, index) for pairs in batches]).sum(0)
+    assert bool((kept >= wanted - slack - 1).all())
+    assert bool((kept <= wanted + slack + spared + 1).all())
+
+
+def spared_maxima(spec: AttentionSpec, pairs: Pairs, index: Tensor) -> Tensor:
+    """Rows of each head that are all beyond the threshold's bin: each keeps its maximum nevertheless."""
+    bins = pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance).masked_fill(~pairs.valid, BINS)
+    beyond: Tensor = (bins.amin(-1) > index.view(1, -1, 1)).sum((0, 2))
+    return beyond
+
+
+@pytest.mark.parametrize("rule", FITTED)
+def test_pooled_thresholds_are_those_of_one_large_batch(rule: RuleName) -> None:
+    spec = make_spec(rule=rule, sparsity=0.8)
+    parts = [histogram_of(spec, spread_pairs(spec, seed, 20)) for seed in (1, 2)]
+    pairs = [spread_pairs(spec, seed, 20) for seed in (1, 2)]
+    bins = torch.cat([pair_bins(spec, one.exponent, one.probability, one.distance) for one in pairs])
+    together = pair_histogram(bins, torch.cat([one.valid for one in pairs]))
+    assert torch.equal(parts[0] + parts[1], together)
+
+
+@pytest.mark.parametrize("rule", FITTED)
+@given(seed=SEEDS)
+def test_more_sparsity_is_a_harsher_threshold(rule: RuleName, seed: int) -> None:
+    spec = make_spec(rule=rule, sparsity=0.5)
+    histogram = histogram_of(spec, spread_pairs(spec, seed, 30))
+    cutoffs = torch.stack([fit_cutoff(spec, histogram, sparsity) for sparsity in (0.0, 0.1, 0.5, 0.9, 0.99)])
+    assert bool((cutoffs.diff(dim=0) < 0).all())
+    assert bool((cutoffs > 0).all())
+
+
+@given(seed=SEEDS)
+def test_histogram_counts_valid_pairs_by_head(seed: int) -> None:
+    bins = torch.randint(0, BINS, (2, 3, 4, 5), generator=generator(seed))
+    valid = torch.rand(2, 3, 4, 5, generator=generator(seed + 1)) < 0.5
+    expected = torch.zeros(3, BINS, dtype=torch.float64)
+    for b, h, i, j in valid.nonzero().tolist():
+        expected[h, bins[b, h, i, j]] += 1
+    assert torch.equal(pair_histogram(bins, valid), expected)
+
+
+@pytest.mark.parametrize("rule", FITTED)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_a_head_without_a_pair_cannot_be_fitted(rule: RuleName, sparsity: float) -> None:
+    histogram = torch.ones(2, BINS, dtype=torch.float64)
+    histogram[1] = 0
+    with pytest.raises(ValueError, match="no valid pairs were observed"):
+        fit_cutoff(make_spec(rule=rule), histogram, sparsity)
+
+
+def test_a_threshold_of_ones_own_is_in_the_unit_of_the_rule() -> None:
+    assert fixed_cutoff(make_spec(rule="mass", threshold=0.75), 2).tolist() == [0.75, 0.75]
+    for rule in ("relative", "threshold"):
+        cutoff = fixed_cutoff(make_spec(rule=rule, threshold=0.01), 3)
+        assert cutoff.tolist() == pytest.approx([-math.log(0.01)] * 3)
+    with pytest.raises(ValueError, match="threshold is not set"):
+        fixed_cutoff(make_spec(), 2)
+
+
+@given(seed=SEEDS, threshold=st.floats(0.001, 1.0))
+def test_a_relative_threshold_keeps_what_reaches_it(seed: int, threshold: float) -> None:
+    spec = make_spec(rule="relative", threshold=threshold)
+    pairs = make_pairs(spec, seed, (1, 2, 3, 9), "none", levels=60, alpha=0.05)
+    keep = keep_mask(
+        spec, pairs.distance, pairs.probability, pairs.valid, torch.tensor(0.05), fixed_cutoff(spec, 2).view(1, 2, 1, 1)
+    )
+    nats = pairs.distance.double() * float(np.float32(0.05))
+    margin = 1e-5 * (1 - math.log(threshold))
+    assert bool(keep[nats < -math.log(threshold) - margin].all())
+    assert not keep[nats > -math.log(threshold) + margin].any()

@@ -1,0 +1,26 @@
+"""Every shipped recipe can be read, and asks for a task, model and attention that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from attnpress.cli import main
+from attnpress.recipe import load_config
+
+RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
+
+
+def test_recipes_are_shipped() -> None:
+    assert {"demo", "mrpc-8bit", "mrpc-4bit"} <= {path.stem for path in RECIPES}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_shipped_recipe_validates(path: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["validate", str(path)]) == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load_config(printed) == load_config(path)
+    assert load_config(path).attention.sparsity > 0
+    assert path.read_text(encoding="utf-8").startswith("# "), "a line says what it is for"

@@ -1,0 +1,34 @@
+"""The tables of the README are those of the committed records."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from attnpress.results import Record, read_record
+
+ROOT = Path(__file__).parents[2]
+RECORDS = sorted((ROOT / "records").glob("*.json"))
+
+
+def test_readme_tables_are_made_from_records() -> None:
+    fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))["filled"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == 2
+    assert fill(text) == text, "run: python docs/fill_tables.py"
+
+
+def test_a_changed_record_would_change_the_tables() -> None:
+    fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))["filled"]
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert fill(text.replace("| dense |", "| other |")) == text
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
+def test_committed_records_are_whole(path: Path) -> None:
+    record: Record = read_record(path)
+    assert {"dense", "quantized", "one_shot", "progressive"} <= {stage.name for stage in record.stages}
+    assert record.provenance["weights"].keys() >= {"base", "dense", "progressive"}
+    for stage in record.stages:
+        assert 0 <= stage.pruned <= stage.sparsity <= stage.padded_sparsity <= 1
+        assert stage.macs_dense / 2 <= stage.macs_remaining <= stage.macs_dense

@@ -1,0 +1,143 @@
+"""Evaluation: every row once and in order, the metrics of its logits, and another task for a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from attnpress.compression import reevaluate
+from attnpress.config import DENSE, ConfigError, DataSpec, RunConfig
+from attnpress.evaluate import evaluate, predict, predicted_logits
+from attnpress.models.binding import attentions, bind
+from attnpress.models.loading import load_compressed, load_model, load_tokenizer
+from attnpress.results import read_record
+from attnpress.tasks import TaskData, TaskError, load_task
+
+
+@pytest.fixture(scope="module")
+def data(tiny_recipe: RunConfig) -> TaskData:
+    return load_task(tiny_recipe.data, load_tokenizer(tiny_recipe.model), tiny_recipe.seed)
+
+
+@pytest.fixture(scope="module")
+def model(finished: Path) -> PreTrainedModel:
+    return load_compressed(finished / "progressive", "classification", ("no", "yes"))
+
+
+def row_by_row(model: PreTrainedModel, data: TaskData) -> list[Any]:
+    """Outputs of each evaluation row alone, without padding."""
+    with torch.no_grad():
+        return [model.eval()(**data.collate([row])) for row in data.eval]
+
+
+def test_logits_are_those_of_each_row_alone(model: PreTrainedModel, data: TaskData) -> None:
+    logits = predicted_logits(model, data, batch_size=7)
+    assert logits.shape == (80, 1, 2)
+    alone = torch.cat([output.logits for output in row_by_row(model, data)])
+    assert torch.allclose(logits[:, 0], alone, atol=1e-4)
+
+
+def test_metrics_are_those_of_the_logits(model: PreTrainedModel, data: TaskData) -> None:
+    right = predicted_logits(model, data, 32)[:, 0].argmax(-1) == torch.tensor(data.eval["labels"])
+    assert predict(model, data) == {"accuracy": pytest.approx(100 * float(right.float().mean()))}
+
+
+def test_figures_do_not_depend_on_the_batches(model: PreTrainedModel, data: TaskData) -> None:
+    stages = [evaluate(model, data, "progressive", 32, batch_size) for batch_size in (1, 64)]
+    assert stages[0].macs_dense == stages[1].macs_dense
+    assert stages[0].sparsity == pytest.approx(stages[1].sparsity, abs=1e-3), "a code may differ by rounding"
+    assert stages[0].padded_sparsity == pytest.approx(stages[1].padded_sparsity, abs=1e-3)
+
+
+def test_nothing_of_an_evaluation_stays_in_the_model(model: PreTrainedModel, data: TaskData) -> None:
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    evaluate(model, data, "progressive", 32)
+    assert model.training
+    assert all(module.counts is None for module in attentions(model).values())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_counting_stops_also_when_a_prediction_is_not_a_number(finished: Path, data: TaskData) -> None:
+    broken = bind(load_model(str(finished / "dense"), "classification", ("no", "yes")), DENSE)
+    with torch.no_grad():
+        broken.get_parameter("classifier.bias").fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="predictions hold NaN or infinity in 80 of 80 rows"):
+        evaluate(broken, data, "dense", 32)
+    assert all(module.counts is None for module in attentions(broken).values())
+
+
+def test_spans_of_windows_of_different_lengths_are_kept_apart(tmp_path: Path, tiny_model: Path) -> None:
+    tokenizer: Any = load_tokenizer(str(tiny_model))
+    context = "the film was good . the plot was bad ."
+    asked = [
+        {"id": "1", "question": "film ?", "answers": [{"text": "good", "answer_start": 13}]},
+        {"id": "2", "question": "was the plot of the film good ?", "answers": [{"text": "bad", "answer_start": 33}]},
+    ]
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": [{"context": context, "qas": asked}]}]}), encoding="utf-8")
+    questions = load_task(DataSpec("squad", train_file=file, eval_file=file, max_length=32), tokenizer, seed=0)
+    torch.manual_seed(0)
+    reader = bind(load_model(str(tiny_model), "qa"), DENSE)
+    lengths = [len(row) for row in questions.eval["input_ids"]]
+    assert len(set(lengths)) == 2
+    logits = predicted_logits(reader, questions, batch_size=1)
+    assert logits.shape == (2, 2, max(lengths))
+    for row, output in enumerate(row_by_row(reader, questions)):
+        expected = torch.stack([output.start_logits[0], output.end_logits[0]])
+        assert torch.equal(logits[row, :, : lengths[row]], expected)
+    assert list(predict(reader, questions)) == ["f1", "exact_match"]
+
+
+def test_a_finished_run_evaluates_to_its_record(finished: Path, tiny_recipe: RunConfig) -> None:
+    stage = read_record(finished).stage("progressive")
+    assert stage is not None
+    assert dataclasses.replace(reevaluate(finished, tiny_recipe), seconds=stage.seconds) == stage
+
+
+def test_a_finished_run_evaluates_on_other_rows(finished: Path, tiny_recipe: RunConfig, reviews: Path) -> None:
+    swapped = dataclasses.replace(tiny_recipe.data, eval_file=reviews / "train.csv", eval_rows=50)
+    stage = reevaluate(finished, dataclasses.replace(tiny_recipe, data=swapped))
+    assert stage.metrics["accuracy"] > 60
+    assert stage.macs_dense != read_record(finished).stages[-1].macs_dense
+
+
+OTHERS: list[tuple[dict[str, Any], str]] = [
+    ({"label": "stars", "metric": "pearson"}, "--task custom: a task of kind 'regression' with 1 outputs"),
+    ({"label": "stars"}, "--task custom: a task of kind 'classification' with 6 outputs, but the model of .*head fits"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), OTHERS)
+def test_a_task_that_the_head_does_not_fit_is_refused(
+    change: dict[str, Any], message: str, finished: Path, tiny_recipe: RunConfig
+) -> None:
+    other = dataclasses.replace(tiny_recipe, data=dataclasses.replace(tiny_recipe.data, **change))
+    with pytest.raises(ConfigError, match=message):
+        reevaluate(finished, other)
+
+
+def test_questions_are_not_put_to_a_classifier(finished: Path, tiny_recipe: RunConfig, tmp_path: Path) -> None:
+    answer = {"text": "good", "answer_start": 0}
+    paragraph = {"context": "good film", "qas": [{"id": "1", "question": "?", "answers": [answer]}]}
+    file = tmp_path / "squad.json"
+    file.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}), encoding="utf-8")
+    data = DataSpec("squad", train_file=file, eval_file=file, max_length=32)
+    with pytest.raises(ConfigError, match="--task squad: a task of kind 'qa'"):
+        reevaluate(finished, dataclasses.replace(tiny_recipe, data=data))
+
+
+def test_a_run_without_a_compressed_model_is_named(tiny_recipe: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no finished compressed model; run `attnpress compress` to its end"):
+        reevaluate(tmp_path, tiny_recipe)
+    unknown = dataclasses.replace(tiny_recipe, data=DataSpec("nosuch"))
+    (tmp_path / "progressive").mkdir()
+    load_tokenizer(tiny_recipe.model).save_pretrained(tmp_path / "progressive")
+    with pytest.raises(TaskError, match=r"data\.task: unknown task 'nosuch'"):
+        reevaluate(tmp_path, unknown)

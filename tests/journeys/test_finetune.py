@@ -1,0 +1,185 @@
+"""Training: sparsity asked step by step in any loop, checkpoints that are whole and finite, and the losses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from attnpress.calibration import calibrate
+from attnpress.config import DENSE, AttentionSpec, DistillationSpec, RunConfig, ScheduleSpec, TrainSpec
+from attnpress.core.schedule import sparsity_at
+from attnpress.evaluate import evaluate
+from attnpress.finetune import (
+    DivergedError,
+    SparsityCallback,
+    SparsityDriver,
+    history_lines,
+    last_checkpoint,
+    read_history,
+    train,
+    training_arguments,
+)
+from attnpress.models.binding import attentions, bind
+from attnpress.models.loading import load_model, load_tokenizer
+from attnpress.tasks import TaskData, load_task
+
+TARGET = 0.7
+SCHEDULE = ScheduleSpec("linear", end=0.5)
+SPEC = TrainSpec(epochs=2, learning_rate=1e-3, batch_size=16, checkpoints=4)
+
+
+@pytest.fixture(scope="module")
+def data(tiny_recipe: RunConfig) -> TaskData:
+    return load_task(tiny_recipe.data, load_tokenizer(tiny_recipe.model), tiny_recipe.seed)
+
+
+@pytest.fixture
+def dense(finished: Path) -> PreTrainedModel:
+    return load_model(str(finished / "dense"), "classification", ("no", "yes"))
+
+
+def make_batches(data: TaskData, count: int) -> list[dict[str, Tensor]]:
+    return [data.collate([data.train[row] for row in range(16 * n, 16 * n + 16)]) for n in range(count)]
+
+
+def bound(dense: PreTrainedModel, data: TaskData) -> PreTrainedModel:
+    model = bind(dense, AttentionSpec())
+    calibrate(model, make_batches(data, 4))
+    return model
+
+
+def test_a_plain_loop_is_driven_to_the_target(dense: PreTrainedModel, data: TaskData) -> None:
+    model = bound(dense, data).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    driver, batches = SparsityDriver(model, SCHEDULE, TARGET, total=15), make_batches(data, 15)
+    for step, batch in enumerate(batches):
+        assert driver.begin(step) == sparsity_at(step, 15, SCHEDULE, TARGET)
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        driver.end()
+    driver.freeze()
+    stage = evaluate(model, data, "progressive", 32)
+    assert stage.pruned == pytest.approx(TARGET, abs=0.05), "on rows that it has not seen"
+    assert all(module.rows is None and not module.seen.any() for module in attentions(model).values())
+
+
+def test_a_plain_trainer_is_driven_to_the_target(dense: PreTrainedModel, data: TaskData, tmp_path: Path) -> None:
+    model = bound(dense, data)
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=12, per_device_train_batch_size=16, logging_steps=3, save_strategy="no",
+        report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False, learning_rate=1e-3,
+    )  # fmt: skip
+    callback = SparsityCallback(model, SCHEDULE, TARGET)
+    trainer = Trainer(model, arguments, data.collate, data.train, callbacks=[callback])
+    trainer.train()
+    asked = [entry["sparsity_asked"] for entry in trainer.state.log_history if "loss" in entry]
+    assert asked == [sparsity_at(step, 12, SCHEDULE, TARGET) for step in (2, 5, 8, 11)]
+    assert evaluate(model, data, "progressive", 32).pruned == pytest.approx(TARGET, abs=0.05)
+
+
+def test_the_histogram_forgets_and_holds_whole_rows_in_turn(dense: PreTrainedModel, data: TaskData) -> None:
+    """One query row in eight is seen in a step: over eight steps of one batch, each valid pair once."""
+    model, batch = bound(dense, data).eval(), make_batches(data, 1)[0]
+    driver = SparsityDriver(model, SCHEDULE, TARGET, total=100)
+    module = driver.modules[0]
+    module.histogram.zero_()
+    seen = torch.zeros(2, dtype=torch.float64)
+    for step in range(8):
+        module.rows = slice(step, None, 8)
+        with torch.no_grad():
+            model(**batch)
+        seen += module.seen.sum(-1)
+        driver.end()
+    pairs = int((batch["attention_mask"].sum(-1) ** 2).sum())
+    assert seen.tolist() == [pairs, pairs]
+    assert 0 < float(module.histogram.sum()) < 2 * pairs
+
+
+def test_freezing_asks_for_the_target_whatever_was_asked_last(dense: PreTrainedModel, data: TaskData) -> None:
+    model = bound(dense, data)
+    driver = SparsityDriver(model, ScheduleSpec("linear", end=1.0), TARGET, total=10)
+    assert driver.begin(9) < TARGET
+    driver.freeze()
+    assert {module.spec.sparsity for module in attentions(model).values()} == {TARGET}
+
+
+class Poison(TrainerCallback):
+    """Puts a NaN into a weight after some step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        if state.global_step == self.step:
+            with torch.no_grad():
+                model.classifier.weight.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("step", [10, 16], ids=["between checkpoints", "right at a checkpoint"])
+def test_a_diverged_run_keeps_its_last_good_checkpoint(
+    step: int, dense: PreTrainedModel, data: TaskData, tmp_path: Path
+) -> None:
+    message = rf"no longer finite at step {step}; the last good checkpoint is kept. Lower the learning rate \(dense\."
+    with pytest.raises(DivergedError, match=message):
+        train(dense, data, SPEC, tmp_path, 0, DistillationSpec(), callbacks=[Poison(step)])
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-8"]
+    good = last_checkpoint(tmp_path)
+    assert good == str(tmp_path / "checkpoint-8")
+    assert all(bool(tensor.isfinite().all()) for tensor in load_file(Path(good) / "model.safetensors").values())
+
+
+def test_a_learning_rate_without_measure_is_stopped(dense: PreTrainedModel, data: TaskData, tmp_path: Path) -> None:
+    wild = dataclasses.replace(SPEC, learning_rate=1e30)
+    with pytest.raises(DivergedError, match="no longer finite"):
+        train(dense, data, wild, tmp_path, 0, DistillationSpec())
+
+
+def test_a_checkpoint_that_was_cut_short_is_removed(tmp_path: Path) -> None:
+    for step in (8, 16, 100):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-8" / "complete").touch()
+    (tmp_path / "checkpoint-16" / "complete").touch()
+    assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-16")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-16", "checkpoint-8"]
+    assert last_checkpoint(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize("rows", [10, 240, 3668, 67349])
+@pytest.mark.parametrize("epochs", [0.3, 2, 3])
+def test_checkpoints_fall_on_logged_steps(rows: int, epochs: float, tmp_path: Path) -> None:
+    """Else a resumed run would report the mean loss of fewer steps than an uninterrupted one."""
+    arguments = training_arguments(TrainSpec(epochs=epochs, batch_size=16, checkpoints=4), rows, tmp_path, 0)
+    steps = -(-rows // 16) * epochs
+    assert arguments.save_steps % arguments.logging_steps == 0
+    assert arguments.save_steps * 5 >= steps, "about as many as asked"
+    assert 0 < arguments.warmup_steps <= steps / 10 + 1
+
+
+def test_logs_read_back_as_they_were_written(tmp_path: Path) -> None:
+    history = [{"step": 1, "loss": 0.1 + 0.2}, {"step": 2, "loss": 1e-300}]
+    (tmp_path / "log.jsonl").write_text(history_lines(history), encoding="utf-8")
+    assert read_history(tmp_path / "log.jsonl") == history
+    assert read_history(tmp_path / "absent.jsonl") == []
+    assert [json.loads(line) for line in history_lines(history).splitlines()] == history
+
+
+def test_a_teacher_changes_the_training_but_not_itself(finished: Path, data: TaskData, tmp_path: Path) -> None:
+    def weights(distillation: DistillationSpec) -> tuple[list[Tensor], list[Tensor]]:
+        student, teacher = (load_model(str(finished / "dense"), "classification", ("no", "yes")) for _ in range(2))
+        model = bound(student, data)
+        short, folder = dataclasses.replace(SPEC, epochs=0.2), tmp_path / str(distillation.attention)
+        train(model, data, short, folder, 0, distillation, bind(teacher, DENSE))
+        return list(model.parameters()), list(teacher.parameters())
+
+    (alone, teacher), (taught, untouched) = (weights(DistillationSpec(x, x)) for x in (0.0, 1.0))
+    assert any(not torch.equal(a, b) for a, b in zip(alone, taught, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(teacher, untouched, strict=True))

@@ -1,0 +1,336 @@
+"""The state of one attention module: its buffers, thresholds, histogram and counts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from attnpress.config import DENSE, AttentionSpec, Granularity, ProbsSpec, RuleName, TensorSpec
+from attnpress.core.attention import dense_attention, integer_attention
+from attnpress.core.cost import PairCounts, count_pairs
+from attnpress.core.pruner import BINS
+from attnpress.models.attention import CompressedAttention
+
+RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass")
+HEADS, KV_HEADS, DIM = 4, 2, 8
+
+
+HALF = AttentionSpec(sparsity=0.5)
+
+
+def make_state(spec: AttentionSpec = HALF) -> CompressedAttention:
+    return CompressedAttention(spec, HEADS, KV_HEADS, DIM)
+
+
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def make_inputs(seed: int = 0, lengths: Sequence[int] = (11, 6)) -> Inputs:
+    """Query, key, value, valid pairs and real rows of a padded batch."""
+    generator = torch.Generator().manual_seed(seed)
+    batch, length = len(lengths), max(lengths)
+    query, key, value = (
+        2 * torch.randn(batch, heads, length, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    real = torch.arange(length) < torch.tensor(lengths).view(-1, 1)
+    valid = real.view(batch, 1, 1, length).expand(batch, 1, length, length)
+    return query, key, value, valid, real.view(batch, 1, length, 1)
+
+
+def calibrated(spec: AttentionSpec, inputs: Inputs) -> CompressedAttention:
+    """A state with scales and thresholds from these inputs."""
+    state = make_state(spec)
+    state.observers = state.make_observers()
+    state.observe(*inputs)
+    with torch.no_grad():
+        for name, observer in state.observers.items():
+            getattr(state, f"{name}_scale").copy_(observer.scale())
+    state.observers = None
+    watch(state, inputs, slice(None))
+    state.take_seen(0.0)
+    state.set_sparsity(spec.sparsity)
+    return state
+
+
+def watch(state: CompressedAttention, inputs: Inputs, rows: slice) -> None:
+    state.rows = rows
+    state(*inputs, scaling=DIM**-0.5, dropout=0.0)
+    state.rows = None
+
+
+def call(state: CompressedAttention, inputs: Inputs, dropout: float = 0.0) -> Tensor:
+    output: Tensor = state(*inputs, scaling=DIM**-0.5, dropout=dropout)
+    return output
+
+
+@pytest.mark.parametrize(("granularity", "groups"), [("tensor", (1, 1, 1)), ("head", (HEADS, KV_HEADS, KV_HEADS))])
+def test_scales_have_one_value_a_group(granularity: Granularity, groups: tuple[int, int, int]) -> None:
+    spec = TensorSpec(granularity=granularity)
+    state = calibrated(AttentionSpec(q=spec, k=spec, v=spec), make_inputs())
+    for scale, count in zip((state.q_scale, state.k_scale, state.v_scale), groups, strict=True):
+        assert scale.shape == (1, count, 1, 1)
+        assert bool((scale != 1).all())
+
+
+def test_dynamic_and_floating_matrices_have_no_scale() -> None:
+    state = make_state(AttentionSpec(q=TensorSpec(granularity="token"), v=TensorSpec(bits=None)))
+    assert list(state.quantized()) == ["k"]
+    assert {name for name, _ in state.named_buffers()} == {"k_scale", "cutoff", "histogram", "seen"}
+    assert make_state(DENSE).quantized() == {}
+
+
+def test_channel_scales_have_one_value_a_channel() -> None:
+    state = calibrated(AttentionSpec(v=TensorSpec(granularity="channel")), make_inputs())
+    assert state.v_scale.shape == (1, KV_HEADS, 1, DIM)
+
+
+def test_what_is_saved_is_all_that_a_resumed_training_needs() -> None:
+    state = calibrated(AttentionSpec(k=TensorSpec(learned=True), sparsity=0.5), make_inputs())
+    assert set(state.state_dict()) == {"q_scale", "k_scale", "v_scale", "cutoff", "histogram"}
+    assert [name for name, _ in state.named_parameters()] == ["k_scale"]
+    twin = make_state(state.spec)
+    twin.load_state_dict(state.state_dict())
+    inputs = make_inputs(1)
+    assert torch.equal(call(twin, inputs), call(state, inputs))
+    twin.set_sparsity(0.7)
+    state.set_sparsity(0.7)
+    assert torch.equal(twin.cutoff, state.cutoff)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_output_is_that_of_the_reference(rule: RuleName) -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(rule=rule, sparsity=0.6), inputs)
+    query, key, value, valid, _ = inputs
+    found = integer_attention(query, key, value, valid, state.scales(), state.active_cutoff(), state.spec, DIM**-0.5)
+    assert torch.equal(call(state, inputs), found.output)
+
+
+def test_attend_can_be_replaced() -> None:
+    state = make_state()
+    state.attend = lambda query, *_: query + 1
+    inputs = make_inputs()
+    assert torch.equal(call(state, inputs), inputs[0] + 1)
+
+
+# Observing.
+
+
+def test_observers_see_real_tokens_only() -> None:
+    query, key, value, valid, real = make_inputs()
+    filled = [torch.where(real, x, 1e4) for x in (query, key, value)]
+    one, other = (calibrated(AttentionSpec(), (*x, valid, real)) for x in ((query, key, value), filled))
+    for name in "qkv":
+        assert torch.equal(getattr(one, f"{name}_scale"), getattr(other, f"{name}_scale"))
+
+
+def test_observers_of_smoothed_keys_see_them_smoothed() -> None:
+    query, key, value, valid, real = make_inputs()
+    shifted = (query, key + 50, value, valid, real)
+    smooth, rough = (calibrated(AttentionSpec(smooth_key=flag), shifted) for flag in (True, False))
+    assert float(smooth.k_scale.max()) < 10 / 127 < 40 / 127 < float(rough.k_scale.min())
+
+
+def test_observers_are_those_of_the_spec() -> None:
+    spec = AttentionSpec(q=TensorSpec(bits=4), k=TensorSpec(bits=8), v=TensorSpec(observer="percentile"))
+    assert {name: one.name for name, one in make_state(spec).make_observers().items()} == {
+        "q": "mse", "k": "ema", "v": "percentile",
+    }  # fmt: skip
+
+
+# Thresholds.
+
+
+def test_nothing_is_pruned_before_a_sparsity_is_asked() -> None:
+    state = make_state(AttentionSpec())
+    assert state.active_cutoff() is None
+    assert state.cutoff.tolist() == [math.inf] * HEADS
+
+
+@pytest.mark.parametrize("rule", ["relative", "threshold", "mass"])
+def test_a_sparsity_fits_the_thresholds_and_zero_lifts_them(rule: RuleName) -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(rule=rule, sparsity=0.8), inputs)
+    assert bool(state.cutoff.isfinite().all())
+    assert pruned_fraction(state, inputs) == pytest.approx(0.8, abs=0.03)
+    state.set_sparsity(0.4)
+    assert pruned_fraction(state, inputs) == pytest.approx(0.4, abs=0.03)
+    state.set_sparsity(0.0)
+    assert state.active_cutoff() is None
+    assert pruned_fraction(state, inputs) == 0
+
+
+def pruned_fraction(state: CompressedAttention, inputs: Inputs) -> float:
+    return float(counts_of(state, inputs).total().pruned_fraction())
+
+
+def counts_of(state: CompressedAttention, inputs: Inputs) -> PairCounts:
+    state.counts = PairCounts.none_yet(HEADS)
+    call(state, inputs)
+    counts, state.counts = state.counts, None
+    return counts
+
+
+def test_thresholds_are_told_in_the_unit_of_the_rule() -> None:
+    inputs = make_inputs()
+    for rule in RULES:
+        spec = AttentionSpec(rule=rule, sparsity=0.8)
+        state = calibrated(spec, inputs)
+        if rule == "topk":
+            assert not state.threshold().any()
+            continue
+        assert bool(((state.threshold() > 0) & (state.threshold() < 1)).all())
+        state.set_sparsity(0.0)
+        assert not state.threshold().any()
+        fixed = make_state(AttentionSpec(rule=rule, threshold=0.25))
+        assert fixed.threshold().tolist() == pytest.approx([0.25] * HEADS)
+        assert fixed.active_cutoff() is not None
+
+
+def test_a_threshold_of_ones_own_is_never_refitted() -> None:
+    spec = AttentionSpec(threshold=0.1, sparsity=0.5)
+    state = calibrated(spec, make_inputs())
+    state.set_sparsity(0.9)
+    assert state.threshold().tolist() == pytest.approx([0.1] * HEADS)
+
+
+def test_thresholds_cannot_be_fitted_to_nothing() -> None:
+    with pytest.raises(ValueError, match="calibrate on real batches first"):
+        make_state().set_sparsity(0.5)
+
+
+# Histogram.
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_histogram_counts_valid_pairs_of_real_rows(rule: RuleName) -> None:
+    inputs = make_inputs()
+    state = make_state(AttentionSpec(rule=rule, sparsity=0.5))
+    watch(state, inputs, slice(None))
+    assert state.seen.sum(-1).tolist() == [11**2 + 6**2] * HEADS
+    watch(state, inputs, slice(2, None, 4))
+    assert state.seen.sum(-1).tolist() == [11**2 + 6**2 + 3 * 11 + 1 * 6] * HEADS
+
+
+def test_every_row_is_seen_once_over_a_round_of_strides() -> None:
+    inputs = make_inputs()
+    whole, parts = make_state(), make_state()
+    watch(whole, inputs, slice(None))
+    for start in range(8):
+        watch(parts, inputs, slice(start, None, 8))
+    assert torch.equal(parts.seen, whole.seen)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_stride_without_a_row_sees_nothing(rule: RuleName) -> None:
+    state = make_state(AttentionSpec(rule=rule, sparsity=0.5))
+    for lengths in ((1,), (5, 2)):
+        inputs = make_inputs(lengths=lengths)
+        watch(state, inputs, slice(5, None, 8))
+        query, key, value, *_ = inputs
+        watch(state, (query, key, value, None, None), slice(5, None, 8))  # type: ignore[arg-type]  # no mask at all
+    assert not state.seen.any()
+
+
+def test_what_was_seen_moves_into_a_decaying_histogram() -> None:
+    state = make_state()
+    state.histogram += 1
+    state.seen += 2
+    state.take_seen(0.5)
+    assert torch.equal(state.histogram, torch.full((HEADS, BINS), 2.5, dtype=torch.float64))
+    assert not state.seen.any()
+    state.seen += 1
+    state.take_seen(0.0, reduce=lambda tensor, how: tensor * (3 if how == "sum" else 0))
+    assert torch.equal(state.histogram, torch.full((HEADS, BINS), 3.0, dtype=torch.float64))
+
+
+def test_watching_and_counting_change_neither_output_nor_gradients() -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(sparsity=0.5), inputs)
+    query = inputs[0].requires_grad_()
+    results = []
+    for rows, counts in ((None, None), (slice(None), PairCounts.none_yet(HEADS))):
+        state.rows, state.counts = rows, counts
+        output = call(state, inputs)
+        (gradient,) = torch.autograd.grad(output.sum(), query)
+        results.append((output, gradient))
+    for plain, watched in zip(*results, strict=True):
+        assert torch.equal(plain, watched)
+
+
+# Counts.
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_counts_are_those_of_the_reference(rule: RuleName) -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(rule=rule, sparsity=0.7, p=ProbsSpec(bits=4)), inputs)
+    query, key, value, valid, real = inputs
+    found = integer_attention(query, key, value, valid, state.scales(), state.active_cutoff(), state.spec, DIM**-0.5)
+    counted = (valid & real).expand(found.keep.shape)
+    expected = count_pairs(found.p_codes.float(), found.keep, counted)
+    counts = counts_of(state, inputs)
+    for ours, theirs in zip(counts.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert counts.rows.tolist() == [17] * HEADS
+    assert bool((counts.sparsity() >= counts.pruned_fraction()).all())
+
+
+def test_dense_calls_count_their_pairs_too() -> None:
+    state = make_state(DENSE)
+    query, key, _, valid, real = make_inputs()
+    state.counts = PairCounts.none_yet(HEADS)
+    state.count_dense(query, key, valid, real)
+    state.count_dense(query, key, None, None)
+    assert state.counts.pairs.tolist() == [11**2 + 6**2 + 2 * 11**2] * HEADS
+    assert not state.counts.zeros.any()
+    assert not state.counts.pruned.any()
+
+
+# Precision and learning.
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_only_the_device_of_the_state_may_change(dtype: torch.dtype) -> None:
+    state = calibrated(AttentionSpec(v=TensorSpec(learned=True), sparsity=0.5), make_inputs())
+    before = {name: tensor.clone() for name, tensor in state.state_dict().items()}
+    state.to(dtype)
+    for name, tensor in state.state_dict().items():
+        assert tensor.dtype == before[name].dtype
+        assert torch.equal(tensor, before[name])
+    assert isinstance(state.v_scale, torch.nn.Parameter)
+
+
+def test_a_learned_scale_counts_by_its_magnitude() -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(v=TensorSpec(learned=True)), inputs)
+    expected = call(state, inputs)
+    with torch.no_grad():
+        state.v_scale.neg_()
+    assert torch.equal(call(state, inputs), expected)
+    assert state.v_scale.requires_grad
+    (gradient,) = torch.autograd.grad(call(state, inputs).square().sum(), [state.v_scale])
+    assert bool(gradient.any()), "and can come back"
+    state.requires_grad_(False)
+    assert torch.equal(call(state, inputs), expected), "frozen ones too"
+
+
+def test_learned_scales_improve() -> None:
+    inputs = make_inputs()
+    coarse = TensorSpec(bits=3, observer="absmax", learned=True)
+    state = calibrated(AttentionSpec(q=coarse, k=coarse, v=coarse), inputs)
+    query, key, value, valid, _ = inputs
+    wanted = dense_attention(query, key, value, valid, DIM**-0.5)
+    optimizer = torch.optim.Adam(state.parameters(), 0.02)
+    losses = []
+    for _ in range(40):
+        loss = (call(state, inputs) - wanted)[:, :, :6].square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert min(losses) < 0.9 * losses[0]

@@ -1,0 +1,300 @@
+"""The house rules, read off the source: arrows, fences, names, sizes, safe loading.
+
+Every rule is a function that lists offences. One test asks it about the project, and the tables show it code that
+breaks the rule and code that keeps it, so that no rule can fall silent.
+"""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "attnpress"
+
+JOURNEYS = {
+    "benchmark",
+    "calibration",
+    "compression",
+    "deployment",
+    "evaluate",
+    "export",
+    "finetune",
+    "run_folder",
+    "tasks",
+}
+BELOW_JOURNEYS = {"config", "recipe", "files", "results", "core", "kernels", "models"}
+ARROWS: dict[str, set[str]] = {
+    "config": set(),
+    "recipe": {"config"},
+    "files": set(),
+    "results": set(),
+    "core": {"config"},
+    "kernels": {"config", "core"},
+    "models": {"config", "recipe", "files", "core"},
+    "report": {"results"},
+    **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
+    "cli": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
+    "__init__": {"report"} | JOURNEYS | BELOW_JOURNEYS,
+}
+"""What each part of the package may import of the others; a part's own modules are always allowed."""
+
+FENCES: dict[str, tuple[str, ...]] = {
+    "transformers": ("models", "tasks", "finetune", "evaluate", "export", "compression"),
+    "datasets": ("tasks",),
+    "matplotlib": ("report.plots",),
+    "triton": ("kernels.triton",),
+}
+"""The only places that may know a library."""
+
+EMPTY_NAMES = {"util", "common", "helper", "manager", "handler", "mixin"}
+UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
+UNSAFE_LOADS = {"torch.load", "numpy.load", "pandas.read_pickle"}
+FILE_LINES, FUNCTION_LINES, USUAL_LINES, LONGISH_SHARE = 300, 60, 35, 0.1
+
+Modules = Mapping[str, str]
+"""Source by path below the package, dotted: "config", "core.pruner", "core.__init__"."""
+Rule = Callable[[Modules], list[str]]
+
+
+def imported_names(module: str, source: str) -> Iterator[str]:
+    """Dotted names that a module imports anywhere in it; relative and literal dynamic imports are resolved."""
+    package = f"{PACKAGE}.{module}".rpartition(".")[0]
+    for node in ast.walk(ast.parse(source)):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=origin, names=names, level=level):
+                base = importlib.util.resolve_name("." * level + (origin or ""), package)
+                yield from (f"{base}.{alias.name}" for alias in names)
+            case ast.Call(
+                func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
+                args=[ast.Constant(value=str(name)), *_],
+            ):
+                yield name
+
+
+def imported_libraries(module: str, source: str) -> list[str]:
+    return sorted({first(name) for name in imported_names(module, source)} - {PACKAGE})
+
+
+def first(dotted: str) -> str:
+    return dotted.partition(".")[0]
+
+
+def wrong_arrows(modules: Modules) -> list[str]:
+    offences = []
+    for module, source in modules.items():
+        if first(module) not in ARROWS:
+            offences.append(f"{module}: no place in the layout; give {first(module)!r} a row in ARROWS, or move it")
+            continue
+        own = [name.split(".") for name in imported_names(module, source) if first(name) == PACKAGE]
+        targets = {path[1] if len(path) > 1 and path[1] in ARROWS else "__init__" for path in own}
+        wrong = sorted(targets - ARROWS[first(module)] - {first(module)})
+        offences += [f"{module}: must not import {target}" for target in wrong]
+    return offences
+
+
+def import_cycles(modules: Modules) -> list[str]:
+    graph = {module: own_modules(module, modules) - {module} for module in modules}
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return [" <- ".join(error.args[1])]
+    return []
+
+
+def own_modules(module: str, modules: Modules) -> set[str]:
+    """The modules that `module` imports: of `attnpress.core.pruner.keep`, that is `core.pruner`."""
+    found = set()
+    for name in imported_names(module, modules[module]):
+        parts = name.split(".")[1:] if first(name) == PACKAGE else []
+        prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+        found |= set([known for path in prefixes for known in (path, f"{path}.__init__") if known in modules][:1])
+    return found
+
+
+def broken_fences(modules: Modules) -> list[str]:
+    return [
+        f"{module}: {library} may be imported in {', '.join(FENCES[library])} only"
+        for module, source in modules.items()
+        for library in imported_libraries(module, source)
+        if library in FENCES and not any(f"{module}.".startswith(f"{place}.") for place in FENCES[library])
+    ]
+
+
+def foreign_to_core(modules: Modules) -> list[str]:
+    return [
+        f"{module}: core imports torch only, found {library}"
+        for module, source in modules.items()
+        if first(module) == "core"
+        for library in imported_libraries(module, source)
+        if library != "torch" and library not in sys.stdlib_module_names
+    ]
+
+
+def empty_names(modules: Modules) -> list[str]:
+    names = [(module, module) for module in modules]
+    for module, source in modules.items():
+        names += [(module, node.name) for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    return [f"{module}: {name} does not say what it is" for module, name in names if words(name) & EMPTY_NAMES]
+
+
+def words(name: str) -> set[str]:
+    return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+", name)}
+
+
+def long_files(modules: Modules) -> list[str]:
+    counts = {module: len(source.splitlines()) for module, source in modules.items()}
+    return [f"{module}: {count} lines, at most {FILE_LINES}" for module, count in counts.items() if count > FILE_LINES]
+
+
+def long_functions(modules: Modules) -> list[str]:
+    lengths = function_lengths(modules)
+    return [f"{name}: {count} lines, at most {FUNCTION_LINES}" for name, count in lengths if count > FUNCTION_LINES]
+
+
+def too_many_longish_functions(modules: Modules) -> list[str]:
+    lengths = function_lengths(modules)
+    longish = [f"{name}: {count} lines" for name, count in lengths if count > USUAL_LINES]
+    return longish if len(longish) > LONGISH_SHARE * len(lengths) else []
+
+
+def function_lengths(modules: Modules) -> list[tuple[str, int]]:
+    """Lines of every function, docstring not counted: explaining is free."""
+    lengths = []
+    for module, source in modules.items():
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                explained = line_count(node.body[0]) if ast.get_docstring(node) is not None else 0
+                lengths.append((f"{module}:{node.lineno} {node.name}", line_count(node) - explained))
+    return lengths
+
+
+def line_count(node: ast.stmt) -> int:
+    return (node.end_lineno or node.lineno) - node.lineno + 1
+
+
+def unsafe_loads(modules: Modules) -> list[str]:
+    """Whatever can run code that hides in a file: unpicklers, and loaders that fall back on one."""
+    offences = []
+    for module, source in modules.items():
+        tree, names = ast.parse(source), set(imported_names(module, source))
+        used = names | {spelled_out(node, aliases(tree)) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        unsafe = (used & UNSAFE_LOADS) | {name for name in names if first(name) in UNPICKLERS}
+        offences += [f"{module}: {name} can run what it reads; use safetensors or JSON" for name in sorted(unsafe)]
+    return offences
+
+
+def aliases(tree: ast.Module) -> dict[str, str]:
+    imports = [alias for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {alias.asname: alias.name for alias in imports if alias.asname}
+
+
+def spelled_out(node: ast.Attribute, known: Mapping[str, str]) -> str:
+    head, _, rest = ast.unparse(node).partition(".")
+    return f"{known.get(head, head)}.{rest}"
+
+
+HEAVY = "import sys, attnpress.cli; print(*{'torch', 'transformers', 'datasets'} & sys.modules.keys())"
+
+
+def long_function(count: int) -> str:
+    return "def f():\n    '''Says\n    what.'''\n" + "    g()\n" * (count - 1)
+
+
+BREAKS: list[tuple[Rule, Modules]] = [
+    (wrong_arrows, {"core.pruner": "from attnpress.models import binding"}),
+    (wrong_arrows, {"core.pruner": "from ..models.binding import bind"}),
+    (wrong_arrows, {"kernels.ops": "def f():\n    import attnpress.models.hub"}),
+    (wrong_arrows, {"models.hub": "import importlib\nimportlib.import_module('attnpress.kernels.cpu')"}),
+    (wrong_arrows, {"results": "from attnpress.config import RunConfig"}),
+    (wrong_arrows, {"report.render": "from attnpress.core import cost"}),
+    (wrong_arrows, {"tasks": "from attnpress import cli"}),
+    (wrong_arrows, {"tasks": "from attnpress import bind"}),
+    (wrong_arrows, {"elsewhere": ""}),
+    (import_cycles, {"tasks": "from attnpress import evaluate", "evaluate": "from attnpress.tasks import TASKS"}),
+    (import_cycles, {"core.__init__": "from .cost import macs", "core.cost": "from attnpress.core import macs"}),
+    (broken_fences, {"cli": "def main():\n    import transformers"}),
+    (broken_fences, {"models_of_mine": "import transformers.models"}),
+    (broken_fences, {"evaluate": "from datasets import load_dataset"}),
+    (broken_fences, {"report.render": "import matplotlib.pyplot as plt"}),
+    (foreign_to_core, {"core.pruner": "import numpy as np"}),
+    (empty_names, {"core.attention_utils": ""}),
+    (empty_names, {"helpers.text": ""}),
+    (empty_names, {"finetune": "class RunManager: pass"}),
+    (long_files, {"tasks": "x = 1\n" * (FILE_LINES + 1)}),
+    (long_functions, {"tasks": long_function(FUNCTION_LINES + 1)}),
+    (too_many_longish_functions, {"tasks": long_function(USUAL_LINES + 1) + long_function(3) * 8}),
+    (unsafe_loads, {"results": "import pickle\npickle.load(file)"}),
+    (unsafe_loads, {"results": "from pickle import loads"}),
+    (unsafe_loads, {"finetune": "import torch as t\nt.load(path)"}),
+    (unsafe_loads, {"finetune": "from torch import load"}),
+]
+
+KEEPS: list[tuple[Rule, Modules]] = [
+    (wrong_arrows, {"tasks": "from attnpress.models import hub", "core.pruner": "from .quantizer import scale"}),
+    (import_cycles, {"core.__init__": "", "core.cost": "from attnpress.core import pruner", "core.pruner": ""}),
+    (broken_fences, {"models.hub": "import transformers", "report.plots": "import matplotlib"}),
+    (foreign_to_core, {"core.pruner": "import math\nimport torch.nn.functional as F\nfrom attnpress import config"}),
+    (empty_names, {"finetune": "class CommonsenseTask: pass"}),
+    (long_functions, {"tasks": long_function(FUNCTION_LINES)}),
+    (too_many_longish_functions, {"tasks": long_function(USUAL_LINES + 1) + long_function(3) * 9}),
+    (unsafe_loads, {"results": "import json, torch\njson.load(file)\ntorch.library.Library"}),
+]
+
+
+@pytest.mark.parametrize(("rule", "source"), BREAKS)
+def test_rule_sees_an_offence(rule: Rule, source: Modules) -> None:
+    assert rule(source)
+
+
+@pytest.mark.parametrize(("rule", "source"), KEEPS)
+def test_rule_accepts_what_keeps_it(rule: Rule, source: Modules) -> None:
+    assert rule(source) == []
+
+
+CODE_RULES: list[Rule] = [
+    wrong_arrows,
+    import_cycles,
+    broken_fences,
+    foreign_to_core,
+    empty_names,
+    long_files,
+    long_functions,
+    too_many_longish_functions,
+    unsafe_loads,
+]
+
+
+@pytest.mark.parametrize("rule", CODE_RULES, ids=lambda rule: rule.__name__)
+def test_code_keeps(rule: Rule) -> None:
+    folder = ROOT / "src" / PACKAGE
+    paths = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
+    assert "config" in paths, "the package's source was not found: the rule would hold for nothing"
+    offences = rule({module: path.read_text("utf-8") for module, path in sorted(paths.items())})
+    assert not offences, "\n".join(offences)
+
+
+def test_command_line_starts_without_heavy_libraries() -> None:
+    fresh = subprocess.run([sys.executable, "-c", HEAVY], capture_output=True, text=True, check=False)
+    assert (fresh.returncode, fresh.stdout.strip()) == (0, ""), fresh.stderr
+
+
+def test_public_names_are_not_hidden_by_modules() -> None:
+    code = (
+        "import attnpress, pkgutil\n"
+        "for module in pkgutil.iter_modules(attnpress.__path__, 'attnpress.'):\n"
+        "    __import__(module.name)\n"
+        "hidden = [name for name in attnpress.__all__ if type(getattr(attnpress, name)).__name__ == 'module']\n"
+        "assert not hidden, hidden"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,127 @@
+"""Recipes: files and flags into one config, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from attnpress.config import (
+    AttentionSpec,
+    ConfigError,
+    DataSpec,
+    Granularity,
+    ObserverName,
+    ProbsMode,
+    ProbsSpec,
+    RunConfig,
+    ScheduleName,
+    ScheduleSpec,
+    TensorSpec,
+    choices,
+)
+from attnpress.recipe import dump_config, load_config, parse_spec, spec_to_dict
+
+FRACTIONS = st.floats(0, 0.99)
+BITS = st.integers(2, 8)
+TENSORS = st.builds(
+    TensorSpec, BITS, st.sampled_from([one for one in choices(Granularity) if one in ("tensor", "head")]),
+    st.none() | st.sampled_from(choices(ObserverName)), power_of_two=st.booleans(),
+)  # fmt: skip
+CONFIGS = st.builds(
+    RunConfig,
+    checkpoint=st.none() | st.builds(Path, st.sampled_from(["runs/a", "../b c", "1"])),
+    data=st.builds(DataSpec, task=st.text(max_size=9), eval_rows=st.none() | st.integers(1, 9)),
+    attention=st.builds(
+        AttentionSpec, TENSORS, TENSORS, TENSORS,
+        st.builds(ProbsSpec, st.none() | BITS, st.sampled_from(choices(ProbsMode))),
+        sparsity=FRACTIONS, smooth_key=st.booleans(),
+    ),
+    schedule=st.builds(ScheduleSpec, st.sampled_from(choices(ScheduleName)), st.just(0.0), FRACTIONS),
+    seed=st.integers(),
+)  # fmt: skip
+
+
+@given(CONFIGS)
+def test_a_config_survives_yaml_and_plain_data(config: RunConfig) -> None:
+    assert parse_spec(RunConfig, spec_to_dict(config)) == config
+    assert parse_spec(RunConfig, json.loads(json.dumps(spec_to_dict(config)))) == config
+
+
+@given(config=CONFIGS)
+def test_a_dumped_config_loads_again(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> None:
+    path = tmp_path_factory.getbasetemp() / "dumped.yaml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_a_dump_names_every_key() -> None:
+    plain = spec_to_dict(RunConfig())
+    assert set(plain) == {field.name for field in dataclasses.fields(RunConfig)}
+    assert all(f"{key}:" in dump_config(RunConfig()) for key in plain)
+
+
+def recipe(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_an_empty_recipe_is_the_default(tmp_path: Path) -> None:
+    assert load_config(recipe(tmp_path, "")) == RunConfig()
+
+
+OVERRIDES: list[tuple[str, Any]] = [
+    ("seed=7", dataclasses.replace(RunConfig(), seed=7)),
+    ("data.data_dir=a/b=c", dataclasses.replace(RunConfig(), data=DataSpec(data_dir=Path("a/b=c")))),
+    ("attention.q.bits=4", dataclasses.replace(RunConfig(), attention=AttentionSpec(TensorSpec(4)))),
+    ("attention.p={bits: null}", dataclasses.replace(RunConfig(), attention=AttentionSpec(p=ProbsSpec(None)))),
+    (
+        "schedule.kind = step",
+        dataclasses.replace(RunConfig(), attention=AttentionSpec(), schedule=ScheduleSpec("step")),
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), OVERRIDES)
+def test_overrides_reach_any_depth(override: str, expected: RunConfig, tmp_path: Path) -> None:
+    assert load_config(recipe(tmp_path, "attention: {sparsity: 0}"), [override]) == dataclasses.replace(
+        expected, attention=dataclasses.replace(expected.attention, sparsity=0)
+    )
+
+
+def test_the_last_override_wins(tmp_path: Path) -> None:
+    assert load_config(recipe(tmp_path, "seed: 1"), ["seed=2", "seed=3"]).seed == 3
+
+
+BROKEN: list[tuple[str, list[str], str]] = [
+    ("[1]", [], r"recipe\.yaml: a recipe is a mapping of keys, found list"),
+    ("a: [", [], r"recipe\.yaml: not valid YAML"),
+    ("", ["seed"], r"--set seed: write it as key=value, for example --set attention\.sparsity=0\.95"),
+    ("", ["=1"], r"--set =1: write it as key=value"),
+    ("", ["seed=["], r"--set seed=\[: the value is not valid YAML"),
+    ("seed: 1", ["seed.x=1"], r"--set seed\.x=1: seed is a single value"),
+    ("1: 2", [], r"recipe\.yaml:\n1: Keys should be strings"),
+    ("sede: 1", [], r"recipe\.yaml:\nsede: unknown key; did you mean 'seed'\?"),
+    ("", ["atention.sparsity=0.5"], r"atention: unknown key; did you mean 'attention'\?"),
+    ("attention:", [], r"attention: "),
+]
+
+
+@pytest.mark.parametrize(("text", "overrides", "message"), BROKEN)
+def test_a_broken_recipe_is_explained(text: str, overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(recipe(tmp_path, text), overrides)
+
+
+def test_a_recipe_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read \(No such file.*give the path of a recipe"):
+        load_config(tmp_path / "absent.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match=r"binary\.yaml: not valid YAML"):
+        load_config(tmp_path / "binary.yaml")
