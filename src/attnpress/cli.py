@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
-    except (ValueError, RuntimeError, OSError) as error:
+    except Exception as error:
         if not _is_ours(error):
             raise
         print(f"attnpress: {error}", file=sys.stderr)

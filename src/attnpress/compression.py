@@ -123,6 +123,7 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     if history := read_history(_log(run, name)):
         record = dataclasses.replace(record, training={**record.training, name: history})
     record.provenance["weights"].update(_hashes(run))
+    record.provenance["machine"]["wall_seconds"] = round(sum(known.seconds for known in record.stages), 1)
     if state.is_main_process:
         write_text(run.output / "record.json", to_json(record))
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)

@@ -240,7 +240,7 @@ class DistillationSpec:
     """
 
     logits: Weight = 1.0
-    attention: Weight = 1.0
+    attention: Weight = 0.1
     temperature: Positive = 2.0
 
 

@@ -242,8 +242,11 @@ def train(
     Raises:
         DivergedError: NaN or infinity; the last good checkpoint is kept.
     """
+    arguments = training_arguments(spec, len(data.train), folder, seed)
+    if arguments.n_gpu > 1:  # DataParallel works on copies of the model, so what they see of its pairs would be lost
+        arguments._n_gpu = 1
     trainer = CompressionTrainer(
-        model=model, args=training_arguments(spec, len(data.train), folder, seed), train_dataset=data.train,
+        model=model, args=arguments, train_dataset=data.train,
         data_collator=data.collate, callbacks=[*callbacks, CheckpointCallback()],
         teacher=teacher, distillation=distillation,
     )  # fmt: skip

@@ -314,6 +314,14 @@ def test_a_threshold_of_ones_own_is_in_the_unit_of_the_rule() -> None:
         fixed_cutoff(make_spec(), 2)
 
 
+@pytest.mark.parametrize(("cutoff", "kept"), [(0.0, {0}), (0.74, {0, 1}), (0.75, {0, 1, 2}), (0.76, {0, 1, 2})])
+def test_a_pair_exactly_at_the_cut_is_kept(cutoff: float, kept: set[int]) -> None:
+    alpha = torch.full((1, 1, 1, 1), 0.25)
+    acc = torch.tensor([[[[10.0, 8.0, 7.0, 6.0]]]])
+    pairs = prune_and_code(acc, None, alpha, torch.tensor([cutoff]), make_spec(sparsity=0.5))
+    assert kept_of(pairs.keep) == [kept]
+
+
 @given(seed=SEEDS, threshold=st.floats(0.001, 1.0))
 def test_a_relative_threshold_keeps_what_reaches_it(seed: int, threshold: float) -> None:
     spec = make_spec(rule="relative", threshold=threshold)

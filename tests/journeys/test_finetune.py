@@ -183,3 +183,16 @@ def test_a_teacher_changes_the_training_but_not_itself(finished: Path, data: Tas
     (alone, teacher), (taught, untouched) = (weights(DistillationSpec(x, x)) for x in (0.0, 1.0))
     assert any(not torch.equal(a, b) for a, b in zip(alone, taught, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(teacher, untouched, strict=True))
+
+
+def test_a_driver_starts_from_a_model_bound_to_nothing(tiny_model: Path) -> None:
+    model = bind(load_model(str(tiny_model), "classification", ("bad", "good")), DENSE)
+    batch = {"input_ids": torch.randint(5, 20, (8, 12))}
+    driver = SparsityDriver(model, ScheduleSpec(kind="constant"), target=0.8, total=2)
+    model.train()
+    for module in attentions(model).values():
+        module.rows = slice(None)
+    model(**batch)
+    driver.end()
+    driver.begin(0)
+    assert all(torch.isfinite(module.cutoff).all() for module in attentions(model).values())

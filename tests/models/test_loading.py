@@ -286,3 +286,9 @@ def test_a_tokenizer_is_the_one_saved_with_the_model(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(words), encoding="utf-8")
     tokenizer = load_tokenizer(str(tmp_path))
     assert tokenizer("Good film")["input_ids"] == [2, 5, 6, 3]
+
+
+def test_a_head_with_other_labels_is_refused_by_name(tmp_path: Path) -> None:
+    make_classifier(num_labels=3).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="could not be loaded"):
+        load_model(str(tmp_path), "classification", ("no", "yes"))

@@ -180,7 +180,7 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} adds {', '.join(terms)} to its scores; not supported")
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    if state.observers is not None or state.spec.is_dense:
+    if state.observers is not None or (state.spec.is_dense and state.rows is None):
         output, weights = _eager(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )

@@ -108,7 +108,7 @@ def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> P
         arguments["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
     try:
         model: PreTrainedModel = family.from_pretrained(resolved, **arguments)
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model: {resolved} could not be loaded: {error}") from error
     return model
 

@@ -100,7 +100,7 @@ def score(names: Sequence[str], predictions: Any, targets: Any, classes: int) ->
 def sentence_metrics(names: Sequence[str], classes: int) -> Callable[[EvalPrediction], dict[str, float]]:
     """The function that a Trainer calls with logits [N, classes] (or values [N, 1] when classes is 0).
 
-    It raises FloatingPointError when a prediction is NaN or infinite.
+    It raises DivergedPredictionsError when a prediction is NaN or infinite.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -118,16 +118,20 @@ def first_output(predictions: Any) -> NDArray[Any]:
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
+class DivergedPredictionsError(FloatingPointError):
+    """A model answers with NaN or infinity, so that no metric of it means anything."""
+
+
 def check_finite(logits: NDArray[Any]) -> NDArray[Any]:
     """Returns `logits`.
 
     Raises:
-        FloatingPointError: one is NaN or infinite, so that no metric of them means anything.
+        DivergedPredictionsError: one is NaN or infinite.
     """
     broken = ~np.isfinite(logits)
     if broken.any():
         rows = np.unique(np.nonzero(broken)[0])
-        raise FloatingPointError(
+        raise DivergedPredictionsError(
             f"predictions hold NaN or infinity in {len(rows)} of {len(logits)} rows (first: row {rows[0]}); "
             "the model has diverged: lower the learning rate or raise the bits"
         )

@@ -153,7 +153,7 @@ def best_answers(
 
     Raises:
         ValueError: not one row of logits for each window.
-        FloatingPointError: NaN or infinite logits.
+        DivergedPredictionsError: NaN or infinite logits.
     """
     if not len(windows) == len(start) == len(end):
         raise ValueError(f"{len(windows)} windows, but logits for {len(start)} starts and {len(end)} ends")
