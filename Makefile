@@ -2,15 +2,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+KERNEL := src/attnpress/kernels/_attention.abi3.so
+BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check style clean
+.PHONY: help setup kernel demo test check sanitize style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: $(INSTALLED) ## create .venv with the pinned dependencies and the package
+setup: $(INSTALLED) $(KERNEL) ## create .venv with the pinned dependencies, the package and its kernel
 
 # torch goes first: pip then settles on the build that suits this machine before anything else asks for torch.
 $(INSTALLED): requirements.txt pyproject.toml
@@ -25,6 +27,17 @@ $(INSTALLED): requirements.txt pyproject.toml
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# The editable install builds the kernel too, but pip would keep to itself why it could not. Without one all else works.
+$(KERNEL): setup.py $(wildcard csrc/*.cpp csrc/*.h) | $(INSTALLED)
+	@echo "setup: the CPU kernel"
+	@rm -f $@
+	@$(BUILD_KERNEL)
+
+kernel: $(INSTALLED) ## build the CPU kernel anew, or fail
+	@rm -f $(KERNEL)
+	@$(BUILD_KERNEL)
+	@$(BIN)/python -c 'from attnpress.kernels import cpu; print("kernel for", *cpu.supported_targets())'
+
 demo: setup ## compress a real BERT: the main job, into runs/demo
 	$(BIN)/attnpress compress recipes/demo.yaml --output runs/demo
 
@@ -37,10 +50,13 @@ check: setup ## format, lint, strict types, house rules
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house_rules.py tests/test_project_files.py
 
+sanitize: setup ## run the kernel's tests under the address and undefined-behaviour sanitizers
+	$(MAKE) -f csrc/Makefile sanitize PYTHON=$(BIN)/python
+
 style: setup ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 clean: ## remove caches and build leftovers; keeps .venv and runs
-	rm -rf build dist src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist $(KERNEL) src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -24,7 +24,7 @@ JOURNEYS = {
     "benchmark",
     "calibration",
     "compression",
-    "deploy",
+    "deployment",
     "evaluate",
     "export",
     "finetune",

@@ -24,6 +24,7 @@ from attnpress.recipe import load_config
 if TYPE_CHECKING:
     from attnpress.calibration import calibrate, fit_thresholds
     from attnpress.compression import compress
+    from attnpress.deployment import deploy, undeploy
     from attnpress.finetune import SparsityCallback, SparsityDriver
     from attnpress.models.binding import attentions, bind, unbind
     from attnpress.models.loading import load_compressed, save_compressed
@@ -48,11 +49,13 @@ __all__ = [
     "bind",
     "calibrate",
     "compress",
+    "deploy",
     "fit_thresholds",
     "load_compressed",
     "load_config",
     "save_compressed",
     "unbind",
+    "undeploy",
 ]
 
 # Loaded on first use: they import torch and Transformers, which `attnpress --help` must not wait for.
@@ -63,10 +66,12 @@ _LATE = {
     "bind": "attnpress.models.binding",
     "calibrate": "attnpress.calibration",
     "compress": "attnpress.compression",
+    "deploy": "attnpress.deployment",
     "fit_thresholds": "attnpress.calibration",
     "load_compressed": "attnpress.models.loading",
     "save_compressed": "attnpress.models.loading",
     "unbind": "attnpress.models.binding",
+    "undeploy": "attnpress.deployment",
 }
 
 

@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   attnpress evaluate runs/demo
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
+  attnpress ls backends
+  attnpress bench --seq-len 128 512 --sparsity 0.95 --peers sdpa eager --json bench.json
 """
 
 RULES = {
@@ -67,8 +69,9 @@ def build_parser() -> argparse.ArgumentParser:
     _set_argument(evaluate)
     validate = _command(commands, "validate", _validate, "check a recipe without running it, and print it in full")
     _recipe_arguments(validate)
-    listing = _command(commands, "ls", _ls, "list what recipes can name")
-    listing.add_argument("what", choices=["tasks", "rules", "schedules", "observers"])
+    listing = _command(commands, "ls", _ls, "list what recipes can name, and the backends of this machine")
+    listing.add_argument("what", choices=["tasks", "rules", "schedules", "observers", "backends"])
+    _bench_arguments(_command(commands, "bench", _bench, "time the compiled kernel against other attention"))
     return parser
 
 
@@ -91,6 +94,16 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; may be repeated"
     )
+
+
+def _bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seq-len", type=int, nargs="+", default=[128, 512, 2048], metavar="N", help="tokens a row")
+    parser.add_argument("--sparsity", type=float, default=0.95, help="fraction of pairs pruned (default: 0.95)")
+    parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
+    parser.add_argument(
+        "--peers", nargs="+", default=["sdpa"], metavar="PEER", help="sdpa (default), sdpa-bf16, eager, openvino"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
 
 
 def _compress(options: argparse.Namespace) -> int:
@@ -143,12 +156,33 @@ def _ls(options: argparse.Namespace) -> int:
         from attnpress.tasks import list_tasks
 
         rows = list_tasks()
+    elif options.what == "backends":
+        from attnpress.kernels.ops import backends
+
+        rows = [(backend.name, backend.describe()) for backend in backends()]
     else:
         described, literal = known[options.what]
         rows = [(name, described[name]) for name in choices(literal)]
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:{width}}  {text}")
+    return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import json
+
+    from rich.console import Console
+
+    from attnpress.benchmark import as_records, bench
+    from attnpress.files import write_text
+    from attnpress.report.render import timings_table
+
+    found = bench(options.seq_len, sparsity=options.sparsity, threads=options.threads, peers=options.peers)
+    records = as_records(found)
+    Console().print(timings_table(records))
+    if options.json is not None:
+        write_text(options.json, json.dumps(records, indent=1) + "\n")
     return 0
 
 

@@ -19,6 +19,7 @@ from attnpress.models.loading import PINNED_WEIGHTS
 from attnpress.recipe import dump_config, load_config
 from attnpress.results import read_record
 from attnpress.tasks import list_tasks
+from tests.kernels.factories import needs_kernel
 
 HELP = """
 import contextlib, sys
@@ -44,7 +45,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnpress.finetune.CompressionTrainer.train", train)
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["evaluate"], ["validate"], ["ls"]])
+@pytest.mark.parametrize("command", [[], ["compress"], ["evaluate"], ["validate"], ["ls"], ["bench"]])
 def test_every_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -65,7 +66,16 @@ def test_help_waits_for_no_heavy_library() -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [[], ["squeeze"], ["compress"], ["compress", "a.yaml"], ["ls"], ["ls", "models"], ["validate", "--set"]],
+    [
+        [],
+        ["squeeze"],
+        ["compress"],
+        ["compress", "a.yaml"],
+        ["ls"],
+        ["ls", "models"],
+        ["validate", "--set"],
+        ["bench", "--seq-len", "x"],
+    ],
 )
 def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -79,6 +89,7 @@ LISTS: list[tuple[str, Callable[[], tuple[str, ...]]]] = [
     ("schedules", lambda: choices(ScheduleName)),
     ("observers", lambda: choices(ObserverName)),
     ("tasks", lambda: tuple(name for name, _ in list_tasks())),
+    ("backends", lambda: ("cpu", "reference")),
 ]
 
 
@@ -90,6 +101,32 @@ def test_ls_names_and_explains_all_choices(
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert tuple(name for name, _ in rows) == names()
     assert all(len(text) > 10 for _, text in rows)
+
+
+@needs_kernel
+def test_bench_prints_a_table_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "bench.json"
+    options = ["--seq-len", "16", "32", "--sparsity", "0.5", "--threads", "1", "--peers", "sdpa", "--json", str(file)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("attnpress.benchmark._alternate", lambda ours, peer, seconds: ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]))
+        assert main(["bench", *options]) == 0
+    records = json.loads(file.read_text(encoding="utf-8"))
+    assert [(r["seq_len"], r["peer"], r["threads"], r["ratio"]) for r in records] == [
+        (16, "sdpa", 1, 2.0),
+        (32, "sdpa", 1, 2.0),
+    ]
+    assert "sdpa" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"), [(["--peers", "flash"], "no peer called flash"), (["--sparsity", "1.5"], "sparsity")]
+)
+@needs_kernel
+def test_a_bench_that_cannot_run_is_one_message(
+    wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "--seq-len", "16", *wrong]) == 1
+    assert message in capsys.readouterr().err
 
 
 def test_validate_prints_the_whole_recipe(

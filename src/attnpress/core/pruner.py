@@ -40,8 +40,12 @@ def keep_relative(distance: Tensor, cut: Tensor) -> Tensor:
 
 def keep_threshold(probability: Tensor, total: Tensor, distance: Tensor, cutoff: Tensor) -> Tensor:
     """Pairs with P = probability / total >= theta = exp(-cutoff), and the row maximum (the paper's reading)."""
-    theta = torch.exp(-cutoff.double()).float()
-    return (probability.float() >= theta * total.float()) | (distance == 0)
+    return (probability.float() >= least_probability(cutoff) * total.float()) | (distance == 0)
+
+
+def least_probability(cutoff: Tensor) -> Tensor:
+    """theta = exp(-cutoff) of rule "threshold"; float32, rounded from float64."""
+    return torch.exp(-cutoff.double()).float()
 
 
 def keep_topk(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:

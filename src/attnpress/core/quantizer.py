@@ -13,6 +13,9 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
 _EDGE = 1 + 2.0**-21
 """Rounding of x * (1 / scale): the value that a scale was taken from counts as inside the range, not beyond it."""
 
+MEAN_GRID, MEAN_LIMIT = 2.0**20, 2.0**36
+"""K smoothing averages multiples of 2^-20 up to 2^16: float64 sums of up to 2^17 of them are exact in any order."""
+
 _MANTISSA = 2**23 - 1
 
 
@@ -119,17 +122,24 @@ def learned_step(scale: Tensor, count: int, qmax: int) -> Tensor:
 def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
     """K less its mean over the valid keys of the same head (SageAttention's K smoothing; softmax does not change).
 
+    The mean is one that any order of summation gives: each value is rounded to a multiple of 2^-20, at most 2^16 in
+    magnitude (0 where it is not finite), summed and divided by the number of keys in float64, then rounded to float32.
+    What this loses is subtracted from all keys alike, so softmax does not see it.
+
     Args:
         key: [B, Hkv, Sk, D].
         valid: bool, broadcastable to [B, Hkv, Sk, 1]; None if every key is valid.
 
     Returns:
-        float32 [B, Hkv, Sk, D]. The mean is of finite values, taken in float64, then rounded; it carries no gradient,
-        since each row of score gradients sums to zero.
+        float32 [B, Hkv, Sk, D]. The mean carries no gradient, since each row of score gradients sums to zero.
     """
     with torch.no_grad():
-        exact = key.double()
-        counted = exact.isfinite() if valid is None else exact.isfinite() & valid
-        total = exact.masked_fill(~counted, 0.0).sum(-2, keepdim=True)
-        mean = total / counted.sum(-2, keepdim=True).clamp(min=1)
-    return key.float() - mean.float()
+        finite = key.float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        steps = (finite * MEAN_GRID).round_().clamp_(-MEAN_LIMIT, MEAN_LIMIT)
+        if valid is None:
+            count = torch.tensor(float(max(1, key.shape[-2])), dtype=torch.float64, device=key.device)
+        else:
+            steps = steps.masked_fill(~valid, 0.0)
+            count = valid.double().sum(-2, keepdim=True).clamp(min=1)
+        mean = (steps.sum(-2, keepdim=True, dtype=torch.float64) / count / MEAN_GRID).float()
+    return key.float() - mean

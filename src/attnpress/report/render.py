@@ -39,6 +39,17 @@ def stages_table(record: Record) -> Table:
     return table
 
 
+def timings_table(records: Iterable[Mapping[str, object]]) -> Table:
+    """What `benchmark.as_records` gives, for a terminal: medians in milliseconds, ratio = peer over ours."""
+    table = Table(title="one attention call, medians")
+    for column in ("tokens", "batch", "sparsity", "threads", "target", "peer", "ours ms", "peer ms", "ratio", "spread"):
+        table.add_column(column, justify="left" if column in ("target", "peer") else "right")
+    for record in records:
+        whole = [str(record[name]) for name in ("seq_len", "batch", "sparsity", "threads", "target", "peer")]
+        table.add_row(*whole, *(f"{record[name]:.3f}" for name in ("ours_ms", "peer_ms", "ratio", "spread")))
+    return table
+
+
 def stages_markdown(record: Record) -> str:
     """The closing table as Markdown."""
     header, *rows = stage_rows(record)

@@ -1,0 +1,184 @@
+// Compressed attention in integers, once for every CPU target: a template over an ISA struct of primitives (isa_*.cpp).
+//
+// Keys are packed in tiles of W = COLS x LANES, values in rows; both as codes. A few query rows meet one tile of keys at a
+// time, with all scores in registers. Then one of two ways, which give the same integers:
+//   streaming (rule relative, mode row): scores within `cut` of the largest so far are compressed into a list of survivors
+//     while they are still in registers; a larger maximum sifts the list. The list ends up exact: no second look at a score.
+//   thorough (any rule and mode, and rows where most pairs survive): scores go to a buffer of a few rows; then maximum,
+//     total, keep mask and codes of whole rows.
+// P V takes survivors a group at a time, or a dense integer product where they are many.
+//
+// Everything here has internal linkage, and no std:: template is instantiated: code compiled for one instruction set must
+// never be the copy that the linker picks for another.
+#pragma once
+
+#include <type_traits>
+
+#include "attention_pack.h"
+#include "attention_stream.h"
+#include "attention_thorough.h"
+
+namespace attnpress {
+namespace {
+
+// Calls f with R = rows as a compile-time number.
+template <int R, class F> ATTN_INLINE void with_rows(int64_t rows, F f) {
+    if constexpr (R > 0) {
+        if (rows == R) return f(std::integral_constant<int, R>{});
+        with_rows<R - 1>(rows, f);
+    }
+}
+
+template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_t index, Row& row, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    const Keys& mask = unit.mask;
+    row.scale = job.v_scale + unit.kv_head * job.query_width;
+    row.output = a.output + ((unit.batch * a.q_rows + index) * a.q_heads + unit.head) * a.dim;
+    row.place = (unit.batch * a.q_heads + unit.head) * a.q_rows + index;
+    row.begin = mask.spans[index].begin;
+    row.end = most(row.begin, mask.spans[index].end);
+    row.bytes = mask.bytes == nullptr ? nullptr : mask.bytes + unit.head * mask.byte_head + index * mask.byte_row;
+    const float alpha = (unit.q_scales[index] * scale_of(a.k_scale, unit.kv_head)) * a.scaling;
+    row.rate = (alpha * 1.4426950408889634f) * 1024.0f;
+    if (scratch.cut_of != unit.head || scratch.cut_alpha != alpha) {
+        const float cutoff = a.rule == Rule::relative && a.cutoff != nullptr ? a.cutoff[unit.head] : INFINITY;
+        scratch.cut = find_cut(cutoff, alpha, row.rate, job.last_exponent);
+        scratch.cut_of = unit.head;
+        scratch.cut_alpha = alpha;
+    }
+    row.cut = scratch.cut;
+    row.max = LOW;
+    row.count = row.floor = 0;
+    I::store_short(row.top, I::set1_short(0));
+    for (int64_t d = 0; d < a.dim; d += 16) __builtin_prefetch(row.output + d, 1);
+    if (a.trace == nullptr) return;
+    row.query_sum = 0;
+    for (int64_t d = 0; d < a.dim; ++d) row.query_sum += unit.queries[index * job.query_width + d];
+}
+
+template <class I>
+void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
+    const int64_t room = unit.padded + 64;
+    auto* lists = scratch.keys.template get<uint16_t>(job.PASS * room);
+    auto* slack = scratch.slack.template get<uint16_t>(job.PASS * room);
+    Range ranges[4];
+    for (int64_t r = 0; r < count; ++r) {
+        rows[r].keys = lists + r * room;
+        rows[r].slack = slack + r * room;
+    }
+    for (int64_t r = 0; r < count; r += I::ROWS) {
+        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) { ranges[r / I::ROWS] = range_of<R.value>(rows + r); });
+    }
+    for (int64_t tile = 0; tile < unit.padded / job.W; ++tile) {
+        for (int64_t r = 0; r < count; r += I::ROWS) {
+            with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
+                stream<I, R.value>(job, unit, codes + r * job.query_width, rows + r, ranges[r / I::ROWS], tile);
+            });
+        }
+    }
+    finish(job, unit, rows, count, scratch);
+    int64_t survivors = 0, pairs = 0;
+    for (int64_t r = 0; r < count; ++r) {
+        survivors += rows[r].count;
+        pairs += rows[r].end - rows[r].begin;
+    }
+    scratch.many = survivors * MANY > pairs;
+}
+
+// At most PASS query rows of one head, from `first`.
+template <class I> void attend(const Job<I>& job, const Head<I>& unit, int64_t first, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    const int64_t count = least<int64_t>(job.PASS, a.q_rows - first);
+    const auto* codes = unit.queries + first * job.query_width;
+    Row rows[Job<I>::PASS];
+    int32_t widest = 0;
+    for (int64_t r = 0; r < count; ++r) {
+        start_row(job, unit, first + r, rows[r], scratch);
+        widest = most(widest, rows[r].cut);
+    }
+    const bool streamable = a.rule == Rule::relative && a.mode == ProbMode::row && unit.count <= CHUNK;
+    if (streamable && widest <= MAX_CUT && !scratch.many) return attend_streaming(job, unit, codes, rows, count, scratch);
+    for (int64_t r = 0; r < count; r += I::ROWS) {
+        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
+            consider<I, R.value>(job, unit, codes + r * job.query_width, rows + r, scratch);
+        });
+    }
+}
+
+template <class I> Head<I> head_of(const Job<I>& job, const Batch<I>& batch, int64_t head) {
+    const int64_t kv = head / job.group;
+    return {batch.queries + head * job.a.q_rows * job.query_width, batch.q_scales + head * job.a.q_rows,
+            batch.keys + kv * batch.padded * job.a.dim, batch.values + kv * batch.padded * job.width,
+            *batch.mask, batch.index, head, kv, batch.count, batch.padded};
+}
+
+// The three steps of one batch element; `share(count, f)` runs f(begin, end, scratch) over [0, count).
+template <class I, class Share> void attend_batch(const Job<I>& job, int64_t index, Batch<I>& batch, Share share) {
+    const Attention& a = job.a;
+    prepare(job, index, batch);
+    if (a.smooth_key) {
+        share(a.kv_heads, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
+            for (int64_t head = begin; head < end; ++head) find_mean(job, batch, head, scratch);
+        });
+    }
+    const int64_t tiles = batch.padded / job.W, passes = (a.q_rows + job.PASS - 1) / job.PASS;
+    share(tiles + passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
+        for (int64_t work = begin; work < end; ++work) {
+            if (work < tiles) {
+                pack_keys(job, batch, work, scratch);
+                pack_values(job, batch, work, scratch);
+                continue;
+            }
+            const int64_t first = (work - tiles) * job.PASS;
+            for (int64_t row = first; row < least(first + job.PASS, a.q_rows); ++row) pack_query(job, batch, row, scratch);
+        }
+    });
+    share(a.q_heads * passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
+        scratch.cut_of = scratch.panel_of = -1;
+        for (int64_t work = begin; work < end; ++work) {
+            attend(job, head_of(job, batch, work / passes), work % passes * job.PASS, scratch);
+        }
+    });
+}
+
+template <class I> Job<I>::Job(const Attention& args)
+    : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), query_width(round_up(args.dim, I::LANES)),
+      group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1) {
+    v_scale = room.template get<float>(2 * a.kv_heads * query_width);
+    v_inverse = v_scale + a.kv_heads * query_width;
+    for (int64_t i = 0; i < a.kv_heads * query_width; ++i) {
+        v_scale[i] = scale_of(a.v_scale, i / query_width, least(i % query_width, a.dim - 1));
+        v_inverse[i] = 1.0f / v_scale[i];
+    }
+}
+
+template <class F> void parallel(const Attention& a, int64_t count, F f) {
+    a.parallel(count, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+// Each thread takes whole batch elements where they come out even; else all threads share each one.
+template <class I> void run(const Attention& a) {
+    const Job<I> job(a);
+    if (a.batch % a.threads == 0 || a.batch >= 4 * a.threads) {
+        parallel(a, a.batch, [&](int64_t begin, int64_t end) {
+            Batch<I> batch;
+            Scratch<I> scratch;
+            for (int64_t index = begin; index < end; ++index) {
+                attend_batch(job, index, batch, [&](int64_t count, auto f) { f(0, count, scratch); });
+            }
+        });
+        return;
+    }
+    Batch<I> batch;
+    for (int64_t index = 0; index < a.batch; ++index) {
+        attend_batch(job, index, batch, [&](int64_t count, auto f) {
+            parallel(a, count, [&](int64_t begin, int64_t end) {
+                Scratch<I> scratch;
+                f(begin, end, scratch);
+            });
+        });
+    }
+}
+
+}  // namespace
+}  // namespace attnpress

@@ -1,0 +1,192 @@
+// Target "avx2": AVX2, FMA, F16C. Haswell (2013), Zen and later.
+//
+// Codes travel as 16-bit pairs: vpmaddwd and vpaddd make 16 exact products in two instructions. The 8-bit vpmaddubsw would
+// have to be kept from saturating (255 * 127 twice) with a sign and an absolute value for each pair of operands, and then
+// needs four instructions for 32 products: no gain. 6 rows x 16 keys take 12 of the 16 registers.
+#include <immintrin.h>
+
+#include "attention_body.h"
+
+namespace attnpress {
+namespace {
+
+struct Avx2 {
+    static constexpr int LANES = 8, GROUP = 2, ROWS = 6, COLS = 2, KEY_OFFSET = 0;
+    using I32 = __m256i;
+    using F32 = __m256;
+    using Key = int16_t;
+    using Query = int16_t;
+    using Prob = int16_t;
+    using Value = int16_t;
+    using Short = __m256i;
+    using Slack = __m256i;
+
+    static ATTN_INLINE I32 at(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+    static ATTN_INLINE void to(void* p, I32 x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
+
+    static ATTN_INLINE I32 set1(int32_t x) { return _mm256_set1_epi32(x); }
+    static ATTN_INLINE F32 set1f(float x) { return _mm256_set1_ps(x); }
+    static ATTN_INLINE I32 iota() { return _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7); }
+    static ATTN_INLINE I32 load(const int32_t* p) { return at(p); }
+    static ATTN_INLINE void store(int32_t* p, I32 x) { to(p, x); }
+    static ATTN_INLINE F32 loadf(const float* p) { return _mm256_loadu_ps(p); }
+    static ATTN_INLINE void storef(float* p, F32 x) { _mm256_storeu_ps(p, x); }
+    static ATTN_INLINE __m128i half_at(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+    static ATTN_INLINE F32 load_halves(const uint16_t* p) { return _mm256_cvtph_ps(half_at(p)); }
+    static ATTN_INLINE F32 load_bfloats(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_short(p), 16)); }
+    static ATTN_INLINE I32 load_short(const uint16_t* p) { return _mm256_cvtepu16_epi32(half_at(p)); }
+    static ATTN_INLINE I32 load_codes(const int16_t* p) { return at(p); }
+    static ATTN_INLINE void store_codes(int16_t* p, I32 x) { to(p, x); }
+    static ATTN_INLINE void store_code(int16_t* p, I32 x) {
+        const __m128i narrow = _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow);
+    }
+    static ATTN_INLINE I32 broadcast(const int16_t* p) {
+        int32_t pair;
+        std::memcpy(&pair, p, 4);
+        return _mm256_set1_epi32(pair);
+    }
+
+    static ATTN_INLINE I32 add(I32 a, I32 b) { return _mm256_add_epi32(a, b); }
+    static ATTN_INLINE I32 sub(I32 a, I32 b) { return _mm256_sub_epi32(a, b); }
+    static ATTN_INLINE I32 band(I32 a, I32 b) { return _mm256_and_si256(a, b); }
+    static ATTN_INLINE I32 max(I32 a, I32 b) { return _mm256_max_epi32(a, b); }
+    template <int N> static ATTN_INLINE I32 shr(I32 a) { return _mm256_srli_epi32(a, N); }
+    template <int N> static ATTN_INLINE I32 shl(I32 a) { return _mm256_slli_epi32(a, N); }
+    static ATTN_INLINE I32 sllv(I32 a, I32 n) { return _mm256_sllv_epi32(a, n); }
+    static ATTN_INLINE I32 srlv(I32 a, I32 n) { return _mm256_srlv_epi32(a, n); }
+    static ATTN_INLINE I32 mulhi(I32 a, I32 b) { return _mm256_mulhi_epu16(a, b); }
+    static ATTN_INLINE I32 select_le(I32 a, I32 b, I32 x) { return _mm256_andnot_si256(_mm256_cmpgt_epi32(a, b), x); }
+    static ATTN_INLINE I32 where(uint64_t bits, I32 x, int32_t other) {
+        const I32 lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+        const I32 off = _mm256_cmpeq_epi32(_mm256_and_si256(set1(static_cast<int32_t>(bits & 255)), lane), set1(0));
+        return _mm256_blendv_epi8(x, set1(other), off);
+    }
+    static ATTN_INLINE int32_t total(I32 a) {
+        __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+        s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+    }
+    static ATTN_INLINE int32_t highest(I32 a) {
+        __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+        s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+        return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+    }
+    static ATTN_INLINE float highest(F32 a) {
+        __m128 s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+        s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+        return _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)));
+    }
+
+    static ATTN_INLINE F32 to_float(I32 a) { return _mm256_cvtepi32_ps(a); }
+    static ATTN_INLINE I32 round(F32 a) { return _mm256_cvtps_epi32(a); }
+    static ATTN_INLINE F32 nearest(F32 a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+    static ATTN_INLINE F32 clamp(F32 a, F32 low, F32 high) {
+        const F32 ordered = _mm256_cmp_ps(a, a, _CMP_ORD_Q);
+        return _mm256_and_ps(_mm256_min_ps(_mm256_max_ps(a, low), high), ordered);
+    }
+    static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+    static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
+    static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm256_min_ps(a, b); }
+    static ATTN_INLINE F32 maxf(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+    // x / by from inverse = 1 / by: one correction rounds like a division (Markstein); infinities stay as they are.
+    static ATTN_INLINE F32 divide(F32 x, F32 by, F32 inverse) {
+        const F32 first = _mm256_mul_ps(x, inverse), rest = _mm256_fnmadd_ps(first, by, x);
+        return _mm256_blendv_ps(_mm256_fmadd_ps(rest, inverse, first), first, _mm256_cmp_ps(rest, rest, _CMP_UNORD_Q));
+    }
+    static ATTN_INLINE F32 finite_magnitude(F32 a) {
+        const F32 magnitude = _mm256_andnot_ps(set1f(-0.0f), a);
+        return _mm256_and_ps(magnitude, _mm256_cmp_ps(magnitude, set1f(INFINITY), _CMP_LT_OQ));
+    }
+
+    static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi32(acc, _mm256_madd_epi16(key, query)); }
+    static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return _mm256_add_epi32(acc, _mm256_madd_epi16(code, value)); }
+    static ATTN_INLINE void arrange(const Query* from, Value* where) { to(where, _mm256_permute4x64_epi64(at(from), 0xd8)); }
+    static ATTN_INLINE void interleave(const Value* const (&from)[2], int64_t offset, I32 (&columns)[COLS]) {
+        const I32 a = at(from[0] + offset), b = at(from[1] + offset);
+        columns[0] = _mm256_unpacklo_epi16(a, b);
+        columns[1] = _mm256_unpackhi_epi16(a, b);
+    }
+
+    // 8 x 8 transposes of pairs of codes. Reads up to 28 bytes past the last row: the buffer has 64 to spare.
+    static void pack_tile(const Query* codes, int64_t stride, int64_t steps, Key* where) {
+        for (int c = 0; c < COLS; ++c) {
+            for (int64_t first = 0; first < steps; first += 8) {
+                __m256i row[8], mixed[8];
+                for (int i = 0; i < 8; ++i) row[i] = at(codes + (c * 8 + i) * stride + first * GROUP);
+                for (int i = 0; i < 8; i += 2) {
+                    mixed[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
+                    mixed[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
+                }
+                for (int i = 0; i < 8; i += 4) {
+                    row[i] = _mm256_unpacklo_epi64(mixed[i], mixed[i + 2]);
+                    row[i + 1] = _mm256_unpackhi_epi64(mixed[i], mixed[i + 2]);
+                    row[i + 2] = _mm256_unpacklo_epi64(mixed[i + 1], mixed[i + 3]);
+                    row[i + 3] = _mm256_unpackhi_epi64(mixed[i + 1], mixed[i + 3]);
+                }
+                for (int i = 0; i < 4; ++i) {
+                    mixed[i] = _mm256_permute2x128_si256(row[i], row[i + 4], 0x20);
+                    mixed[i + 4] = _mm256_permute2x128_si256(row[i], row[i + 4], 0x31);
+                }
+                for (int i = 0; i < least<int64_t>(8, steps - first); ++i) {
+                    to(where + ((first + i) * COLS + c) * LANES * GROUP, mixed[i]);
+                }
+            }
+        }
+    }
+
+    static ATTN_INLINE uint64_t byte_bits(const uint8_t* bytes, int count) {
+        uint8_t whole[16] = {};
+        std::memcpy(whole, bytes, count);
+        const __m128i zero = _mm_cmpeq_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(whole)), _mm_setzero_si128());
+        return static_cast<uint16_t>(~_mm_movemask_epi8(zero));
+    }
+    static ATTN_INLINE Short set1_short(int16_t x) { return _mm256_set1_epi16(x); }
+    static ATTN_INLINE Short load_short_top(const int16_t* p) { return at(p); }
+    static ATTN_INLINE void store_short(int16_t* p, Short x) { to(p, x); }
+    static ATTN_INLINE Short max_short(Short a, Short b) { return _mm256_max_epi16(a, b); }
+    static ATTN_INLINE bool any_above(Short a, int32_t limit) {
+        return _mm256_movemask_epi8(_mm256_cmpgt_epi16(a, set1_short(static_cast<int16_t>(limit)))) != 0;
+    }
+    static ATTN_INLINE int32_t highest_short(Short a) { return highest_of_eight(_mm_max_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1))); }
+    static ATTN_INLINE int32_t highest_of_eight(__m128i a) {
+        // vphminposuw finds the least of eight unsigned numbers: 32767 - x turns the order round.
+        const __m128i top = _mm_set1_epi16(0x7fff);
+        return 0x7fff - _mm_extract_epi16(_mm_minpos_epu16(_mm_sub_epi16(top, a)), 0);
+    }
+    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS], int32_t base) {
+        return _mm256_packs_epi32(sub(acc[0], set1(base)), sub(acc[1], set1(base)));
+    }
+    static ATTN_INLINE Short max_slack(Slack slack) { return slack; }
+    static ATTN_INLINE int list(Slack slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* where) {
+        const I32 below = _mm256_cmpgt_epi16(_mm256_set1_epi16(static_cast<int16_t>(floor)), slack);
+        uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(below)) & 0x55555555u;
+        if (mask == 0) return 0;
+        alignas(32) uint16_t wide[16];
+        to(wide, slack);
+        int count = 0;
+        for (; mask != 0; mask &= mask - 1) {
+            const int lane = __builtin_ctz(mask) >> 1;
+            // vpackssdw works in 128-bit halves: lane 8 L + 4 j + i holds key 8 j + 4 L + i.
+            keys[count] = static_cast<uint16_t>(base + ((lane & 3) | (lane & 8) >> 1 | (lane & 4) << 1));
+            where[count++] = wide[lane];
+        }
+        return count;
+    }
+    static int sift(uint16_t* keys, uint16_t* slack, int count, int32_t drop) {
+        int kept = 0;
+        for (int i = 0; i < count; ++i) {
+            const int32_t rest = slack[i] - drop;
+            keys[kept] = keys[i];
+            slack[kept] = static_cast<uint16_t>(rest);
+            kept += rest >= 0;
+        }
+        return kept;
+    }
+};
+
+}  // namespace
+
+void attention_avx2(const Attention& a) { run<Avx2>(a); }
+
+}  // namespace attnpress

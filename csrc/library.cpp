@@ -1,0 +1,217 @@
+// torch.ops.attnpress.*: the operators, on the LibTorch stable ABI. Shapes are checked again here, since whoever reaches
+// torch.ops directly must get an error, not a crash; messages for people are in kernels/ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "attention.h"
+#include "mask.h"
+
+namespace {
+
+using attnpress::Attention;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+attnpress::DType dtype_of(const Tensor& tensor) {
+    switch (tensor.scalar_type()) {
+        case ScalarType::Float: return attnpress::DType::f32;
+        case ScalarType::BFloat16: return attnpress::DType::bf16;
+        case ScalarType::Half: return attnpress::DType::f16;
+        default: STD_TORCH_CHECK(false, "attnpress: query, key and value must be float32, bfloat16 or float16");
+    }
+}
+
+attnpress::Rows rows_of(const Tensor& x, const char* name) {
+    STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "attnpress: ", name, " must be a CPU tensor [B, H, S, D]");
+    STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "attnpress: the last dimension of ", name, " must be contiguous");
+    const auto size = static_cast<int64_t>(x.element_size());
+    return {static_cast<const char*>(x.const_data_ptr()), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size, dtype_of(x)};
+}
+
+attnpress::Scale scale_of(const Tensor& scale, int64_t heads, int64_t channels, const char* name) {
+    const bool fits = scale.is_cpu() && scale.scalar_type() == ScalarType::Float && scale.dim() == 4 && scale.size(0) == 1 &&
+                      (scale.size(1) == 1 || scale.size(1) == heads) && scale.size(2) == 1 &&
+                      (scale.size(3) == 1 || scale.size(3) == channels);
+    STD_TORCH_CHECK(fits, "attnpress: ", name, "_scale must be float32 [1, 1 or heads, 1, 1", channels > 1 ? " or D" : "", "]");
+    return {static_cast<const float*>(scale.const_data_ptr()), scale.size(1) == 1 ? 0 : scale.stride(1),
+            scale.size(3) == 1 ? 0 : scale.stride(3)};
+}
+
+attnpress::MaskBytes mask_of(const std::optional<Tensor>& valid, const Attention& a) {
+    if (!valid.has_value()) return {nullptr, 0, 0, 0};
+    const Tensor& mask = *valid;
+    const bool fits = mask.is_cpu() && mask.scalar_type() == ScalarType::Bool && mask.dim() == 4 &&
+                      (mask.size(0) == 1 || mask.size(0) == a.batch) && (mask.size(1) == 1 || mask.size(1) == a.q_heads) &&
+                      (mask.size(2) == 1 || mask.size(2) == a.q_rows) && mask.size(3) == a.key_rows;
+    STD_TORCH_CHECK(fits, "attnpress: valid must be bool [B or 1, Hq or 1, Sq or 1, Sk]");
+    STD_TORCH_CHECK(mask.size(3) <= 1 || mask.stride(3) == 1, "attnpress: the last dimension of valid must be contiguous");
+    const auto stride = [&](int64_t d) { return mask.size(d) == 1 ? 0 : mask.stride(d); };
+    return {static_cast<const uint8_t*>(mask.const_data_ptr()), stride(0), stride(1), stride(2)};
+}
+
+int32_t code_max(int64_t qmax, int64_t most, const char* name) {
+    STD_TORCH_CHECK(qmax >= 1 && qmax <= most && (qmax & (qmax + 1)) == 0, "attnpress: ", name, "_max must be 2^n - 1, 1 to ", most);
+    return static_cast<int32_t>(qmax);
+}
+
+attnpress::Rule rule_of(const std::string& rule) {
+    if (rule == "relative") return attnpress::Rule::relative;
+    if (rule == "threshold") return attnpress::Rule::threshold;
+    STD_TORCH_CHECK(rule == "topk", "attnpress: no kernel for rule '", rule, "'; use relative, threshold or topk");
+    return attnpress::Rule::topk;
+}
+
+attnpress::ProbMode mode_of(const std::string& mode) {
+    if (mode == "row") return attnpress::ProbMode::row;
+    if (mode == "unit") return attnpress::ProbMode::unit;
+    STD_TORCH_CHECK(mode == "unit_renormalized", "attnpress: no mode '", mode, "'; use row, unit or unit_renormalized");
+    return attnpress::ProbMode::unit_renormalized;
+}
+
+void on_torch_threads(int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+}
+
+void check_shapes(const Attention& a, const Tensor& query, const Tensor& key, const Tensor& value) {
+    STD_TORCH_CHECK(a.dim >= 4 && a.dim <= 256 && a.dim % 4 == 0, "attnpress: head size must be a multiple of 4 up to 256, found ", a.dim);
+    STD_TORCH_CHECK(a.kv_heads > 0 && a.q_heads % a.kv_heads == 0, "attnpress: query heads must be a multiple of key heads");
+    for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(key.size(d) == value.size(d), "attnpress: key and value differ in shape");
+    STD_TORCH_CHECK(key.size(0) == a.batch && key.size(3) == query.size(3), "attnpress: query and key differ in batch or head size");
+    STD_TORCH_CHECK(a.key_rows < (int64_t{1} << 31) - 256, "attnpress: too many keys");
+}
+
+struct Options {
+    std::optional<Tensor> valid, q_scale, cutoff;
+    bool causal;
+    double scaling, sparsity;
+    std::string rule, mode;
+    int64_t q_max, k_max, v_max, p_max;
+    bool smooth_key, q_power_of_two;
+};
+
+Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& k_scale, const Tensor& v_scale,
+           const Options& o, const attnpress::Trace* trace) {
+    Attention a{};
+    a.query = rows_of(query, "query");
+    a.key = rows_of(key, "key");
+    a.value = rows_of(value, "value");
+    a.batch = query.size(0);
+    a.q_heads = query.size(1);
+    a.q_rows = query.size(2);
+    a.dim = query.size(3);
+    a.kv_heads = key.size(1);
+    a.key_rows = key.size(2);
+    check_shapes(a, query, key, value);
+    a.k_scale = scale_of(k_scale, a.kv_heads, 1, "k");
+    a.v_scale = scale_of(v_scale, a.kv_heads, a.dim, "v");
+    if (o.q_scale.has_value()) a.q_scale = scale_of(*o.q_scale, a.q_heads, 1, "q");
+    if (o.cutoff.has_value()) {
+        const Tensor& cutoff = *o.cutoff;
+        const bool fits = cutoff.is_cpu() && cutoff.scalar_type() == ScalarType::Float && cutoff.dim() == 1 &&
+                          cutoff.size(0) == a.q_heads && cutoff.is_contiguous();
+        STD_TORCH_CHECK(fits, "attnpress: cutoff must be float32 [Hq], contiguous");
+        a.cutoff = static_cast<const float*>(cutoff.const_data_ptr());
+    }
+    a.trace = trace;
+    a.parallel = on_torch_threads;
+    a.threads = torch::stable::get_num_threads();
+    a.sparsity = o.sparsity;
+    a.scaling = static_cast<float>(o.scaling);
+    a.q_max = code_max(o.q_max, 127, "q");
+    a.k_max = code_max(o.k_max, 127, "k");
+    a.v_max = code_max(o.v_max, 127, "v");
+    a.p_max = code_max(o.p_max, 255, "p");
+    a.rule = rule_of(o.rule);
+    a.mode = mode_of(o.mode);
+    a.smooth_key = o.smooth_key;
+    a.q_power_of_two = o.q_power_of_two;
+
+    const std::vector<int64_t> shape{a.batch, a.q_rows, a.q_heads, a.dim};
+    Tensor output = torch::stable::empty(shape, ScalarType::Float);
+    a.output = static_cast<float*>(output.mutable_data_ptr());
+    if (output.numel() == 0) return torch::stable::transpose(output, 1, 2);
+    const attnpress::MaskBytes mask = mask_of(o.valid, a);
+    std::vector<attnpress::KeysOfBatch> owners;
+    std::vector<attnpress::Keys> keys;
+    const bool shared = mask.batch == 0;
+    for (int64_t b = 0; b < (shared ? 1 : a.batch); ++b) owners.emplace_back(mask, b, a.q_heads, a.q_rows, a.key_rows, o.causal);
+    for (int64_t b = 0; b < a.batch; ++b) keys.push_back(owners[shared ? 0 : b].view());
+    a.keys = keys.data();
+    attnpress::active_target().kernel(a);
+    return torch::stable::transpose(output, 1, 2);
+}
+
+Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> valid, bool causal, double scaling,
+                 std::optional<Tensor> q_scale, Tensor k_scale, Tensor v_scale, std::optional<Tensor> cutoff, std::string rule,
+                 double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max, int64_t p_max,
+                 bool smooth_key, bool q_power_of_two) {
+    const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+    return run(query, key, value, k_scale, v_scale, options, nullptr);
+}
+
+using Integers = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T> T* zeroed(Tensor& tensor) {
+    torch::stable::zero_(tensor);
+    return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+Integers attention_integers(Tensor query, Tensor key, Tensor value, std::optional<Tensor> valid, bool causal, double scaling,
+                            std::optional<Tensor> q_scale, Tensor k_scale, Tensor v_scale, std::optional<Tensor> cutoff,
+                            std::string rule, double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max,
+                            int64_t p_max, bool smooth_key, bool q_power_of_two) {
+    const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+    const auto room = [](std::vector<int64_t> shape, ScalarType type) { return torch::stable::empty(shape, type); };
+    const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
+    const int64_t kv_heads = key.size(1), keys = key.size(2);
+    Tensor q = room({batch, heads, rows, dim}, ScalarType::Char), k = room({batch, kv_heads, keys, dim}, ScalarType::Char);
+    Tensor v = room({batch, kv_heads, keys, dim}, ScalarType::Char), max = room({batch, heads, rows, 1}, ScalarType::Int);
+    Tensor p = room({batch, heads, rows, keys}, ScalarType::Byte), sum = room({batch, heads, rows, 1}, ScalarType::Long);
+    Tensor weighted = room({batch, heads, rows, dim}, ScalarType::Long);
+    const attnpress::Trace trace{zeroed<int8_t>(q), zeroed<int8_t>(k), zeroed<int8_t>(v), zeroed<int32_t>(max),
+                                 zeroed<uint8_t>(p), zeroed<int64_t>(sum), zeroed<int64_t>(weighted)};
+    Tensor output = run(query, key, value, k_scale, v_scale, options, &trace);
+    return {q, k, v, max, p, sum, weighted, output};
+}
+
+std::string active_target() { return attnpress::active_target().name; }
+
+std::vector<std::string> supported_targets() {
+    std::vector<std::string> names;
+    for (const attnpress::Target* target = attnpress::targets(); target->name != nullptr; ++target) {
+        if (target->supported()) names.emplace_back(target->name);
+    }
+    return names;
+}
+
+}  // namespace
+
+#define ATTENTION_ARGUMENTS                                                                                                 \
+    "(Tensor query, Tensor key, Tensor value, Tensor? valid, bool causal, float scaling, Tensor? q_scale, Tensor k_scale, " \
+    "Tensor v_scale, Tensor? cutoff, str rule, float sparsity, str mode, int q_max, int k_max, int v_max, int p_max, "      \
+    "bool smooth_key, bool q_power_of_two)"
+
+STABLE_TORCH_LIBRARY(attnpress, m) {
+    m.def("attention" ATTENTION_ARGUMENTS " -> Tensor");
+    m.def("attention_integers" ATTENTION_ARGUMENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("active_target() -> str");
+    m.def("supported_targets() -> str[]");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attnpress, CPU, m) {
+    m.impl("attention", TORCH_BOX(&attention));
+    m.impl("attention_integers", TORCH_BOX(&attention_integers));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(attnpress, CompositeExplicitAutograd, m) {
+    m.impl("active_target", TORCH_BOX(&active_target));
+    m.impl("supported_targets", TORCH_BOX(&supported_targets));
+}

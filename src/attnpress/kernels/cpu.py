@@ -1,0 +1,90 @@
+"""The compiled CPU kernel: loads the library that csrc/ builds, and names the targets of this machine.
+
+A target is the instruction set a kernel is written for: "avx512vnni", "avx2" or "scalar". The best one that the
+processor supports runs; the environment variable ATTNPRESS_CPU_TARGET forces another by name, and is read at each call.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+TARGET_VARIABLE = "ATTNPRESS_CPU_TARGET"
+
+
+class BackendUnavailableError(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why and what to do."""
+
+
+def library_path() -> Path | None:
+    """The compiled library beside this file, or None if the package was installed without it."""
+    return next(iter(sorted(Path(__file__).parent.glob("_attention*.so"))), None)
+
+
+def is_built() -> bool:
+    """True if the compiled library is there; it is not loaded."""
+    return library_path() is not None
+
+
+@functools.cache
+def load() -> None:
+    """Load the library, once: it defines torch.ops.attnpress.*, and this adds the functions for tracing.
+
+    Raises:
+        BackendUnavailableError: it was never built, or does not load.
+    """
+    path = library_path()
+    if path is None:
+        raise BackendUnavailableError(
+            "the CPU kernel is not built: run `make kernel` in a checkout (or reinstall with "
+            "`pip install --no-build-isolation attnpress`) where a C++17 compiler and torch are installed, or use "
+            "backend 'reference'"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise BackendUnavailableError(f"{path.name} does not load ({error}); rebuild it against this torch") from error
+    torch.library.register_fake("attnpress::attention", _fake_attention)
+    torch.library.register_fake("attnpress::attention_integers", _fake_integers)
+
+
+def supported_targets() -> list[str]:
+    """Targets that this processor supports, best first."""
+    load()
+    names: list[str] = torch.ops.attnpress.supported_targets()
+    return names
+
+
+def active_target() -> str:
+    """The target in force.
+
+    Raises:
+        BackendUnavailableError: ATTNPRESS_CPU_TARGET names one that is unknown, or that this processor lacks.
+    """
+    load()
+    try:
+        return str(torch.ops.attnpress.active_target())
+    except RuntimeError as error:
+        raise BackendUnavailableError(str(error).splitlines()[0]) from None
+
+
+def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+    batch, heads, rows, dim = query.shape
+    return query.new_empty((batch, rows, heads, dim), dtype=torch.float32).transpose(1, 2)
+
+
+def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    each = query.shape[:3]
+    codes = [torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format) for x in (query, key, value)]
+    return (
+        *codes,
+        query.new_empty((*each, 1), dtype=torch.int32),
+        query.new_empty((*each, key.shape[2]), dtype=torch.uint8),
+        query.new_empty((*each, 1), dtype=torch.int64),
+        query.new_empty(query.shape, dtype=torch.int64),
+        _fake_attention(query, key, value),
+    )

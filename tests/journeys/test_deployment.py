@@ -1,0 +1,132 @@
+"""deploy: a model on the kernel gives what it gave in training, compiled and exported too."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
+
+from attnpress import deployment
+from attnpress.calibration import calibrate
+from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
+from attnpress.deployment import deploy, undeploy
+from attnpress.kernels import cpu
+from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.models.binding import attentions, bind
+from tests.kernels.factories import needs_kernel
+
+PRUNED = AttentionSpec(sparsity=0.7)
+
+
+def tiny_bert(spec: AttentionSpec, *, calibrated: bool = True) -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    model = bind(BertForSequenceClassification(config).eval(), spec)
+    if calibrated:
+        calibrate(model, [make_batch(seed) for seed in range(3)])
+    return model
+
+
+def make_batch(seed: int = 0, rows: int = 4, length: int = 24) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(length) < torch.randint(3, length + 1, (rows, 1), generator=generator)
+    ids = torch.randint(1, 50, (rows, length), generator=generator)
+    return {"input_ids": ids * mask, "attention_mask": mask.long()}
+
+
+def logits(model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**batch).logits
+    return found
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_kernel), "reference"])
+@pytest.mark.parametrize("rule", ["relative", "threshold", "topk"])
+def test_a_deployed_model_predicts_the_same_bits(rule: RuleName, backend: str) -> None:
+    model = tiny_bert(AttentionSpec(sparsity=0.7, rule=rule, q=TensorSpec(bits=4)))
+    batch = make_batch(9)
+    expected = logits(model, batch)
+    assert deploy(model, backend) is model
+    assert torch.equal(logits(model, batch), expected)
+    assert torch.equal(logits(undeploy(model), batch), expected)
+
+
+@needs_kernel
+def test_a_deployed_model_really_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = deploy(tiny_bert(PRUNED), "cpu")
+    monkeypatch.setenv(cpu.TARGET_VARIABLE, "mmx")
+    with pytest.raises(RuntimeError, match="no such target"):
+        logits(model, make_batch())
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models(dtype: torch.dtype) -> None:
+    model = tiny_bert(PRUNED)
+    torch.nn.Module.to(model, dtype)
+    expected = logits(model, make_batch(9))
+    assert torch.equal(logits(deploy(model, "cpu"), make_batch(9)), expected)
+
+
+@needs_kernel
+def test_a_deployed_model_compiles_without_a_graph_break() -> None:
+    model = deploy(tiny_bert(PRUNED), "cpu")
+    expected = logits(model, make_batch(9))
+    model.compile(backend="aot_eager", fullgraph=True)
+    assert torch.equal(logits(model, make_batch(9)), expected)
+
+
+@needs_kernel
+def test_a_deployed_model_exports() -> None:
+    model = deploy(tiny_bert(PRUNED), "cpu")
+    batch = make_batch(9)
+    exported = torch.export.export(model, (), batch)
+    graphs = [module.graph for module in exported.graph_module.modules() if hasattr(module, "graph")]
+    assert any("attnpress.attention" in str(node.target) for graph in graphs for node in graph.nodes)
+    assert torch.equal(logits(exported.module(), batch), logits(model, batch))
+
+
+def test_a_model_that_was_never_bound() -> None:
+    with pytest.raises(ValueError, match="call bind"):
+        deploy(BertForSequenceClassification(BertConfig(num_hidden_layers=1, hidden_size=16, num_attention_heads=1)))
+
+
+@needs_kernel
+def test_what_the_kernel_cannot_run_is_named_with_its_module() -> None:
+    model = tiny_bert(AttentionSpec(sparsity=0.5, rule="mass"))
+    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.0.*no kernel for rule 'mass'"):
+        deploy(model, "cpu")
+    assert len(attentions(model)) == 2
+
+
+def test_a_dense_model_keeps_the_frameworks_attention() -> None:
+    model = tiny_bert(DENSE, calibrated=False)
+    expected = logits(model, make_batch())
+    assert torch.equal(logits(deploy(model, "reference"), make_batch()), expected)
+
+
+def test_without_a_compiler_auto_says_so_once_and_names_stay_strict(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library_path", lambda: None)
+    cpu.load.cache_clear()
+    deployment._say_once.cache_clear()
+    model = tiny_bert(PRUNED)
+    expected = logits(model, make_batch())
+    with pytest.warns(UserWarning, match="not built"):
+        deploy(model)
+    deploy(model)  # a second warning would be an error here
+    assert torch.equal(logits(model, make_batch()), expected)
+    with pytest.raises(BackendUnavailableError):
+        deploy(model, "cpu")
+    monkeypatch.undo()
+    cpu.load.cache_clear()
+
+
+def test_a_deployed_model_does_not_train() -> None:
+    model = deploy(tiny_bert(PRUNED), "reference")
+    model.train()
+    with pytest.raises(RuntimeError, match="undeploy"):
+        model(**make_batch())

@@ -1,0 +1,85 @@
+"""Validation and the choice of a backend."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnpress.config import AttentionSpec, TensorSpec
+from attnpress.core.attention import Scales
+from attnpress.kernels import cpu, ops
+from attnpress.kernels.cpu import BackendUnavailableError
+from tests.kernels.factories import make_case, needs_kernel
+
+
+def test_reference_backend_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library_path", lambda: None)
+    case = make_case((1, 2, 2, 5, 5, 16), AttentionSpec())
+    output = ops.attention(*case.arguments, backend="reference")
+    assert torch.equal(output, case.reference().output)
+    assert [backend.available for backend in ops.backends()] == [False, True]
+
+
+def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library_path", lambda: None)
+    cpu.load.cache_clear()
+    case = make_case((1, 2, 2, 5, 5, 16), AttentionSpec())
+    with pytest.raises(BackendUnavailableError, match="make kernel"):
+        ops.attention(*case.arguments, backend="cpu")
+    monkeypatch.undo()
+    cpu.load.cache_clear()
+    with pytest.raises(ValueError, match="'gpu' does not exist; use one of cpu, reference"):
+        ops.attention(*case.arguments, backend="gpu")
+
+
+def test_a_broken_library_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "_attention.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "library_path", lambda: broken)
+    cpu.load.cache_clear()
+    with pytest.raises(BackendUnavailableError, match="does not load"):
+        cpu.load()
+    monkeypatch.undo()
+    cpu.load.cache_clear()
+
+
+@needs_kernel
+def test_backends_lists_targets_best_first() -> None:
+    compiled, reference = ops.backends()
+    assert compiled.name == "cpu"
+    assert compiled.targets[-1] == "scalar"
+    assert compiled.active_target in compiled.targets
+    assert reference == ops.Backend("reference", available=True)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"spec": AttentionSpec(rule="mass", sparsity=0.5)}, "no kernel for rule 'mass'"),
+        ({"spec": AttentionSpec(v=TensorSpec(bits=None))}, "set bits for all"),
+        ({"scales": Scales()}, "q, k, v: no scale yet"),
+        (
+            {"query": torch.zeros(1, 2, 5, 18), "key": torch.zeros(1, 2, 5, 18), "value": torch.zeros(1, 2, 5, 18)},
+            "head size 18",
+        ),
+        ({"query": torch.zeros(1, 2, 5, 16, dtype=torch.float64)}, "query: .* found torch.float64"),
+        ({"key": torch.zeros(1, 2, 6, 16)}, "do not fit together"),
+        ({"valid": torch.zeros(1, 1, 5, 5)}, "valid: a bool mask"),
+    ],
+)
+def test_what_the_kernel_cannot_take_is_named(change: dict[str, object], message: str) -> None:
+    case = dataclasses.replace(make_case((1, 2, 2, 5, 5, 16), AttentionSpec()), **change)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=message):
+        ops.attention(*case.arguments)
+
+
+@needs_kernel
+def test_strides_of_any_kind() -> None:
+    case = make_case((1, 2, 2, 6, 6, 16), AttentionSpec(sparsity=0.5), cutoff=2.0)
+    scattered = torch.randn(1, 2, 16, 6).mT  # the last dimension is not contiguous
+    case = dataclasses.replace(case, query=scattered, valid=torch.rand(6, 1) > 0.5)
+    assert torch.equal(ops.attention(*case.arguments), case.reference().output)
