@@ -39,10 +39,14 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         raise ValueError("calibrate needs at least one batch of real data")
     for module in modules:
         module.observers = module.make_observers()
-    for _ in outputs(model, kept):
-        pass
-    for module in modules:
-        _set_scales(module)
+    try:
+        for _ in outputs(model, kept):
+            pass
+        for module in modules:
+            _set_scales(module)
+    finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
+        for module in modules:
+            module.observers = None
     fit_thresholds(model, kept)
 
 

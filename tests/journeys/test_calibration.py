@@ -163,3 +163,10 @@ def test_what_cannot_be_calibrated_is_explained() -> None:
     padding = [{name: torch.zeros_like(value) for name, value in make_batches(1)[0].items()}]
     with pytest.raises(ValueError, match="no valid pairs were observed"):
         calibrate(bind(make_model(), AttentionSpec(sparsity=0.5)), padding)
+
+
+def test_a_failed_calibration_leaves_no_observer_behind() -> None:
+    model = bind(make_classifier(), AttentionSpec())
+    with pytest.raises(IndexError):
+        calibrate(model, [{"input_ids": torch.full((2, 5), 10**6)}])
+    assert all(module.observers is None for module in attentions(model).values())

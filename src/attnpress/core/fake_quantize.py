@@ -201,11 +201,12 @@ def dropout_mask(codes: Tensor, dropout: float) -> tuple[Tensor | None, float]:
     The probability is rounded to 1/256: one random byte a pair costs a fraction of a Bernoulli draw, and the returned
     share is the exact one, so that expectations stay right.
     """
-    dropped = round(dropout * 256)
+    dropped = min(round(dropout * 256), 255)
     if dropped == 0:
         return None, 1.0
     words = torch.empty(-(-codes.numel() // 8), dtype=torch.int64, device=codes.device).random_(-(2**63), None)
     random = words.view(torch.uint8)[: codes.numel()].view(codes.shape)
+
     return torch.ge(random, dropped, out=torch.empty_like(random)), 1 - dropped / 256
 
 
