@@ -9,7 +9,7 @@ from attnpress.report.render import seeds_markdown, stages_markdown
 from attnpress.results import read_record
 
 ROOT = Path(__file__).parents[1]
-RECIPES = {"8 bits": "mrpc-8bit", "4 bits": "mrpc-4bit"}
+RECIPES = {"8 bits": "mrpc-8bit"}
 
 
 def tables() -> dict[str, str]:

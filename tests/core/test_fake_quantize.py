@@ -64,11 +64,11 @@ def test_long_rows_are_summed_exactly(
 
 @pytest.mark.parametrize("mode", MODES)
 def test_sums_of_codes_beyond_float32_are_exact(mode: ProbsMode) -> None:
-    keys = EXACT // 255 + 4001
+    keys = 100_003
     spec = make_spec(8, p=ProbsSpec(bits=8, mode=mode, renormalize=True))
-    call = make_call(spec, batch=1, heads=1, rows=2, keys=keys, dim=1)
-    flat_rows = call.query * torch.tensor([0.0, 1e-2]).view(2, 1)
-    call = call.with_(query=flat_rows, value=call.value.abs() + 4).calibrated()
+    call = make_call(spec, batch=1, heads=1, rows=24, keys=keys, dim=1)
+    nearly_flat = torch.linspace(0.0, 1e-2, 24).view(24, 1)
+    call = call.with_(query=nearly_flat.expand(1, 1, 24, 1), value=call.value.abs() + 4).calibrated()
     found = call.integer()
     assert mode == "unit" or int(found.code_sum.max()) > EXACT
     assert torch.equal(call.fake(), found.output)

@@ -186,7 +186,8 @@ def _codes(
         beyond = (distance - cut).clamp_(min=0)
     t = exponent(distance, exponent_rate(alpha), beyond)
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
-    return codes, codes.sum(-1, keepdim=True).clamp_(min=1)
+    wide = torch.float64 if codes.shape[-1] * spec.p.qmax >= EXACT else torch.float32
+    return codes, codes.sum(-1, keepdim=True, dtype=wide).float().clamp_(min=1)
 
 
 def additive_mask(valid: Tensor) -> Tensor:
