@@ -89,12 +89,12 @@ def bench(
         peers: of PEERS.
 
     Raises:
-        BenchmarkError: an unknown peer, or one whose package is not installed; a length or thread count below 1.
-        ConfigError: a sparsity outside [0, 1).
+        BenchmarkError: an unknown peer, or one whose package is not installed; a length or thread count below 1; a
+            sparsity outside [0, 1).
         BackendUnavailableError: the kernel is not built.
     """
     names, lengths = list(peers), list(seq_lens)
-    _check(names, lengths, threads)
+    _check(names, lengths, threads, sparsity)
     cpu.load()
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -125,7 +125,7 @@ def make_problem(length: int, batch: int, heads: int, head_dim: int, sparsity: f
     return Problem(query, key, value, scales, below[:, round((1 - sparsity) * (below.shape[1] - 1))].contiguous(), spec)
 
 
-def _check(peers: list[str], lengths: list[int], threads: int) -> None:
+def _check(peers: list[str], lengths: list[int], threads: int, sparsity: float) -> None:
     unknown = [name for name in peers if name not in PEERS]
     if unknown:
         raise BenchmarkError(f"no peer called {', '.join(unknown)}; use some of {', '.join(PEERS)}")
@@ -135,6 +135,8 @@ def _check(peers: list[str], lengths: list[int], threads: int) -> None:
         )
     if threads < 1 or min(lengths, default=1) < 1:
         raise BenchmarkError(f"lengths and threads start at 1, found lengths {lengths} and {threads} threads")
+    if not 0 <= sparsity < 1:
+        raise BenchmarkError(f"sparsity is the fraction of pairs pruned, from 0 to below 1, found {sparsity}")
 
 
 def measured_sparsity(problem: Problem) -> float:

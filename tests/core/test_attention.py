@@ -53,11 +53,18 @@ def smoothed(key: Tensor, valid: list[bool]) -> Tensor:
     """Keys [Sk, D] of one head less their mean over valid ones, in fractions."""
     columns = []
     for column in key.float().T.tolist():
-        counted = [Fraction(x) for x, real in zip(column, valid, strict=True) if real and math.isfinite(x)]
+        counted = [on_grid(x) for x, real in zip(column, valid, strict=True) if real]
         mean = F32(float(sum(counted) / len(counted))) if counted else F32(0)
         with np.errstate(over="ignore"):
             columns.append([float(F32(x) - mean) for x in column])
     return torch.tensor(columns).T
+
+
+def on_grid(x: float) -> Fraction:
+    """The nearest multiple of 2^-20, at most 2^16 in magnitude; 0 for what is not finite."""
+    if not math.isfinite(x):
+        return Fraction(0)
+    return max(Fraction(-(2**16)), min(Fraction(2**16), Fraction(round(Fraction(x) * 2**20), 2**20)))
 
 
 def probability(distance: int, alpha: np.float32) -> int:
