@@ -166,7 +166,7 @@ def test_what_cannot_be_calibrated_is_explained() -> None:
 
 
 def test_a_failed_calibration_leaves_no_observer_behind() -> None:
-    model = bind(make_classifier(), AttentionSpec())
+    model = bind(make_model(), AttentionSpec())
     with pytest.raises(IndexError):
         calibrate(model, [{"input_ids": torch.full((2, 5), 10**6)}])
     assert all(module.observers is None for module in attentions(model).values())
