@@ -206,7 +206,6 @@ def dropout_mask(codes: Tensor, dropout: float) -> tuple[Tensor | None, float]:
         return None, 1.0
     words = torch.empty(-(-codes.numel() // 8), dtype=torch.int64, device=codes.device).random_(-(2**63), None)
     random = words.view(torch.uint8)[: codes.numel()].view(codes.shape)
-
     return torch.ge(random, dropped, out=torch.empty_like(random)), 1 - dropped / 256
 
 
