@@ -32,7 +32,7 @@ template <int R, class F> ATTN_INLINE void with_rows(int64_t rows, F f) {
 template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_t index, Row& row, Scratch<I>& scratch) {
     const Attention& a = job.a;
     const Keys& mask = unit.mask;
-    row.scale = job.v_scale + unit.kv_head * job.query_width;
+    row.scale = job.v_scale + unit.kv_head * job.width;
     row.output = a.output + ((unit.batch * a.q_rows + index) * a.q_heads + unit.head) * a.dim;
     row.place = (unit.batch * a.q_heads + unit.head) * a.q_rows + index;
     row.begin = mask.spans[index].begin;
@@ -53,7 +53,7 @@ template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_
     for (int64_t d = 0; d < a.dim; d += 16) __builtin_prefetch(row.output + d, 1);
     if (a.trace == nullptr) return;
     row.query_sum = 0;
-    for (int64_t d = 0; d < a.dim; ++d) row.query_sum += unit.queries[index * job.query_width + d];
+    for (int64_t d = 0; d < a.dim; ++d) row.query_sum += unit.queries[index * job.width + d];
 }
 
 template <class I>
@@ -72,7 +72,7 @@ void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::
     for (int64_t tile = 0; tile < unit.padded / job.W; ++tile) {
         for (int64_t r = 0; r < count; r += I::ROWS) {
             with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
-                stream<I, R.value>(job, unit, codes + r * job.query_width, rows + r, ranges[r / I::ROWS], tile);
+                stream<I, R.value>(job, unit, codes + r * job.width, rows + r, ranges[r / I::ROWS], tile);
             });
         }
     }
@@ -89,7 +89,7 @@ void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::
 template <class I> void attend(const Job<I>& job, const Head<I>& unit, int64_t first, Scratch<I>& scratch) {
     const Attention& a = job.a;
     const int64_t count = least<int64_t>(job.PASS, a.q_rows - first);
-    const auto* codes = unit.queries + first * job.query_width;
+    const auto* codes = unit.queries + first * job.width;
     Row rows[Job<I>::PASS];
     int32_t widest = 0;
     for (int64_t r = 0; r < count; ++r) {
@@ -100,14 +100,14 @@ template <class I> void attend(const Job<I>& job, const Head<I>& unit, int64_t f
     if (streamable && widest <= MAX_CUT && !scratch.many) return attend_streaming(job, unit, codes, rows, count, scratch);
     for (int64_t r = 0; r < count; r += I::ROWS) {
         with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
-            consider<I, R.value>(job, unit, codes + r * job.query_width, rows + r, scratch);
+            consider<I, R.value>(job, unit, codes + r * job.width, rows + r, scratch);
         });
     }
 }
 
 template <class I> Head<I> head_of(const Job<I>& job, const Batch<I>& batch, int64_t head) {
     const int64_t kv = head / job.group;
-    return {batch.queries + head * job.a.q_rows * job.query_width, batch.q_scales + head * job.a.q_rows,
+    return {batch.queries + head * job.a.q_rows * job.width, batch.q_scales + head * job.a.q_rows,
             batch.keys + kv * batch.padded * job.a.dim, batch.values + kv * batch.padded * job.width,
             *batch.mask, batch.index, head, kv, batch.count, batch.padded};
 }
@@ -142,12 +142,11 @@ template <class I, class Share> void attend_batch(const Job<I>& job, int64_t ind
 }
 
 template <class I> Job<I>::Job(const Attention& args)
-    : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), query_width(round_up(args.dim, I::LANES)),
-      group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1) {
-    v_scale = room.template get<float>(2 * a.kv_heads * query_width);
-    v_inverse = v_scale + a.kv_heads * query_width;
-    for (int64_t i = 0; i < a.kv_heads * query_width; ++i) {
-        v_scale[i] = scale_of(a.v_scale, i / query_width, least(i % query_width, a.dim - 1));
+    : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1) {
+    v_scale = room.template get<float>(2 * a.kv_heads * width);
+    v_inverse = v_scale + a.kv_heads * width;
+    for (int64_t i = 0; i < a.kv_heads * width; ++i) {
+        v_scale[i] = scale_of(a.v_scale, i / width, least(i % width, a.dim - 1));
         v_inverse[i] = 1.0f / v_scale[i];
     }
 }

@@ -70,18 +70,18 @@ struct Row {
 // One batch element as codes, all heads.
 template <class I> struct Batch {
     Buffer query_buffer, scale_buffer, key_buffer, value_buffer, mean_buffer;
-    typename I::Query* queries;  // [Hq][Sq][query_width]
+    typename I::Query* queries;  // [Hq][Sq][width]
     float* q_scales;             // [Hq][Sq]
     typename I::Key* keys;       // [Hkv][tiles][D / GROUP][W][GROUP]
     typename I::Value* values;   // [Hkv][padded][width], each W columns in the order that I::interleave undoes
-    float* means;                // [Hkv][query_width], of K
+    float* means;                // [Hkv][width], of K
     const Keys* mask;
     int64_t index, count, padded;
 };
 
 // What one query head works with.
 template <class I> struct Head {
-    const typename I::Query* queries;  // [Sq][query_width]
+    const typename I::Query* queries;  // [Sq][width]
     const float* q_scales;             // [Sq]
     const typename I::Key* keys;
     const typename I::Value* values;
@@ -107,10 +107,10 @@ template <class I> struct Job {
     static constexpr int W = I::COLS * I::LANES;
     static constexpr int PASS = I::ROWS * 4;  // query rows that share one sweep over the keys
     const Attention& a;
-    int64_t steps, width, query_width, group;
+    int64_t steps, width, group;
     int32_t last_exponent;  // beyond it all codes are 0
     Buffer room;
-    float *v_scale, *v_inverse;  // [Hkv][query_width]
+    float *v_scale, *v_inverse;  // [Hkv][width]
     explicit Job(const Attention& args);
 };
 
@@ -145,10 +145,11 @@ ATTN_INLINE void fetch(const char* row, int64_t bytes) {
 
 ATTN_INLINE int64_t row_bytes(DType dtype, int64_t dim) { return dim * (dtype == DType::f32 ? 4 : 2); }
 
-// A row as float32, padded with zeros to whole vectors; the row itself where it is that already.
+// A row as float32, padded with zeros to whole tiles of W; the row itself where it is that already.
 template <class I> const float* as_float(const char* row, DType dtype, int64_t dim, float* room) {
+    constexpr int64_t W = I::COLS * I::LANES;
     if (dtype == DType::f32) {
-        if (dim % I::LANES == 0) return reinterpret_cast<const float*>(row);
+        if (dim % W == 0) return reinterpret_cast<const float*>(row);
         std::memcpy(room, row, dim * sizeof(float));
     } else {
         const auto* halves = reinterpret_cast<const uint16_t*>(row);
@@ -161,28 +162,32 @@ template <class I> const float* as_float(const char* row, DType dtype, int64_t d
             for (; d < dim; ++d) room[d] = half_to_float(halves[d]);
         }
     }
-    for (int64_t d = dim; d % I::LANES != 0; ++d) room[d] = 0.0f;
+    for (int64_t d = dim; d % W != 0; ++d) room[d] = 0.0f;
     return room;
 }
 
-// codes = clamp(round_half_to_even((x - mean) * inverse), -qmax, qmax); NaN gives 0. Inverse has one value or one a column.
-template <class I, class Inverse>
-ATTN_INLINE void quantize(const float* x, const float* mean, Inverse inverse, float qmax, int64_t dim, typename I::Query* codes) {
+// codes = clamp(round_half_to_even((x - mean) * inverse), -qmax, qmax); NaN gives 0. A tile of W at a time goes to `store`,
+// in registers: narrow stores that a wide load follows would wait for each other.
+template <class I, class Inverse, class Store>
+ATTN_INLINE void quantize(const float* x, const float* mean, Inverse inverse, float qmax, int64_t width, Store store) {
     const typename I::F32 high = I::set1f(qmax), low = I::set1f(-qmax);
-    for (int64_t d = 0; d < dim; d += I::LANES) {
-        typename I::F32 value = I::loadf(x + d);
-        if (mean != nullptr) value = I::subf(value, I::loadf(mean + d));
-        I::store_code(codes + d, I::round(I::clamp(I::mulf(value, inverse(d)), low, high)));
+    for (int64_t d = 0; d < width; d += I::COLS * I::LANES) {
+        typename I::I32 codes[I::COLS];
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) {
+            const int64_t at = d + c * I::LANES;
+            typename I::F32 value = I::loadf(x + at);
+            if (mean != nullptr) value = I::subf(value, I::loadf(mean + at));
+            codes[c] = I::round(I::clamp(I::mulf(value, inverse(at)), low, high));
+        }
+        store(d, codes);
     }
 }
 
-template <class I> void quantize_row(const float* x, const float* mean, float scale, int32_t qmax, int64_t dim, typename I::Query* codes) {
+template <class I> ATTN_INLINE void quantize_row(const float* x, const float* mean, float scale, int32_t qmax, int64_t width, typename I::Query* to) {
     const typename I::F32 inverse = I::set1f(1.0f / scale);
-    quantize<I>(x, mean, [&](int64_t) { return inverse; }, static_cast<float>(qmax), dim, codes);
-}
-
-template <class I> void quantize_columns(const float* x, const float* inverse, int32_t qmax, int64_t dim, typename I::Query* codes) {
-    quantize<I>(x, nullptr, [&](int64_t d) { return I::loadf(inverse + d); }, static_cast<float>(qmax), dim, codes);
+    quantize<I>(x, mean, [&](int64_t) { return inverse; }, static_cast<float>(qmax), width,
+                [&](int64_t d, const typename I::I32(&codes)[I::COLS]) { I::store_ordered(to + d, codes); });
 }
 
 // core/quantizer.py, token_scale: from the largest finite magnitude of a row.
@@ -207,23 +212,23 @@ template <class I> void find_mean(const Job<I>& job, Batch<I>& batch, int64_t he
     const Keys& mask = *batch.mask;
     const char* base = a.key.data + batch.index * a.key.batch + head * a.key.head;
     double sums[MAX_DIM + 64];
-    for (int64_t d = 0; d < job.query_width; ++d) sums[d] = 0.0;
+    for (int64_t d = 0; d < job.width; ++d) sums[d] = 0.0;
     float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
     float* snapped = room + MAX_DIM + 64;
     const typename I::F32 high = I::set1f(GRID_MAX), low = I::set1f(-GRID_MAX), grid = I::set1f(GRID);
     for (int32_t place = 0; place < mask.seen_count; ++place) {
         const float* x = as_float<I>(base + mask.seen[place] * a.key.row, a.key.dtype, a.dim, room);
-        for (int64_t d = 0; d < job.query_width; d += I::LANES) {
+        for (int64_t d = 0; d < job.width; d += I::LANES) {
             const typename I::F32 value = I::loadf(x + d);
             // x - (x - x) is x, or NaN where x is not finite, which the clamp makes 0.
             const typename I::F32 finite = I::subf(value, I::subf(value, value));
             I::storef(snapped + d, I::clamp(I::nearest(I::mulf(finite, grid)), low, high));
         }
-        for (int64_t d = 0; d < job.query_width; ++d) sums[d] += static_cast<double>(snapped[d]);
+        for (int64_t d = 0; d < job.width; ++d) sums[d] += static_cast<double>(snapped[d]);
     }
     const double count = most(mask.seen_count, 1);
-    float* mean = batch.means + head * job.query_width;
-    for (int64_t d = 0; d < job.query_width; ++d) mean[d] = static_cast<float>(sums[d] / count * 0x1p-20);
+    float* mean = batch.means + head * job.width;
+    for (int64_t d = 0; d < job.width; ++d) mean[d] = static_cast<float>(sums[d] / count * 0x1p-20);
 }
 
 template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batch) {
@@ -232,47 +237,46 @@ template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batc
     batch.mask = &a.keys[index];
     batch.count = batch.mask->packed_count;
     batch.padded = round_up(batch.count, job.W);
-    batch.queries = batch.query_buffer.template get<typename I::Query>(a.q_heads * a.q_rows * job.query_width);
+    batch.queries = batch.query_buffer.template get<typename I::Query>(a.q_heads * a.q_rows * job.width);
     batch.q_scales = batch.scale_buffer.template get<float>(a.q_heads * a.q_rows);
     batch.keys = batch.key_buffer.template get<typename I::Key>(a.kv_heads * batch.padded * a.dim);
     batch.values = batch.value_buffer.template get<typename I::Value>(a.kv_heads * batch.padded * job.width);
-    batch.means = batch.mean_buffer.template get<float>(a.kv_heads * job.query_width);
+    batch.means = batch.mean_buffer.template get<float>(a.kv_heads * job.width);
 }
 
 // Packing goes through a token's heads before the next token, since that is how models lay them out in memory.
 template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, int64_t tile, Scratch<I>& scratch) {
     const Attention& a = job.a;
     float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    const int64_t head_size = job.W * job.query_width;
+    const int64_t head_size = job.W * job.width;
     auto* codes = scratch.codes.template get<typename I::Query>(a.kv_heads * head_size);
     for (int64_t i = 0; i < job.W; ++i) {
         const int64_t place = tile * job.W + i;
         for (int64_t head = 0; head < a.kv_heads; ++head) {
-            auto* row = codes + head * head_size + i * job.query_width;
+            auto* row = codes + head * head_size + i * job.width;
             if (place >= batch.count) {
-                std::memset(row, 0, job.query_width * sizeof(*row));
+                std::memset(row, 0, job.width * sizeof(*row));
                 continue;
             }
             const int64_t key = batch.mask->packed[place];
             const char* from = a.key.data + batch.index * a.key.batch + head * a.key.head + key * a.key.row;
-            const float* mean = a.smooth_key ? batch.means + head * job.query_width : nullptr;
+            const float* mean = a.smooth_key ? batch.means + head * job.width : nullptr;
             fetch(from + AHEAD * a.key.row, row_bytes(a.key.dtype, a.dim));
             const float* x = as_float<I>(from, a.key.dtype, a.dim, room);
-            quantize_row<I>(x, mean, scale_of(a.k_scale, head), a.k_max, job.query_width, row);
+            quantize_row<I>(x, mean, scale_of(a.k_scale, head), a.k_max, job.width, row);
             if (a.trace == nullptr) continue;
             record_codes<I>(a.trace->k_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, row, a.dim);
         }
     }
     for (int64_t head = 0; head < a.kv_heads; ++head) {
-        I::pack_tile(codes + head * head_size, job.query_width, job.steps, batch.keys + (head * batch.padded + tile * job.W) * a.dim);
+        I::pack_tile(codes + head * head_size, job.width, job.steps, batch.keys + (head * batch.padded + tile * job.W) * a.dim);
     }
 }
 
 template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, int64_t tile, Scratch<I>& scratch) {
     const Attention& a = job.a;
     float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    auto* codes = scratch.codes.template get<typename I::Query>(job.width);
-    std::memset(codes, 0, job.width * sizeof(*codes));
+    typename I::Query traced[MAX_DIM + 64];
     for (int64_t place = tile * job.W; place < (tile + 1) * job.W; ++place) {
         for (int64_t head = 0; head < a.kv_heads; ++head) {
             auto* row = batch.values + (head * batch.padded + place) * job.width;
@@ -284,10 +288,14 @@ template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, int64_t 
             const char* from = a.value.data + batch.index * a.value.batch + head * a.value.head + key * a.value.row;
             fetch(from + AHEAD * a.value.row, row_bytes(a.value.dtype, a.dim));
             const float* x = as_float<I>(from, a.value.dtype, a.dim, room);
-            quantize_columns<I>(x, job.v_inverse + head * job.query_width, a.v_max, job.query_width, codes);
-            for (int64_t d = 0; d < job.width; d += job.W) I::arrange(codes + d, row + d);
+            const float* inverse = job.v_inverse + head * job.width;
+            const auto code = [&](auto put) {
+                quantize<I>(x, nullptr, [&](int64_t d) { return I::loadf(inverse + d); }, static_cast<float>(a.v_max), job.width, put);
+            };
+            code([&](int64_t d, const typename I::I32(&codes)[I::COLS]) { I::store_arranged(row + d, codes); });
             if (a.trace == nullptr) continue;
-            record_codes<I>(a.trace->v_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, codes, a.dim);
+            code([&](int64_t d, const typename I::I32(&codes)[I::COLS]) { I::store_ordered(traced + d, codes); });
+            record_codes<I>(a.trace->v_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, traced, a.dim);
         }
     }
 }
@@ -299,11 +307,11 @@ template <class I> void pack_query(const Job<I>& job, Batch<I>& batch, int64_t r
         const char* from = a.query.data + batch.index * a.query.batch + head * a.query.head + row * a.query.row;
         fetch(from + AHEAD * a.query.row, row_bytes(a.query.dtype, a.dim));
         const float* x = as_float<I>(from, a.query.dtype, a.dim, room);
-        auto* codes = batch.queries + (head * a.q_rows + row) * job.query_width;
+        auto* codes = batch.queries + (head * a.q_rows + row) * job.width;
         const float scale = a.q_scale.data != nullptr ? scale_of(a.q_scale, head)
-                                                      : token_scale<I>(x, job.query_width, a.q_max, a.q_power_of_two);
+                                                      : token_scale<I>(x, job.width, a.q_max, a.q_power_of_two);
         batch.q_scales[head * a.q_rows + row] = scale;
-        quantize_row<I>(x, nullptr, scale, a.q_max, job.query_width, codes);
+        quantize_row<I>(x, nullptr, scale, a.q_max, job.width, codes);
         if (a.trace == nullptr) continue;
         record_codes<I>(a.trace->q_codes + ((batch.index * a.q_heads + head) * a.q_rows + row) * a.dim, codes, a.dim);
     }

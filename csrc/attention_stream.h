@@ -137,7 +137,7 @@ template <int R> ATTN_INLINE Range range_of(const Row* rows) {
 
 template <class I, int R>
 ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
-    product<I, ScoreDot, R>(codes, job.query_width, unit.keys + base * job.a.dim, job.steps, acc);
+    product<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
     if (base >= range.all_begin && base + job.W <= range.all_end) return;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);

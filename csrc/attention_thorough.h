@@ -179,7 +179,7 @@ void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* c
     auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
     for (int64_t base = begin; base < end; base += job.W) {
         typename I::I32 acc[R][I::COLS];
-        product<I, ScoreDot, R>(codes, job.query_width, unit.keys + base * a.dim, job.steps, acc);
+        product<I, ScoreDot, R>(codes, job.width, unit.keys + base * a.dim, job.steps, acc);
         const bool whole = base >= range.all_begin && base + job.W <= range.all_end;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {

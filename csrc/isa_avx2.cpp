@@ -101,7 +101,11 @@ struct Avx2 {
 
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi32(acc, _mm256_madd_epi16(key, query)); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return _mm256_add_epi32(acc, _mm256_madd_epi16(code, value)); }
-    static ATTN_INLINE void arrange(const Query* from, Value* where) { to(where, _mm256_permute4x64_epi64(at(from), 0xd8)); }
+    // In 128-bit halves: codes 4 L to 4 L + 3 of both, the order that interleave undoes.
+    static ATTN_INLINE void store_arranged(Value* where, const I32 (&codes)[COLS]) { to(where, _mm256_packs_epi32(codes[0], codes[1])); }
+    static ATTN_INLINE void store_ordered(Query* where, const I32 (&codes)[COLS]) {
+        to(where, _mm256_permute4x64_epi64(_mm256_packs_epi32(codes[0], codes[1]), 0xd8));
+    }
     static ATTN_INLINE void interleave(const Value* const (&from)[2], int64_t offset, I32 (&columns)[COLS]) {
         const I32 a = at(from[0] + offset), b = at(from[1] + offset);
         columns[0] = _mm256_unpacklo_epi16(a, b);

@@ -90,9 +90,14 @@ struct Avx512Vnni {
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return dot(acc, key, query); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return dot(acc, code, value); }
 
-    static ATTN_INLINE void arrange(const Query* from, Value* to) {
+    // Lane L of the packed vector holds codes 4 L to 4 L + 3 of each of the four: the order that interleave undoes.
+    static ATTN_INLINE I32 packed(const I32 (&codes)[COLS]) {
+        return _mm512_packs_epi16(_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3]));
+    }
+    static ATTN_INLINE void store_arranged(Value* to, const I32 (&codes)[COLS]) { store_codes(to, packed(codes)); }
+    static ATTN_INLINE void store_ordered(Query* to, const I32 (&codes)[COLS]) {
         const I32 order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        store_codes(to, _mm512_permutexvar_epi32(order, load_codes(from)));
+        store_codes(to, _mm512_permutexvar_epi32(order, packed(codes)));
     }
     static ATTN_INLINE void interleave(const Value* const (&from)[4], int64_t offset, I32 (&columns)[COLS]) {
         const I32 a = load_codes(from[0] + offset), b = load_codes(from[1] + offset);

@@ -60,7 +60,8 @@ struct Scalar {
 
     static I32 dot_scores(I32 acc, I32 key, I32 query) { return acc + key * query; }
     static I32 dot_values(I32 acc, I32 code, I32 value) { return acc + code * value; }
-    static void arrange(const Query* from, Value* to) { std::memcpy(to, from, COLS * sizeof(*to)); }
+    static void store_arranged(Value* to, const I32 (&codes)[COLS]) { std::memcpy(to, codes, sizeof(codes)); }
+    static void store_ordered(Query* to, const I32 (&codes)[COLS]) { std::memcpy(to, codes, sizeof(codes)); }
     static void interleave(const Value* const (&from)[1], int64_t offset, I32 (&columns)[COLS]) {
         std::memcpy(columns, from[0] + offset, sizeof(columns));
     }
