@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -155,12 +156,14 @@ def _evaluate(options: argparse.Namespace) -> int:
     _quiet_libraries()
     import dataclasses
 
+    from attnpress.benchmark.machine import provenance
     from attnpress.calibration import this_process
     from attnpress.evaluate import compare_backends, reevaluate
 
     if options.backend:
         agreement = compare_backends(options.run_dir, config, options.backend)
         found, complete = dataclasses.asdict(agreement), agreement.complete
+        found["provenance"] = {**provenance("transformers"), "command": _command_line(options)}
         if not complete:
             print(f"attnpress: {agreement.rows - agreement.same_predictions} rows differ", file=sys.stderr)
     else:
@@ -218,11 +221,17 @@ def _bench(options: argparse.Namespace) -> int:
     table = models_table if options.whole_model else timings_table
     records = [asdict(timing) for timing in _timings(options)]
     for record in records:
-        record["provenance"]["command"] = shlex.join(["attnpress", *options.words])
+        record["provenance"]["command"] = _command_line(options)
     Console(width=None if sys.stdout.isatty() else 160).print(table(records))
     if options.json is not None:
         write_text(options.json, json.dumps(records, indent=1) + "\n")
     return 0
+
+
+def _command_line(options: argparse.Namespace) -> str:
+    """The command as it can be typed again, with the variable that forces a target."""
+    forced = os.environ.get("ATTNPRESS_CPU_TARGET")
+    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join(["attnpress", *options.words])
 
 
 def _timings(options: argparse.Namespace) -> Sequence[Any]:

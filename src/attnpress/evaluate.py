@@ -25,7 +25,7 @@ from attnpress.deployment import deploy
 from attnpress.kernels import cpu
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.loading import load_compressed, load_tokenizer
+from attnpress.models.loading import load_compressed, load_tokenizer, weights_hash
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
 from attnpress.tasks import TaskData, load_task
 
@@ -175,10 +175,12 @@ class Agreement:
     Attributes:
         backend, target: what the deployed model ran on; target is None for the reference.
         rows: of the evaluation split; in qa, windows.
-        same_predictions: rows with the same class, span or, in regression, the same number to the bit.
+        same_predictions: rows with the same class, in qa the same likeliest start and end, in regression the same number.
         identical_logits: rows whose logits are equal to the bit.
         largest_difference: between two logits.
         trained, deployed: metrics in points.
+        weights: sha256 of the compressed model's weights.
+        data: sha256 of the sources of the evaluation rows, as `TaskData.fingerprint` has it.
     """
 
     backend: str
@@ -189,6 +191,8 @@ class Agreement:
     largest_difference: float
     trained: dict[str, float]
     deployed: dict[str, float]
+    weights: str | None
+    data: str | None
 
     @property
     def complete(self) -> bool:
@@ -212,4 +216,5 @@ def compare_backends(run_folder: Path, config: RunConfig, backend: str, batch_si
         backend, cpu.active_target() if backend == "cpu" else None, len(trained), int(same.sum()),
         int(identical.sum()), float((trained - deployed).abs().max()),
         metrics_of(trained, data), metrics_of(deployed, data),
+        weights_hash(str(run_folder / "progressive")), data.fingerprint.get("eval"),
     )  # fmt: skip

@@ -10,11 +10,16 @@ from typing import Any
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Versions of attnpress, torch and those of `packages` that are installed packages, and the machine."""
+    """Versions of attnpress, torch and those of `packages` that have one to tell, the machine, and how busy it is."""
     named = ["attnpress", "torch", *(name for name in packages if name in ("openvino", "transformers"))]
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in named}},
-        "machine": {"system": platform.platform(terse=True), "processor": processor(), "cores": os.cpu_count()},
+        "machine": {
+            "system": platform.platform(terse=True),
+            "processor": processor(),
+            "cores": os.cpu_count(),
+            "load": round(os.getloadavg()[0], 1),
+        },
     }
 
 

@@ -6,6 +6,7 @@ Each function here is called in the process of its side (see `turns`) with a fil
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,6 +88,7 @@ def _openvino(problem: Problem, threads: int) -> Prepared:
 
     Inputs are contiguous and shared, so that nothing is copied: the plugin at its best.
     """
+    os.environ.setdefault("CI", "true")  # or else importing it reports to its makers, over the network
     import openvino as ov
 
     arrays = [x.contiguous().numpy() for x in _operands(problem)]
