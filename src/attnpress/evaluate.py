@@ -175,7 +175,7 @@ class Agreement:
     Attributes:
         backend, target: what the deployed model ran on; target is None for the reference.
         rows: of the evaluation split; in qa, windows.
-        same_predictions: rows with the same class, in qa the same likeliest start and end, in regression the same number.
+        same_predictions: rows with the same class; in qa, likeliest start and end; in regression, number.
         identical_logits: rows whose logits are equal to the bit.
         largest_difference: between two logits.
         trained, deployed: metrics in points.
