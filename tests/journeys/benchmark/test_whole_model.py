@@ -47,6 +47,14 @@ def test_each_side_runs_a_whole_model_and_knows_its_share_of_attention(model: st
 
 
 @needs_kernel
+def test_thresholds_fit_inputs_longer_than_those_that_scales_are_taken_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 16)
+    monkeypatch.setattr(whole_model, "ROW_STRIDE", 2)
+    facts = prepare("ours", "bert-base", 256, 1, 0.9, torch.get_num_threads()).facts
+    assert facts["sparsity"] == pytest.approx(0.9, abs=0.02)
+
+
+@needs_kernel
 def test_sparsity_is_counted_over_the_pairs_that_a_window_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 32)
     facts = prepare("ours", "modernbert-base", 48, 1, 0.0, torch.get_num_threads()).facts
