@@ -28,7 +28,8 @@ SECONDS = 4.0
 SHARE_CALLS = 3
 CALIBRATION_TOKENS = 512
 """Scales are taken from this much of the input: calibration holds S x S matrices. Thresholds see all of it."""
-ROW_STRIDE = 16
+ROWS = 256
+"""Query rows of each head that thresholds are fitted to, evenly spaced over the input."""
 
 
 @dataclass(frozen=True)
@@ -143,9 +144,9 @@ def _deploy(model: Any, inputs: dict[str, Tensor], sparsity: float) -> float:
     shown = {name: tokens[:, :CALIBRATION_TOKENS] for name, tokens in inputs.items()}
     calibrate(bind(model, AttentionSpec(sparsity=sparsity)), [shown])
     deploy(model, "cpu")
-    modules = list(attentions(model).values())
+    modules, stride = list(attentions(model).values()), max(1, inputs["input_ids"].shape[1] // ROWS)
     for _ in range(REFITS):
-        with watching(modules, slice(None, None, ROW_STRIDE)):
+        with watching(modules, slice(None, None, stride)):
             _pass(model, inputs)
         for module in modules:
             module.take_seen(0.0)

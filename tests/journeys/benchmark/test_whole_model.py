@@ -49,7 +49,7 @@ def test_each_side_runs_a_whole_model_and_knows_its_share_of_attention(model: st
 @needs_kernel
 def test_thresholds_fit_inputs_longer_than_those_that_scales_are_taken_from(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 16)
-    monkeypatch.setattr(whole_model, "ROW_STRIDE", 2)
+    monkeypatch.setattr(whole_model, "ROWS", 128)
     facts = prepare("ours", "bert-base", 256, 1, 0.9, torch.get_num_threads()).facts
     assert facts["sparsity"] == pytest.approx(0.9, abs=0.02)
 
