@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from attnpress.config import ObserverName, RuleName, ScheduleName, choices
+from attnpress.files import write_text
 from attnpress.recipe import dump_config, load_config
 
 EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
   attnpress compress recipes/mrpc-8bit.yaml --set data.data_dir=glue/MRPC --set seed=1 --output runs/mrpc-1
   attnpress evaluate runs/demo
+  attnpress evaluate runs/demo --backend cpu --json agreement.json
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
-  attnpress bench --seq-len 128 512 --sparsity 0.95 --peers sdpa eager --json bench.json
+  attnpress bench --seq-len 128 384 --sparsity 0.95 --threads 1 --peers sdpa openvino --json bench.json
+  attnpress bench --from runs/demo --layer 0 5 --batch 8 --peers sdpa openvino
+  attnpress bench --whole-model minilm bert-base --seq-len 128 384 512 --peers sdpa eager
 """
 
 RULES = {
@@ -43,6 +51,7 @@ OBSERVERS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 refused or failed with a message, 2 wrong usage."""
     options = build_parser().parse_args(arguments)
+    options.words = list(sys.argv[1:] if arguments is None else arguments)
     command: Callable[[argparse.Namespace], int] = options.run
     try:
         return command(options)
@@ -67,6 +76,11 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
     _set_argument(evaluate)
+    evaluate.add_argument(
+        "--backend", choices=["cpu", "reference"],
+        help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
+    )  # fmt: skip
+    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     validate = _command(commands, "validate", _validate, "check a recipe without running it, and print it in full")
     _recipe_arguments(validate)
     listing = _command(commands, "ls", _ls, "list what recipes can name, and the backends of this machine")
@@ -97,12 +111,25 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-len", type=int, nargs="+", default=[128, 512, 2048], metavar="N", help="tokens a row")
-    parser.add_argument("--sparsity", type=float, default=0.95, help="fraction of pairs pruned (default: 0.95)")
-    parser.add_argument("--threads", type=int, default=1, help="of each side (default: 1)")
+    parser.add_argument("--seq-len", type=int, nargs="+", metavar="N", help="tokens a row (default: 128 512 2048)")
+    parser.add_argument("--sparsity", type=float, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
+    parser.add_argument("--batch", type=int, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
-        "--peers", nargs="+", default=["sdpa"], metavar="PEER", help="sdpa (default), sdpa-bf16, eager, openvino"
+        "--peers", nargs="+", metavar="PEER",
+        help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both); "
+        "ATTNPRESS_CPU_TARGET=avx2 in the environment holds all sides to AVX2",
+    )  # fmt: skip
+    inputs = parser.add_mutually_exclusive_group()
+    inputs.add_argument(
+        "--from", type=Path, dest="run_dir", metavar="RUN_DIR",
+        help="inputs, scales and thresholds of a finished run's model on its evaluation data; without --seq-len, "
+        "--sparsity, which are the run's own",
+    )  # fmt: skip
+    inputs.add_argument(
+        "--whole-model", nargs="+", metavar="MODEL", help="whole models instead: minilm, bert-base, modernbert-base"
     )
+    parser.add_argument("--layer", type=int, nargs="+", metavar="N", help="with --from: these layers only, from 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
 
 
@@ -128,15 +155,30 @@ def _evaluate(options: argparse.Namespace) -> int:
     config = load_config(options.run_dir / "recipe.yaml", overrides)
     _quiet_libraries()
     import dataclasses
-    import json
 
+    from attnpress.benchmark.machine import provenance
     from attnpress.calibration import this_process
-    from attnpress.compression import reevaluate
+    from attnpress.evaluate import compare_backends, reevaluate
 
-    stage = dataclasses.asdict(reevaluate(options.run_dir, config))
+    if options.backend:
+        agreement = compare_backends(options.run_dir, config, options.backend)
+        found, complete = dataclasses.asdict(agreement), agreement.complete
+        found["provenance"] = {**provenance("transformers"), "command": _command_line(options)}
+        if not complete:
+            print(f"attnpress: {agreement.rows - agreement.same_predictions} rows differ", file=sys.stderr)
+    else:
+        stage = dataclasses.asdict(reevaluate(options.run_dir, config))
+        found, complete = {key: stage[key] for key in stage if key not in ("layers", "seconds")}, True
     if this_process().is_main_process:
-        print(json.dumps({key: value for key, value in stage.items() if key not in ("layers", "seconds")}, indent=1))
-    return 0
+        _print_json(found, options.json)
+    return 0 if complete else 1
+
+
+def _print_json(found: object, file: Path | None) -> None:
+    text = json.dumps(found, indent=1)
+    print(text)
+    if file is not None:
+        write_text(file, text + "\n")
 
 
 def _validate(options: argparse.Namespace) -> int:
@@ -170,20 +212,47 @@ def _ls(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    import json
+    from dataclasses import asdict
 
     from rich.console import Console
 
-    from attnpress.benchmark import as_records, bench
-    from attnpress.files import write_text
-    from attnpress.report.render import timings_table
+    from attnpress.report.render import models_table, timings_table
 
-    found = bench(options.seq_len, sparsity=options.sparsity, threads=options.threads, peers=options.peers)
-    records = as_records(found)
-    Console().print(timings_table(records))
+    table = models_table if options.whole_model else timings_table
+    records = [asdict(timing) for timing in _timings(options)]
+    for record in records:
+        record["provenance"]["command"] = _command_line(options)
+    Console(width=None if sys.stdout.isatty() else 160).print(table(records))
     if options.json is not None:
         write_text(options.json, json.dumps(records, indent=1) + "\n")
     return 0
+
+
+def _command_line(options: argparse.Namespace) -> str:
+    """The command as it can be typed again, with the variable that forces a target."""
+    forced = os.environ.get("ATTNPRESS_CPU_TARGET")
+    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join(["attnpress", *options.words])
+
+
+def _timings(options: argparse.Namespace) -> Sequence[Any]:
+    from attnpress.benchmark.attention import BenchmarkError, bench, bench_run
+
+    shared = {"threads": options.threads, **({"peers": options.peers} if options.peers else {})}
+    if options.run_dir:
+        if options.seq_len or options.sparsity is not None:
+            raise BenchmarkError("--from takes the run's own lengths and sparsity: drop --seq-len and --sparsity")
+        config = load_config(options.run_dir / "recipe.yaml")
+        _quiet_libraries()
+        return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
+    if options.layer:
+        raise BenchmarkError("--layer chooses among the layers of --from RUN_DIR")
+    sparsity, lengths = 0.95 if options.sparsity is None else options.sparsity, options.seq_len or [128, 512, 2048]
+    if options.whole_model:
+        _quiet_libraries()
+        from attnpress.benchmark.whole_model import bench_models
+
+        return bench_models(options.whole_model, lengths, sparsity=sparsity, batch=options.batch or 1, **shared)
+    return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
 
 
 def _stage_line(text: str) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from attnpress.calibration import calibrate, fit_thresholds, this_process
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
@@ -33,7 +33,7 @@ from attnpress.models.loading import (
     save_compressed,
 )
 from attnpress.recipe import spec_to_dict
-from attnpress.results import STAGES, Record, StageRecord, read_record, to_json
+from attnpress.results import STAGES, Record, read_record, to_json
 from attnpress.run_folder import check_space, claim_folder, differences, provenance
 from attnpress.tasks import TaskData, check_data, load_task
 
@@ -251,27 +251,3 @@ def _sources(provenance: dict[str, Any]) -> dict[str, Any]:
 def _hashes(run: Run) -> dict[str, str]:
     files = {"dense": Path(run.dense) / WEIGHTS, "progressive": run.output / "progressive" / WEIGHTS}
     return {name: sha256_of(file) for name, file in files.items() if file.is_file()}
-
-
-def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
-    """Evaluate the compressed model of a finished run, on its own data or another `config.data`.
-
-    Raises:
-        ConfigError: the run has no compressed model yet, or one with other classes.
-    """
-    folder = run_folder / "progressive"
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
-        )
-    data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
-    saved = AutoConfig.from_pretrained(folder)
-    answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
-    classes = max(1, len(data.label_names))
-    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
-        raise ConfigError(
-            f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
-            f"{run_folder} was trained for another; choose a task that its head fits"
-        )
-    model = load_compressed(folder, data.task.kind, data.label_names)
-    return evaluate(model, data, "progressive", config.data.max_length)

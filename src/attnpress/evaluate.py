@@ -1,9 +1,13 @@
-"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them."""
+"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them.
+
+Of finished runs, too: on other data, or to prove that a backend predicts what the trained model predicts.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,14 +16,18 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import EvalPrediction, PreTrainedModel
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 
 from attnpress.calibration import outputs, reduce_over_ranks, this_process
+from attnpress.config import ConfigError, RunConfig
 from attnpress.core.cost import PairCounts, attention_work
+from attnpress.deployment import deploy
+from attnpress.kernels import cpu
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.loading import load_compressed, load_tokenizer, weights_hash
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
-from attnpress.tasks import TaskData
+from attnpress.tasks import TaskData, load_task
 
 
 def evaluate(
@@ -49,7 +57,12 @@ def evaluate(
 
 def predict(model: PreTrainedModel, data: TaskData, batch_size: int = 32) -> dict[str, float]:
     """The task's metrics in points, headline first; ranks share the rows, and none is seen twice."""
-    logits = predicted_logits(model, data, batch_size).cpu().numpy()
+    return metrics_of(predicted_logits(model, data, batch_size), data)
+
+
+def metrics_of(predicted: Tensor, data: TaskData) -> dict[str, float]:
+    """The task's metrics of `predicted_logits`."""
+    logits = predicted.cpu().numpy()
     if data.task.kind == "qa":
         spans: Any = (logits[:, 0], logits[:, 1])  # its annotation allows one output only
         return data.compute_metrics(EvalPrediction(spans, np.empty(0)))
@@ -120,3 +133,88 @@ def _head_records(module: CompressedAttention, counts: PairCounts) -> list[HeadR
         counts.sparsity(), counts.pruned_fraction(), counts.tile_sparsity(), counts.keys_per_row(), module.threshold(),
     )  # fmt: skip
     return [HeadRecord(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
+
+
+def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
+    """The compressed model of a finished run, and the data of `config`.
+
+    Raises:
+        ConfigError: the run has no compressed model yet, or one with other classes.
+    """
+    folder = run_folder / "progressive"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
+        )
+    data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
+    saved = AutoConfig.from_pretrained(folder)
+    answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
+    classes = max(1, len(data.label_names))
+    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
+        raise ConfigError(
+            f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
+            f"{run_folder} was trained for another; choose a task that its head fits"
+        )
+    return load_compressed(folder, data.task.kind, data.label_names), data
+
+
+def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
+    """Evaluate the compressed model of a finished run, on its own data or another `config.data`.
+
+    Raises:
+        ConfigError: see `finished_model`.
+    """
+    model, data = finished_model(run_folder, config)
+    return evaluate(model, data, "progressive", config.data.max_length)
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """A deployed model beside the trained one, on the same rows.
+
+    Attributes:
+        backend, target: what the deployed model ran on; target is None for the reference.
+        rows: of the evaluation split; in qa, windows.
+        same_predictions: rows with the same class; in qa, likeliest start and end; in regression, number.
+        identical_logits: rows whose logits are equal to the bit.
+        largest_difference: between two logits.
+        trained, deployed: metrics in points.
+        weights: sha256 of the compressed model's weights.
+        data: sha256 of the sources of the evaluation rows, as `TaskData.fingerprint` has it.
+    """
+
+    backend: str
+    target: str | None
+    rows: int
+    same_predictions: int
+    identical_logits: int
+    largest_difference: float
+    trained: dict[str, float]
+    deployed: dict[str, float]
+    weights: str | None
+    data: str | None
+
+    @property
+    def complete(self) -> bool:
+        """True if every row has the same prediction."""
+        return self.same_predictions == self.rows
+
+
+def compare_backends(run_folder: Path, config: RunConfig, backend: str, batch_size: int = 32) -> Agreement:
+    """Predictions of a finished run's compressed model, as trained and deployed on a backend, on every evaluation row.
+
+    Raises:
+        ConfigError: see `finished_model`.
+        BackendUnavailableError, ValueError: see `deploy`.
+    """
+    model, data = finished_model(run_folder, config)
+    trained = predicted_logits(model, data, batch_size)
+    deployed = predicted_logits(deploy(model, backend), data, batch_size)
+    identical = (trained == deployed).flatten(1).all(1)
+    same = identical if data.task.kind == "regression" else (trained.argmax(-1) == deployed.argmax(-1)).all(1)
+    return Agreement(
+        backend, cpu.active_target() if backend == "cpu" else None, len(trained), int(same.sum()),
+        int(identical.sum()), float((trained - deployed).abs().max()),
+        metrics_of(trained, data), metrics_of(deployed, data),
+        weights_hash(str(run_folder / "progressive")), data.fingerprint.get("eval"),
+    )  # fmt: skip

@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
+from attnpress.benchmark.turns import Side
 from attnpress.cli import main
 from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName, choices
+from attnpress.kernels import ops
 from attnpress.models.loading import PINNED_WEIGHTS
 from attnpress.recipe import dump_config, load_config
 from attnpress.results import read_record
@@ -107,20 +109,55 @@ def test_ls_names_and_explains_all_choices(
 def test_bench_prints_a_table_and_writes_every_figure(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "bench.json"
     options = ["--seq-len", "16", "32", "--sparsity", "0.5", "--threads", "1", "--peers", "sdpa", "--json", str(file)]
+
+    def times(sides: list[Side], seconds: float) -> dict[str, list[float]]:
+        return {side.name: [4.0, 4.0, 4.0] if side.name == "sdpa" else [1.0, 2.0, 3.0] for side in sides}
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("attnpress.benchmark._alternate", lambda ours, peer, seconds: ([1.0, 2.0, 3.0], [4.0, 4.0, 4.0]))
+        patch.setattr("attnpress.benchmark.attention.in_turns", times)
         assert main(["bench", *options]) == 0
     records = json.loads(file.read_text(encoding="utf-8"))
-    assert [(r["seq_len"], r["peer"], r["threads"], r["ratio"]) for r in records] == [
-        (16, "sdpa", 1, 2.0),
-        (32, "sdpa", 1, 2.0),
+    assert [(r["seq_len"], r["batch"], r["peer"], r["threads"], r["ours_ms"], r["ratio"]) for r in records] == [
+        (16, 8, "sdpa", 1, 2.0, 2.0),
+        (32, 8, "sdpa", 1, 2.0, 2.0),
     ]
-    assert "sdpa" in capsys.readouterr().out
+    assert all(r["provenance"]["command"].startswith("attnpress bench --seq-len 16 32 --sparsity") for r in records)
+    printed = capsys.readouterr().out
+    assert "sdpa" in printed
+    assert "4.000" in printed
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"), [(["--peers", "flash"], "no peer called flash"), (["--sparsity", "1.5"], "sparsity")]
-)
+@needs_kernel
+def test_evaluate_compares_a_backend_with_the_trained_model(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "agreement.json"
+    assert main(["evaluate", str(finished), "--backend", "cpu", "--json", str(file)]) == 0
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["rows"] == found["same_predictions"] == found["identical_logits"] == 80
+
+
+def test_a_backend_that_predicts_otherwise_fails(
+    finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(ops._BACKENDS, "reference", lambda query, *_, **__: query * 0)
+    assert main(["evaluate", str(finished), "--backend", "reference"]) == 1
+    assert "rows differ" in capsys.readouterr().err
+
+
+WRONG_BENCHES: list[tuple[list[str], str]] = [
+    (["--peers", "flash"], "no peer called 'flash'; use some of sdpa, sdpa-bf16, eager, openvino"),
+    (["--sparsity", "1.5"], "sparsity is the fraction of pairs pruned"),
+    (["--threads", "0"], "threads: starts at 1, found 0"),
+    (["--from", "runs/mrpc"], "drop --seq-len and --sparsity"),
+    (["--layer", "2"], "--layer chooses among the layers of --from"),
+    (["--whole-model", "bert-huge"], "no model called 'bert-huge'; use some of minilm, bert-base, modernbert-base"),
+    (["--whole-model", "minilm", "--peers", "openvino"], "no peer called 'openvino'; use some of sdpa, eager"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_BENCHES)
 @needs_kernel
 def test_a_bench_that_cannot_run_is_one_message(
     wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]

@@ -11,13 +11,14 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from attnpress.compression import reevaluate
 from attnpress.config import DENSE, ConfigError, DataSpec, RunConfig
-from attnpress.evaluate import evaluate, predict, predicted_logits
+from attnpress.evaluate import compare_backends, evaluate, predict, predicted_logits, reevaluate
+from attnpress.kernels import ops
 from attnpress.models.binding import attentions, bind
 from attnpress.models.loading import load_compressed, load_model, load_tokenizer
 from attnpress.results import read_record
 from attnpress.tasks import TaskData, TaskError, load_task
+from tests.kernels.factories import needs_kernel
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +142,28 @@ def test_a_run_without_a_compressed_model_is_named(tiny_recipe: RunConfig, tmp_p
     load_tokenizer(tiny_recipe.model).save_pretrained(tmp_path / "progressive")
     with pytest.raises(TaskError, match=r"data\.task: unknown task 'nosuch'"):
         reevaluate(tmp_path, unknown)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_kernel), "reference"])
+def test_a_deployed_run_predicts_what_was_trained_on_every_row(
+    finished: Path, tiny_recipe: RunConfig, backend: str
+) -> None:
+    found = compare_backends(finished, tiny_recipe, backend)
+    assert (found.rows, found.same_predictions, found.identical_logits) == (80, 80, 80)
+    assert found.largest_difference == 0
+    assert found.complete
+    assert found.trained == found.deployed == reevaluate(finished, tiny_recipe).metrics
+
+
+def test_a_backend_that_predicts_otherwise_is_found_out(
+    finished: Path, tiny_recipe: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return torch.zeros_like(query)
+
+    monkeypatch.setitem(ops._BACKENDS, "reference", wrong)
+    found = compare_backends(finished, tiny_recipe, "reference")
+    assert found.same_predictions < found.rows == 80
+    assert found.identical_logits == 0
+    assert found.largest_difference > 0
+    assert not found.complete

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.table import Table
 
@@ -39,15 +40,48 @@ def stages_table(record: Record) -> Table:
     return table
 
 
-def timings_table(records: Iterable[Mapping[str, object]]) -> Table:
-    """What `benchmark.as_records` gives, for a terminal: medians in milliseconds, ratio = peer over ours."""
-    table = Table(title="one attention call, medians")
-    for column in ("tokens", "batch", "sparsity", "threads", "target", "peer", "ours ms", "peer ms", "ratio", "spread"):
-        table.add_column(column, justify="left" if column in ("target", "peer") else "right")
+def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Records of `benchmark.attention.Timing` for a terminal: medians in milliseconds, ratio = peer over ours."""
+    shared = f"one attention call, {_conditions(records)}"
+    table = Table(title=f"{shared}; Q K^T: share of the bare integer product in ours")
+    layers = any(record["layer"] for record in records)
+    _columns(table, *(["layer"] if layers else []), "tokens", "batch", "sparsity", "peer", *TIMES, "Q K^T")
     for record in records:
-        whole = [str(record[name]) for name in ("seq_len", "batch", "sparsity", "threads", "target", "peer")]
-        table.add_row(*whole, *(f"{record[name]:.3f}" for name in ("ours_ms", "peer_ms", "ratio", "spread")))
+        layer = [record["layer"]] if layers else []
+        table.add_row(*layer, *_case(record), *_times(record), f"{record['product_share']:.0%}")
     return table
+
+
+def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
+    """Records of `benchmark.whole_model.ModelTiming` for a terminal, with the share of attention on either side."""
+    table = Table(title=f"one forward pass, {_conditions(records)}; ceiling: attention in no time")
+    _columns(table, "model", "tokens", "batch", "sparsity", "peer", *TIMES, "attention ours", "peer's", "ceiling")
+    for record in records:
+        shares = [f"{record[name]:.1%}" for name in ("ours_attention", "peer_attention")]
+        table.add_row(record["model"], *_case(record), *_times(record), *shares, f"{record['ceiling']:.2f}")
+    return table
+
+
+TIMES = ("ours ms", "spread", "peer ms", "spread", "ratio")
+
+
+def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
+    threads, target = records[0]["threads"], records[0]["target"]
+    return f"medians, {threads} thread{'s' * (threads != 1)}, target {target}"
+
+
+def _columns(table: Table, *names: str) -> None:
+    for name in names:
+        table.add_column(name, justify="left" if name in ("layer", "model", "peer") else "right")
+
+
+def _case(record: Mapping[str, Any]) -> list[str]:
+    return [str(record[name]) for name in ("seq_len", "batch", "sparsity", "peer")]
+
+
+def _times(record: Mapping[str, Any]) -> list[str]:
+    ours, theirs = (f"{record[name]:.3f}" for name in ("ours_ms", "peer_ms"))
+    return [ours, f"{record['spread']:.1%}", theirs, f"{record['peer_spread']:.1%}", f"{record['ratio']:.2f}"]
 
 
 def stages_markdown(record: Record) -> str:

