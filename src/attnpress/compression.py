@@ -30,7 +30,6 @@ from attnpress.models.loading import (
     load_model,
     load_tokenizer,
     resolve_model,
-    save_compressed,
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, StageRecord, read_record, to_json
@@ -138,7 +137,7 @@ def _dense(run: Run) -> PreTrainedModel:
         unbind(bind(model, DENSE))  # a model that cannot be compressed is refused before it is trained
         check_space(model, run.output)
         _train(run, model, "dense", run.config.dense)
-        _save(folder, lambda scratch: _save_dense(run, model, scratch))
+        _save(folder, lambda scratch: _write_model(run, model, scratch))
     return bind(run.load(run.dense), DENSE)
 
 
@@ -167,7 +166,7 @@ def _progressive(run: Run) -> PreTrainedModel:
         teacher = bind(run.load(run.dense), DENSE)
         _train(run, model, "progressive", run.config.compress, teacher, [callback])
         fit_thresholds(model, run.calibration_batches())
-        _save(folder, lambda scratch: _save_progressive(run, model, spec, scratch))
+        _save(folder, lambda scratch: _write_model(run, model, scratch))
     return load_compressed(folder, run.data.task.kind, run.data.label_names)
 
 
@@ -217,13 +216,8 @@ def _save(folder: Path, write: Callable[[Path], None]) -> None:
     this_process().wait_for_everyone()
 
 
-def _save_dense(run: Run, model: PreTrainedModel, folder: Path) -> None:
+def _write_model(run: Run, model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-
-
-def _save_progressive(run: Run, model: PreTrainedModel, spec: AttentionSpec, folder: Path) -> None:
-    save_compressed(model, spec, folder)
     run.tokenizer.save_pretrained(folder)
 
 

@@ -17,6 +17,9 @@ from attnpress.core.observer import Observer, Reduce, alone
 from attnpress.core.pruner import BINS, fit_cutoff, fixed_cutoff, pair_bins, pair_histogram
 from attnpress.core.quantizer import positive_scale, smooth_key
 
+NAME = "attnpress"
+"""Of the attention implementation, the quantization method, and the child module that holds the state."""
+
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 
@@ -54,12 +57,12 @@ class CompressedAttention(nn.Module):
         self.captured: list[Tensor] | None = None
         self.rows: slice | None = None
         for name, tensor_spec in self.quantized().items():
-            scale = torch.ones(self._scale_shape(name, tensor_spec))
+            scale = torch.ones(self._scale_shape(name, tensor_spec), dtype=torch.float32)
             if tensor_spec.learned:
                 self.register_parameter(f"{name}_scale", nn.Parameter(scale))
             else:
                 self.register_buffer(f"{name}_scale", scale)
-        self.register_buffer("cutoff", torch.full((heads,), torch.inf))
+        self.register_buffer("cutoff", torch.full((heads,), torch.inf, dtype=torch.float32))
         self.register_buffer("histogram", torch.zeros(heads, BINS, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(heads, BINS, dtype=torch.float64), persistent=False)
         if spec.threshold is not None:
