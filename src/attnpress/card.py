@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import PurePath
 
 from attnpress.results import Record, StageRecord
 
@@ -24,8 +25,8 @@ CARD = """---
 # {task}, with compressed attention
 
 {base}, fine-tuned on {task}, with query, key, value and attention probabilities (Q/K/V/P) at {bits} bits and
-probabilities pruned by the rule `{rule}`. Made by [attnpress](https://pypi.org/project/attnpress) {version}; the recipe and
-every figure by layer and head are in its run folder.
+probabilities pruned by the rule `{rule}`. Made by attnpress {version}; the recipe and every figure by
+layer and head are in its run folder.
 
 | | dense | compressed |
 | --- | ---: | ---: |
@@ -55,19 +56,24 @@ pipeline("{pipeline}", folder)
 """
 
 
-def model_card(record: Record, stage: StageRecord, kind: str) -> str:
+def model_card(record: Record, kind: str, name: str = "progressive") -> str:
     """The card as Markdown, with the header that the Hugging Face Hub reads.
 
     Args:
-        record: of the run, with its stage "dense".
-        stage: of the model that the card is for.
-        kind: of the task: "classification", "regression" or "qa".
+        record: of the run.
+        kind: of its task: "classification", "regression" or "qa".
+        name: stage of the model that the card is for.
+
+    Raises:
+        ValueError: the record has no such stage.
     """
-    recipe, dense = record.recipe, record.stage("dense")
+    recipe, dense, stage = record.recipe, record.stage("dense"), record.stage(name)
+    if stage is None:
+        raise ValueError(f"the record has no stage {name!r} to write a model card from")
     pipeline = PIPELINES.get(kind, "text-classification")
     return CARD.format(
-        header=_header(recipe["data"]["task"], recipe["model"], pipeline, stage, record.headline),
-        task=recipe["data"]["task"], base=recipe["model"], rule=recipe["attention"]["rule"],
+        header=_header(recipe["data"]["task"], pipeline, stage, record.headline),
+        task=recipe["data"]["task"], base=_public_name(recipe["model"]), rule=recipe["attention"]["rule"],
         bits="/".join("fp" if bits is None else str(bits) for bits in stage.bits.values()),
         version=record.provenance["versions"]["attnpress"], scores=_scores(stage, dense),
         rows=record.provenance["rows"]["eval"], figures=_figures(stage), keys=stage.keys_per_row,
@@ -75,13 +81,17 @@ def model_card(record: Record, stage: StageRecord, kind: str) -> str:
     )  # fmt: skip
 
 
-def _header(task: str, base: str, pipeline: str, stage: StageRecord, headline: str) -> str:
+def _public_name(model: str) -> str:
+    """The model's name without the folders of the machine that it was on."""
+    return PurePath(model).name if model.startswith((".", "/", "~")) else model
+
+
+def _header(task: str, pipeline: str, stage: StageRecord, headline: str) -> str:
     measured = {"type": headline, "value": round(stage.metrics[headline], 2)}
     result = {"task": {"type": pipeline}, "dataset": {"name": task, "type": task}, "metrics": [measured]}
     values: Mapping[str, object] = {
         "library_name": "transformers",
         "pipeline_tag": pipeline,
-        "base_model": base,
         "tags": ["attnpress", "attention", "quantization", "pruning"],
         "metrics": [headline],
         "model-index": [{"name": f"{task}, compressed attention", "results": [result]}],

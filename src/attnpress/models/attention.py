@@ -128,12 +128,13 @@ class CompressedAttention(nn.Module):
         Returns:
             float32 [B, Hq, Sq, D].
         """
+        watched = not _recomputing()
         with torch.no_grad():
-            if self.rows is not None:
+            if self.rows is not None and watched:
                 for pairs, counted in self._pairs(query, key, valid, real, scaling, self.rows, None):
                     bins = pair_bins(self.spec, pairs.exponent, pairs.probability, pairs.distance)
                     self.seen += pair_histogram(bins, counted)
-            if self.counts is not None:
+            if self.counts is not None and watched:
                 for pairs, counted in self._pairs(query, key, valid, real, scaling, slice(None), self.active_cutoff()):
                     self.counts += count_pairs(pairs.codes, pairs.keep, counted)
         return self.attend(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, dropout)
@@ -176,6 +177,11 @@ class CompressedAttention(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _recomputing() -> bool:
+    """True in the second forward of gradient checkpointing, which runs inside the backward pass: its pairs are known."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _rows(x: Any, rows: slice) -> Any:

@@ -157,12 +157,16 @@ class AttnPressQuantizer(HfQuantizer):
             _check_state(name, module)
         model._attnpress_before = "eager"
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, Any]]:
-        """Called first by `save_pretrained`: brings the configuration up to date with the modules."""
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Called first by `save_pretrained`: brings the configuration up to date with the modules.
+
+        Histograms go with the weights, so that training can go on from them, unless there is nothing in them.
+        """
         model.config.quantization_config = self.quantization_config = config_of(model)
         # A loader that does not know attnpress stops at this name, rather than run the model dense.
         model.config.attn_implementation = NAME
-        return None, {}
+        ending = f".{NAME}.histogram"
+        return {name: x for name, x in model.state_dict().items() if not name.endswith(ending) or bool(x.any())}, {}
 
 
 def config_of(model: nn.Module) -> AttnPressConfig:
