@@ -180,7 +180,7 @@ class CompressedAttention(nn.Module):
 
 
 def _recomputing() -> bool:
-    """True in the second forward of gradient checkpointing, which runs inside the backward pass: its pairs are known."""
+    """True in the second forward of gradient checkpointing, inside the backward pass: its pairs were seen before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
