@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 
@@ -160,6 +161,20 @@ def test_a_merged_adapter_saves_and_loads_as_any_compressed_model(tmp_path: Path
     merged = model.merge_and_unload()
     merged.save_pretrained(tmp_path)
     assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path), make_batch()), outputs(merged, make_batch()))
+
+
+def test_an_adapter_of_its_own_file_goes_onto_a_loaded_compressed_model(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    adapted = lora(compressed())
+    adapted.eval()
+    adapted.save_pretrained(tmp_path / "adapter")
+    names = load_file(tmp_path / "adapter" / "adapter_model.safetensors").keys()
+    assert names
+    assert all("lora_" in name for name in names), "scales and thresholds belong to the compressed model"
+    compressed().save_pretrained(tmp_path / "base")
+    loaded = peft.PeftModel.from_pretrained(AutoModel.from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    loaded.eval()
+    assert torch.equal(outputs(loaded, make_batch()), outputs(adapted, make_batch()))
 
 
 def test_a_model_may_be_bound_after_its_adapter_was_put_on() -> None:
