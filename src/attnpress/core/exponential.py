@@ -86,7 +86,9 @@ def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
 
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        return make(*args, **kwargs) if torch.compiler.is_compiling() else cached(*args, **kwargs)
+        if torch.compiler.is_compiling():
+            return make(*args, **kwargs)
+        return cached(*args, **kwargs)  # type: ignore[arg-type]  # all of them are hashable
 
     return table
 

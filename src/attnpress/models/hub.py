@@ -140,7 +140,10 @@ class AttnPressQuantizer(HfQuantizer):
             return
         _check_files(checkpoint_files or ())
         if not self.quantization_config.modules:
-            raise ModelError("quantization_config of attnpress is damaged: it names no attention modules")
+            raise ModelError(
+                "quantization_config of attnpress names no attention modules: the file is damaged, or a part of a bound "
+                "model was saved; save the whole model that was bound"
+            )
         for name, shape in self.quantization_config.modules.items():
             spec = shape.attention or self.quantization_config.attention
             child = CompressedAttention(spec, shape.heads, shape.kv_heads, shape.head_dim)
