@@ -141,7 +141,7 @@ class AttnPressQuantizer(HfQuantizer):
         _check_files(checkpoint_files or ())
         if not self.quantization_config.modules:
             raise ModelError(
-                "quantization_config of attnpress names no attention modules: the file is damaged, or a part of a bound "
+                "quantization_config of attnpress names no attention modules: it is damaged, or a part of a bound "
                 "model was saved; save the whole model that was bound"
             )
         for name, shape in self.quantization_config.modules.items():
