@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 from attnpress.report.render import seeds_markdown, stages_markdown
 from attnpress.results import read_record
 
 ROOT = Path(__file__).parents[1]
+EXACT = ("eager", "deployed", "round_trip", "generate")
 RECIPES = {"8 bits": "mrpc-8bit"}
 
 
@@ -18,7 +21,21 @@ def tables() -> dict[str, str]:
         label: [read_record(path) for path in sorted((ROOT / "records").glob(f"{stem}-seed*.json"))]
         for label, stem in RECIPES.items()
     }
-    return {"demo": stages_markdown(read_record(ROOT / "records" / "demo.json")), "mrpc": seeds_markdown(groups)}
+    demo = stages_markdown(read_record(ROOT / "records" / "demo.json"))
+    rows = json.loads((ROOT / "docs" / "families.json").read_text(encoding="utf-8"))
+    return {"demo": demo, "mrpc": seeds_markdown(groups), "families": families_markdown(rows)}
+
+
+def families_markdown(rows: dict[str, dict[str, Any]]) -> str:
+    """The model families; what is refused in a last line."""
+    lines = ["| family | eager | 8-bit error | deployed | saved and loaded | generate |"]
+    lines.append("| --- | --- | ---: | --- | --- | --- |")
+    for name, row in rows.items():
+        if "refused" not in row:
+            exact = [("no", "yes", "")[2 if row[key] is None else int(row[key])] for key in EXACT]
+            lines.append(f"| {name} | {exact[0]} | {row['error_8bit']:.1%} | {' | '.join(exact[1:])} |")
+    refused = ", ".join(name for name, row in rows.items() if "refused" in row)
+    return "\n".join([*lines, "", f"Refused, by an error that says why: {refused}."])
 
 
 def filled(text: str) -> str:

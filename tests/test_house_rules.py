@@ -23,6 +23,7 @@ PACKAGE = "attnpress"
 JOURNEYS = {
     "benchmark",
     "calibration",
+    "card",
     "compression",
     "deployment",
     "evaluate",
@@ -40,10 +41,11 @@ ARROWS: dict[str, set[str]] = {
     "core": {"config"},
     "kernels": {"config", "core"},
     "models": {"config", "recipe", "files", "core"},
+    "registration": {"models"},
     "report": {"results"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
     "cli": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
-    "__init__": {"report"} | JOURNEYS | BELOW_JOURNEYS,
+    "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
 }
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 

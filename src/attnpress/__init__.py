@@ -20,6 +20,7 @@ from attnpress.config import (
     TrainSpec,
 )
 from attnpress.recipe import load_config
+from attnpress.registration import register_when_needed
 
 if TYPE_CHECKING:
     from attnpress.calibration import calibrate, fit_thresholds
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
     from attnpress.deployment import deploy, undeploy
     from attnpress.finetune import SparsityCallback, SparsityDriver
     from attnpress.models.binding import attentions, bind, unbind
-    from attnpress.models.loading import load_compressed, save_compressed
+    from attnpress.models.hub import AttnPressConfig
+    from attnpress.models.loading import load_compressed
 
 __version__ = version("attnpress")
 
 __all__ = [
     "DENSE",
     "AttentionSpec",
+    "AttnPressConfig",
     "CalibrationSpec",
     "ConfigError",
     "DataSpec",
@@ -53,13 +56,13 @@ __all__ = [
     "fit_thresholds",
     "load_compressed",
     "load_config",
-    "save_compressed",
     "unbind",
     "undeploy",
 ]
 
 # Loaded on first use: they import torch and Transformers, which `attnpress --help` must not wait for.
 _LATE = {
+    "AttnPressConfig": "attnpress.models.hub",
     "SparsityCallback": "attnpress.finetune",
     "SparsityDriver": "attnpress.finetune",
     "attentions": "attnpress.models.binding",
@@ -69,7 +72,6 @@ _LATE = {
     "deploy": "attnpress.deployment",
     "fit_thresholds": "attnpress.calibration",
     "load_compressed": "attnpress.models.loading",
-    "save_compressed": "attnpress.models.loading",
     "unbind": "attnpress.models.binding",
     "undeploy": "attnpress.deployment",
 }
@@ -79,3 +81,6 @@ def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module 'attnpress' has no attribute {name!r}")
     return getattr(importlib.import_module(_LATE[name]), name)
+
+
+register_when_needed()

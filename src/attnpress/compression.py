@@ -19,18 +19,18 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from attnpress.calibration import calibrate, fit_thresholds, this_process
+from attnpress.card import model_card
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
 from attnpress.files import sha256_of, whole_folder, write_text
 from attnpress.finetune import SparsityCallback, history_lines, read_history, train
-from attnpress.models.binding import bind, unbind
+from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.loading import (
     WEIGHTS,
     load_compressed,
     load_model,
     load_tokenizer,
     resolve_model,
-    save_compressed,
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, read_record, to_json
@@ -125,6 +125,8 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     record.provenance["weights"].update(_hashes(run))
     record.provenance["machine"]["wall_seconds"] = round(sum(known.seconds for known in record.stages), 1)
     if state.is_main_process:
+        if name == "progressive":
+            write_text(run.output / name / "README.md", model_card(record, run.data.task.kind))
         write_text(run.output / "record.json", to_json(record))
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)
     state.wait_for_everyone()
@@ -138,7 +140,7 @@ def _dense(run: Run) -> PreTrainedModel:
         unbind(bind(model, DENSE))  # a model that cannot be compressed is refused before it is trained
         check_space(model, run.output)
         _train(run, model, "dense", run.config.dense)
-        _save(folder, lambda scratch: _save_dense(run, model, scratch))
+        _save(folder, lambda scratch: _write_model(run, model, scratch))
     return bind(run.load(run.dense), DENSE)
 
 
@@ -167,7 +169,9 @@ def _progressive(run: Run) -> PreTrainedModel:
         teacher = bind(run.load(run.dense), DENSE)
         _train(run, model, "progressive", run.config.compress, teacher, [callback])
         fit_thresholds(model, run.calibration_batches())
-        _save(folder, lambda scratch: _save_progressive(run, model, spec, scratch))
+        for module in attentions(model).values():
+            module.histogram.zero_()  # only training needs it, so it is not saved
+        _save(folder, lambda scratch: _write_model(run, model, scratch))
     return load_compressed(folder, run.data.task.kind, run.data.label_names)
 
 
@@ -217,13 +221,8 @@ def _save(folder: Path, write: Callable[[Path], None]) -> None:
     this_process().wait_for_everyone()
 
 
-def _save_dense(run: Run, model: PreTrainedModel, folder: Path) -> None:
+def _write_model(run: Run, model: PreTrainedModel, folder: Path) -> None:
     model.save_pretrained(folder)
-    run.tokenizer.save_pretrained(folder)
-
-
-def _save_progressive(run: Run, model: PreTrainedModel, spec: AttentionSpec, folder: Path) -> None:
-    save_compressed(model, spec, folder)
     run.tokenizer.save_pretrained(folder)
 
 

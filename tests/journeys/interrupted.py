@@ -86,7 +86,9 @@ MOMENTS: dict[str, Trap] = {
     "progressive: in the middle of a checkpoint": saving("progressive", 16),
     "progressive: second epoch": at_step("progressive", 27),
     "progressive: trained, thresholds not frozen": before(journey, "fit_thresholds"),
-    "progressive: in the middle of the final weights": before(journey, "_save_progressive"),
+    "progressive: in the middle of the final weights": before(
+        journey, "_write_model", lambda run, model, folder: "progressive" in folder.name
+    ),
     "progressive: weights saved, record not": recording("progressive"),
 }
 

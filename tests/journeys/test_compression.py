@@ -141,7 +141,7 @@ def test_training_is_logged_step_by_step(record: Record, finished: Path) -> None
 def test_the_run_folder_is_complete_and_safe(finished: Path, tiny_recipe: RunConfig) -> None:
     assert load_config(finished / "recipe.yaml") == tiny_recipe
     files = [path.relative_to(finished) for path in finished.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".yaml", ".safetensors"}, (
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".yaml", ".safetensors", ".md"}, (
         "nothing is left to unpickle"
     )
     assert not [path for path in files if path.name.startswith(".")], "no scratch files are left"

@@ -101,14 +101,14 @@ def make_batch(name: str = "BERT", lengths: Sequence[int] = (9, 5, 1), seed: int
     return {"input_ids": torch.where(real, tokens, PAD), "attention_mask": real.long()}
 
 
-def outputs(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def outputs(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states [B, S, D] of the last layer."""
     with torch.no_grad():
         hidden: Tensor = model(**batch).last_hidden_state
     return hidden
 
 
-def real_tokens(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+def real_tokens(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Hidden states of real tokens only [tokens, D]."""
     hidden = outputs(model, batch)
     return hidden[batch["attention_mask"].bool()] if "attention_mask" in batch else hidden.flatten(0, 1)

@@ -27,8 +27,8 @@ from transformers import (
 from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
+from attnpress.models.attention import NAME
 from attnpress.models.binding import (
-    NAME,
     UnsupportedModelError,
     attention_forward,
     attentions,

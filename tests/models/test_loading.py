@@ -1,43 +1,21 @@
-"""Finding, saving and loading models; what is missing, damaged or newer is refused by name."""
+"""Finding and loading models; what is missing is refused by name. Compressed ones: see test_hub.py."""
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import BertForQuestionAnswering, PreTrainedModel
 
-from attnpress.calibration import calibrate
-from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.files import sha256_of
 from attnpress.models import loading
-from attnpress.models.binding import attentions, bind
-from attnpress.models.loading import (
-    SPEC_FILE,
-    WEIGHTS,
-    ModelError,
-    load_compressed,
-    load_model,
-    load_tokenizer,
-    resolve_model,
-    save_compressed,
-    weights_hash,
-)
-from tests.models.factories import as_dtype, make_batch, make_classifier, make_model
-
-SPECS = {
-    "relative": AttentionSpec(sparsity=0.7),
-    "topk": AttentionSpec(rule="topk", sparsity=0.7),
-    "fixed threshold": AttentionSpec(rule="threshold", threshold=0.05),
-    "learned": AttentionSpec(q=TensorSpec(learned=True), v=TensorSpec(bits=4, granularity="channel"), sparsity=0.5),
-    "dynamic": AttentionSpec(q=TensorSpec(granularity="token"), p=ProbsSpec(mode="unit"), smooth_key=True),
-}
+from attnpress.models.hub import ModelError
+from attnpress.models.loading import WEIGHTS, load_model, load_tokenizer, resolve_model, weights_hash
+from tests.models.factories import make_batch, make_classifier, make_model
 
 
 def logits(model: PreTrainedModel) -> Tensor:
@@ -46,118 +24,14 @@ def logits(model: PreTrainedModel) -> Tensor:
     return found
 
 
-def make_compressed(spec: AttentionSpec = SPECS["relative"]) -> PreTrainedModel:
-    model = bind(make_classifier(num_labels=3), spec)
-    calibrate(model, [make_batch(seed=3)])
-    return model
-
-
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """A folder with a compressed model."""
-    save_compressed(make_compressed(), SPECS["relative"], tmp_path / "model")
+    """A folder with a dense classifier."""
+    make_classifier(num_labels=3).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
 NAMES = ("low", "middle", "high")
-
-
-# Compressed models.
-
-
-@pytest.mark.parametrize("name", SPECS)
-def test_a_saved_model_comes_back_the_same(name: str, tmp_path: Path) -> None:
-    model, spec = make_compressed(SPECS[name]), SPECS[name]
-    save_compressed(model, spec, tmp_path)
-    loaded = load_compressed(tmp_path, "classification", NAMES)
-    assert torch.equal(logits(loaded), logits(model))
-    ours, theirs = attentions(loaded), attentions(model)
-    assert list(ours) == list(theirs)
-    for key, state in ours.items():
-        assert state.spec == spec
-        for part in ("cutoff", *(f"{matrix}_scale" for matrix in state.quantized())):
-            assert torch.equal(getattr(state, part), getattr(theirs[key], part))
-            assert type(getattr(state, part)) is type(getattr(theirs[key], part))
-
-
-def test_a_saved_model_is_readable_by_anyone(saved: Path) -> None:
-    state = load_file(saved / WEIGHTS)
-    assert not any(name.endswith("histogram") for name in state), "statistics of training stay behind"
-    assert {name.rsplit(".", 1)[1] for name in state if ".attnpress." in name} == {
-        "q_scale", "k_scale", "v_scale", "cutoff",
-    }  # fmt: skip
-    data = json.loads((saved / SPEC_FILE).read_text(encoding="utf-8"))
-    assert data["attention"]["sparsity"] == 0.7
-    assert not [path for path in saved.iterdir() if path.suffix in (".bin", ".pt", ".pkl")], "nothing to unpickle"
-
-
-def test_a_model_saved_in_half_precision_keeps_float32_scales(tmp_path: Path) -> None:
-    model = as_dtype(make_compressed(), torch.bfloat16)
-    save_compressed(model, SPECS["relative"], tmp_path)
-    loaded = load_compressed(tmp_path, "classification", NAMES)
-    assert loaded.dtype == torch.bfloat16
-    assert torch.equal(logits(loaded), logits(model))
-
-
-def test_weights_of_a_saved_model_also_load_without_compression(saved: Path) -> None:
-    model = load_model(str(saved), "classification", NAMES)
-    assert not attentions(model)
-    assert bool(logits(model).isfinite().all())
-
-
-def rewrite_spec(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
-    data = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
-    (folder / SPEC_FILE).write_text(json.dumps(change(data)), encoding="utf-8")
-
-
-def without_weight(folder: Path, name: str) -> None:
-    save_weights(folder, {key: tensor for key, tensor in load_file(folder / WEIGHTS).items() if name not in key})
-
-
-def narrow(folder: Path, name: str) -> None:
-    state = load_file(folder / WEIGHTS)
-    save_weights(folder, {key: tensor[:, :1].clone() if name in key else tensor for key, tensor in state.items()})
-
-
-def save_weights(folder: Path, state: dict[str, Tensor]) -> None:
-    save_file(state, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def truncate(file: Path, size: int) -> None:
-    file.write_bytes(file.read_bytes()[:size])
-
-
-DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no spec": (lambda folder: (folder / SPEC_FILE).unlink(), SPEC_FILE),
-    "spec cut short": (lambda folder: truncate(folder / SPEC_FILE, 40), SPEC_FILE),
-    "spec not an object": (lambda folder: rewrite_spec(folder, lambda data: [data]), SPEC_FILE),
-    "spec without attention": (lambda folder: rewrite_spec(folder, lambda data: {"format": 1}), SPEC_FILE),
-    "attention not an object": (lambda folder: rewrite_spec(folder, lambda data: data | {"attention": 8}), SPEC_FILE),
-    "unknown key": (lambda folder: rewrite_spec(folder, lambda data: data | {"attention": {"bitz": 8}}), "bitz"),
-    "newer format": (lambda folder: rewrite_spec(folder, lambda data: data | {"format": 2}), "update attnpress"),
-    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), WEIGHTS),
-    "weights cut short": (lambda folder: truncate(folder / WEIGHTS, 5000), WEIGHTS),
-    "weights empty": (lambda folder: truncate(folder / WEIGHTS, 0), WEIGHTS),
-    "a scale missing": (lambda folder: without_weight(folder, "q_scale"), "q_scale"),
-    "a scale of another shape": (lambda folder: narrow(folder, "k_scale"), "k_scale"),
-    "a weight missing": (lambda folder: without_weight(folder, "classifier.bias"), "classifier.bias"),
-    "no configuration": (lambda folder: (folder / "config.json").unlink(), "could not be loaded"),
-    "configuration cut short": (lambda folder: truncate(folder / "config.json", 40), "could not be loaded"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_model_is_refused_by_name(name: str, saved: Path) -> None:
-    damage, named = DAMAGES[name]
-    damage(saved)
-    with pytest.raises(ModelError, match=named) as caught:
-        load_compressed(saved, "classification", NAMES)
-    assert str(saved) in str(caught.value)
-
-
-def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="not a compressed model"):
-        load_compressed(tmp_path / "nowhere", "classification", NAMES)
 
 
 # Names.

@@ -18,9 +18,13 @@ adds at most 2^-11.5 relative. Together under max(2^-10 p~, 2^-16), which the te
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
 
 STEPS_PER_OCTAVE = 1024
 ONE = 1 << 16
@@ -76,13 +80,26 @@ def _high(left: Tensor, right: Tensor | int) -> Tensor:
     return ((left.to(torch.int64) * right) >> 16).to(torch.int32)
 
 
-@functools.lru_cache(maxsize=32)
+def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
+    """Cache small tables; while torch.compile traces, which warns of caches, make them inside the graph."""
+    cached = functools.lru_cache(maxsize=64)(make)
+
+    @functools.wraps(make)
+    def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
+        if torch.compiler.is_compiling():
+            return make(*args, **kwargs)
+        return cached(*args, **kwargs)  # type: ignore[arg-type]  # all of them are hashable
+
+    return table
+
+
+@_kept
 def power_table(device: torch.device) -> Tensor:
     """`power` of every t from 0 to T_MAX; int32 [T_MAX + 1]."""
     return power(torch.arange(T_MAX + 1, device=device))
 
 
-@functools.lru_cache(maxsize=64)
+@_kept
 def code_table(qmax: int, device: torch.device) -> Tensor:
     """P code of mode "row" for every t: round_half_up(p~ * qmax); uint8 [T_MAX + 1]."""
     return row_codes(power_table(device), qmax).to(torch.uint8)

