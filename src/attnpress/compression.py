@@ -257,6 +257,16 @@ def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
     """Evaluate the compressed model of a finished run, on its own data or another `config.data`.
 
     Raises:
+        ConfigError: `finished_model`'s reasons.
+    """
+    model, data = finished_model(run_folder, config)
+    return evaluate(model, data, "progressive", config.data.max_length)
+
+
+def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
+    """The compressed model of a finished run, and the data of `config`.
+
+    Raises:
         ConfigError: the run has no compressed model yet, or one with other classes.
     """
     folder = run_folder / "progressive"
@@ -273,5 +283,4 @@ def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
             f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
             f"{run_folder} was trained for another; choose a task that its head fits"
         )
-    model = load_compressed(folder, data.task.kind, data.label_names)
-    return evaluate(model, data, "progressive", config.data.max_length)
+    return load_compressed(folder, data.task.kind, data.label_names), data
