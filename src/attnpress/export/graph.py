@@ -9,7 +9,7 @@ exact in float32, whatever scales the heads have.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,7 @@ def openvino_fake_quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def graph_attention(coder: Coder) -> Attend:
     """A strategy for `CompressedAttention.attend` that traces into the runtime's operators; it cannot be run itself."""
+    power_table(torch.device("cpu"))  # made now, it is a constant of the graph; made while tracing, it would be steps
 
     def attend(
         query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
@@ -117,8 +118,11 @@ LONGEST = EXACT // 255
 """Keys up to which float32 sums of P codes are exact: 65,793."""
 
 
-def check_exportable(model: nn.Module) -> None:
+def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
     """Refuse what the operators cannot say.
+
+    Args:
+        rules: those that the runtime gets right.
 
     Raises:
         ExportError: names the module and the option.
@@ -127,17 +131,17 @@ def check_exportable(model: nn.Module) -> None:
     if not modules:
         raise ExportError("the model has no compressed attention: export takes a model after bind and calibrate")
     for name, module in modules.items():
-        reason = _refusal(module)
+        reason = _refusal(module, rules)
         if reason:
             raise ExportError(f"{name}: {reason}")
 
 
-def _refusal(module: CompressedAttention) -> str | None:
+def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
     spec = module.spec
     if None in spec.bits.values():
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
-    if spec.rule not in RULES and (spec.sparsity > 0 or spec.threshold is not None):
-        return f"rule {spec.rule!r} cannot be exported, only {', '.join(RULES)}: it sorts and sums whole rows"
+    if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
+        return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
     if spec.q.granularity == "token" and spec.q.power_of_two:
         return "q.granularity 'token' with power_of_two reads the bits of a float, which ONNX has no operator for"
     if spec.p.qmax == 1:
@@ -158,7 +162,9 @@ def attending(model: nn.Module, attend: Attend) -> Iterator[None]:
             module.attend = own
 
 
-def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder) -> ONNXProgram:
+def trace_graph(
+    model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, rules: Collection[str] = RULES
+) -> ONNXProgram:
     """The model's graph, for any batch size and length.
 
     Args:
@@ -168,7 +174,7 @@ def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder) -> 
     Raises:
         ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
     """
-    check_exportable(model)
+    check_exportable(model, rules)
     model.eval()
     with attending(model, graph_attention(coder)), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about itself

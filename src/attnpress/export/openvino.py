@@ -18,6 +18,9 @@ FILE = "model.xml"
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
 """On processors with bf16 the plugin would otherwise round the integer scores to 8 bits."""
 
+RULES = ("relative", "threshold")
+"""Rule topk is not among them: OpenVINO 2026.4 keeps other pairs than the reference in a few rows."""
+
 INT8 = ("i8", "u8")
 
 NOTES = (
@@ -61,7 +64,7 @@ def write_openvino(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
     require("openvino", "openvino", "onnx", "onnxscript")
     import openvino
 
-    program = trace_graph(model, batch, openvino_fake_quantize)
+    program = trace_graph(model, batch, openvino_fake_quantize, RULES)
     with tempfile.TemporaryDirectory() as scratch:
         program.save(Path(scratch) / "model.onnx")
         converted = openvino.Core().read_model(Path(scratch) / "model.onnx")

@@ -155,4 +155,3 @@ def _check_layer(layer: str, spec: AttentionSpec, t: Tensors) -> None:
     }  # fmt: skip
     for name, expected in recomputed.items():
         _expect(layer, name, expected, t[name])
-
