@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from attnpress.cli import main
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, RunConfig
