@@ -26,8 +26,8 @@ INT8 = ("i8", "u8")
 NOTES = (
     "Run it with INFERENCE_PRECISION_HINT f32: integer scores do not survive bf16.",
     "Given the same query, key and value, codes, scores, keep masks and P codes are those of the contract on "
-    f"processors with 8-bit dot products (finite inputs, up to {LONGEST} keys); the last division may differ in its last "
-    "bits, and K smoothing takes its mean in float32 instead of float64.",
+    f"processors with 8-bit dot products (finite inputs, up to {LONGEST} keys).",
+    "The last division may differ in its last bits; K smoothing takes its mean in float32 instead of float64.",
     "Linear layers and layer norms are the plugin's own: their last bits differ, and a value on the edge between two "
     "codes may then take the other one.",
     "The pruning rule needs the row maximum (or total) and the probabilities at once, so the plugin does not fuse the "
