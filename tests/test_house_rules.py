@@ -54,6 +54,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "datasets": ("tasks",),
     "matplotlib": ("report.plots",),
     "triton": ("kernels.triton",),
+    "onnxruntime": ("export",),
+    "openvino": ("export", "benchmark"),
 }
 """The only places that may know a library."""
 

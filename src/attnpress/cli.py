@@ -20,6 +20,7 @@ EXAMPLES = """examples:
   attnpress compress recipes/mrpc-8bit.yaml --set data.data_dir=glue/MRPC --set seed=1 --output runs/mrpc-1
   attnpress evaluate runs/demo
   attnpress evaluate runs/demo --backend cpu --json agreement.json
+  attnpress export runs/demo --to onnx
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -81,6 +82,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
     )  # fmt: skip
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    export = _command(commands, "export", _export, "export the compressed model of a finished run, checked")
+    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    export.add_argument("--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers")
+    export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
+    export.add_argument("--rows", type=int, default=4, metavar="N", help="evaluation rows in a trace (default: 4)")
+    _set_argument(export)
     validate = _command(commands, "validate", _validate, "check a recipe without running it, and print it in full")
     _recipe_arguments(validate)
     listing = _command(commands, "ls", _ls, "list what recipes can name, and the backends of this machine")
@@ -179,6 +186,18 @@ def _print_json(found: object, file: Path | None) -> None:
     print(text)
     if file is not None:
         write_text(file, text + "\n")
+
+
+def _export(options: argparse.Namespace) -> int:
+    config = load_config(options.run_dir / "recipe.yaml", options.set)
+    _quiet_libraries()
+    import json
+
+    from attnpress.export import export_run
+
+    record = export_run(options.run_dir, config, options.to, options.output, options.rows)
+    print(json.dumps({key: value for key, value in record.items() if key not in ("attention", "versions")}, indent=1))
+    return 0
 
 
 def _validate(options: argparse.Namespace) -> int:

@@ -60,13 +60,13 @@ def predict(model: PreTrainedModel, data: TaskData, batch_size: int = 32) -> dic
     return metrics_of(predicted_logits(model, data, batch_size), data)
 
 
-def metrics_of(predicted: Tensor, data: TaskData) -> dict[str, float]:
-    """The task's metrics of `predicted_logits`."""
-    logits = predicted.cpu().numpy()
+def metrics_of(logits: Tensor, data: TaskData) -> dict[str, float]:
+    """The task's metrics in points, headline first, of what `predicted_logits` returns."""
+    found = logits.cpu().numpy()
     if data.task.kind == "qa":
-        spans: Any = (logits[:, 0], logits[:, 1])  # its annotation allows one output only
+        spans: Any = (found[:, 0], found[:, 1])  # its annotation allows one output only
         return data.compute_metrics(EvalPrediction(spans, np.empty(0)))
-    return data.compute_metrics(EvalPrediction(logits[:, 0], np.asarray(data.eval["labels"])))
+    return data.compute_metrics(EvalPrediction(found[:, 0], np.asarray(data.eval["labels"])))
 
 
 def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) -> Tensor:

@@ -47,7 +47,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnpress.finetune.CompressionTrainer.train", train)
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["evaluate"], ["validate"], ["ls"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["compress"], ["evaluate"], ["export"], ["validate"], ["ls"], ["bench"]])
 def test_every_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])

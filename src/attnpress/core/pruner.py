@@ -18,6 +18,9 @@ BINS = 4608
 BIN_WIDTH = 8
 """A histogram bin spans 8/1024 octave (0.54 % of a probability); 4608 bins reach 2^-36, below any P code."""
 
+GRAIN = 4096
+"""Shares of a row are rounded up to 1/4096 where only a bound is asked for."""
+
 NATS_PER_BIN = BIN_WIDTH / STEPS_PER_OCTAVE * math.log(2)
 
 
@@ -52,13 +55,18 @@ def keep_topk(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:
     """The k nearest pairs of each row, k = max(1, round((1 - sparsity) * valid keys); ties go to the lower index."""
     count = valid.sum(-1, keepdim=True)
     k = torch.round((1.0 - sparsity) * count.double()).long().clamp(min=1)
-    most = max(1, round((1.0 - sparsity) * valid.shape[-1]))
     ranked = distance.double().masked_fill(~valid, math.inf)
-    smallest = ranked.topk(most, largest=False, sorted=True).values
+    smallest = ranked.topk(most_kept(valid.shape[-1], sparsity), largest=False, sorted=True).values
     kth = smallest.gather(-1, k.expand(*ranked.shape[:-1], 1) - 1)
     nearer, tied = ranked < kth, ranked == kth
     room = k - nearer.sum(-1, keepdim=True)
     return (nearer | (tied & (tied.cumsum(-1) <= room))) & valid
+
+
+def most_kept(keys: int, sparsity: float) -> int:
+    """An upper bound, 1 to `keys`, of `keep_topk`'s k, in integers alone: `keys` may be symbolic, as in an export."""
+    share = min(GRAIN, math.ceil((1.0 - sparsity) * GRAIN))
+    return keys if share == GRAIN else keys * share // GRAIN + 1
 
 
 def keep_mass(probability: Tensor, distance: Tensor, cutoff: Tensor) -> Tensor:

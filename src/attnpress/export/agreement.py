@@ -1,0 +1,112 @@
+"""Does the exported file give what the deployed model gives? Both see the whole evaluation set."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from attnpress.deployment import deploy, undeploy
+from attnpress.evaluate import metrics_of, predicted_logits
+from attnpress.export.errors import ExportError
+from attnpress.kernels import cpu
+from attnpress.kernels.ops import NATIVE_RULES
+from attnpress.models.attention import CompressedAttention
+from attnpress.models.binding import attentions
+from attnpress.tasks import TaskData
+
+TOLERANCE = 0.2
+"""Points of the headline metric by which a runtime may differ."""
+
+Infer = Callable[[Mapping[str, np.ndarray[Any, Any]]], Sequence[np.ndarray[Any, Any]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Agreement:
+    """A runtime against the deployed model, on the same rows.
+
+    Attributes:
+        metric: name of the headline metric; deployed, exported: its value in points.
+        rows: of the evaluation set.
+        same_decisions: fraction of rows (in qa: of windows and ends) whose largest logit is in the same place.
+        largest_logit_difference: over all logits.
+        backend: what ran the deployed model's attention.
+    """
+
+    metric: str
+    deployed: float
+    exported: float
+    rows: int
+    same_decisions: float
+    largest_logit_difference: float
+    backend: str
+
+    @property
+    def difference(self) -> float:
+        """Points by which the metrics differ."""
+        return abs(self.deployed - self.exported)
+
+
+class Served(nn.Module):
+    """An exported file behind the face of a model: inputs by name in, outputs by name out."""
+
+    def __init__(self, infer: Infer, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.infer, self.outputs = infer, tuple(outputs)
+        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask a model's parameters for a device
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs are expected."""
+        return self.anchor.device
+
+    def forward(self, **batch: Tensor) -> dict[str, Tensor]:
+        """The outputs of one batch."""
+        found = self.infer({name: tensor.numpy() for name, tensor in batch.items()})
+        return {name: torch.from_numpy(array) for name, array in zip(self.outputs, found, strict=True)}
+
+
+def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) -> Agreement:
+    """Evaluate the deployed model and the exported one.
+
+    Raises:
+        ExportError: their metrics differ by more than TOLERANCE.
+    """
+    backend = usable_backend(attentions(model).values())
+    deploy(model, backend)
+    try:
+        ours = predicted_logits(model, data, batch_size)
+    finally:
+        undeploy(model)
+    theirs = predicted_logits(served, data, batch_size)  # type: ignore[arg-type]
+    headline, deployed = next(iter(metrics_of(ours, data).items()))
+    found = Agreement(
+        headline, deployed, metrics_of(theirs, data)[headline], len(ours), _same_decisions(ours, theirs),
+        float((ours - theirs).abs().max()), backend,
+    )  # fmt: skip
+    if not found.difference <= TOLERANCE:
+        raise ExportError(
+            f"the exported model gives {headline} {found.exported:.2f}, the deployed one {found.deployed:.2f}: more "
+            f"than {TOLERANCE} points apart on {found.rows} rows, so nothing was written; please report it"
+        )
+    return found
+
+
+def usable_backend(modules: Any) -> str:
+    """The compiled kernel where it is built and knows the rule, else the reference."""
+    native = all(module.spec.rule in NATIVE_RULES and _fits_kernel(module) for module in modules)
+    return "cpu" if native and cpu.is_built() else "reference"
+
+
+def _fits_kernel(module: CompressedAttention) -> bool:
+    return module.head_dim % 4 == 0 and 4 <= module.head_dim <= 256
+
+
+def _same_decisions(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape[-1] == 1:  # regression decides nothing: its one output is compared as it stands
+        return float((ours - theirs).abs().le(1e-3).double().mean())
+    return float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())

@@ -1,0 +1,195 @@
+"""The model as an ONNX graph, with compressed attention in operators that every runtime knows.
+
+The graph is traced from `core` itself (scores, integer exponential, pruning rule), so it has the reference's own
+lines; only the step from real numbers to codes and back is written in the runtime's words, a `Coder`. Codes are made
+at scale 1 from x * inv_scale, as numerics section 1 has it: sums of codes then leave the product as whole numbers,
+exact in float32, whatever scales the heads have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.onnx import ops
+
+from attnpress.config import AttentionSpec, ProbsSpec
+from attnpress.core.attention import (
+    Pairs,
+    Scales,
+    key_validity,
+    prune_and_code,
+    query_scale,
+    repeat_heads,
+    score_step,
+)
+from attnpress.core.exponential import ONE, power_table
+from attnpress.core.fake_quantize import EXACT
+from attnpress.core.quantizer import smooth_key
+from attnpress.export.errors import ExportError
+from attnpress.models.attention import Attend, CompressedAttention
+from attnpress.models.binding import attentions
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+OPSET = 21
+RULES = ("relative", "threshold", "topk")
+
+Coder = Callable[[Tensor, torch.dtype], Tensor]
+"""From real numbers, in units of their scale and within the range of codes, to the nearest codes, as float32."""
+
+
+def quantize_dequantize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """ONNX's QuantizeLinear and DequantizeLinear: round half to even."""
+    scale, zero = torch.ones((), device=x.device), torch.zeros((), dtype=dtype, device=x.device)
+    codes = ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=dtype, shape=x.shape)
+    return ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
+
+
+def openvino_fake_quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes by Round, then OpenVINO's FakeQuantize, which changes no whole number: its mark for an int8 product.
+
+    Left to round by itself it adds an offset first, which moves values near the edge between two codes; and OpenVINO
+    2026.4 merges the scales of heads into its bounds, and with dynamic shapes clips all heads at the first one's.
+    """
+    limits = torch.iinfo(dtype)
+    low, high = -float(limits.max) if dtype.is_signed else 0.0, float(limits.max)
+    bounds = [torch.full((), bound, device=x.device) for bound in (low, high, low, high)]
+    return ops.symbolic(
+        "org.openvinotoolkit::FakeQuantize", (x.round(), *bounds), {"levels": int(high - low) + 1},
+        dtype=torch.float32, shape=x.shape, version=1,
+    )  # fmt: skip
+
+
+def graph_attention(coder: Coder) -> Attend:
+    """A strategy for `CompressedAttention.attend` that traces into the runtime's operators; it cannot be run itself."""
+    power_table(torch.device("cpu"))  # made now, it is a constant of the graph; made while tracing, it would be steps
+
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
+        spec: AttentionSpec, scaling: float, dropout: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        heads, q_scale = query.shape[1], query_scale(query, scales, spec.q)
+        assert scales.k is not None
+        assert scales.v is not None
+        if spec.smooth_key:
+            key = smooth_key(key, key_validity(valid))
+        # Each tensor is coded last of all, right before its product: runtimes look for codes there.
+        q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8)
+        k = coder(repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads).mT, torch.int8)
+        v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8)
+        pairs = prune_and_code(q @ k, valid, score_step(q_scale, scales.k, scaling, heads), cutoff, spec)
+        p = coder(_probabilities(pairs, spec.p), torch.uint8)
+        return (p @ v) * repeat_heads(scales.v, heads) / _divisor(p, spec.p)
+
+    return attend
+
+
+def _in_steps(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
+    return (x.float() * (1.0 / scale)).clamp(-qmax, qmax)
+
+
+def _probabilities(pairs: Pairs, spec: ProbsSpec) -> Tensor:
+    """P in units of one code, before rounding; exact in mode "row", the reference's own float32 line in mode "unit".
+
+    In mode "row" the reference rounds half up and runtimes half to even. A half occurs at p~ = 1/2 only, since qmax is
+    odd; qmax / 2 rounds to the same code either way, but for qmax 1, which `check_exportable` refuses.
+    """
+    if spec.mode == "row":
+        # A table of its own, in floating point: OpenVINO 2026.4 cannot compile one of integers that is then converted.
+        steps = power_table(pairs.exponent.device).float() * (spec.qmax / ONE)
+        return steps.index_select(0, pairs.exponent.view(-1)).view(pairs.exponent.shape) * pairs.keep
+    total = pairs.probability.sum(-1, keepdim=True, dtype=torch.int64).clamp(min=1)
+    return pairs.probability.float() * (spec.qmax / total.float()) * pairs.keep
+
+
+def _divisor(p: Tensor, spec: ProbsSpec) -> Tensor:
+    if spec.mode == "unit" and not spec.renormalize:
+        return torch.full((), float(spec.qmax), device=p.device)
+    return p.sum(-1, keepdim=True).clamp(min=1)  # exact in float32 up to LONGEST keys
+
+
+LONGEST = EXACT // 255
+"""Keys up to which float32 sums of P codes are exact: 65,793."""
+
+
+def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
+    """Refuse what the operators cannot say.
+
+    Args:
+        rules: those that the runtime gets right.
+
+    Raises:
+        ExportError: names the module and the option.
+    """
+    modules = attentions(model)
+    if not modules:
+        raise ExportError("the model has no compressed attention: export takes a model after bind and calibrate")
+    for name, module in modules.items():
+        reason = _refusal(module, rules)
+        if reason:
+            raise ExportError(f"{name}: {reason}")
+
+
+def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
+    spec = module.spec
+    if None in spec.bits.values():
+        return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
+    if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
+        return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
+    if spec.q.granularity == "token" and spec.q.power_of_two:
+        return "q.granularity 'token' with power_of_two reads the bits of a float, which ONNX has no operator for"
+    if spec.p.qmax == 1:
+        return "p of 2 bits, signed, has the codes 0 and 1 only, which runtimes round differently at one half"
+    return None
+
+
+@contextmanager
+def attending(model: nn.Module, attend: Attend) -> Iterator[None]:
+    """Inside the `with` block all compressed attention of the model goes through `attend`."""
+    before = {module: module.attend for module in attentions(model).values()}
+    for module in before:
+        module.attend = attend
+    try:
+        yield
+    finally:
+        for module, own in before.items():
+            module.attend = own
+
+
+def trace_graph(
+    model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, rules: Collection[str] = RULES
+) -> ONNXProgram:
+    """The model's graph, for any batch size and length.
+
+    Args:
+        model: bound and calibrated, on the CPU.
+        batch: an example: inputs [B, S] by name, at least two rows and two tokens, with padding.
+
+    Raises:
+        ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
+    """
+    check_exportable(model, rules)
+    model.eval()
+    with attending(model, graph_attention(coder)), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        try:
+            program = torch.onnx.export(
+                model, (), kwargs=dict(batch), dynamo=True, opset_version=OPSET, verbose=False,
+                input_names=list(batch), output_names=output_names(model, batch),
+                dynamic_shapes={name: {0: "batch", 1: "length"} for name in batch},
+            )  # fmt: skip
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ExportError(f"{type(model).__name__}: could not be traced into a graph: {error}") from error
+    assert program is not None
+    return program
+
+
+def output_names(model: nn.Module, batch: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that the model returns."""
+    return [name for name, value in model(**batch).items() if isinstance(value, Tensor)]

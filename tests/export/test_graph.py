@@ -1,0 +1,122 @@
+"""Attention alone, as a graph in its runtime: the reference's own numbers; and what cannot be said is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.export import openvino
+from attnpress.export.errors import ExportError, require
+from attnpress.export.graph import (
+    OPSET,
+    Coder,
+    check_exportable,
+    graph_attention,
+    openvino_fake_quantize,
+    quantize_dequantize,
+)
+from attnpress.export.onnx import serve_onnx
+from attnpress.export.openvino import products, serve_openvino
+from tests.core.factories import Call, make_call, make_spec
+from tests.journeys.test_deployment import tiny_bert
+
+FOUR, BY_TOKEN = TensorSpec(bits=4), TensorSpec(bits=5, granularity="token")
+CALLS: dict[str, Callable[[], Call]] = {
+    "relative, row": lambda: make_call(make_spec(8, sparsity=0.8), 1, rows=24, keys=24, mask="padding"),
+    "relative, unit, smooth": lambda: make_call(
+        make_spec(8, sparsity=0.8, p=ProbsSpec(mode="unit"), smooth_key=True), 2, rows=9, keys=16, mask="pairs"
+    ),
+    "threshold, 4 bits, renormalized, GQA": lambda: make_call(
+        make_spec(4, "threshold", 0.8, p=ProbsSpec(bits=4, mode="unit", renormalize=True)), 3, kv_heads=2, mask="pairs"
+    ),
+    "topk, Q by token, V by channel": lambda: make_call(
+        make_spec(8, "topk", 0.7, q=BY_TOKEN, k=FOUR, v=TensorSpec(granularity="channel")), 4, keys=30, mask="pairs"
+    ),
+}
+
+
+class Attention(nn.Module):
+    """One call of the graph's attention, with everything but query, key, value and mask fixed."""
+
+    def __init__(self, call: Call, coder: Coder) -> None:
+        super().__init__()
+        self.call, self.attend = call, graph_attention(coder)
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
+        call = self.call
+        return self.attend(query, key, value, valid, call.scales, call.cutoff, call.spec, call.scaling)
+
+
+def write(call: Call, coder: Coder, file: Path) -> dict[str, Tensor]:
+    """Export to `file` for any batch size, rows and keys; returns the inputs."""
+    inputs = {"query": call.query, "key": call.key, "value": call.value, "valid": call.allowed()}
+    keys = {0: "batch", 2: "keys"}
+    shapes = {"query": {0: "batch", 2: "rows"}, "key": keys, "value": keys, "valid": {0: "batch", 2: "rows", 3: "keys"}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            Attention(call, coder).eval(), (), kwargs=inputs, dynamo=True, opset_version=OPSET, verbose=False,
+            input_names=list(inputs), output_names=["output"], dynamic_shapes=shapes,
+        )  # fmt: skip
+    assert program is not None
+    program.save(file)
+    return inputs
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_onnx_runtime_gives_the_reference_bit_for_bit(name: str, tmp_path: Path) -> None:
+    call = CALLS[name]()
+    inputs = write(call, quantize_dequantize, tmp_path / "attention.onnx")
+    found = serve_onnx(tmp_path / "attention.onnx", threads=1)(**inputs)["output"]
+    assert torch.equal(found, call.integer().output)
+
+
+def test_openvino_gives_the_reference_but_for_the_division_in_two_int8_products(tmp_path: Path) -> None:
+    call = CALLS["relative, row"]()
+    inputs = write(call, openvino_fake_quantize, tmp_path / "attention.onnx")
+    served, compiled = serve_openvino(tmp_path / "attention.onnx", threads=1)
+    # One code of V or P off would show as 1/127 or 1/255 of a value.
+    torch.testing.assert_close(served(**inputs)["output"], call.integer().output, rtol=1e-6, atol=1e-6)
+    found = products(compiled)
+    assert [product.is_int8 for product in found] == [True, True], found
+
+
+@pytest.mark.parametrize(
+    ("spec", "said"),
+    [
+        (AttentionSpec(v=TensorSpec(bits=None)), "needs bits"),
+        (AttentionSpec(rule="mass", sparsity=0.5), "rule 'mass'"),
+        (AttentionSpec(q=TensorSpec(granularity="token", power_of_two=True)), "power_of_two"),
+        (AttentionSpec(p=ProbsSpec(bits=2, signed=True)), "signed"),
+    ],
+)
+def test_what_operators_cannot_say_is_refused_with_its_module(spec: AttentionSpec, said: str) -> None:
+    with pytest.raises(ExportError, match=rf"bert\.encoder\.layer\.0.*{said}"):
+        check_exportable(tiny_bert(spec, calibrated=False))
+
+
+def test_openvino_refuses_topk() -> None:
+    with pytest.raises(ExportError, match="only relative, threshold"):
+        check_exportable(tiny_bert(AttentionSpec(rule="topk", sparsity=0.5), calibrated=False), openvino.RULES)
+
+
+def test_an_unbound_model_is_refused() -> None:
+    with pytest.raises(ExportError, match="no compressed attention"):
+        check_exportable(nn.Linear(2, 2))
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    def find_spec(name: str) -> Any:
+        return None if name == "onnxruntime" else object()
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    with pytest.raises(ExportError, match=r"onnxruntime.*attnpress\[onnx\]"):
+        require("onnx", "onnx", "onnxruntime")
