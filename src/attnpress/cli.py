@@ -141,10 +141,12 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _validate(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.set)
+    from attnpress.live import check_trackers
     from attnpress.models.loading import resolve_model
     from attnpress.tasks import check_data
 
     check_data(config.data)
+    check_trackers(config.report_to)
     resolve_model(config.model)
     print(dump_config(config), end="")
     return 0
