@@ -14,6 +14,8 @@ EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
   attnpress compress recipes/mrpc-8bit.yaml --set data.data_dir=glue/MRPC --set seed=1 --output runs/mrpc-1
   attnpress evaluate runs/demo
+  attnpress report runs/demo -o report.html
+  attnpress report runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 -o mrpc.html --bench bench.json
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -67,6 +69,10 @@ def build_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
     _set_argument(evaluate)
+    report = _command(commands, "report", _report, "draw runs as one page, from their records alone")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, or records")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+    report.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help="timings of `bench --json`")
     validate = _command(commands, "validate", _validate, "check a recipe without running it, and print it in full")
     _recipe_arguments(validate)
     listing = _command(commands, "ls", _ls, "list what recipes can name, and the backends of this machine")
@@ -136,6 +142,20 @@ def _evaluate(options: argparse.Namespace) -> int:
     stage = dataclasses.asdict(reevaluate(options.run_dir, config))
     if this_process().is_main_process:
         print(json.dumps({key: value for key, value in stage.items() if key not in ("layers", "seconds")}, indent=1))
+    return 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    from attnpress.files import whole_folder, write_text
+    from attnpress.report.page import make_report
+
+    made = make_report(options.runs, options.bench)
+    folder = options.output.with_name(f"{options.output.stem}-figures")
+    with whole_folder(folder) as scratch:
+        for name, svg in made.figures.items():
+            write_text(scratch / name, svg)
+    write_text(options.output, made.html)
+    print(f"report: {options.output}\nfigures: {folder}")
     return 0
 
 

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-FORMAT = "attnpress samples 1"
+FORMAT = 1
+HEADER = "attnpress"
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,9 @@ def samples_bytes(samples: Samples) -> bytes:
     arrays: dict[str, NDArray[np.generic]] = {f"{name}|histogram": found for name, found in samples.histograms.items()}
     for name, maps in samples.maps.items():
         arrays |= {f"{name}|{index}": found for index, found in enumerate(maps)}
-    header = {"format": FORMAT, "rule": samples.rule, "tokens": json.dumps(samples.tokens)}
-    return bytes(save(arrays, metadata={**header, "layers": json.dumps(list(samples.histograms))}))
+    about = {"format": FORMAT, "rule": samples.rule, "tokens": samples.tokens, "layers": list(samples.histograms)}
+    # One entry, since a file with several has them in any order: the same samples have to be the same bytes.
+    return bytes(save(arrays, metadata={HEADER: json.dumps(about)}))
 
 
 def samples_file(run_folder: Path, stage: str) -> Path:
@@ -56,12 +58,12 @@ def read_samples(run_folder: Path, stage: str) -> Samples | None:
     file = samples_file(run_folder, stage)
     try:
         with safe_open(file, framework="np") as opened:
-            header = opened.metadata() or {}
-            if header.get("format") != FORMAT:
+            about = json.loads((opened.metadata() or {})[HEADER])
+            if about["format"] != FORMAT:
                 return None
-            tokens, layers = json.loads(header["tokens"]), json.loads(header["layers"])
+            tokens, layers = about["tokens"], about["layers"]
             maps = {name: [opened.get_tensor(f"{name}|{index}") for index in range(len(tokens))] for name in layers}
             histograms = {name: opened.get_tensor(f"{name}|histogram") for name in layers}
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return Samples(header["rule"], tokens, maps, histograms)
+    return Samples(about["rule"], tokens, maps, histograms)

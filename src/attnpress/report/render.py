@@ -31,7 +31,7 @@ def stage_rows(record: Record) -> list[tuple[str, ...]]:
 def stages_table(record: Record) -> Table:
     """The closing table for a terminal."""
     header, *rows = stage_rows(record)
-    table = Table(title=_title(record), caption=_caption(record))
+    table = Table(title=_title(record), caption=caption(record))
     for column in header:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in rows:
@@ -55,7 +55,10 @@ def stages_markdown(record: Record) -> str:
     header, *rows = stage_rows(record)
     rule = ("---", *("---:" for _ in header[1:]))
     lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-    return "\n".join([*lines, "", _caption(record)])
+    return "\n".join([*lines, "", caption(record)])
+
+
+SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys a row", "seeds")
 
 
 def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
@@ -65,16 +68,28 @@ def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
         groups: records by the label of their recipe; one record a seed. "Against dense" compares with the dense model
             that was trained equally long (stage dense_control) from the same dense weights, in whichever record it is.
     """
-    controls = _controls(record for records in groups.values() for record in records)
-    lines = ["| recipe | stage | {metric} | against dense | sparsity | keys a row | seeds |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for label, records in groups.items():
-        for name in [stage.name for stage in records[0].stages]:
-            lines.append(_seeds_row(label, name, records, controls))
-    return "\n".join(lines).format(metric=next(iter(groups.values()))[0].headline)
+    every = [record for records in groups.values() for record in records]
+    header = tuple(column.format(metric=every[0].headline) for column in ("recipe", *SEEDS_COLUMNS))
+    rows = [(label, *row) for label, records in groups.items() for row in seeds_rows(records, every)]
+    rule = ("---", "---", *("---:" for _ in header[2:]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-def _seeds_row(label: str, name: str, records: Sequence[Record], controls: Mapping[str, float]) -> str:
+def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple[str, ...]]:
+    """A row of SEEDS_COLUMNS for each stage of records that differ in their seed.
+
+    Args:
+        records: what to average.
+        every: records in which to look for the dense models that were trained as long.
+
+    Raises:
+        ValueError: a record has no dense stage.
+    """
+    controls = _controls(every)
+    return [_seeds_row(stage.name, records, controls) for stage in records[0].stages]
+
+
+def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[str, float]) -> tuple[str, ...]:
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
@@ -83,9 +98,9 @@ def _seeds_row(label: str, name: str, records: Sequence[Record], controls: Mappi
     sparsity = statistics.mean(stage.sparsity for stage in stages)
     keys = statistics.mean(stage.keys_per_row for stage in stages)
     return (
-        f"| {label} | {TITLES[name]} | {statistics.mean(scores):.2f} ± {spread:.2f} | {statistics.mean(losses):+.2f} "
-        f"| {sparsity:.3f} | {keys:.2f} | {len(scores)} |"
-    )
+        TITLES[name], f"{statistics.mean(scores):.2f} ± {spread:.2f}", f"{statistics.mean(losses):+.2f}",
+        f"{sparsity:.3f}", f"{keys:.2f}", str(len(scores)),
+    )  # fmt: skip
 
 
 def _controls(records: Iterable[Record]) -> dict[str, float]:
@@ -114,7 +129,8 @@ def _title(record: Record) -> str:
     return f"{record.recipe['data']['task']} with {record.recipe['model']}"
 
 
-def _caption(record: Record) -> str:
+def caption(record: Record) -> str:
+    """What the columns of `stage_rows` mean."""
     length = record.stages[0].padded_length if record.stages else "?"
     majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
     return (
