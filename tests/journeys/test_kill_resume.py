@@ -43,7 +43,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run is judged by: weights, thresholds, samples and figures; not how long it took, nor on what machine."""
+    """All that a run is judged by: weights, thresholds, samples, figures; not how long it took, nor on what machine."""
     record = dataclasses.asdict(read_record(run))
     for stage in record["stages"]:
         del stage["seconds"]

@@ -27,6 +27,7 @@ Head = tuple[int, int]
 
 def chosen_heads(stage: StageRecord) -> list[Head]:
     """The heads whose output compression changes least, in the middle, and most; by sparsity where that is unknown."""
+
     def rank(place: Head) -> float:
         head = stage.layers[place[0]].heads[place[1]]
         return head.errors.get("output", head.sparsity)
@@ -41,17 +42,17 @@ def histogram_drawings(number: int, run: Run) -> Iterator[Drawing]:
     from attnpress.report import plots
 
     stage, after = run.record.stage(AFTER), run.after
-    for layer, head in chosen_heads(stage) if stage and after else ():
-        assert stage is not None and after is not None
+    if stage is None or after is None:
+        return
+    for layer, head in chosen_heads(stage):
         name, record = stage.layers[layer].name, stage.layers[layer].heads[head]
         counts = after.histograms[name][head]
         dense = None if run.before is None else run.before.histograms[name][head]
         used = _last_used(counts, dense)
-        at, shares = threshold_at(after.rule, record.threshold), _shares(counts, used)
         edges = np.arange(used + 1) / (len(counts) if after.rule == "mass" else BINS_PER_OCTAVE)
-        figure = plots.threshold_histogram(
-            edges, None if dense is None else _shares(dense, used), shares, at, UNITS.get(after.rule, RELATIVE)
-        )
+        before = None if dense is None else _shares(dense, used)
+        at, unit = threshold_at(after.rule, record.threshold), UNITS.get(after.rule, RELATIVE)
+        figure = plots.threshold_histogram(edges, before, _shares(counts, used), at, unit)
         title = f"P in layer {layer}, head {head}"
         yield Drawing(f"histogram-{number}-{layer}-{head}", title, _histogram_words(after.rule, record), figure)
 
@@ -73,29 +74,31 @@ def map_drawings(number: int, run: Run) -> Iterator[Drawing]:
     for layer, head in chosen_heads(stage):
         name = stage.layers[layer].name
         for index, tokens in enumerate(after.tokens):
-            maps = [_map(samples, name, index, head) for samples in (before, after)]
-            figure = plots.attention_maps(*maps, tokens, ("dense model", "compressed and pruned"))
-            kept = int((maps[1] > 0).sum())
+            dense, pruned = (_map(samples, name, index, head) for samples in (before, after))
+            figure = plots.attention_maps(dense, pruned, tokens, ("dense model", "compressed and pruned"))
+            kept = int((pruned > 0).sum())
             words = (
                 f"Attention of layer {layer}, head {head} on “{' '.join(tokens)}”: the dense model spreads P over "
-                f"{maps[0].size} pairs, the compressed one leaves {kept} of them, {kept / len(maps[1]):.1f} keys a row."
+                f"{dense.size} pairs, the compressed one leaves {kept} of them, {kept / len(pruned):.1f} keys a row."
             )
             title = f"Layer {layer}, head {head}, input {index + 1}"
             yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, words, figure)
 
 
 def _map(samples: Samples, layer: str, index: int, head: int) -> NDArray[Any]:
-    return samples.maps[layer][index][head]
+    return np.asarray(samples.maps[layer][index][head])
 
 
 def _last_used(*counts: NDArray[Any] | None) -> int:
     """Bins up to the last that holds a thousandth of the pairs, so that a long empty tail is not drawn."""
-    ends = [np.flatnonzero(found >= 1e-3 * found.sum())[-1] + 1 for found in counts if found is not None and found.any()]
+    ends = [
+        np.flatnonzero(found >= 1e-3 * found.sum())[-1] + 1 for found in counts if found is not None and found.any()
+    ]
     return int(max(ends, default=1))
 
 
 def _shares(counts: NDArray[Any], used: int) -> NDArray[Any]:
-    return counts[:used] / max(1, counts.sum())
+    return np.asarray(counts[:used] / max(1, counts.sum()))
 
 
 def _histogram_words(rule: str, head: HeadRecord) -> str:

@@ -87,8 +87,8 @@ def head_drawings(number: int, run: Run) -> Iterator[Drawing]:
 
     stage = run.record.stage(AFTER)
     for name, (title, values) in head_values(stage).items() if stage else ():
-        figure = plots.head_map(values, title)
-        yield Drawing(f"heads-{name}-{number}", title.capitalize(), describe_heads(values), figure)
+        figure = plots.head_map(values)
+        yield Drawing(f"heads-{name}-{number}", title[0].upper() + title[1:], describe_heads(values), figure)
 
 
 def head_values(stage: StageRecord) -> dict[str, tuple[str, list[list[float]]]]:
@@ -165,5 +165,3 @@ def mean_and_spread(values: Sequence[float]) -> str:
 
 def _mean(values: Sequence[float]) -> float:
     return statistics.fmean(values)
-
-

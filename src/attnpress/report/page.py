@@ -30,6 +30,11 @@ ON_PAGE = {"ink": "var(--ink)", "line": "var(--line)", "paper": "var(--paper)"}
 NEEDED = ("jinja2", "matplotlib")
 OLD = "The record lacks {what}: it was made before they were kept, or stands apart from its run folder."
 
+STAGES_LEAD = (
+    "Each stage of the run, evaluated on the same rows. A score has to be computed before its pair can be "
+    "pruned, so at least half of the multiply-accumulates stay."
+)
+
 
 class ReportError(ValueError):
     """A report that cannot be made; the message says what is missing."""
@@ -94,16 +99,22 @@ def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
 
 def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Iterator[Section]:
     yield Section(
-        "stages", "Stages", "Each stage of the run, evaluated on the same rows.",
+        "stages", "Stages", STAGES_LEAD,
         tables=[table for group in groups for table in _stage_tables(group, groups)],
-        drawings=list(metric_drawings(groups)),
+        drawings=[
+            *metric_drawings(groups),
+            *(one for number, group in enumerate(groups, start=1) for one in work_drawings(number, group)),
+        ],
     )  # fmt: skip
     for number, group in enumerate(groups, start=1):
         yield from _group_sections(number, group, f": {group.label}" if len(groups) > 1 else "")
     speed = Section("speed", "Speed", drawings=list(speed_drawings(timings)))
-    speed.lead = "One attention call of the compiled kernel, on the machine where `attnpress bench` was run."
+    speed.lead = "One attention call of the compiled kernel, on the machine where attnpress bench was run."
     if not timings:
-        speed.notes.append("No timings are here: `attnpress bench --json FILE` makes them, into the run folder.")
+        speed.lead = ""
+        speed.notes.append(
+            "No timings are here: attnpress bench --json FILE makes them; put the file into the run folder."
+        )
     yield speed
     yield _provenance(groups)
 
@@ -117,11 +128,9 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
     inside = Section(f"attention-{number}", f"Attention{suffix}")
     inside.lead = (
         f"Three heads{seed}: those whose output compression changes least, in the middle, and most. "
-        "In maps, a blank square is a pair that is skipped."
+        "In maps, a grey square is a pair that is skipped."
     )
     inside.drawings = [*histogram_drawings(number, run), *map_drawings(number, run)]
-    work = Section(f"work-{number}", f"Remaining work{suffix}", drawings=list(work_drawings(number, group)))
-    work.lead = "A score has to be computed before its pair can be pruned, so about half of the operations always stay."
     for section, what in ((training, "training logs"), (heads, "figures of heads"), (inside, "samples of attention")):
         if not section.drawings:
             section.notes.append(OLD.format(what=what))
@@ -130,7 +139,7 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
         training.notes.append(OLD.format(what="the metric while training"))
     if heads.drawings and "heads-error" not in names:
         heads.notes.append(OLD.format(what="quantization errors"))
-    yield from (training, heads, inside, work)
+    yield from (training, heads, inside)
 
 
 def _stage_tables(group: Group, groups: Sequence[Group]) -> Iterator[Table]:
@@ -153,7 +162,9 @@ def summary(group: Group) -> str:
         return f"{group.label}: not compressed to the end yet."
     headline = done[0][0].headline
     dense = [stage.metrics[headline] for record in group.records if (stage := record.stage("dense"))]
-    sparsity, keys = (statistics.fmean(getattr(stage, name) for _, stage in done) for name in ("sparsity", "keys_per_row"))
+    sparsity, keys = (
+        statistics.fmean(getattr(stage, name) for _, stage in done) for name in ("sparsity", "keys_per_row")
+    )
     scores = mean_and_spread([stage.metrics[headline] for _, stage in done])
     return (
         f"{group.label}: {headline} {scores} against {mean_and_spread(dense) if dense else 'an unknown score'} dense, "
@@ -196,7 +207,8 @@ def _inline(drawing: Drawing) -> Any:
     from attnpress.report.plots import to_svg
 
     svg = _described(to_svg(drawing.figure, drawing.name, ON_PAGE), drawing)
-    return Markup(re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1), count=1))  # noqa: S704, E501  # fmt: skip
+    # Without a size of its own, the drawing is as wide as the page allows.
+    return Markup(re.sub(r"(?<=<svg)[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1))
 
 
 def _described(svg: str, drawing: Drawing) -> str:
@@ -204,7 +216,9 @@ def _described(svg: str, drawing: Drawing) -> str:
     from markupsafe import escape
 
     ids = f"{drawing.name}-title", f"{drawing.name}-words"
-    words = f'<title id="{ids[0]}">{escape(drawing.title)}</title><desc id="{ids[1]}">{escape(drawing.description)}</desc>'
+    words = (
+        f'<title id="{ids[0]}">{escape(drawing.title)}</title><desc id="{ids[1]}">{escape(drawing.description)}</desc>'
+    )
     opened = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{ids[0]}" aria-describedby="{ids[1]}" ', 1)
     return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + words, opened, count=1)
 

@@ -24,16 +24,22 @@ THEME = {"ink": "#010203", "line": "#020304", "paper": "#030405"}
 PRINT = {"ink": "#1c1f24", "line": "#d4d8de", "paper": "#ffffff"}
 COLORS = ("#3579b8", "#d9730d", "#2a9468", "#9166cc", "#cf4457", "#8a7a3c")
 """Series; each stands out from white paper and from a dark page."""
+SKIPPED = "#c3c7cd"
+"""Ground of the maps: unlike any colour of the scale, on a dark page too."""
 
-WIDTH = 4.6
+SHORT = 22
+"""Letters of a label that leaves room for another beside it."""
+
+WIDTH = 4.0
 """Inches, of every figure: narrow enough that its letters can be read on a phone."""
 
-STYLE: dict[str, Any] = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9, "axes.titlesize": 9, "figure.dpi": 100,
+STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10, "figure.dpi": 100,
     "text.color": THEME["ink"], "axes.labelcolor": THEME["ink"], "axes.edgecolor": THEME["ink"],
     "xtick.color": THEME["ink"], "ytick.color": THEME["ink"], "grid.color": THEME["line"], "axes.grid": True,
     "axes.facecolor": THEME["paper"], "figure.facecolor": THEME["paper"], "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.fontsize": 8,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.fontsize": 9,
+    "xtick.labelsize": 9, "ytick.labelsize": 9,
 }  # fmt: skip
 
 
@@ -78,7 +84,9 @@ def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False) -> F
     figure, axes = _axes(2.7)
     for line in lines:
         style: dict[str, Any] = {"color": COLORS[line.series % len(COLORS)], "lw": 1.6, "label": line.label}
-        axes.plot(line.x, line.y, ls="--" if line.dashed else "-", marker="o" if len(line.x) < 9 else None, ms=3, **style)
+        axes.plot(
+            line.x, line.y, ls="--" if line.dashed else "-", marker="o" if len(line.x) < 9 else None, ms=3, **style
+        )
     axes.set(xlabel="step", ylabel=ylabel)
     if unit_range:
         axes.set_ylim(-0.03, 1.03)
@@ -87,7 +95,7 @@ def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False) -> F
 
 
 @mpl.rc_context(STYLE)
-def head_map(values: Sequence[Sequence[float]], label: str) -> Figure:
+def head_map(values: Sequence[Sequence[float]]) -> Figure:
     """One square a head: rows are layers from the first, columns are heads; heads that are missing stay blank."""
     widest = max(len(row) for row in values)
     grid = np.array([[*row, *[np.nan] * (widest - len(row))] for row in values], dtype=float)
@@ -97,15 +105,14 @@ def head_map(values: Sequence[Sequence[float]], label: str) -> Figure:
     axes.grid(visible=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=12))
-    bar = figure.colorbar(shown, ax=axes, pad=0.02)
-    bar.set_label(label)
+    figure.colorbar(shown, ax=axes, pad=0.02)
     return figure
 
 
 @mpl.rc_context(STYLE)
 def attention_maps(before: ArrayLike, after: ArrayLike, tokens: Sequence[str], sides: tuple[str, str]) -> Figure:
-    """P of one head on one input, before above after, tokens on the axes; pairs that are exactly zero stay blank."""
-    figure = _figure(8.2)
+    """P of one head on one input, before above after, tokens on the axes; pairs that are exactly zero are grey."""
+    figure = _figure(7.6)
     panels = figure.subplots(2, 1, sharex=True)
     norm = PowerNorm(0.5, vmin=0, vmax=1)
     for axes, values, side in zip(panels, (before, after), sides, strict=True):
@@ -113,9 +120,10 @@ def attention_maps(before: ArrayLike, after: ArrayLike, tokens: Sequence[str], s
         shown = axes.imshow(grid, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
         axes.set_title(side)
         axes.grid(visible=False)
+        axes.set_facecolor(SKIPPED)
         _name(axes.yaxis, tokens, grid.shape[0])
     _name(panels[1].xaxis, tokens, grid.shape[1], rotation=90)
-    bar = figure.colorbar(shown, ax=panels, pad=0.02, fraction=0.05, aspect=40)
+    bar = figure.colorbar(shown, ax=panels, location="bottom", pad=0.02, fraction=0.03, aspect=30)
     bar.set_label("P of a query (row) at a key (column)")
     return figure
 
@@ -142,7 +150,7 @@ def threshold_histogram(
     axes.set(xlabel=xlabel, ylabel="share of pairs")
     axes.invert_xaxis()
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    _legend_below(figure, axes, columns=1)
+    _legend_below(figure, axes)
     return figure
 
 
@@ -156,10 +164,10 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: f
         values = [groups[name][quantity] for name in names]
         place = np.arange(len(names)) + (index - (count - 1) / 2) * height
         drawn = axes.barh(place, values, height * 0.9, color=COLORS[index % len(COLORS)], label=quantity)
-        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7.5)
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8.5)
     if reference is not None:
         axes.axvline(reference, color=THEME["ink"], lw=1, ls=":")
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
     axes.invert_yaxis()
     axes.margins(x=0.14)
     axes.grid(visible=False, axis="y")
@@ -176,7 +184,9 @@ def to_svg(figure: Figure, name: str, colors: Mapping[str, str]) -> str:
     """
     text = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)  # the page has its own fonts
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing", category=UserWarning
+        )  # the page has its own fonts
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -195,10 +205,11 @@ def _figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height), layout="constrained")
 
 
-def _legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
+def _legend_below(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     first = {label: handle for handle, label in reversed(list(zip(handles, labels, strict=True)))}
     chosen = [label for label in dict.fromkeys(labels) if not label.startswith("_")]
+    columns = 2 if max(map(len, chosen), default=0) <= SHORT else 1
     if chosen:
         figure.legend([first[name] for name in chosen], chosen, loc="outside lower left", ncols=columns, frameon=False)
 
@@ -206,4 +217,4 @@ def _legend_below(figure: Figure, axes: Axes, columns: int = 2) -> None:
 def _name(axis: Any, tokens: Sequence[str], count: int, rotation: float = 0) -> None:
     shown = tokens if len(tokens) == count else [str(index) for index in range(count)]
     words = [token.translate({0x0120: "\N{MIDDLE DOT}", 0x2581: "\N{MIDDLE DOT}"}) for token in shown]
-    axis.set_ticks(range(count), words, rotation=rotation, fontsize=7.5, parse_math=False)
+    axis.set_ticks(range(count), words, rotation=rotation, fontsize=8.5, parse_math=False)
