@@ -11,6 +11,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
+    AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -108,6 +109,19 @@ def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> P
         arguments["problem_type"] = "regression" if kind == "regression" else "single_label_classification"
     try:
         model: PreTrainedModel = family.from_pretrained(resolved, **arguments)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ModelError(f"model: {resolved} could not be loaded: {error}") from error
+    return model
+
+
+def load_backbone(resolved: str) -> PreTrainedModel:
+    """A model without a task's head, of whatever architecture its configuration names.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    try:
+        model: PreTrainedModel = AutoModel.from_pretrained(resolved, attn_implementation="eager").eval()
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"model: {resolved} could not be loaded: {error}") from error
     return model

@@ -121,8 +121,12 @@ def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Ite
 
 def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]:
     run = group.runs[0]
-    seed = f" of run {run.name}; seeds of one recipe look alike" if len(group.runs) > 1 else ""
+    seed = f" of run {run.name}, the first of {len(group.runs)}" if len(group.runs) > 1 else ""
     training = Section(f"training-{number}", f"Training{suffix}", drawings=list(training_drawings(number, group)))
+    training.lead = (
+        "By step, as logged. The loss of the compressed stage holds that of its teacher, so the two do not compare; the "
+        "metric is watched on a few evaluation rows only."
+    )
     heads = Section(f"heads-{number}", f"Layers and heads{suffix}", drawings=list(head_drawings(number, run)))
     heads.lead = f"The compressed model, head by head{seed}. Errors are relative root mean squares on a few rows."
     inside = Section(f"attention-{number}", f"Attention{suffix}")

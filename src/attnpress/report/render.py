@@ -50,6 +50,36 @@ def timings_table(records: Iterable[Mapping[str, object]]) -> Table:
     return table
 
 
+HEADS_COLUMNS = {
+    "layer": ("layer", "{}"), "head": ("head", "{}"), "zeros at 8 bits": ("zeros", "{:.3f}"),
+    "keys for 99 %": ("keys_99", "{:.1f}"), "max |q|": ("q_max", "{:.2f}"), "max |k|": ("k_max", "{:.2f}"),
+    "max |v|": ("v_max", "{:.2f}"), "change at 4 bits": ("change_4bit", "{:.4f}"),
+    "change pruned 0.9": ("change_pruned", "{:.4f}"),
+}  # fmt: skip
+
+
+def heads_table(heads: Iterable[Mapping[str, object]]) -> Table:
+    """What `inspection.HeadView` holds, a row a head; layers by number, from 0."""
+    table = Table(title="heads, before compression")
+    for column in HEADS_COLUMNS:
+        table.add_column(column, justify="right")
+    layers: dict[object, int] = {}
+    for head in heads:
+        shown = {**head, "layer": layers.setdefault(head["layer"], len(layers))}
+        table.add_row(*(form.format(shown[name]) for name, form in HEADS_COLUMNS.values()))
+    return table
+
+
+def trials_table(trials: Iterable[tuple[int, float, float, float]]) -> Table:
+    """Bits, sparsity, change of the hidden states and bit operations left, of specs tried on a whole model."""
+    table = Table(title="the whole model, compressed without training")
+    for column in ("bits", "sparsity", "change", "bit operations left"):
+        table.add_column(column, justify="right")
+    for bits, sparsity, change, work in trials:
+        table.add_row(str(bits), f"{sparsity:g}", f"{change:.3f}", f"{work:.2%}")
+    return table
+
+
 def stages_markdown(record: Record) -> str:
     """The closing table as Markdown."""
     header, *rows = stage_rows(record)
