@@ -152,10 +152,13 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 def _report(options: argparse.Namespace) -> int:
     from attnpress.files import whole_folder, write_text
-    from attnpress.report.page import make_report
+    from attnpress.report.page import ReportError, make_report
 
     made = make_report(options.runs, options.bench)
     folder = options.output.with_name(f"{options.output.stem}-figures")
+    foreign = [path.name for path in folder.glob("*") if path.suffix != ".svg"]
+    if foreign:
+        raise ReportError(f"{folder}: holds {foreign[0]}, which is no figure; choose another --output")
     with whole_folder(folder) as scratch:
         for name, svg in made.figures.items():
             write_text(scratch / name, svg)

@@ -43,9 +43,10 @@ def samples_bytes(samples: Samples) -> bytes:
     arrays: dict[str, NDArray[np.generic]] = {f"{name}|histogram": found for name, found in samples.histograms.items()}
     for name, maps in samples.maps.items():
         arrays |= {f"{name}|{index}": found for index, found in enumerate(maps)}
+    whole = {name: np.ascontiguousarray(found) for name, found in arrays.items()}  # a view would be saved as its buffer
     about = {"format": FORMAT, "rule": samples.rule, "tokens": samples.tokens, "layers": list(samples.histograms)}
     # One entry, since a file with several has them in any order: the same samples have to be the same bytes.
-    return bytes(save(arrays, metadata={HEADER: json.dumps(about)}))
+    return bytes(save(whole, metadata={HEADER: json.dumps(about)}))
 
 
 def samples_file(run_folder: Path, stage: str) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -94,7 +94,8 @@ def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
     groups = group_runs([read_run(path) for path in paths])
     timings = read_timings([*[path for path in paths if path.is_dir()], *bench])
     sections = list(_sections(groups, timings))
-    return Report(_fill(groups, sections), dict(_figure_files(sections)))
+    drawn = _draw(sections)
+    return Report(_fill(groups, sections, drawn), _files(drawn))
 
 
 def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Iterator[Section]:
@@ -124,8 +125,8 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
     seed = f" of run {run.name}, the first of {len(group.runs)}" if len(group.runs) > 1 else ""
     training = Section(f"training-{number}", f"Training{suffix}", drawings=list(training_drawings(number, group)))
     training.lead = (
-        "By step, as logged. The loss of the compressed stage holds that of its teacher, so the two do not compare; the "
-        "metric is watched on a few evaluation rows only."
+        "By step, as logged. The loss of the compressed stage holds the distance to its teacher, so the two do not "
+        "compare; the metric is watched on a few evaluation rows only."
     )
     heads = Section(f"heads-{number}", f"Layers and heads{suffix}", drawings=list(head_drawings(number, run)))
     heads.lead = f"The compressed model, head by head{seed}. Errors are relative root mean squares on a few rows."
@@ -197,22 +198,22 @@ def _recipes(runs: Iterable[Run]) -> dict[str, str]:
     return {run.name: str(yaml.safe_dump(run.record.recipe, sort_keys=False)) for run in runs}
 
 
-def _figure_files(sections: Iterable[Section]) -> Iterator[tuple[str, str]]:
-    from attnpress.report.plots import PRINT, to_svg
-
-    for section in sections:
-        for drawing in section.drawings:
-            yield f"{drawing.name}.svg", _described(to_svg(drawing.figure, drawing.name, PRINT), drawing)
-
-
-def _inline(drawing: Drawing) -> Any:
-    from markupsafe import Markup
-
+def _draw(sections: Iterable[Section]) -> dict[str, str]:
+    """Every figure as SVG, in marker colours, by the name of its drawing."""
     from attnpress.report.plots import to_svg
 
-    svg = _described(to_svg(drawing.figure, drawing.name, ON_PAGE), drawing)
+    drawings = (drawing for section in sections for drawing in section.drawings)
+    return {drawing.name: _described(to_svg(drawing.figure, drawing.name), drawing) for drawing in drawings}
+
+
+def _inline(svg: str) -> Any:
+    from markupsafe import Markup
+
+    from attnpress.report.plots import recolored
+
     # Without a size of its own, the drawing is as wide as the page allows.
-    return Markup(re.sub(r"(?<=<svg)[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1))
+    sizeless = re.sub(r"(?<=<svg)[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
+    return Markup(recolored(sizeless, ON_PAGE))
 
 
 def _described(svg: str, drawing: Drawing) -> str:
@@ -227,15 +228,21 @@ def _described(svg: str, drawing: Drawing) -> str:
     return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + words, opened, count=1)
 
 
-def _fill(groups: Sequence[Group], sections: Sequence[Section]) -> str:
+def _files(drawn: Mapping[str, str]) -> dict[str, str]:
+    from attnpress.report.plots import PRINT, recolored
+
+    return {f"{name}.svg": recolored(svg, PRINT) for name, svg in drawn.items()}
+
+
+def _fill(groups: Sequence[Group], sections: Sequence[Section], drawn: Mapping[str, str]) -> str:
     import jinja2
 
     template = files("attnpress.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     made = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    made.filters["inline"] = _inline
     return made.from_string(template).render(
         title=", ".join(dict.fromkeys(group.runs[0].record.recipe["data"]["task"] for group in groups)),
         summaries=[summary(group) for group in groups],
         sections=sections,
+        drawn={name: _inline(svg) for name, svg in drawn.items()},
         recipes=_recipes(run for group in groups for run in group.runs),
     )

@@ -1,6 +1,6 @@
 """Figures: one pure function each, from plain numbers to a matplotlib figure; and figures as SVG text.
 
-Colours that a page may want to change are drawn in the marker colours of `THEME`; `to_svg` puts others in their place.
+Colours that a page may change are drawn in the markers of `THEME`; `recolored` puts others in their place.
 """
 
 from __future__ import annotations
@@ -176,12 +176,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: f
     return figure
 
 
-def to_svg(figure: Figure, name: str, colors: Mapping[str, str]) -> str:
-    """The figure as SVG, the same text for the same figure: no dates, ids that begin with `name`.
-
-    Args:
-        colors: what to draw ink, line and paper in: colours, or `var(--...)` for a page.
-    """
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as SVG in the marker colours, the same text for the same figure: no dates, ids begin with `name`."""
     text = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         warnings.filterwarnings(
@@ -190,7 +186,11 @@ def to_svg(figure: Figure, name: str, colors: Mapping[str, str]) -> str:
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'\bid="|(?<=url\()#|(?<=href=")#', lambda found: f"{found[0]}{name}-", svg)
+    return re.sub(r'\bid="|(?<=url\()#|(?<=href=")#', lambda found: f"{found[0]}{name}-", svg)
+
+
+def recolored(svg: str, colors: Mapping[str, str]) -> str:
+    """The drawing with its ink, line and paper in other colours, or in `var(--...)` of a page."""
     for marker, color in THEME.items():
         svg = svg.replace(color, colors[marker])
     return svg
