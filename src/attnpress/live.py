@@ -74,8 +74,8 @@ class LiveView(TrainerCallback):
     """One line in a terminal, redrawn in place: step, newest figures, time left."""
 
     COLUMNS: ClassVar[tuple[Any, ...]] = (
-        BarColumn(bar_width=16), MofNCompleteColumn(), TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True), TextColumn("left"),
     )  # fmt: skip
 
     def __init__(self, console: Console | None = None) -> None:

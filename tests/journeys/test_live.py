@@ -39,7 +39,7 @@ def test_a_terminal_shows_one_line_with_everything() -> None:
     screen = io.StringIO()
     run_view(LiveView(Console(file=screen, force_terminal=True, width=100)))
     last = re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", screen.getvalue()).replace("\r", "\n").strip().splitlines()[-1]
-    for part in ("12/12", "loss 0.250", "sparsity 0.876 of 0.900", "accuracy 81.2", "0:0"):
+    for part in ("12/12", "loss 0.250", "sparsity 0.876 of 0.900", "accuracy 81.2", "00:00 left"):
         assert part in last, last
 
 
