@@ -12,7 +12,7 @@ from attnpress.report.render import TITLES
 from attnpress.results import StageRecord
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from attnpress.report.plots import Plot
 
 WORK = {"multiply-accumulates": "macs", "bit operations": "bit_operations", "bytes of P": "bytes"}
 ERRORS = {
@@ -28,7 +28,7 @@ class Drawing:
     name: str
     title: str
     description: str
-    figure: Figure
+    figure: Plot
 
 
 def metric_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -41,6 +41,10 @@ STYLE: Any = {
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.fontsize": 9,
     "xtick.labelsize": 9, "ytick.labelsize": 9,
 }  # fmt: skip
+
+
+Plot: TypeAlias = Figure
+"""What every function here gives; a name by which others can speak of it without knowing matplotlib."""
 
 
 @dataclass(frozen=True)
