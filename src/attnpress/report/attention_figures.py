@@ -78,8 +78,9 @@ def map_drawings(number: int, run: Run) -> Iterator[Drawing]:
             figure = plots.attention_maps(dense, pruned, tokens, ("dense model", "compressed and pruned"))
             kept = int((pruned > 0).sum())
             words = (
-                f"Attention of layer {layer}, head {head} on “{' '.join(tokens)}”: the dense model spreads P over "
-                f"{dense.size} pairs, the compressed one leaves {kept} of them, {kept / len(pruned):.1f} keys a row."
+                f"Attention of layer {layer}, head {head} on “{' '.join(tokens)}”: the dense model gives P of 0.01 or "
+                f"more to {int((dense >= 0.01).sum())} of {dense.size} pairs; the compressed one leaves {kept}, "
+                f"{kept / len(pruned):.1f} keys a row."
             )
             title = f"Layer {layer}, head {head}, input {index + 1}"
             yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, words, figure)

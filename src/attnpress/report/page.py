@@ -133,7 +133,7 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
     inside = Section(f"attention-{number}", f"Attention{suffix}")
     inside.lead = (
         f"Three heads{seed}: those whose output compression changes least, in the middle, and most. "
-        "In maps, a grey square is a pair that is skipped."
+        "In maps, grey is a P of zero: in the compressed model, a pair that is skipped."
     )
     inside.drawings = [*histogram_drawings(number, run), *map_drawings(number, run)]
     for section, what in ((training, "training logs"), (heads, "figures of heads"), (inside, "samples of attention")):
