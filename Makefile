@@ -40,6 +40,7 @@ kernel: $(INSTALLED) ## build the CPU kernel anew, or fail
 
 demo: setup ## compress a real BERT: the main job, into runs/demo
 	$(BIN)/attnpress compress recipes/demo.yaml --output runs/demo
+	$(BIN)/attnpress report runs/demo -o runs/demo/report.html
 
 test: setup ## run every test
 	$(BIN)/python -m pytest

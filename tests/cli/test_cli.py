@@ -47,7 +47,10 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("attnpress.finetune.CompressionTrainer.train", train)
 
 
-@pytest.mark.parametrize("command", [[], ["compress"], ["evaluate"], ["export"], ["validate"], ["ls"], ["bench"]])
+@pytest.mark.parametrize(
+    "command",
+    [[], ["compress"], ["evaluate"], ["export"], ["validate"], ["ls"], ["bench"], ["report"], ["inspect"]],
+)
 def test_every_help_shows_examples(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
@@ -164,6 +167,45 @@ def test_a_bench_that_cannot_run_is_one_message(
 ) -> None:
     assert main(["bench", "--seq-len", "16", *wrong]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_report_writes_a_page_and_its_figures(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "sub" / "run.html"
+    record = str(finished / "record.json")
+    assert main(["report", record, "-o", str(page)]) == 0
+    assert f"report: {page}" in capsys.readouterr().out
+    figures = sorted(path.name for path in (tmp_path / "sub" / "run-figures").iterdir())
+    assert "work-1.svg" in figures
+    text = page.read_text(encoding="utf-8")
+    assert all(f'<figure id="{name.removesuffix(".svg")}">' in text for name in figures)
+    assert main(["report", str(tmp_path / "absent"), "-o", str(tmp_path / "other.html")]) == 1
+    assert "no such record" in capsys.readouterr().err
+    assert not (tmp_path / "other.html").exists()
+
+
+def test_a_folder_that_holds_other_things_is_not_replaced_by_figures(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run-figures").mkdir()
+    (tmp_path / "run-figures" / "notes.txt").write_text("mine", encoding="utf-8")
+    assert main(["report", str(finished / "record.json"), "-o", str(tmp_path / "run.html")]) == 1
+    assert "holds notes.txt, which is no figure" in capsys.readouterr().err
+    assert (tmp_path / "run-figures" / "notes.txt").is_file()
+
+
+def test_inspect_prints_every_head_and_lines_for_a_recipe(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "heads.json"
+    assert main(["inspect", str(tiny_model), "--text", "a good film", "the plot is dull", "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "keys for 99 %" in printed
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert len(found["heads"]) == 4
+    assert all(f"{head['change_4bit']:.4f}" in printed for head in found["heads"])
+    assert ("attention:" in printed) == (found["suggestion"] is not None)
 
 
 def test_validate_prints_the_whole_recipe(

@@ -43,7 +43,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a run is judged by: weights, thresholds and figures; not how long it took, nor on what machine."""
+    """All that a run is judged by: weights, thresholds, samples, figures; not how long it took, nor on what machine."""
     record = dataclasses.asdict(read_record(run))
     for stage in record["stages"]:
         del stage["seconds"]
@@ -62,7 +62,8 @@ def test_every_run_was_really_killed(runs: Path) -> None:
 
 def test_ten_times_killed_is_as_never_killed(runs: Path) -> None:
     whole, interrupted = outcome(runs / "whole"), outcome(runs / "interrupted")
-    assert set(whole["weights"]) == {"dense/model.safetensors", "progressive/model.safetensors"}
+    samples = {f"samples/{stage['name']}.safetensors" for stage in whole["record"]["stages"]}
+    assert set(whole["weights"]) == {"dense/model.safetensors", "progressive/model.safetensors"} | samples
     assert interrupted["weights"] == whole["weights"]
     assert interrupted["logs"] == whole["logs"]
     assert interrupted["record"] == whole["record"]

@@ -178,6 +178,27 @@ def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float) -> Tenso
     return (position.squeeze(-1) * unit).float()
 
 
+def pruned_pairs(spec: AttentionSpec, histogram: Tensor, cutoff: Tensor | None) -> Tensor:
+    """How many of the pairs in `histogram` lie beyond the cutoff: what `fit_cutoff` asks for, on pairs of any origin.
+
+    Args:
+        histogram: float64 [H, BINS]; within a bin, pairs count as evenly spread.
+        cutoff: float32 [H]; None prunes nothing. Rule "topk" has none: it prunes the share it is asked for.
+
+    Returns:
+        float64 [H].
+    """
+    total = histogram.sum(-1)
+    if spec.rule == "topk":
+        return total * spec.sparsity
+    if cutoff is None:
+        return torch.zeros_like(total)
+    position = cutoff.double() / (1.0 / BINS if spec.rule == "mass" else NATS_PER_BIN)
+    starts = torch.arange(BINS, dtype=torch.float64, device=histogram.device)
+    kept = (position.unsqueeze(-1) - starts).clamp(0, 1)
+    return total - (histogram * kept).sum(-1)
+
+
 def fixed_cutoff(spec: AttentionSpec, heads: int) -> Tensor:
     """The user's own `spec.threshold` (tau, theta or gamma) as the cutoff of every head; float32 [heads]."""
     if spec.threshold is None:

@@ -14,7 +14,8 @@ from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.fake_quantize import batch_part, batch_slices, fake_quantize_attention, scores_operands
 from attnpress.core.observer import Observer, Reduce, alone
-from attnpress.core.pruner import BINS, fit_cutoff, fixed_cutoff, pair_bins, pair_histogram
+from attnpress.core.probe import AttentionCall
+from attnpress.core.pruner import BINS, fit_cutoff, fixed_cutoff, pair_bins, pair_histogram, pruned_pairs
 from attnpress.core.quantizer import positive_scale, smooth_key
 
 NAME = "attnpress"
@@ -35,6 +36,7 @@ class CompressedAttention(nn.Module):
     Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
     (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
     Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
+    A `probe` is shown the tensors of each call.
 
     Args:
         spec: what to do; `spec.sparsity` is the sparsity in force and changes with `set_sparsity`.
@@ -55,6 +57,7 @@ class CompressedAttention(nn.Module):
         self.observers: dict[str, Observer] | None = None
         self.counts: PairCounts | None = None
         self.captured: list[Tensor] | None = None
+        self.probe: Callable[[AttentionCall], None] | None = None
         self.rows: slice | None = None
         for name, tensor_spec in self.quantized().items():
             scale = torch.ones(self._scale_shape(name, tensor_spec), dtype=torch.float32)
@@ -108,10 +111,16 @@ class CompressedAttention(nn.Module):
         if self.counts is not None:
             self.counts += count_pairs(counted, counted, counted)
 
-    def take_seen(self, decay: float, reduce: Reduce = alone) -> None:
-        """histogram = decay * histogram + what all ranks have seen since the last time."""
-        self.histogram.mul_(decay).add_(reduce(self.seen, "sum"))
+    def take_seen(self, decay: float, reduce: Reduce = alone) -> Tensor:
+        """histogram = decay * histogram + what all ranks have seen since the last time.
+
+        Returns:
+            Of the pairs seen, how many the thresholds in force prune, and how many there are; float64 [2].
+        """
+        seen = reduce(self.seen, "sum").clone()
+        self.histogram.mul_(decay).add_(seen)
         self.seen.zero_()
+        return torch.stack([pruned_pairs(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,

@@ -8,6 +8,7 @@ really calls the interface, with its true shapes; no list of architectures is ke
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from transformers.masking_utils import eager_mask
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from attnpress.config import AttentionSpec
+from attnpress.core.probe import AttentionCall
 from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
@@ -87,6 +89,19 @@ def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
         for name, module in model.named_modules()
         if isinstance(module, CompressedAttention)
     }
+
+
+@contextmanager
+def probed(model: nn.Module, look: Callable[[str, CompressedAttention, AttentionCall], None]) -> Iterator[None]:
+    """Inside the `with` block, `look` is shown each attention call: the module's name, its state, the tensors."""
+    modules = attentions(model)
+    for name, module in modules.items():
+        module.probe = functools.partial(look, name, module)
+    try:
+        yield
+    finally:
+        for module in modules.values():
+            module.probe = None
 
 
 @contextmanager
@@ -210,6 +225,8 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} adds {', '.join(terms)} to its scores; not supported")
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
+    if state.probe is not None:
+        state.probe(_attention_call(module, query, key, value, attention_mask, scaling))
     if state.observers is not None or (state.spec.is_dense and state.rows is None):
         output, weights = _eager(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -222,13 +239,26 @@ def attention_forward(
     else:
         valid = valid_pairs(module, query, key, attention_mask)
         real = real_rows(module, query, key, valid)
-        scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scaling = usual_scaling(query) if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
             exact = state(query, key, value, valid, real, scaling, dropout)
         output, weights = exact.transpose(1, 2).to(query.dtype).contiguous(), None
     if state.captured is not None:
         state.captured.append(output)
     return output, weights
+
+
+def _attention_call(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
+) -> AttentionCall:
+    valid = valid_pairs(module, query, key, mask)
+    real = real_rows(module, query, key, valid)
+    return AttentionCall(query, key, value, valid, real, usual_scaling(query) if scaling is None else scaling)
+
+
+def usual_scaling(query: Tensor) -> float:
+    """1 / sqrt(D)."""
+    return float(query.shape[-1] ** -0.5)
 
 
 def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:

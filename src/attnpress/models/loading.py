@@ -9,6 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 from transformers import (
+    AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -90,6 +91,17 @@ def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> P
     """
     family, arguments = _family(kind, label_names)
     return _from_pretrained(family, resolved, attn_implementation="eager", **arguments)[0]
+
+
+def load_backbone(resolved: str) -> PreTrainedModel:
+    """A model without a task's head, of whatever architecture its configuration names.
+
+    Raises:
+        ModelError: nothing loadable there.
+    """
+    model, _ = _from_pretrained(AutoModel, resolved, attn_implementation="eager")
+    model.eval()
+    return model
 
 
 def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:

@@ -32,7 +32,7 @@ def stage_rows(record: Record) -> list[tuple[str, ...]]:
 def stages_table(record: Record) -> Table:
     """The closing table for a terminal."""
     header, *rows = stage_rows(record)
-    table = Table(title=_title(record), caption=_caption(record))
+    table = Table(title=_title(record), caption=caption(record))
     for column in header:
         table.add_column(column, justify="left" if column == "stage" else "right")
     for row in rows:
@@ -84,12 +84,45 @@ def _times(record: Mapping[str, Any]) -> list[str]:
     return [ours, f"{record['spread']:.1%}", theirs, f"{record['peer_spread']:.1%}", f"{record['ratio']:.2f}"]
 
 
+HEADS_COLUMNS = {
+    "layer": ("layer", "{}"), "head": ("head", "{}"), "zeros at 8 bits": ("zeros", "{:.3f}"),
+    "keys for 99 %": ("keys_99", "{:.1f}"), "max |q|": ("q_max", "{:.2f}"), "max |k|": ("k_max", "{:.2f}"),
+    "max |v|": ("v_max", "{:.2f}"), "change at 4 bits": ("change_4bit", "{:.4f}"),
+    "change pruned 0.9": ("change_pruned", "{:.4f}"),
+}  # fmt: skip
+
+
+def heads_table(heads: Iterable[Mapping[str, object]]) -> Table:
+    """What `inspection.HeadView` holds, a row a head; layers by number, from 0."""
+    table = Table(title="heads, before compression")
+    for column in HEADS_COLUMNS:
+        table.add_column(column, justify="right")
+    layers: dict[object, int] = {}
+    for head in heads:
+        shown = {**head, "layer": layers.setdefault(head["layer"], len(layers))}
+        table.add_row(*(form.format(shown[name]) for name, form in HEADS_COLUMNS.values()))
+    return table
+
+
+def trials_table(trials: Iterable[tuple[int, float, float, float]]) -> Table:
+    """Bits, sparsity, change of the hidden states and bit operations left, of specs tried on a whole model."""
+    table = Table(title="the whole model, compressed without training")
+    for column in ("bits", "sparsity", "change", "bit operations left"):
+        table.add_column(column, justify="right")
+    for bits, sparsity, change, work in trials:
+        table.add_row(str(bits), f"{sparsity:g}", f"{change:.3f}", f"{work:.2%}")
+    return table
+
+
 def stages_markdown(record: Record) -> str:
     """The closing table as Markdown."""
     header, *rows = stage_rows(record)
     rule = ("---", *("---:" for _ in header[1:]))
     lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-    return "\n".join([*lines, "", _caption(record)])
+    return "\n".join([*lines, "", caption(record)])
+
+
+SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys a row", "seeds")
 
 
 def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
@@ -99,16 +132,28 @@ def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
         groups: records by the label of their recipe; one record a seed. "Against dense" compares with the dense model
             that was trained equally long (stage dense_control) from the same dense weights, in whichever record it is.
     """
-    controls = _controls(record for records in groups.values() for record in records)
-    lines = ["| recipe | stage | {metric} | against dense | sparsity | keys a row | seeds |"]
-    lines.append("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
-    for label, records in groups.items():
-        for name in [stage.name for stage in records[0].stages]:
-            lines.append(_seeds_row(label, name, records, controls))
-    return "\n".join(lines).format(metric=next(iter(groups.values()))[0].headline)
+    every = [record for records in groups.values() for record in records]
+    header = tuple(column.format(metric=every[0].headline) for column in ("recipe", *SEEDS_COLUMNS))
+    rows = [(label, *row) for label, records in groups.items() for row in seeds_rows(records, every)]
+    rule = ("---", "---", *("---:" for _ in header[2:]))
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-def _seeds_row(label: str, name: str, records: Sequence[Record], controls: Mapping[str, float]) -> str:
+def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple[str, ...]]:
+    """A row of SEEDS_COLUMNS for each stage of records that differ in their seed.
+
+    Args:
+        records: what to average.
+        every: records in which to look for the dense models that were trained as long.
+
+    Raises:
+        ValueError: a record has no dense stage.
+    """
+    controls = _controls(every)
+    return [_seeds_row(stage.name, records, controls) for stage in records[0].stages]
+
+
+def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[str, float]) -> tuple[str, ...]:
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
@@ -117,9 +162,9 @@ def _seeds_row(label: str, name: str, records: Sequence[Record], controls: Mappi
     sparsity = statistics.mean(stage.sparsity for stage in stages)
     keys = statistics.mean(stage.keys_per_row for stage in stages)
     return (
-        f"| {label} | {TITLES[name]} | {statistics.mean(scores):.2f} ± {spread:.2f} | {statistics.mean(losses):+.2f} "
-        f"| {sparsity:.3f} | {keys:.2f} | {len(scores)} |"
-    )
+        TITLES[name], f"{statistics.mean(scores):.2f} ± {spread:.2f}", f"{statistics.mean(losses):+.2f}",
+        f"{sparsity:.3f}", f"{keys:.2f}", str(len(scores)),
+    )  # fmt: skip
 
 
 def _controls(records: Iterable[Record]) -> dict[str, float]:
@@ -148,7 +193,8 @@ def _title(record: Record) -> str:
     return f"{record.recipe['data']['task']} with {record.recipe['model']}"
 
 
-def _caption(record: Record) -> str:
+def caption(record: Record) -> str:
+    """What the columns of `stage_rows` mean."""
     length = record.stages[0].padded_length if record.stages else "?"
     majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
     return (

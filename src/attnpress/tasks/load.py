@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 CHUNK = 1000  # examples tokenized at once: more hold needlessly many encodings in memory
 
 
+Metrics = Callable[["EvalPrediction"], dict[str, float]]
+
+
 @dataclass(frozen=True)
 class TaskData:
     """Everything training and evaluation need.
@@ -34,6 +38,7 @@ class TaskData:
         majority: headline metric, in points, of always answering the commonest training label; None in other kinds.
         collate: pads a list of rows to the longest and returns tensors.
         compute_metrics: metrics in points from a Trainer's predictions; the first key is the headline.
+        thin: every so manieth example of the evaluation split, in qa with all windows of the question, and its metrics.
     """
 
     task: Task
@@ -43,7 +48,13 @@ class TaskData:
     fingerprint: dict[str, str]
     majority: float | None
     collate: Callable[[list[dict[str, Any]]], Any]
-    compute_metrics: Callable[[EvalPrediction], dict[str, float]]
+    compute_metrics: Metrics
+    thin: Callable[[int], tuple[Dataset, Metrics]]
+
+    def watched(self, rows: int) -> TaskData:
+        """The same task on at most so many evaluation examples, evenly spread."""
+        held_out, compute_metrics = self.thin(rows)
+        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics)
 
 
 def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
@@ -72,15 +83,18 @@ def _load_sentences(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
     names, train_labels, eval_labels = fit_labels(task, train, held_out)
     order, first = _choose(len(train), data.train_rows, seed), range(len(held_out))[: data.eval_rows]
     majority = _majority(task, train_labels, [eval_labels[row] for row in first], len(names)) if names else None
+    encoded = _tokenize(tokenizer, held_out, eval_labels, first, data.max_length)
+    metrics = sentence_metrics(task.metrics, len(names))
     return TaskData(
         task=task,
         train=_tokenize(tokenizer, train, train_labels, order, data.max_length),
-        eval=_tokenize(tokenizer, held_out, eval_labels, first, data.max_length),
+        eval=encoded,
         label_names=names,
         fingerprint={"train": train.sha256, "eval": held_out.sha256},
         majority=majority,
         collate=DataCollatorWithPadding(tokenizer),
-        compute_metrics=sentence_metrics(task.metrics, len(names)),
+        compute_metrics=metrics,
+        thin=lambda rows: (encoded.select(_spread(len(encoded), rows)), metrics),
     )
 
 
@@ -92,6 +106,12 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
     held_out = held_out[: data.eval_rows]
     train_windows, _ = _tokenize_questions(tokenizer, train, data.max_length)
     eval_windows, windows = _tokenize_questions(tokenizer, held_out, data.max_length)
+
+    def thin(rows: int) -> tuple[Dataset, Metrics]:
+        some = [held_out[row] for row in _spread(len(held_out), rows)]
+        encoded, parts = _tokenize_questions(tokenizer, some, data.max_length)
+        return encoded, squad.squad_metrics(some, parts)
+
     return TaskData(
         task=task,
         train=train_windows,
@@ -101,6 +121,7 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
         majority=None,
         collate=DataCollatorWithPadding(tokenizer),
         compute_metrics=squad.squad_metrics(held_out, windows),
+        thin=thin,
     )
 
 
@@ -153,6 +174,10 @@ def _choose(count: int, wanted: int | None, seed: int) -> list[int]:
 
     order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
     return order[:wanted]
+
+
+def _spread(count: int, wanted: int) -> range:
+    return range(0, count, -(-count // wanted))
 
 
 def _tokenize(

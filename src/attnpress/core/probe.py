@@ -1,0 +1,110 @@
+"""A look inside one attention call: P before and after compression, what was lost on the way, how P is spread.
+
+Nothing here is on the path of training or of a prediction; a model shows its calls to a probe on a few examples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from attnpress.config import DENSE, AttentionSpec, TensorSpec
+from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, query_scale, repeat_heads
+from attnpress.core.fake_quantize import scores_operands
+from attnpress.core.pruner import BINS, pair_bins, pair_histogram
+from attnpress.core.quantizer import dequantize, quantize, smooth_key
+
+COARSE = 32
+"""Fine bins in one bin of a probe's histogram: a quarter of an octave."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call: query, key, value [B, Hq or Hkv, S, D]; valid, real as `CompressedAttention.forward` takes them."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    valid: Tensor | None
+    real: Tensor | None
+    scaling: float
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What became of one call.
+
+    Attributes:
+        before, after: P of the floating-point attention and of the compressed one, float32 [B, Hq, Sq, Sk].
+        codes: P codes of the compressed one, same shape.
+        counted: bool, same shape: valid pairs of real rows.
+        histogram: float64 [Hq, BINS / COARSE], pairs by how late the rule would keep them (see `pruner.pair_bins`).
+        loss: float64 [2, Hq] for each of q, k, v, p and output: summed squares of the error, and of the exact values.
+    """
+
+    before: Tensor
+    after: Tensor
+    codes: Tensor
+    counted: Tensor
+    histogram: Tensor
+    loss: dict[str, Tensor]
+
+
+@torch.no_grad()
+def probe(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec) -> Probe:
+    """Run the call twice, exactly and as `spec` compresses it, on the same Q, K and V.
+
+    Args:
+        call: as the model made it.
+        scales, cutoff, spec: as `attention.integer_attention`; any matrix may stay in floating point.
+    """
+    dense, pairs = _pairs(call, Scales(), None, DENSE), _pairs(call, scales, cutoff, spec)
+    before, after = (one.codes / one.divisor for one in (dense, pairs))
+    counted = pairs.valid if call.real is None else pairs.valid & call.real
+    bins = pair_histogram(pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance), counted)
+    loss = _loss(call, scales, spec, before, after, counted)
+    return Probe(before, after, pairs.codes, counted, bins.unflatten(-1, (BINS // COARSE, COARSE)).sum(-1), loss)
+
+
+def relative_error(loss: Tensor) -> Tensor:
+    """Root of the summed squared errors over the root of the summed squares, [2, H] -> [H]; 0 where all is zero."""
+    return (loss[0] / loss[1].clamp(min=torch.finfo(loss.dtype).tiny)).sqrt()
+
+
+def _pairs(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec) -> Pairs:
+    q, k, alpha = scores_operands(call.query, call.key, call.valid, scales, spec, call.scaling)
+    return prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, call.valid, alpha, cutoff, spec)
+
+
+def _loss(
+    call: AttentionCall, scales: Scales, spec: AttentionSpec, before: Tensor, after: Tensor, counted: Tensor
+) -> dict[str, Tensor]:
+    heads, keys = call.query.shape[1], key_validity(counted)
+    rows = counted.any(-1, keepdim=True)
+    key = smooth_key(call.key, key_validity(call.valid)) if spec.smooth_key else call.key.float()
+    query, value = call.query.float(), call.value.float()
+    q_scale = None if spec.q.bits is None else query_scale(query, scales, spec.q)
+    coded = _coded(value, scales.v, spec.v)
+    exact, compressed = (p @ repeat_heads(v, heads) for p, v in ((before, value), (after, coded)))
+    wide = {name: repeat_heads(x, heads) for name, x in (("k", key), ("v", value), ("coded", coded))}
+    coded_key = repeat_heads(_coded(key, scales.k, spec.k), heads)
+    return {
+        "q": _squares(query, _coded(query, q_scale, spec.q), rows),
+        "k": _squares(wide["k"], coded_key, keys),
+        "v": _squares(wide["v"], wide["coded"], keys),
+        "p": _squares(before, after, counted),
+        "output": _squares(exact, compressed, rows),
+    }
+
+
+def _coded(x: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor:
+    return x if spec.bits is None or scale is None else dequantize(quantize(x, scale, spec.qmax), scale)
+
+
+def _squares(exact: Tensor, compressed: Tensor, counted: Tensor | None) -> Tensor:
+    error, power = (compressed - exact).double() ** 2, exact.double() ** 2
+    if counted is not None:
+        error, power = error * counted, power * counted
+    return torch.stack([error.sum((0, 2, 3)), power.sum((0, 2, 3))])

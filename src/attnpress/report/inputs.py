@@ -1,0 +1,100 @@
+"""What a report is made from: records, the samples beside them, and timings; runs of one recipe stand together."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from attnpress.results import Record, RecordError, read_record
+from attnpress.samples import Samples, read_samples
+
+TIMING_KEYS = {"seq_len", "peer", "ours_ms", "peer_ms", "ratio", "sparsity", "threads", "target"}
+BEFORE, AFTER = "dense", "progressive"
+"""The stages that maps and histograms compare."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its name, its record, and what was found beside it."""
+
+    name: str
+    record: Record
+    before: Samples | None
+    after: Samples | None
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe, one for each seed."""
+
+    label: str
+    runs: list[Run]
+
+    @property
+    def records(self) -> list[Record]:
+        """The records of the runs."""
+        return [run.record for run in self.runs]
+
+
+def read_run(path: Path) -> Run:
+    """A run folder, or a record alone.
+
+    Raises:
+        RecordError: see `results.read_record`.
+    """
+    record = read_record(path)
+    if not path.is_dir():
+        return Run(path.stem, record, None, None)
+    return Run(path.resolve().name, record, read_samples(path, BEFORE), read_samples(path, AFTER))
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs whose recipes differ in nothing but the seed, in the order given."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(_what_was_asked(run.record.recipe), sort_keys=True), []).append(run)
+    labels = [_label(found[0].record) for found in groups.values()]
+    return [
+        Group(label if labels.count(label) == 1 else f"{label} ({found[0].name})", found)
+        for label, found in zip(labels, groups.values(), strict=True)
+    ]
+
+
+def read_timings(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Timings that `attnpress bench --json` wrote: of files given by name, and of any in the folders given.
+
+    Raises:
+        RecordError: a file given by name holds no timings.
+    """
+    timings = []
+    for path in paths:
+        for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
+            found = _timings(file)
+            if found is None and not path.is_dir():
+                raise RecordError(f"{file}: no timings; give a file that `attnpress bench --json` wrote")
+            timings += found or []
+    return timings
+
+
+def _timings(file: Path) -> list[dict[str, Any]] | None:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(data, list) and data and all(isinstance(row, dict) and row.keys() >= TIMING_KEYS for row in data)
+    return data if whole else None
+
+
+def _what_was_asked(recipe: dict[str, Any]) -> dict[str, Any]:
+    places = {"seed", "report_to", "checkpoint"}
+    data = {key: value for key, value in recipe.get("data", {}).items() if key != "data_dir"}
+    return {**{key: value for key, value in recipe.items() if key not in places}, "data": data}
+
+
+def _label(record: Record) -> str:
+    attention = record.recipe["attention"]
+    bits = "/".join(str(attention[name]["bits"] or "fp") for name in "qkvp")
+    return f"{record.recipe['data']['task']}, {bits} bits, sparsity {attention['sparsity']:g}"

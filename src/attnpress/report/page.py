@@ -1,0 +1,248 @@
+"""A report as one page: sections of tables, figures and notes, filled into a template; nothing is fetched."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from attnpress.report.attention_figures import histogram_drawings, map_drawings
+from attnpress.report.figures import (
+    Drawing,
+    head_drawings,
+    mean_and_spread,
+    metric_drawings,
+    speed_drawings,
+    training_drawings,
+    work_drawings,
+)
+from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_run, read_timings
+from attnpress.report.render import SEEDS_COLUMNS, caption, seeds_rows, stage_rows
+
+ON_PAGE = {"ink": "var(--ink)", "line": "var(--line)", "paper": "var(--paper)"}
+NEEDED = ("jinja2", "matplotlib")
+OLD = "The record lacks {what}: it was made before they were kept, or stands apart from its run folder."
+
+STAGES_LEAD = (
+    "Each stage of the run, evaluated on the same rows. A score has to be computed before its pair can be "
+    "pruned, so at least half of the multiply-accumulates stay."
+)
+
+
+class ReportError(ValueError):
+    """A report that cannot be made; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text cells under a header; a note says what the columns mean."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+
+
+@dataclass
+class Section:
+    """A part of the page.
+
+    Attributes:
+        name: anchor.
+        heading: shown.
+        lead: a sentence or two.
+        tables, drawings: what it shows.
+        notes: what is missing, and why.
+    """
+
+    name: str
+    heading: str
+    lead: str = ""
+    tables: list[Table] = field(default_factory=list)
+    drawings: list[Drawing] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Report:
+    """The page, and its figures as SVG text by file name."""
+
+    html: str
+    figures: dict[str, str]
+
+
+def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
+    """A report of finished or unfinished runs, from their records alone.
+
+    Args:
+        paths: run folders or records; runs of one recipe are drawn together.
+        bench: timings written by `attnpress bench --json`, beside those that lie in the run folders.
+
+    Raises:
+        RecordError: a record or timing that cannot be read.
+        ReportError: the extra `report` is not installed.
+    """
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ReportError(f"report needs {', '.join(missing)}: pip install 'attnpress[report]'")
+    groups = group_runs([read_run(path) for path in paths])
+    timings = read_timings([*[path for path in paths if path.is_dir()], *bench])
+    sections = list(_sections(groups, timings))
+    drawn = _draw(sections)
+    return Report(_fill(groups, sections, drawn), _files(drawn))
+
+
+def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Iterator[Section]:
+    yield Section(
+        "stages", "Stages", STAGES_LEAD,
+        tables=[table for group in groups for table in _stage_tables(group, groups)],
+        drawings=[
+            *metric_drawings(groups),
+            *(one for number, group in enumerate(groups, start=1) for one in work_drawings(number, group)),
+        ],
+    )  # fmt: skip
+    for number, group in enumerate(groups, start=1):
+        yield from _group_sections(number, group, f": {group.label}" if len(groups) > 1 else "")
+    speed = Section("speed", "Speed", drawings=list(speed_drawings(timings)))
+    speed.lead = "One attention call of the compiled kernel, on the machine where attnpress bench was run."
+    if not timings:
+        speed.lead = ""
+        speed.notes.append(
+            "No timings are here: attnpress bench --json FILE makes them; put the file into the run folder."
+        )
+    yield speed
+    yield _provenance(groups)
+
+
+def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]:
+    run = group.runs[0]
+    seed = f" of run {run.name}, the first of {len(group.runs)}" if len(group.runs) > 1 else ""
+    training = Section(f"training-{number}", f"Training{suffix}", drawings=list(training_drawings(number, group)))
+    training.lead = (
+        "By step, as logged. The loss of the compressed stage holds the distance to its teacher, so the two do not "
+        "compare; the metric is watched on a few evaluation rows only."
+    )
+    heads = Section(f"heads-{number}", f"Layers and heads{suffix}", drawings=list(head_drawings(number, run)))
+    heads.lead = f"The compressed model, head by head{seed}. Errors are relative root mean squares on a few rows."
+    inside = Section(f"attention-{number}", f"Attention{suffix}")
+    inside.lead = (
+        f"Three heads{seed}: those whose output compression changes least, in the middle, and most. "
+        "In maps, grey is a P of zero: in the compressed model, a pair that is skipped."
+    )
+    inside.drawings = [*histogram_drawings(number, run), *map_drawings(number, run)]
+    for section, what in ((training, "training logs"), (heads, "figures of heads"), (inside, "samples of attention")):
+        if not section.drawings:
+            section.notes.append(OLD.format(what=what))
+    names = " ".join(drawing.name for drawing in (*training.drawings, *heads.drawings))
+    if training.drawings and "training-metric" not in names:
+        training.notes.append(OLD.format(what="the metric while training"))
+    if heads.drawings and "heads-error" not in names:
+        heads.notes.append(OLD.format(what="quantization errors"))
+    yield from (training, heads, inside)
+
+
+def _stage_tables(group: Group, groups: Sequence[Group]) -> Iterator[Table]:
+    record = group.records[0]
+    if len(group.runs) == 1 or any(one.stage("dense") is None for one in group.records):
+        for run in group.runs:
+            header, *rows = stage_rows(run.record)
+            yield Table(header, rows, f"{group.label}, run {run.name}: {caption(run.record)}")
+        return
+    every = [one for other in groups for one in other.records if one.stage("dense")]
+    header = tuple(column.format(metric=record.headline) for column in SEEDS_COLUMNS)
+    note = f"{group.label}: mean and standard deviation over seeds; against the dense model trained as long, if any."
+    yield Table(header, seeds_rows(group.records, every), f"{note} {caption(record)}")
+
+
+def summary(group: Group) -> str:
+    """What came out, in a sentence."""
+    done = [(record, stage) for record in group.records if (stage := record.stage(AFTER))]
+    if not done:
+        return f"{group.label}: not compressed to the end yet."
+    headline = done[0][0].headline
+    dense = [stage.metrics[headline] for record in group.records if (stage := record.stage("dense"))]
+    sparsity, keys = (
+        statistics.fmean(getattr(stage, name) for _, stage in done) for name in ("sparsity", "keys_per_row")
+    )
+    scores = mean_and_spread([stage.metrics[headline] for _, stage in done])
+    return (
+        f"{group.label}: {headline} {scores} against {mean_and_spread(dense) if dense else 'an unknown score'} dense, "
+        f"with {sparsity:.1%} of the valid pairs skipped and {keys:.2f} keys left a row."
+    )
+
+
+def _provenance(groups: Sequence[Group]) -> Section:
+    section = Section("provenance", "Provenance", "What the figures rest on, and the recipe of each run.")
+    for run in (run for group in groups for run in group.runs):
+        rows = [*flat(run.record.provenance)]
+        section.tables.append(Table(("key", "value"), rows, f"Run {run.name}"))
+    return section
+
+
+def flat(data: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted keys and values of nested mappings."""
+    if isinstance(data, dict):
+        for key, value in data.items():
+            yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, "none" if data is None else str(data)
+
+
+def _recipes(runs: Iterable[Run]) -> dict[str, str]:
+    return {run.name: str(yaml.safe_dump(run.record.recipe, sort_keys=False)) for run in runs}
+
+
+def _draw(sections: Iterable[Section]) -> dict[str, str]:
+    """Every figure as SVG, in marker colours, by the name of its drawing."""
+    from attnpress.report.plots import to_svg
+
+    drawings = (drawing for section in sections for drawing in section.drawings)
+    return {drawing.name: _described(to_svg(drawing.figure, drawing.name), drawing) for drawing in drawings}
+
+
+def _inline(svg: str) -> Any:
+    from markupsafe import Markup
+
+    from attnpress.report.plots import recolored
+
+    # Without a size of its own, the drawing is as wide as the page allows.
+    sizeless = re.sub(r"(?<=<svg)[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
+    return Markup(recolored(sizeless, ON_PAGE))
+
+
+def _described(svg: str, drawing: Drawing) -> str:
+    """The drawing with its title and description, for readers that look at neither ink nor pixels."""
+    from markupsafe import escape
+
+    ids = f"{drawing.name}-title", f"{drawing.name}-words"
+    words = (
+        f'<title id="{ids[0]}">{escape(drawing.title)}</title><desc id="{ids[1]}">{escape(drawing.description)}</desc>'
+    )
+    opened = svg.replace("<svg ", f'<svg role="img" aria-labelledby="{ids[0]}" aria-describedby="{ids[1]}" ', 1)
+    return re.sub(r"(<svg[^>]*>)", lambda found: found[1] + words, opened, count=1)
+
+
+def _files(drawn: Mapping[str, str]) -> dict[str, str]:
+    from attnpress.report.plots import PRINT, recolored
+
+    return {f"{name}.svg": recolored(svg, PRINT) for name, svg in drawn.items()}
+
+
+def _fill(groups: Sequence[Group], sections: Sequence[Section], drawn: Mapping[str, str]) -> str:
+    import jinja2
+
+    template = files("attnpress.report").joinpath("page.html.j2").read_text(encoding="utf-8")
+    made = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return made.from_string(template).render(
+        title=", ".join(dict.fromkeys(group.runs[0].record.recipe["data"]["task"] for group in groups)),
+        summaries=[summary(group) for group in groups],
+        sections=sections,
+        drawn={name: _inline(svg) for name, svg in drawn.items()},
+        recipes=_recipes(run for group in groups for run in group.runs),
+    )

@@ -1,0 +1,224 @@
+"""Figures: one pure function each, from plain numbers to a matplotlib figure; and figures as SVG text.
+
+Colours that a page may change are drawn in the markers of `THEME`; `recolored` puts others in their place.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
+
+THEME = {"ink": "#010203", "line": "#020304", "paper": "#030405"}
+PRINT = {"ink": "#1c1f24", "line": "#d4d8de", "paper": "#ffffff"}
+COLORS = ("#3579b8", "#d9730d", "#2a9468", "#9166cc", "#cf4457", "#8a7a3c")
+"""Series; each stands out from white paper and from a dark page."""
+SKIPPED = "#c3c7cd"
+"""Ground of the maps: unlike any colour of the scale, on a dark page too."""
+
+SHORT = 22
+"""Letters of a label that leaves room for another beside it."""
+
+WIDTH = 4.0
+"""Inches, of every figure: narrow enough that its letters can be read on a phone."""
+
+STYLE: Any = {
+    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10, "figure.dpi": 100,
+    "text.color": THEME["ink"], "axes.labelcolor": THEME["ink"], "axes.edgecolor": THEME["ink"],
+    "xtick.color": THEME["ink"], "ytick.color": THEME["ink"], "grid.color": THEME["line"], "axes.grid": True,
+    "axes.facecolor": THEME["paper"], "figure.facecolor": THEME["paper"], "legend.frameon": False,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.fontsize": 9,
+    "xtick.labelsize": 9, "ytick.labelsize": 9,
+}  # fmt: skip
+
+
+Plot: TypeAlias = Figure
+"""What every function here gives; a name by which others can speak of it without knowing matplotlib."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One curve: `series` chooses its colour, so that seeds of one stage share it."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    series: int = 0
+    dashed: bool = False
+
+
+@mpl.rc_context(STYLE)
+def metric_against_sparsity(points: Sequence[Line], metric: str, floor: float | None) -> Figure:
+    """A mark for each stage: mean and range over seeds in both directions, and each seed as a dot.
+
+    Args:
+        points: of each stage, the sparsities and scores of its seeds.
+        metric: name of the score.
+        floor: score of always answering the commonest class.
+    """
+    figure, axes = _axes(3.2)
+    for point in points:
+        color, x, y = COLORS[point.series % len(COLORS)], np.array(point.x), np.array(point.y)
+        spread = y.std(ddof=1) if len(y) > 1 else 0.0
+        axes.errorbar(x.mean(), y.mean(), yerr=spread or None, fmt="D", ms=6, capsize=4, color=color, label=point.label)
+        if len(y) > 1:
+            axes.plot(x, y, ".", ms=5, alpha=0.6, color=color)
+    lowest = min(min(point.y) for point in points)
+    if floor is not None and floor > lowest - 10:
+        axes.axhline(floor, ls=":", color=THEME["ink"], lw=1)
+    axes.set(xlabel="sparsity (fraction of valid pairs skipped)", ylabel=metric, xlim=(-0.05, 1.05))
+    _legend_below(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False) -> Figure:
+    """Figures of training by step."""
+    figure, axes = _axes(2.7)
+    for line in lines:
+        style: dict[str, Any] = {"color": COLORS[line.series % len(COLORS)], "lw": 1.6, "label": line.label}
+        axes.plot(
+            line.x, line.y, ls="--" if line.dashed else "-", marker="o" if len(line.x) < 9 else None, ms=3, **style
+        )
+    axes.set(xlabel="step", ylabel=ylabel)
+    if unit_range:
+        axes.set_ylim(-0.03, 1.03)
+    _legend_below(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def head_map(values: Sequence[Sequence[float]]) -> Figure:
+    """One square a head: rows are layers from the first, columns are heads; heads that are missing stay blank."""
+    widest = max(len(row) for row in values)
+    grid = np.array([[*row, *[np.nan] * (widest - len(row))] for row in values], dtype=float)
+    figure, axes = _axes(0.8 + 3.0 * max(0.35, min(1.6, len(grid) / widest)))
+    shown = axes.imshow(grid, cmap="viridis", aspect="auto", interpolation="nearest")
+    axes.set(xlabel="head", ylabel="layer")
+    axes.grid(visible=False)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True, nbins=12))
+    figure.colorbar(shown, ax=axes, pad=0.02)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def attention_maps(before: ArrayLike, after: ArrayLike, tokens: Sequence[str], sides: tuple[str, str]) -> Figure:
+    """P of one head on one input, before above after, tokens on the axes; pairs that are exactly zero are grey."""
+    figure = _figure(7.6)
+    panels = figure.subplots(2, 1, sharex=True)
+    norm = PowerNorm(0.5, vmin=0, vmax=1)
+    for axes, values, side in zip(panels, (before, after), sides, strict=True):
+        grid = np.ma.masked_equal(np.asarray(values, dtype=float), 0)
+        shown = axes.imshow(grid, cmap="viridis", norm=norm, aspect="auto", interpolation="nearest")
+        axes.set_title(side)
+        axes.grid(visible=False)
+        axes.set_facecolor(SKIPPED)
+        _name(axes.yaxis, tokens, grid.shape[0])
+    _name(panels[1].xaxis, tokens, grid.shape[1], rotation=90)
+    bar = figure.colorbar(shown, ax=panels, location="bottom", pad=0.02, fraction=0.03, aspect=30)
+    bar.set_label("P of a query (row) at a key (column)")
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def threshold_histogram(
+    edges: ArrayLike, before: ArrayLike | None, after: ArrayLike, threshold: float | None, xlabel: str
+) -> Figure:
+    """Share of pairs by size of P, and the threshold; what lies left of it is pruned.
+
+    Args:
+        edges: of the bins, in octaves below 1 (or in shares of the row's mass), one more than counts.
+        before: shares of the dense model; None leaves them out.
+        after: shares of the compressed model, before its threshold takes any.
+        threshold: in the unit of `edges`.
+    """
+    figure, axes = _axes(2.7)
+    at = np.asarray(edges, dtype=float)
+    if before is not None:
+        axes.stairs(np.asarray(before), at, color=COLORS[0], lw=1.4, label="dense model")
+    axes.stairs(np.asarray(after), at, color=COLORS[1], fill=True, alpha=0.35, label="compressed model, before the cut")
+    if threshold is not None:
+        axes.axvline(threshold, color=COLORS[4], lw=1.8, label="threshold: smaller P is pruned")
+    axes.set(xlabel=xlabel, ylabel="share of pairs")
+    axes.invert_xaxis()
+    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    _legend_below(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: float | None = None) -> Figure:
+    """Horizontal bars: a row for each group, a colour for each quantity, the number at the end."""
+    names, count = list(groups), len(next(iter(groups.values())))
+    figure, axes = _axes(0.9 + 0.2 * len(names) * (count + 0.7))
+    height = 0.8 / count
+    for index, quantity in enumerate(next(iter(groups.values()))):
+        values = [groups[name][quantity] for name in names]
+        place = np.arange(len(names)) + (index - (count - 1) / 2) * height
+        drawn = axes.barh(place, values, height * 0.9, color=COLORS[index % len(COLORS)], label=quantity)
+        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8.5)
+    if reference is not None:
+        axes.axvline(reference, color=THEME["ink"], lw=1, ls=":")
+    axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
+    axes.invert_yaxis()
+    axes.margins(x=0.14)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel(xlabel)
+    _legend_below(figure, axes)
+    return figure
+
+
+def to_svg(figure: Figure, name: str) -> str:
+    """The figure as SVG in the marker colours, the same text for the same figure: no dates, ids begin with `name`."""
+    text = io.StringIO()
+    with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="Glyph .* missing", category=UserWarning
+        )  # the page has its own fonts
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()[text.getvalue().index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    return re.sub(r'\bid="|(?<=url\()#|(?<=href=")#', lambda found: f"{found[0]}{name}-", svg)
+
+
+def recolored(svg: str, colors: Mapping[str, str]) -> str:
+    """The drawing with its ink, line and paper in other colours, or in `var(--...)` of a page."""
+    for marker, color in THEME.items():
+        svg = svg.replace(color, colors[marker])
+    return svg
+
+
+def _axes(height: float) -> tuple[Figure, Axes]:
+    figure = _figure(height)
+    return figure, figure.subplots()
+
+
+def _figure(height: float) -> Figure:
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def _legend_below(figure: Figure, axes: Axes) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    first = {label: handle for handle, label in reversed(list(zip(handles, labels, strict=True)))}
+    chosen = [label for label in dict.fromkeys(labels) if not label.startswith("_")]
+    columns = 2 if max(map(len, chosen), default=0) <= SHORT else 1
+    if chosen:
+        figure.legend([first[name] for name in chosen], chosen, loc="outside lower left", ncols=columns, frameon=False)
+
+
+def _name(axis: Any, tokens: Sequence[str], count: int, rotation: float = 0) -> None:
+    shown = tokens if len(tokens) == count else [str(index) for index in range(count)]
+    words = [token.translate({0x0120: "\N{MIDDLE DOT}", 0x2581: "\N{MIDDLE DOT}"}) for token in shown]
+    axis.set_ticks(range(count), words, rotation=rotation, fontsize=8.5, parse_math=False)
