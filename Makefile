@@ -7,7 +7,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test check sanitize style clean
+.PHONY: help setup kernel demo test check docs sanitize style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,11 @@ check: setup ## format, lint, strict types, house rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house_rules.py tests/test_project_files.py
+
+docs: setup ## build the documentation into build/docs; a warning is an error
+	@$(PIP) install -c requirements.txt -r requirements-docs.txt
+	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "open build/docs/index.html"
 
 sanitize: setup ## run the kernel's tests under the address and undefined-behaviour sanitizers
 	$(MAKE) -f csrc/Makefile sanitize PYTHON=$(BIN)/python

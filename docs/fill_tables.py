@@ -1,4 +1,7 @@
-"""Write the tables of README.md from the committed records: `python docs/fill_tables.py`. A test holds them equal."""
+"""Write the tables and the picture of README.md from the committed records: `python docs/fill_tables.py`.
+
+A test holds them equal.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +10,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from attnpress.report.render import seeds_markdown, stages_markdown
-from attnpress.results import read_record
+from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg
+from attnpress.report.render import TITLES, seeds_markdown, stages_markdown
+from attnpress.results import Record, read_record
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
+PICTURE = "docs/figures/demo.svg"
 RECIPES = {"8 bits": "mrpc-8bit"}
 
 
@@ -21,9 +26,38 @@ def tables() -> dict[str, str]:
         label: [read_record(path) for path in sorted((ROOT / "records").glob(f"{stem}-seed*.json"))]
         for label, stem in RECIPES.items()
     }
-    demo = stages_markdown(read_record(ROOT / "records" / "demo.json"))
+    demo = demo_record()
     rows = json.loads((ROOT / "docs" / "families.json").read_text(encoding="utf-8"))
-    return {"demo": demo, "mrpc": seeds_markdown(groups), "families": families_markdown(rows)}
+    return {
+        "picture": f"![{picture_in_words(demo)}]({PICTURE})",
+        "demo": stages_markdown(demo),
+        "mrpc": seeds_markdown(groups),
+        "families": families_markdown(rows),
+    }
+
+
+def demo_record() -> Record:
+    """The committed run of the main job."""
+    return read_record(ROOT / "records" / "demo.json")
+
+
+def picture(record: Record) -> str:
+    """What pruning leaves and what it costs, stage by stage, as SVG."""
+    names = [TITLES[stage.name] for stage in record.stages]
+    panels = {
+        "keys that a query reads": [stage.keys_per_row for stage in record.stages],
+        f"{record.headline} (points)": [stage.metrics[record.headline] for stage in record.stages],
+    }
+    return recolored(to_svg(side_by_side(names, panels), "demo"), PRINT)
+
+
+def picture_in_words(record: Record) -> str:
+    """The same numbers for those who do not see it."""
+    parts = [
+        f"{TITLES[stage.name]}: {stage.keys_per_row:.1f} keys a query, {stage.metrics[record.headline]:.1f} points"
+        for stage in record.stages
+    ]
+    return f"Bars of the demo run. {'; '.join(parts)}."
 
 
 def families_markdown(rows: dict[str, dict[str, Any]]) -> str:
@@ -50,5 +84,7 @@ def filled(text: str) -> str:
 
 
 if __name__ == "__main__":
+    (ROOT / PICTURE).parent.mkdir(exist_ok=True)
+    (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")

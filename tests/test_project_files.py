@@ -48,7 +48,7 @@ def is_date(match: re.Match[str] | None) -> bool:
 
 
 def unpinned(files: Files) -> list[str]:
-    """Lines of requirements.txt that are not an exact pin, and needs of pyproject.toml that no pin meets."""
+    """Lines of the requirements that are not an exact pin, and needs of pyproject.toml that no pin meets."""
     lines = [line for line in files["requirements.txt"].splitlines() if line and not line.startswith("#")]
     offences = [f"{line}: write name==version" for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     pins = {canonical(name): version for name, _, version in (line.partition("==") for line in lines)}
@@ -115,6 +115,6 @@ def test_decision_records_are_numbered_and_dated() -> None:
 def test_every_need_has_an_exact_pin() -> None:
     needs = importlib.metadata.requires("attnpress")
     assert needs
-    pins = (ROOT / "requirements.txt").read_text("utf-8")
+    pins = "".join((ROOT / name).read_text("utf-8") for name in ("requirements.txt", "requirements-docs.txt"))
     offences = unpinned({"requirements.txt": pins, "needs": "\n".join(needs)})
     assert not offences, "\n".join(offences)

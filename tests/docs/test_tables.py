@@ -1,5 +1,6 @@
-"""The tables of the README are those of the committed records."""
+"""The tables and the picture of the README are those of the committed records."""
 
+import dataclasses
 import runpy
 from pathlib import Path
 
@@ -14,8 +15,18 @@ RECORDS = sorted((ROOT / "records").glob("*.json"))
 def test_readme_tables_are_made_from_records() -> None:
     fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))["filled"]
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- table: ") == 3
+    assert text.count("<!-- table: ") == 4
     assert fill(text) == text, "run: python docs/fill_tables.py"
+
+
+def test_the_picture_is_made_from_the_record() -> None:
+    fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))
+    record = read_record(ROOT / "records" / "demo.json")
+    drawn = (ROOT / fill["PICTURE"]).read_text(encoding="utf-8")
+    assert fill["picture"](record) == drawn, "run: python docs/fill_tables.py"
+    assert f">{record.stages[-1].metrics['accuracy']:.1f}<" in drawn
+    changed = record.with_stage(dataclasses.replace(record.stages[-1], keys_per_row=9.0))
+    assert fill["picture"](changed) != drawn
 
 
 def test_a_table_changed_by_hand_is_made_anew() -> None:

@@ -180,6 +180,26 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: f
     return figure
 
 
+@mpl.rc_context(STYLE)
+def side_by_side(names: Sequence[str], panels: Mapping[str, Sequence[float]]) -> Figure:
+    """Horizontal bars that share their rows: a panel for each quantity, each from zero, the number at the end.
+
+    Args:
+        names: of the rows, from the top.
+        panels: by the quantity's name, a value for each row.
+    """
+    figure = _figure(0.8 + 0.32 * len(names))
+    figure.set_figwidth(2 * WIDTH)
+    for index, (axes, quantity) in enumerate(zip(figure.subplots(1, len(panels), sharey=True), panels, strict=True)):
+        drawn = axes.barh(range(len(names)), panels[quantity], 0.7, color=COLORS[index % len(COLORS)])
+        axes.bar_label(drawn, fmt="%.1f", padding=3)
+        axes.set(title=quantity, yticks=range(len(names)), yticklabels=names)
+        axes.margins(x=0.16)
+        axes.grid(visible=False)
+    figure.axes[0].invert_yaxis()
+    return figure
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as SVG in the marker colours, the same text for the same figure: no dates, ids begin with `name`."""
     text = io.StringIO()
