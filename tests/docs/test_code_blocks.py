@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")) if path.is_file()
 )
-QUICK = ("validate", "ls", "report")
+QUICK = ("validate", "ls")
 """Commands that are run; the others are parsed, and their recipes read. A trace is exported, too."""
 OTHERS = {"git", "cd", "python", "tensorboard", "open"}
 """Commands of others that a page may show."""
