@@ -1,11 +1,11 @@
 """Builds the documentation: `make docs`, into build/docs. Pages are Markdown that reads well on its own, too."""
 
-from importlib.metadata import version
+import importlib.metadata
 
 project = "attnpress"
 author = "the attnpress authors"
 copyright = author  # noqa: A001 - Sphinx reads it by this name
-release = version("attnpress")
+release = importlib.metadata.version("attnpress")
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.mathjax"]
 myst_enable_extensions = ["dollarmath"]
