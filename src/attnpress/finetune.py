@@ -74,7 +74,7 @@ class SparsityDriver:
         """Add the pairs that all ranks have seen in this step to the running histogram.
 
         Returns:
-            The fraction of those pairs that the thresholds of this step pruned: what was achieved of what was asked.
+            The fraction of those pairs that the thresholds of this step pruned, achieved of what was asked.
         """
         counts = []
         for module in self.modules:

@@ -18,7 +18,7 @@ def sparsity_at(step: int, total: int, spec: ScheduleSpec, target: float) -> flo
         step:      s_0 + (target - s_0) floor(steps * x) / steps
 
     Returns:
-        `s_0` up to `begin` (kind "constant": `target`), exactly `target` from `end` on.
+        `s_0` up to `begin` (`target` for kind "constant"), exactly `target` from `end` on.
     """
     start = min(spec.start, target)
     x = _progress(step / max(total, 1), spec.begin, spec.end)
