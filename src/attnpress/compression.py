@@ -35,7 +35,7 @@ from attnpress.models.loading import (
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, read_record, to_json, with_errors
-from attnpress.run_folder import check_space, claim_folder, differences, provenance
+from attnpress.run_folder import check_space, claim_folder, differences, hold_folder, provenance
 from attnpress.samples import samples_bytes, samples_file
 from attnpress.sampling import take_samples
 from attnpress.tasks import TaskData, check_data, load_task
@@ -95,16 +95,17 @@ def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = pr
     tokenizer = load_tokenizer(base)
     run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base)
     claim_folder(config, output)
-    record = _open_record(run)
     tell = notify if this_process().is_main_process else _say_nothing
-    for name in STAGES:
-        if name == "dense_control" and not config.dense_control:
-            continue
-        if record.stage(name) is not None:
-            tell(f"{name}: already done")
-            continue
-        tell(f"{name}: {_DOES[name]}")
-        record = _run_stage(run, record, name)
+    with hold_folder(output):
+        record = _open_record(run)
+        for name in STAGES:
+            if name == "dense_control" and not config.dense_control:
+                continue
+            if record.stage(name) is not None:
+                tell(f"{name}: already done")
+                continue
+            tell(f"{name}: {_DOES[name]}")
+            record = _run_stage(run, record, name)
     return record
 
 
@@ -147,10 +148,17 @@ def _dense(run: Run) -> PreTrainedModel:
     if not folder.is_dir():
         model = run.load(run.base)
         unbind(bind(model, DENSE))  # a model that cannot be compressed is refused before it is trained
+        _check_length(model, run.config.data.max_length)
         check_space(model, run.output)
         _train(run, model, "dense", run.config.dense)
         _save(folder, lambda scratch: _write_model(run, model, scratch))
     return bind(run.load(run.dense), DENSE)
+
+
+def _check_length(model: PreTrainedModel, max_length: int) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"data.max_length: {max_length} exceeds the model's {longest} positions")
 
 
 def _dense_control(run: Run) -> PreTrainedModel:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from torch import nn
 
 from attnpress.calibration import this_process
@@ -40,6 +43,29 @@ def claim_folder(config: RunConfig, output: Path) -> None:
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     state.wait_for_everyone()
+
+
+@contextmanager
+def hold_folder(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder while this one works in it; a killed process lets go of it by itself.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+    if not this_process().is_main_process:
+        yield
+        return
+    lock = FileLock(output / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{output}: another run is at work there; wait for its end, or choose another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def check_space(model: nn.Module, output: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def test_training_is_logged_step_by_step(record: Record, finished: Path) -> None
 def test_the_run_folder_is_complete_and_safe(finished: Path, tiny_recipe: RunConfig) -> None:
     assert load_config(finished / "recipe.yaml") == tiny_recipe
     files = [path.relative_to(finished) for path in finished.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".json", ".jsonl", ".yaml", ".safetensors", ".md"}, (
+    assert {path.suffix for path in files} == {".json", ".jsonl", ".yaml", ".safetensors", ".md", ".lock"}, (
         "nothing is left to unpickle"
     )
     assert not [path for path in files if path.name.startswith(".")], "no scratch files are left"
@@ -280,6 +281,19 @@ def test_a_model_off_the_interface_is_refused_before_it_is_trained(
     monkeypatch.setattr("attnpress.compression.train", no_training)
     with pytest.raises(UnsupportedModelError, match="DebertaV2ForSequenceClassification: its attention does not go"):
         quietly(dataclasses.replace(tiny_recipe, model=str(tmp_path / "deberta")), tmp_path / "run")
+
+
+def test_inputs_longer_than_the_positions_of_a_model_are_refused_before_it_is_trained(
+    tiny_recipe: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_recipe.model, tmp_path / "model")
+    tokenizer = load_tokenizer(tiny_recipe.model)
+    tokenizer.model_max_length = 4096
+    tokenizer.save_pretrained(tmp_path / "model")
+    longer = dataclasses.replace(tiny_recipe.data, max_length=1024)
+    monkeypatch.setattr("attnpress.compression.train", no_training)
+    with pytest.raises(ConfigError, match=r"data\.max_length: 1024 exceeds the model's \d+ positions"):
+        quietly(dataclasses.replace(tiny_recipe, model=str(tmp_path / "model"), data=longer), tmp_path / "run")
 
 
 def test_a_checkpoint_that_is_not_there_is_not_trained_instead(from_dense: RunConfig, tmp_path: Path) -> None:

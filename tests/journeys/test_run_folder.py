@@ -13,7 +13,7 @@ from torch import nn
 
 from attnpress.config import AttentionSpec, ConfigError, RunConfig
 from attnpress.recipe import load_config
-from attnpress.run_folder import COPIES, check_space, claim_folder, differences
+from attnpress.run_folder import COPIES, check_space, claim_folder, differences, hold_folder
 
 
 def test_a_new_folder_takes_the_recipe_and_knows_it_again(tmp_path: Path) -> None:
@@ -44,6 +44,14 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match=r"file/run: cannot be written \(.*\); choose another --output"):
         claim_folder(RunConfig(), tmp_path / "file" / "run")
+
+
+def test_two_runs_never_work_in_one_folder(tmp_path: Path) -> None:
+    claim_folder(RunConfig(), tmp_path)
+    with hold_folder(tmp_path), pytest.raises(ConfigError, match="another run is at work there"), hold_folder(tmp_path):
+        pass
+    with hold_folder(tmp_path):
+        pass  # let go of
 
 
 def test_a_run_that_cannot_be_saved_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,14 +81,17 @@ def _high(left: Tensor, right: Tensor | int) -> Tensor:
 
 
 def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Cache small tables; while torch.compile traces, which warns of caches, make them inside the graph."""
-    cached = functools.lru_cache(maxsize=64)(make)
+    """Keep small tables. Not while torch traces: compile warns of caches, and what export makes is no real tensor."""
+    known: dict[tuple[object, ...], Tensor] = {}
 
     @functools.wraps(make)
     def table(*args: P.args, **kwargs: P.kwargs) -> Tensor:
-        if torch.compiler.is_compiling():
+        key = (*args, *kwargs.values())
+        if torch.compiler.is_dynamo_compiling() or (torch.compiler.is_compiling() and key not in known):
             return make(*args, **kwargs)
-        return cached(*args, **kwargs)  # type: ignore[arg-type]  # all of them are hashable
+        if key not in known:
+            known[key] = make(*args, **kwargs)
+        return known[key]
 
     return table
 
