@@ -181,7 +181,7 @@ def _reference(record: Record, controls: Mapping[str, float]) -> float:
 
 
 def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
-    bits = "/".join("fp" if value is None else str(value) for value in stage.bits.values())
+    bits = "/".join("fp" if value is None else f"{value:.3g}" for value in stage.bits.values())
     return (
         TITLES[stage.name], f"{stage.metrics[headline]:.2f}", f"{stage.sparsity:.3f}", f"{stage.pruned:.3f}",
         f"{stage.padded_sparsity:.3f}", f"{stage.tile_sparsity:.3f}", f"{stage.keys_per_row:.2f}", bits,
