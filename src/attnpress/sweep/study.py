@@ -57,13 +57,13 @@ def open_study(sweep: SweepSpec, output: Path) -> optuna.Study:
 
 
 def _storage(sweep: SweepSpec, output: Path) -> optuna.storages.RDBStorage:
+    from optuna.exceptions import ExperimentalWarning
     from optuna.storages import RDBStorage, RetryHeartbeatStaleTrialCallback
 
     url = sweep.storage or f"sqlite:///{output.resolve() / 'study.db'}"
     patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
     with warnings.catch_warnings():  # retrying is "experimental" since Optuna 2.8
-        warnings.simplefilter("ignore", category=FutureWarning)
-        warnings.simplefilter("ignore", category=UserWarning)
+        warnings.simplefilter("ignore", ExperimentalWarning)
         return RDBStorage(
             url, engine_kwargs=patient, heartbeat_interval=sweep.heartbeat,
             grace_period=SILENT_BEATS * sweep.heartbeat,
