@@ -68,7 +68,7 @@ class PruneSpec:
 
     Attributes:
         percentile: a trial goes on while its metric is within the best so many percent of those to compare with; 100
-            gives up none.
+            gives up only what is worse than all of them.
         startup: finished trials of no more work that there must be, before any is given up.
         after: fraction of training before which none is given up; thresholds and scales are still settling.
     """
