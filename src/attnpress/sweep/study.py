@@ -135,7 +135,7 @@ def hopeless(study: optuna.Study, work: float, step: int, value: float, prune: P
     )
     pruner = optuna.pruners.PercentilePruner(prune.percentile, n_startup_trials=prune.startup)
     running = optuna.create_trial(state=optuna.trial.TrialState.RUNNING, intermediate_values={step: value})
-    return pruner.prune(shown, running)
+    return bool(pruner.prune(shown, running))
 
 
 def _by_step(watched: Mapping[str, float]) -> dict[int, float]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from attnpress.cli import main
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, RunConfig, TensorSpec
 from attnpress.recipe import dump_config, load_spec, parse_spec
 from attnpress.sweep.spec import SearchSpec, SweepSpec, asked_work, choose, describe, trial_folder
@@ -94,6 +95,14 @@ def test_a_recipe_has_a_folder_of_its_own() -> None:
 def test_a_mistake_is_named(sweep: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_spec(SweepSpec, sweep)
+
+
+def test_the_command_says_what_is_wrong_with_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("search: {bits: [4]}\ntrails: 3\n", encoding="utf-8")
+    assert main(["sweep", str(file), "--output", str(tmp_path / "out")]) == 1
+    assert "trails: unknown key; did you mean 'trials'?" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_sweep_is_read_overridden_and_written(tmp_path: Path) -> None:

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 
+from attnpress.compression import compress
 from attnpress.config import ConfigError, RunConfig
 from attnpress.finetune import DivergedError
 from attnpress.models.hub import ModelError
 from attnpress.sweep import SearchSpec, SweepSpec, sweep
 from attnpress.sweep.spec import PruneSpec
 from attnpress.sweep.study import ASKED_WORK, WATCHED, SweepError, check_teacher, hopeless, open_study
+from attnpress.sweep.worker import Worker
 from attnpress.sweep_record import TrialRecord, pareto_front, read_sweep
 
 optuna = pytest.importorskip("optuna")
@@ -70,21 +72,19 @@ def failing(real: Callable[..., Any], error: BaseException) -> Callable[..., Any
     """Compression whose first trial ends in an error."""
     calls: list[Path] = []
 
-    def compress(config: RunConfig, output: Path, *args: Any, **kwargs: Any) -> Any:
+    def trapped(config: RunConfig, output: Path, *args: Any, **kwargs: Any) -> Any:
         calls.append(output)
         if len(calls) == 2:  # the first is the teacher
             raise error
         return real(config, output, *args, **kwargs)
 
-    return compress
+    return trapped
 
 
 def test_a_trial_that_diverges_is_counted_and_the_sweep_goes_on(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import attnpress.sweep.worker as worker
-
-    monkeypatch.setattr(worker, "compress", failing(worker.compress, DivergedError("not finite")))
+    monkeypatch.setattr("attnpress.sweep.worker.compress", failing(compress, DivergedError("not finite")))
     record = sweep(spec, tmp_path, lambda _: None)
     assert [(trial.state, trial.error) for trial in record.trials] == [("failed", "not finite"), ("complete", None)]
     assert record == read_sweep(tmp_path)
@@ -93,9 +93,7 @@ def test_a_trial_that_diverges_is_counted_and_the_sweep_goes_on(
 def test_a_trial_that_is_interrupted_is_run_again(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import attnpress.sweep.worker as worker
-
-    monkeypatch.setattr(worker, "compress", failing(worker.compress, KeyboardInterrupt()))
+    monkeypatch.setattr("attnpress.sweep.worker.compress", failing(compress, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         sweep(spec, tmp_path, lambda _: None)
     record = sweep(spec, tmp_path, lambda _: None)
@@ -109,9 +107,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its trial was failed, and queued, behind its back: a laptop that slept."""
-    import attnpress.sweep.worker as worker
-
-    real, told, slept = worker.Worker.train, [], []
+    real, told, slept = Worker.train, list[str](), list[int]()
 
     def train(self: Any, trial: Any, recipe: RunConfig, folder: Path) -> tuple[float, float]:
         found = real(self, trial, recipe, folder)
@@ -121,7 +117,7 @@ def test_a_worker_that_was_taken_for_dead_goes_on(
             self.study.enqueue_trial(trial.params)
         return found
 
-    monkeypatch.setattr(worker.Worker, "train", train)
+    monkeypatch.setattr(Worker, "train", train)
     record = sweep(spec, tmp_path, told.append)
     assert any("trial 0: this worker was silent for too long" in line for line in told)
     assert [trial.number for trial in record.trials] == [1, 2]
