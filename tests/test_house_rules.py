@@ -33,20 +33,22 @@ JOURNEYS = {
     "live",
     "run_folder",
     "sampling",
+    "sweep",
     "tasks",
 }
-BELOW_JOURNEYS = {"config", "recipe", "files", "results", "samples", "core", "kernels", "models"}
+BELOW_JOURNEYS = {"config", "recipe", "files", "results", "samples", "sweep_record", "core", "kernels", "models"}
 ARROWS: dict[str, set[str]] = {
     "config": set(),
     "recipe": {"config"},
     "files": set(),
     "results": set(),
     "samples": set(),
+    "sweep_record": {"results"},
     "core": {"config"},
     "kernels": {"config", "core"},
     "models": {"config", "recipe", "files", "core"},
     "registration": {"models"},
-    "report": {"results", "samples"},
+    "report": {"results", "samples", "sweep_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
     "cli": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
     "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
@@ -54,9 +56,10 @@ ARROWS: dict[str, set[str]] = {
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "transformers": ("models", "tasks", "finetune", "live", "evaluate", "export", "compression"),
+    "transformers": ("models", "tasks", "finetune", "live", "evaluate", "export", "compression", "sweep.study"),
     "datasets": ("tasks",),
     "matplotlib": ("report.plots",),
+    "optuna": ("sweep",),
     "triton": ("kernels.triton",),
     "onnxruntime": ("export",),
     "openvino": ("export", "benchmark"),

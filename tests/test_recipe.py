@@ -125,3 +125,36 @@ def test_a_recipe_that_is_not_there_or_not_text_is_named(tmp_path: Path) -> None
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match=r"binary\.yaml: not valid YAML"):
         load_config(tmp_path / "binary.yaml")
+
+
+def test_layers_say_only_what_differs(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "attention: {sparsity: 0.9, q: {granularity: tensor}}\n"
+        "layers:\n  0: {q: {bits: 4}, k: {bits: 4}}\n  '*.1.*': {sparsity: 0.5}\n",
+        encoding="utf-8",
+    )
+    config = load_config(recipe, ["layers.0.sparsity=0.2", "layers.2.p.bits=4"])
+    common = config.attention
+    assert config.layers == {
+        "0": dataclasses.replace(common, q=TensorSpec(4, "tensor"), k=TensorSpec(4), sparsity=0.2),
+        "*.1.*": dataclasses.replace(common, sparsity=0.5),
+        "2": dataclasses.replace(common, p=ProbsSpec(4)),
+    }
+    recipe.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(recipe) == config
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"0": {"sparsty": 0.5}}, "layers.0.sparsty: unknown key; did you mean 'sparsity'"),
+        ({"0": {"q": {"bit": 4}}}, "layers.0.q.bit: unknown key; did you mean 'bits'"),
+        ({"0": {"rule": "topk"}}, r"layers.0.rule: a run has one rule; set attention.rule"),
+        ({"0": {"q": {"bits": None}}}, "layers.0: q.bits, k.bits: quantize both"),
+        ({"0": 3}, "layers.0: .*found 3"),
+    ],
+)
+def test_a_mistake_in_a_layer_is_named(layers: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_spec(RunConfig, {"layers": layers})

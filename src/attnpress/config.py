@@ -5,10 +5,11 @@ Every class validates on construction; `recipe.load_config` reads them from file
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
 
 Bits = Annotated[int, Field(ge=2, le=8)] | None
@@ -251,6 +252,8 @@ class RunConfig:
     Attributes:
         model: Hub name, local folder, or "package:NAME" for a model carried by an installed package.
         checkpoint: folder of an already fine-tuned dense model; the dense stage is then only evaluated.
+        layers: attention modules with a spec of their own, by index from 0 or by a pattern of their names; what plain
+            data (YAML, --set) does not say is as in `attention`. Where several keys name a module, the last counts.
         dense_control: also train the dense model further, as long as the compressed one, and record it.
         report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
@@ -259,6 +262,7 @@ class RunConfig:
     checkpoint: Path | None = None
     data: DataSpec = DataSpec()
     attention: AttentionSpec = AttentionSpec(sparsity=0.9)
+    layers: dict[str, AttentionSpec] = Field(default_factory=dict)
     schedule: ScheduleSpec = ScheduleSpec()
     calibration: CalibrationSpec = CalibrationSpec()
     dense: TrainSpec = TrainSpec()
@@ -267,6 +271,28 @@ class RunConfig:
     dense_control: bool = False
     report_to: tuple[str, ...] = ()
     seed: int = 0
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _over_attention(cls, layers: Any, known: ValidationInfo) -> Any:
+        if not isinstance(layers, dict) or "attention" not in known.data:  # the mistake is reported where it is
+            return layers
+        common = dataclasses.asdict(known.data["attention"])
+        return {str(key): _merged(common, own) if isinstance(own, dict) else own for key, own in layers.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for key, spec in self.layers.items():
+            if spec.rule != self.attention.rule:
+                raise ValueError(f"layers.{key}.rule: a run has one rule; set attention.rule, and none in layers")
+        return self
+
+
+def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    nested = {
+        key: _merged(common[key], value) for key, value in own.items() if isinstance(value, dict) and key in common
+    }
+    return {**common, **own, **nested}
 
 
 def choices(name: Any) -> tuple[str, ...]:

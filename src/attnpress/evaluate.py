@@ -6,7 +6,9 @@ Of finished runs, too: on other data, or to prove that a backend predicts what t
 from __future__ import annotations
 
 import dataclasses
+import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from transformers import AutoConfig, EvalPrediction, PreTrainedModel
 
 from attnpress.calibration import outputs, reduce_over_ranks, this_process
 from attnpress.config import ConfigError, RunConfig
-from attnpress.core.cost import PairCounts, attention_work
+from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, total_work
 from attnpress.deployment import deploy
 from attnpress.kernels import cpu
 from attnpress.models.attention import CompressedAttention
@@ -104,18 +106,31 @@ def _stage_record(
     total = PairCounts(
         *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
     )
-    first = next(iter(modules.values()))
-    pairs, survivors = int(total.pairs), int(total.pairs - total.zeros)
-    work = dataclasses.asdict(attention_work(pairs, survivors, first.head_dim, first.spec.bits))
+    each = (_work(module, count) for module, count in zip(modules.values(), merged, strict=True))
+    work = dataclasses.asdict(total_work(each))
     return StageRecord(
         name=name, metrics=metrics,
         sparsity=float(total.sparsity()), pruned=float(total.pruned_fraction()),
         padded_sparsity=float(total.padded_sparsity(padded_length)), padded_length=padded_length,
         tile_sparsity=float(total.tile_sparsity()), keys_per_row=float(total.keys_per_row()),
-        bits=first.spec.bits, macs_dense=work.pop("macs_dense"), macs_remaining=work.pop("macs_remaining"), work=work,
+        bits=_bits(list(modules.values())),
+        macs_dense=work.pop("macs_dense"), macs_remaining=work.pop("macs_remaining"), work=work,
         layers=[_layer_record(key, module, counts[key], padded_length) for key, module in modules.items()],
         seconds=round(seconds, 1),
     )  # fmt: skip
+
+
+def _work(module: CompressedAttention, count: PairCounts) -> Work:
+    pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
+    return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
+
+
+def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:
+    each = {name: [module.spec.bits[name] for module in modules] for name in modules[0].spec.bits}
+    return {
+        name: bits[0] if len(set(bits)) == 1 else statistics.fmean(bit or FLOAT_BITS for bit in bits)
+        for name, bits in each.items()
+    }
 
 
 def _layer_record(name: str, module: CompressedAttention, counts: PairCounts, padded_length: int) -> LayerRecord:
@@ -125,6 +140,7 @@ def _layer_record(name: str, module: CompressedAttention, counts: PairCounts, pa
         name=name, sparsity=float(pooled.sparsity()), pruned=float(pooled.pruned_fraction()),
         padded_sparsity=float(pooled.padded_sparsity(padded_length)), tile_sparsity=float(pooled.tile_sparsity()),
         keys_per_row=float(pooled.keys_per_row()), scales=scales, heads=_head_records(module, counts),
+        bits=module.spec.bits,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from attnpress.models.binding import attentions, captured_outputs
 from attnpress.tasks import TaskData
 from attnpress.tasks.sampler import LengthSampler
 
+Target = float | Mapping[str, float]
+
 COMPLETE = "complete"
 """Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
 
@@ -54,21 +57,27 @@ class SparsityDriver:
     Args:
         model: bound and calibrated.
         schedule: how sparsity grows.
-        target: sparsity to end at.
+        target: sparsity to end at; or one for each attention module, by name.
         total: number of steps of the training.
     """
 
-    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: float, total: int) -> None:
-        self.modules = list(attentions(model).values())
-        self.schedule, self.target, self.total = schedule, target, total
+    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target, total: int) -> None:
+        modules = attentions(model)
+        targets = target if isinstance(target, Mapping) else dict.fromkeys(modules, target)
+        self.modules = list(modules.values())
+        self.targets = [targets[name] for name in modules]
+        self.schedule, self.total = schedule, total
 
     def begin(self, step: int) -> float:
-        """Refit thresholds to the sparsity asked at `step` (from 0), watch this step's pairs; returns that sparsity."""
-        sparsity = sparsity_at(step, self.total, self.schedule, self.target)
-        for module in self.modules:
+        """Refit thresholds to the sparsity asked at `step` (from 0), watch this step's pairs; returns that sparsity.
+
+        Where modules have targets of their own, it is the mean over them.
+        """
+        asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
+        for module, sparsity in zip(self.modules, asked, strict=True):
             module.set_sparsity(sparsity)
             module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
-        return sparsity
+        return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
     def end(self) -> float:
         """Add the pairs that all ranks have seen in this step to the running histogram.
@@ -85,8 +94,8 @@ class SparsityDriver:
 
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""
-        for module in self.modules:
-            module.set_sparsity(self.target)
+        for module, target in zip(self.modules, self.targets, strict=True):
+            module.set_sparsity(target)
 
 
 class SparsityCallback(TrainerCallback):
@@ -97,7 +106,7 @@ class SparsityCallback(TrainerCallback):
         schedule, target: see `SparsityDriver`.
     """
 
-    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: float) -> None:
+    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target) -> None:
         self.driver = SparsityDriver(model, schedule, target, total=1)
         self.asked = self.achieved = 0.0
 
@@ -225,7 +234,7 @@ def train(
         data_collator=data.collate, callbacks=[CheckpointCallback()],
         teacher=teacher, distillation=distillation,
     )  # fmt: skip
-    view = _show_to(trainer, [*callbacks, MetricCallback(data)], report_to, folder)
+    view = _show_to(trainer, [MetricCallback(data), *callbacks], report_to, folder)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:

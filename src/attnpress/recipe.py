@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -36,7 +36,12 @@ def spec_to_dict(spec: Any) -> dict[str, Any]:
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML recipe and apply `key.sub=value` overrides (values are YAML).
+    """Read a YAML recipe and apply `key.sub=value` overrides (values are YAML); see `load_spec`."""
+    return load_spec(RunConfig, path, overrides)
+
+
+def load_spec(kind: type[Spec], path: Path, overrides: Iterable[str] = ()) -> Spec:
+    """Read a spec from a YAML file and apply `key.sub=value` overrides (values are YAML).
 
     Raises:
         ConfigError: unreadable file, malformed YAML or override, or an invalid value; all are named.
@@ -52,17 +57,17 @@ def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     for item in overrides:
         _override(data, item)
     try:
-        return parse_spec(RunConfig, data)
+        return parse_spec(kind, data)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from None
 
 
-def dump_config(spec: RunConfig) -> str:
+def dump_config(spec: Any) -> str:
     """The recipe as YAML text, every key written out."""
     return str(yaml.safe_dump(spec_to_dict(spec), sort_keys=False))
 
 
-def _override(data: dict[str, Any], item: str) -> None:
+def _override(data: dict[Any, Any], item: str) -> None:
     key, separator, text = item.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {item}: write it as key=value, for example --set attention.sparsity=0.95")
@@ -72,7 +77,8 @@ def _override(data: dict[str, Any], item: str) -> None:
         raise ConfigError(f"--set {item}: the value is not valid YAML: {error}") from None
     *parents, last = key.strip().split(".")
     for parent in parents:
-        data = data.setdefault(parent, {})
+        # YAML reads the 0 of `layers: {0: ...}` as a number.
+        data = data.setdefault(int(parent) if parent.isdigit() and int(parent) in data else parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {item}: {parent} is a single value and has no keys inside")
     data[last] = value
@@ -94,5 +100,5 @@ def _explain(kind: type[Any], item: Any) -> str:
 
 def _known_keys(kind: Any, path: Iterable[Any]) -> list[str]:
     for part in path:
-        kind = type(getattr(kind(), str(part)))
+        kind = get_args(kind)[-1] if get_origin(kind) is dict else get_type_hints(kind)[str(part)]
     return [field.name for field in dataclasses.fields(kind)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ class HeadRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One attention module: its name in the model, pooled figures, its static scales and its heads."""
+    """One attention module: its name in the model, pooled figures, its static scales, its heads and its bits.
+
+    `bits` is empty in records made before layers could differ: there, they are those of the stage.
+    """
 
     name: str
     sparsity: float
@@ -45,6 +49,7 @@ class LayerRecord:
     keys_per_row: float
     scales: dict[str, list[float]]
     heads: list[HeadRecord]
+    bits: dict[str, int | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,7 +62,7 @@ class StageRecord:
         sparsity, pruned, padded_sparsity, tile_sparsity: fractions, as numerics section 5 defines them.
         padded_length: the length to which `padded_sparsity` pads every sequence.
         keys_per_row: mean number of surviving keys of a real query row.
-        bits: of q, k, v, p; None is floating point.
+        bits: of q, k, v, p; None is floating point. Where layers differ, their mean, floating point counted as 32.
         macs_dense, macs_remaining: multiply-accumulates of Q K^T and P V over valid pairs of the evaluation set.
         work: bit operations and bytes, dense and remaining.
         layers: per attention module and head.
@@ -72,7 +77,7 @@ class StageRecord:
     padded_length: int
     tile_sparsity: float
     keys_per_row: float
-    bits: dict[str, int | None]
+    bits: Mapping[str, int | float | None]
     macs_dense: int
     macs_remaining: int
     work: dict[str, int]

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from attnpress.cli import main
-from attnpress.recipe import load_config
+from attnpress.recipe import load_config, load_spec
+from attnpress.sweep.spec import SweepSpec
 
+SWEEPS = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
 
 
@@ -24,3 +26,16 @@ def test_a_shipped_recipe_validates(path: Path, capsys: pytest.CaptureFixture[st
     assert load_config(printed) == load_config(path)
     assert load_config(path).attention.sparsity > 0
     assert path.read_text(encoding="utf-8").startswith("# "), "a line says what it is for"
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_shipped_sweep_can_be_read(path: Path) -> None:
+    spec = load_spec(SweepSpec, path)
+    assert spec.search.sparsity is not None
+    assert path.read_text(encoding="utf-8").startswith("# "), "a line says what it is for"
+
+
+def test_the_shipped_sweep_searches_the_demo() -> None:
+    demo = load_config(RECIPES[0].parent / "demo.yaml")
+    recipe = load_spec(SweepSpec, RECIPES[0].parent / "sweeps" / "movie.yaml").recipe
+    assert (recipe.model, recipe.data, recipe.dense) == (demo.model, demo.data, demo.dense)

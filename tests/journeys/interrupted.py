@@ -81,7 +81,7 @@ MOMENTS: dict[str, Trap] = {
     "dense: before any checkpoint": at_step("dense", 5),
     "dense: second epoch": at_step("dense", 21),
     "dense: weights saved, record not": recording("dense"),
-    "between stages": before(journey, "_compressed", lambda run, spec: bool(spec.sparsity)),
+    "between stages": before(journey, "_compressed", lambda run, change: change(run.config.attention).sparsity > 0),
     "progressive: before any checkpoint": at_step("progressive", 3),
     "progressive: in the middle of a checkpoint": saving("progressive", 16),
     "progressive: second epoch": at_step("progressive", 27),

@@ -248,6 +248,39 @@ def test_a_schedule_that_ends_with_training_reaches_its_target(from_dense: RunCo
     assert staged(found, "progressive").pruned == pytest.approx(0.8, abs=0.02)
 
 
+def test_layers_with_specs_of_their_own_are_trained_measured_and_saved(from_dense: RunConfig, tmp_path: Path) -> None:
+    common = dataclasses.replace(from_dense.attention, sparsity=0.8)
+    own = dataclasses.replace(common, q=TensorSpec(4), k=TensorSpec(4), p=ProbsSpec(4), sparsity=0.5)
+    found = quietly(dataclasses.replace(from_dense, attention=common, layers={"1": own}), tmp_path)
+    stage = staged(found, "progressive")
+    assert [layer.pruned for layer in stage.layers] == pytest.approx([0.8, 0.5], abs=0.03)
+    assert [layer.bits for layer in stage.layers] == [common.bits, own.bits]
+    assert stage.bits == {"q": 6, "k": 6, "v": 8, "p": 6}
+    products = stage.macs_dense // 4  # of one layer, and of one of its two products
+    survivors = [round(products * (1 - layer.sparsity)) for layer in stage.layers]
+    work = products * (8 * 8 + 4 * 4) + survivors[0] * 8 * 8 + survivors[1] * 4 * 8
+    assert stage.work["bit_operations_remaining"] == pytest.approx(work, rel=1e-6)
+    assert found.training["progressive"][-1]["sparsity_asked"] == pytest.approx(0.65)
+    saved = attentions(load_compressed(tmp_path / "progressive", "classification", ("no", "yes")))
+    assert [module.spec for module in saved.values()] == [common, own]
+
+
+def test_a_layer_can_be_left_alone(from_dense: RunConfig, tmp_path: Path) -> None:
+    found = quietly(dataclasses.replace(from_dense, layers={"*.layer.0.*": DENSE}), tmp_path)
+    first, second = staged(found, "progressive").layers
+    assert (first.sparsity, first.bits["q"], first.scales) == (0, None, {})
+    assert second.pruned == pytest.approx(0.8, abs=0.03)
+
+
+def test_layers_that_the_model_lacks_are_refused_before_training(
+    tiny_recipe: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("attnpress.compression.train", no_training)
+    config = dataclasses.replace(tiny_recipe, layers={"2": tiny_recipe.attention})
+    with pytest.raises(ConfigError, match=r"layers.2: no such attention module; the model has 2, 0 to 1: bert\.enc"):
+        quietly(config, tmp_path)
+
+
 def test_regression_runs_through_all_stages(tiny_recipe: RunConfig, tmp_path: Path) -> None:
     data = dataclasses.replace(tiny_recipe.data, label="stars", metric="pearson")
     found = quietly(dataclasses.replace(tiny_recipe, data=data), tmp_path)

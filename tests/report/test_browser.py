@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from attnpress.report.page import make_report
+from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front, to_json
 
 WIDTHS = (360, 768, 1280)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -51,12 +52,29 @@ document.getElementById("measured").textContent = JSON.stringify(measured);
 """  # noqa: E501
 
 
+def swept(folder: Path) -> Path:
+    """A sweep of three trials, as its folder holds it."""
+    words = "4-8/4-8/4-8/4 bits, threshold, sparsity 0.6011 to 0.9788"
+    shared: dict[str, Any] = {"watched": {}, "recipe": {}, "folder": "", "sparsity": 0.9, "params": {}}
+    trials = [
+        TrialRecord(
+            number=number, state="complete", chosen=words, metric=80.0 + number, work=0.01 + 0.01 * number, **shared
+        )
+        for number in range(3)
+    ]
+    record = SweepRecord("movie", "accuracy", 82.9, 50.0, {"seed": 0}, {"trials": 3}, trials, pareto_front(trials))
+    folder.mkdir()
+    (folder / "sweep.json").write_text(to_json(record), encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if BROWSER is None:
         pytest.skip("no browser is installed: apt-get install chromium")
     folder = tmp_path_factory.mktemp("browser")
-    page = html.escape(make_report([finished, Path(__file__).parents[2] / "records" / "mrpc-8bit-seed0.json"]).html)
+    record = Path(__file__).parents[2] / "records" / "mrpc-8bit-seed0.json"
+    page = html.escape(make_report([finished, record, swept(folder / "sweep")]).html)
     frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{page}"></iframe>' for width in WIDTHS)
     script = f'<script>addEventListener("load", () => {{{MEASURE}}})</script>'
     text = f'<!DOCTYPE html><meta charset="utf-8"><body>{frames}{script}'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 import torch
@@ -119,6 +120,12 @@ class Work:
     bit_operations_remaining: int
     bytes_dense: int
     bytes_remaining: int
+
+
+def total_work(parts: Iterable[Work]) -> Work:
+    """The work of several attention modules together."""
+    listed = list(parts)
+    return Work(*(sum(getattr(part, field.name) for part in listed) for field in fields(Work)))
 
 
 def attention_work(pairs: int, survivors: int, head_dim: int, bits: dict[str, int | None]) -> Work:

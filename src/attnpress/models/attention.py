@@ -99,7 +99,8 @@ class CompressedAttention(nn.Module):
     def set_sparsity(self, sparsity: float) -> None:
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
-        if self.spec.threshold is None and self.spec.rule != "topk":
+        # Where nothing is taken, there may be no histogram to fit to, and no threshold is in force.
+        if self.spec.threshold is None and self.spec.rule != "topk" and not self.spec.is_dense:
             self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, sparsity))
 
     def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:

@@ -8,10 +8,11 @@ really calls the interface, with its true shapes; no list of architectures is ke
 from __future__ import annotations
 
 import copy
+import fnmatch
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-from attnpress.config import AttentionSpec
+from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
 from attnpress.models.attention import NAME, CompressedAttention
 
@@ -36,19 +37,23 @@ class UnsupportedModelError(ValueError):
     """A model whose attention does not go through Transformers' AttentionInterface, or needs what the method lacks."""
 
 
-def bind(model: PreTrainedModel, spec: AttentionSpec) -> PreTrainedModel:
+def bind(
+    model: PreTrainedModel, spec: AttentionSpec, layers: Mapping[str, AttentionSpec] | None = None
+) -> PreTrainedModel:
     """Attach a `CompressedAttention` to each attention module; a model already bound is bound anew.
 
     Args:
         model: any Transformers model on the AttentionInterface; changed in place, with a configuration of its own
             (other models that shared its configuration object keep theirs).
         spec: what to compress. Nothing is calibrated yet: see `attnpress.calibrate`.
+        layers: specs of single attention modules, by index from 0 or by a pattern of their names; the last one counts.
 
     Returns:
         The same model.
 
     Raises:
         UnsupportedModelError: the model's attention cannot be reached; it is left as it was.
+        ConfigError: a key of `layers` names no attention module; likewise.
     """
     unbind(model)
     before = model.config._attn_implementation
@@ -56,16 +61,45 @@ def bind(model: PreTrainedModel, spec: AttentionSpec) -> PreTrainedModel:
     _switch(model, NAME)
     try:
         found = find_attention(model)
+        ids = {id(module) for module, *_ in found}
+        names = {id(module): name for name, module in model.named_modules() if id(module) in ids}
+        specs = layer_specs(list(names.values()), spec, layers or {})
     except Exception:
         _switch(model, before)
         raise
     for module, query, key in found:
-        child = CompressedAttention(spec, query.shape[1], key.shape[1], query.shape[-1])
+        own = specs[names[id(module)]]
+        child = CompressedAttention(own, query.shape[1], key.shape[1], query.shape[-1])
         child.train(module.training)
         module.add_module(NAME, child.to(query.device))
     model._attnpress_before = before
     _give_quantizer(model, spec)
     return model
+
+
+def layer_specs(
+    names: Sequence[str], spec: AttentionSpec, layers: Mapping[str, AttentionSpec]
+) -> dict[str, AttentionSpec]:
+    """The spec of each attention module, by name.
+
+    Args:
+        names: of the attention modules, in the order of the layers.
+        spec: of modules that `layers` does not name.
+        layers: see `bind`.
+
+    Raises:
+        ConfigError: a key names no module.
+    """
+    found = dict.fromkeys(names, spec)
+    for key, own in layers.items():
+        chosen = names[int(key) :][:1] if key.isdigit() else fnmatch.filter(names, key)
+        if not chosen:
+            raise ConfigError(
+                f"layers.{key}: no such attention module; the model has {len(names)}, 0 to {len(names) - 1}: "
+                f"{names[0]} ... {names[-1]}"
+            )
+        found.update(dict.fromkeys(chosen, own))
+    return found
 
 
 def unbind(model: PreTrainedModel) -> PreTrainedModel:

@@ -91,10 +91,12 @@ def _timings(file: Path) -> list[dict[str, Any]] | None:
 def _what_was_asked(recipe: dict[str, Any]) -> dict[str, Any]:
     places = {"seed", "report_to", "checkpoint"}
     data = {key: value for key, value in recipe.get("data", {}).items() if key != "data_dir"}
-    return {**{key: value for key, value in recipe.items() if key not in places}, "data": data}
+    asked = {key: value for key, value in recipe.items() if key not in places}
+    return {**asked, "data": data, "layers": recipe.get("layers", {})}  # recipes once had no layers
 
 
 def _label(record: Record) -> str:
     attention = record.recipe["attention"]
     bits = "/".join(str(attention[name]["bits"] or "fp") for name in "qkvp")
-    return f"{record.recipe['data']['task']}, {bits} bits, sparsity {attention['sparsity']:g}"
+    own = ", layers of their own" if record.recipe.get("layers") else ""
+    return f"{record.recipe['data']['task']}, {bits} bits, sparsity {attention['sparsity']:g}{own}"

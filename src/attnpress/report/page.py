@@ -23,8 +23,10 @@ from attnpress.report.figures import (
     training_drawings,
     work_drawings,
 )
+from attnpress.report.front import front_drawing, front_summary
 from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_run, read_timings
-from attnpress.report.render import SEEDS_COLUMNS, caption, seeds_rows, stage_rows
+from attnpress.report.render import SEEDS_COLUMNS, caption, front_caption, front_rows, seeds_rows, stage_rows
+from attnpress.sweep_record import FILE, SweepRecord, read_sweep
 
 ON_PAGE = {"ink": "var(--ink)", "line": "var(--line)", "paper": "var(--paper)"}
 NEEDED = ("jinja2", "matplotlib")
@@ -33,6 +35,12 @@ OLD = "The record lacks {what}: it was made before they were kept, or stands apa
 STAGES_LEAD = (
     "Each stage of the run, evaluated on the same rows. A score has to be computed before its pair can be "
     "pruned, so at least half of the multiply-accumulates stay."
+)
+
+
+FRONT_LEAD = (
+    "Trials of a sweep that no other beats in both score and work; each is written as a recipe in the sweep's folder "
+    "front/. Work is that of the two products of attention, each multiplication weighed by the bits of its operands."
 )
 
 
@@ -81,7 +89,7 @@ def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
     """A report of finished or unfinished runs, from their records alone.
 
     Args:
-        paths: run folders or records; runs of one recipe are drawn together.
+        paths: run folders or records, and folders of sweeps; runs of one recipe are drawn together.
         bench: timings written by `attnpress bench --json`, beside those that lie in the run folders.
 
     Raises:
@@ -91,11 +99,27 @@ def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ReportError(f"report needs {', '.join(missing)}: pip install 'attnpress[report]'")
-    groups = group_runs([read_run(path) for path in paths])
-    timings = read_timings([*[path for path in paths if path.is_dir()], *bench])
-    sections = list(_sections(groups, timings))
+    swept = [path for path in paths if (path / FILE).is_file()]
+    runs = [path for path in paths if path not in swept]
+    sweeps, groups = [read_sweep(path) for path in swept], group_runs([read_run(path) for path in runs])
+    timings = read_timings([*[path for path in runs if path.is_dir()], *bench])
+    sections = [_front(number, sweep) for number, sweep in enumerate(sweeps, start=1)]
+    if groups:
+        sections += _sections(groups, timings)
+    sections.append(_provenance(groups, sweeps))
     drawn = _draw(sections)
-    return Report(_fill(groups, sections, drawn), _files(drawn))
+    return Report(_fill(groups, sweeps, sections, drawn), _files(drawn))
+
+
+def _front(number: int, sweep: SweepRecord) -> Section:
+    section = Section(f"front-{number}", f"Front: {sweep.task}", FRONT_LEAD)
+    if sweep.front:
+        header, *rows = front_rows(sweep)
+        section.tables.append(Table(header, rows, front_caption(sweep)))
+        section.drawings.append(front_drawing(number, sweep))
+    else:
+        section.notes.append(f"No trial has come to its end yet. {front_caption(sweep)}")
+    return section
 
 
 def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Iterator[Section]:
@@ -117,7 +141,6 @@ def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Ite
             "No timings are here: attnpress bench --json FILE makes them; put the file into the run folder."
         )
     yield speed
-    yield _provenance(groups)
 
 
 def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]:
@@ -160,6 +183,10 @@ def _stage_tables(group: Group, groups: Sequence[Group]) -> Iterator[Table]:
     yield Table(header, seeds_rows(group.records, every), f"{note} {caption(record)}")
 
 
+def _task(group: Group) -> str:
+    return str(group.records[0].recipe["data"]["task"])
+
+
 def summary(group: Group) -> str:
     """What came out, in a sentence."""
     done = [(record, stage) for record in group.records if (stage := record.stage(AFTER))]
@@ -177,11 +204,14 @@ def summary(group: Group) -> str:
     )
 
 
-def _provenance(groups: Sequence[Group]) -> Section:
+def _provenance(groups: Sequence[Group], sweeps: Sequence[SweepRecord]) -> Section:
     section = Section("provenance", "Provenance", "What the figures rest on, and the recipe of each run.")
     for run in (run for group in groups for run in group.runs):
         rows = [*flat(run.record.provenance)]
         section.tables.append(Table(("key", "value"), rows, f"Run {run.name}"))
+    for sweep in sweeps:
+        rows = [*flat(sweep.provenance), *flat({"sweep": sweep.sweep})]
+        section.tables.append(Table(("key", "value"), rows, f"Sweep of {sweep.task}, and its dense teacher"))
     return section
 
 
@@ -234,14 +264,16 @@ def _files(drawn: Mapping[str, str]) -> dict[str, str]:
     return {f"{name}.svg": recolored(svg, PRINT) for name, svg in drawn.items()}
 
 
-def _fill(groups: Sequence[Group], sections: Sequence[Section], drawn: Mapping[str, str]) -> str:
+def _fill(
+    groups: Sequence[Group], sweeps: Sequence[SweepRecord], sections: Sequence[Section], drawn: Mapping[str, str]
+) -> str:
     import jinja2
 
     template = files("attnpress.report").joinpath("page.html.j2").read_text(encoding="utf-8")
     made = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return made.from_string(template).render(
-        title=", ".join(dict.fromkeys(group.runs[0].record.recipe["data"]["task"] for group in groups)),
-        summaries=[summary(group) for group in groups],
+        title=", ".join(dict.fromkeys([*(sweep.task for sweep in sweeps), *map(_task, groups)])),
+        summaries=[*map(front_summary, sweeps), *map(summary, groups)],
         sections=sections,
         drawn={name: _inline(svg) for name, svg in drawn.items()},
         recipes=_recipes(run for group in groups for run in group.runs),

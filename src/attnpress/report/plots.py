@@ -83,6 +83,25 @@ def metric_against_sparsity(points: Sequence[Line], metric: str, floor: float | 
 
 
 @mpl.rc_context(STYLE)
+def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
+    """Trials of a sweep by the work they leave, in percent, and those that no other beats as a line of steps.
+
+    Args:
+        trials: x is work, y is the score; likewise `best`, least work first.
+        metric: name of the score.
+        dense: score of the dense model, at a work of 100 percent that is not drawn.
+    """
+    figure, axes = _axes(3.2)
+    axes.plot(trials.x, trials.y, "o", ms=5, alpha=0.5, color=COLORS[trials.series], label=trials.label)
+    # From one trial to the next, no more is known than the last one's score.
+    axes.step(best.x, best.y, "D-", where="post", ms=6, color=COLORS[best.series], label=best.label)
+    axes.axhline(dense, ls=":", color=THEME["ink"], lw=1, label="dense model")
+    axes.set(xlabel="bit operations left (percent of the dense ones)", ylabel=metric)
+    _legend_below(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
 def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False) -> Figure:
     """Figures of training by step."""
     figure, axes = _axes(2.7)

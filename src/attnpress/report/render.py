@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from attnpress.results import Record, StageRecord
+from attnpress.sweep_record import SweepRecord
 
 TITLES = {
     "dense": "dense",
@@ -114,6 +115,41 @@ def trials_table(trials: Iterable[tuple[int, float, float, float]]) -> Table:
     return table
 
 
+FRONT_COLUMNS = ("trial", "{metric}", "bit operations left", "sparsity", "chosen")
+
+
+def front_rows(record: SweepRecord) -> list[tuple[str, ...]]:
+    """Header and one row for each trial of the front, least work first, as text."""
+    header = tuple(column.format(metric=record.headline) for column in FRONT_COLUMNS)
+    rows = [
+        (str(trial.number), f"{trial.metric:.2f}", f"{trial.work:.2%}", f"{trial.sparsity:.3f}", trial.chosen)
+        for trial in record.on_front()
+    ]
+    return [header, *rows]
+
+
+def front_caption(record: SweepRecord) -> str:
+    """What came of a sweep's trials."""
+    states = [trial.state for trial in record.trials]
+    majority = "" if record.majority is None else f"; always answering the commonest class gives {record.majority:.2f}"
+    return (
+        f"{record.headline} in points, of the dense model {record.dense:.2f}{majority}. {len(states)} trials: "
+        + ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
+        + f"; {len(record.front)} that no other beats."
+    )
+
+
+def front_table(record: SweepRecord) -> Table:
+    """The front of a sweep for a terminal."""
+    header, *rows = front_rows(record)
+    table = Table(title=f"{record.task}: the least work for each score", caption=front_caption(record))
+    for column in header:
+        table.add_column(column, justify="left" if column == "chosen" else "right")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
 def stages_markdown(record: Record) -> str:
     """The closing table as Markdown."""
     header, *rows = stage_rows(record)
@@ -181,7 +217,7 @@ def _reference(record: Record, controls: Mapping[str, float]) -> float:
 
 
 def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
-    bits = "/".join("fp" if value is None else str(value) for value in stage.bits.values())
+    bits = "/".join("fp" if value is None else f"{value:.3g}" for value in stage.bits.values())
     return (
         TITLES[stage.name], f"{stage.metrics[headline]:.2f}", f"{stage.sparsity:.3f}", f"{stage.pruned:.3f}",
         f"{stage.padded_sparsity:.3f}", f"{stage.tile_sparsity:.3f}", f"{stage.keys_per_row:.2f}", bits,

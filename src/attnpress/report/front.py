@@ -1,0 +1,41 @@
+"""The front of a sweep as a drawing, with the same in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from attnpress.report.figures import Drawing
+from attnpress.sweep_record import SweepRecord, TrialRecord
+
+
+def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
+    """Score against remaining work, of every trial that came to its end, and of the front."""
+    from attnpress.report import plots
+
+    best = sweep.on_front()
+    beaten = [trial for trial in sweep.trials if trial.state == "complete" and trial.number not in sweep.front]
+    words = "; ".join(f"trial {trial.number}: {_point(trial)}, {trial.chosen}" for trial in best)
+    figure = plots.front(
+        plots.Line("beaten by another", *_points(beaten)), plots.Line("not beaten", *_points(best), series=1),
+        f"{sweep.headline} (points)", sweep.dense,
+    )  # fmt: skip
+    return Drawing(f"front-{number}", f"{sweep.headline} against remaining work", f"Not beaten: {words}.", figure)
+
+
+def front_summary(sweep: SweepRecord) -> str:
+    """What came out, in a sentence."""
+    best = sweep.on_front()
+    ends = f"from {_point(best[0])} to {_point(best[-1])}" if len(best) > 1 else "".join(map(_point, best))
+    return (
+        f"{sweep.task}, a sweep of {len(sweep.trials)} trials: {len(best)} that no other beats"
+        f"{', ' + ends if ends else ''}; {sweep.headline} {sweep.dense:.2f} dense."
+    )
+
+
+def _point(trial: TrialRecord) -> str:
+    return f"{trial.metric:.2f} at {trial.work:.2%} of the bit operations"
+
+
+def _points(trials: Sequence[TrialRecord]) -> tuple[list[float], list[float]]:
+    done = [(100 * one.work, one.metric) for one in trials if one.work is not None and one.metric is not None]
+    return [work for work, _ in done], [metric for _, metric in done]
