@@ -50,7 +50,8 @@ ARROWS: dict[str, set[str]] = {
     "registration": {"models"},
     "report": {"results", "samples", "sweep_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
-    "cli": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
+    "cli": {"commands"},
+    "commands": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
     "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
 }
 """What each part of the package may import of the others; a part's own modules are always allowed."""

@@ -18,7 +18,8 @@ from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 from attnpress.compression import compress
 from attnpress.config import DENSE, AttentionSpec, ConfigError, DataSpec, ProbsSpec, RunConfig, ScheduleSpec, TensorSpec
 from attnpress.files import sha256_of
-from attnpress.models.binding import UnsupportedModelError, attentions
+from attnpress.models.binding import attentions
+from attnpress.models.forward import UnsupportedModelError
 from attnpress.models.loading import load_compressed, load_model, load_tokenizer
 from attnpress.recipe import load_config
 from attnpress.results import Record, StageRecord, from_json, read_record, to_json

@@ -32,7 +32,8 @@ from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec
 from attnpress.deployment import deploy, undeploy
 from attnpress.files import write_text
-from attnpress.models.binding import UnsupportedModelError, bind
+from attnpress.models.binding import bind
+from attnpress.models.forward import UnsupportedModelError
 from tests.models.factories import ENDS, GPT, MODELS, SIZES, make_batch, make_model, outputs, real_tokens
 
 FILE = Path(__file__).parents[2] / "docs" / "families.json"

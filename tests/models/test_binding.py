@@ -28,16 +28,8 @@ from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.models.attention import NAME
-from attnpress.models.binding import (
-    UnsupportedModelError,
-    attention_forward,
-    attentions,
-    bind,
-    captured_outputs,
-    real_rows,
-    unbind,
-    valid_pairs,
-)
+from attnpress.models.binding import attentions, bind, captured_outputs, unbind
+from attnpress.models.forward import UnsupportedModelError, attention_forward, real_rows, valid_pairs
 from tests.models.factories import (
     DECODERS,
     ENCODERS,

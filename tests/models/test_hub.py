@@ -26,7 +26,8 @@ from transformers import (
 from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ConfigError, ProbsSpec, ScheduleSpec, TensorSpec
 from attnpress.finetune import SparsityDriver
-from attnpress.models.binding import UnsupportedModelError, attentions, bind, unbind
+from attnpress.models.binding import attentions, bind, unbind
+from attnpress.models.forward import UnsupportedModelError
 from attnpress.models.hub import AttnPressConfig, ModelError
 from attnpress.models.loading import WEIGHTS, load_compressed
 from tests.conftest import TokenizerFactory

@@ -1,0 +1,249 @@
+"""What each command of the command line does; everything heavy is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from attnpress.config import ObserverName, RuleName, ScheduleName, choices
+from attnpress.files import write_text
+from attnpress.recipe import dump_config, load_config, load_spec
+
+RULES = {
+    "relative": "keep p >= tau times the row maximum; decided on integers, before any exponential (default)",
+    "threshold": "keep P >= theta, the reading of the published method",
+    "topk": "keep the k largest of each row, ties to the lower index",
+    "mass": "keep the smallest set of keys whose P adds up to gamma",
+}
+SCHEDULES = {
+    "constant": "the target from the first step on",
+    "linear": "a straight rise from begin to end",
+    "cubic": "fast at first, slow near the target (Zhu and Gupta 2017; default)",
+    "step": "equal jumps",
+}
+OBSERVERS = {
+    "absmax": "the largest magnitude seen",
+    "ema": "moving average of the batches' largest magnitudes (default at 5 to 8 bits)",
+    "percentile": "the 99.99th percentile of magnitudes",
+    "mse": "the clipping point of least squared error (default up to 4 bits)",
+}
+
+
+def compress(options: argparse.Namespace) -> int:
+    """Run a recipe, or go on with it; print its table."""
+    config = load_config(options.recipe, options.set)
+    _quiet_libraries()
+    from rich.console import Console
+
+    from attnpress import compression
+    from attnpress.calibration import this_process
+    from attnpress.report.render import stages_table
+
+    record = compression.compress(config, options.output, notify=_stage_line)
+    if this_process().is_main_process:
+        console = Console() if sys.stdout.isatty() else Console(width=140)
+        console.print(stages_table(record))
+        print(f"record: {options.output / 'record.json'}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
+    overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
+    config = load_config(options.run_dir / "recipe.yaml", overrides)
+    _quiet_libraries()
+    import dataclasses
+
+    from attnpress.benchmark.machine import provenance
+    from attnpress.calibration import this_process
+    from attnpress.evaluate import compare_backends, reevaluate
+
+    if options.backend:
+        agreement = compare_backends(options.run_dir, config, options.backend)
+        found, complete = dataclasses.asdict(agreement), agreement.complete
+        found["provenance"] = {**provenance("transformers"), "command": _command_line(options)}
+        if not complete:
+            print(f"attnpress: {agreement.rows - agreement.same_predictions} rows differ", file=sys.stderr)
+    else:
+        stage = dataclasses.asdict(reevaluate(options.run_dir, config))
+        found, complete = {key: stage[key] for key in stage if key not in ("layers", "seconds")}, True
+    if this_process().is_main_process:
+        _print_json(found, options.json)
+    return 0 if complete else 1
+
+
+def _print_json(found: object, file: Path | None) -> None:
+    text = json.dumps(found, indent=1)
+    print(text)
+    if file is not None:
+        write_text(file, text + "\n")
+
+
+def export(options: argparse.Namespace) -> int:
+    """Export the model of a finished run."""
+    config = load_config(options.run_dir / "recipe.yaml", options.set)
+    _quiet_libraries()
+    from attnpress.export import export_run
+
+    record = export_run(options.run_dir, config, options.to, options.output, options.rows)
+    print(json.dumps({key: value for key, value in record.items() if key not in ("attention", "versions")}, indent=1))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Draw runs as one page."""
+    from attnpress.files import whole_folder
+    from attnpress.report.page import ReportError, make_report
+
+    made = make_report(options.runs, options.bench)
+    folder = options.output.with_name(f"{options.output.stem}-figures")
+    foreign = [path.name for path in folder.glob("*") if path.suffix != ".svg"]
+    if foreign:
+        raise ReportError(f"{folder}: holds {foreign[0]}, which is no figure; choose another --output")
+    with whole_folder(folder) as scratch:
+        for name, svg in made.figures.items():
+            write_text(scratch / name, svg)
+    write_text(options.output, made.html)
+    print(f"report: {options.output}\nfigures: {folder}")
+    return 0
+
+
+def inspect(options: argparse.Namespace) -> int:
+    """Look at each head of a model."""
+    _quiet_libraries()
+    import dataclasses
+
+    import yaml
+    from rich.console import Console
+
+    from attnpress.inspection import encode, inspect_model, recipe_lines
+    from attnpress.models.loading import load_backbone, load_tokenizer, resolve_model
+    from attnpress.report.render import heads_table, trials_table
+
+    resolved = resolve_model(options.model)
+    found = inspect_model(load_backbone(resolved), encode(load_tokenizer(resolved), options.text))
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(heads_table(dataclasses.asdict(head) for head in found.heads))
+    trials = [(trial.spec.p.bits or 0, trial.spec.sparsity, trial.change, trial.work) for trial in found.trials]
+    console.print(trials_table(trials))
+    if found.suggestion is None:
+        print("# No trial left the hidden states near enough: begin with 8 bits and sparsity 0, and train.")
+    else:
+        print("# To begin with, before training; put into a recipe:")
+        print(yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False), end="")
+    if options.json is not None:
+        write_text(options.json, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    """Work on a search, or begin it."""
+    from attnpress.sweep.spec import SweepSpec
+
+    spec = load_spec(SweepSpec, options.sweep, options.set)
+    _quiet_libraries()
+    from rich.console import Console
+
+    from attnpress import sweep as search
+    from attnpress.report.render import front_table
+
+    record = search.sweep(spec, options.output, notify=_stage_line)
+    console = Console() if sys.stdout.isatty() else Console(width=140)
+    console.print(front_table(record))
+    print(f"recipes: {options.output / 'front'}\nrecord: {options.output / 'sweep.json'}")
+    return 0
+
+
+def validate(options: argparse.Namespace) -> int:
+    """Check a recipe, and print it in full."""
+    config = load_config(options.recipe, options.set)
+    from attnpress.live import check_trackers
+    from attnpress.models.loading import resolve_model
+    from attnpress.tasks import check_data
+
+    check_data(config.data)
+    check_trackers(config.report_to)
+    resolve_model(config.model)
+    print(dump_config(config), end="")
+    return 0
+
+
+def ls(options: argparse.Namespace) -> int:
+    """List what recipes can name, or backends."""
+    known = {"rules": (RULES, RuleName), "schedules": (SCHEDULES, ScheduleName), "observers": (OBSERVERS, ObserverName)}
+    if options.what == "tasks":
+        from attnpress.tasks import list_tasks
+
+        rows = list_tasks()
+    elif options.what == "backends":
+        from attnpress.kernels.ops import backends
+
+        rows = [(backend.name, backend.describe()) for backend in backends()]
+    else:
+        described, literal = known[options.what]
+        rows = [(name, described[name]) for name in choices(literal)]
+    width = max(len(name) for name, _ in rows)
+    for name, text in rows:
+        print(f"{name:{width}}  {text}")
+    return 0
+
+
+def bench(options: argparse.Namespace) -> int:
+    """Time the kernel against its peers."""
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from attnpress.report.render import models_table, timings_table
+
+    table = models_table if options.whole_model else timings_table
+    records = [asdict(timing) for timing in _timings(options)]
+    for record in records:
+        record["provenance"]["command"] = _command_line(options)
+    Console(width=None if sys.stdout.isatty() else 160).print(table(records))
+    if options.json is not None:
+        write_text(options.json, json.dumps(records, indent=1) + "\n")
+    return 0
+
+
+def _command_line(options: argparse.Namespace) -> str:
+    """The command as it can be typed again, with the variable that forces a target."""
+    forced = os.environ.get("ATTNPRESS_CPU_TARGET")
+    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join(["attnpress", *options.words])
+
+
+def _timings(options: argparse.Namespace) -> Sequence[Any]:
+    from attnpress.benchmark.attention import BenchmarkError, bench, bench_run
+
+    shared = {"threads": options.threads, **({"peers": options.peers} if options.peers else {})}
+    if options.run_dir:
+        if options.seq_len or options.sparsity is not None:
+            raise BenchmarkError("--from takes the run's own lengths and sparsity: drop --seq-len and --sparsity")
+        config = load_config(options.run_dir / "recipe.yaml")
+        _quiet_libraries()
+        return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
+    if options.layer:
+        raise BenchmarkError("--layer chooses among the layers of --from RUN_DIR")
+    sparsity, lengths = 0.95 if options.sparsity is None else options.sparsity, options.seq_len or [128, 512, 2048]
+    if options.whole_model:
+        _quiet_libraries()
+        from attnpress.benchmark.whole_model import bench_models
+
+        return bench_models(options.whole_model, lengths, sparsity=sparsity, batch=options.batch or 1, **shared)
+    return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
+
+
+def _stage_line(text: str) -> None:
+    print(f"== {text}", flush=True)
+
+
+def _quiet_libraries() -> None:
+    from attnpress.models.loading import quiet
+
+    quiet()
