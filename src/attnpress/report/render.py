@@ -115,14 +115,14 @@ def trials_table(trials: Iterable[tuple[int, float, float, float]]) -> Table:
     return table
 
 
-FRONT_COLUMNS = ("trial", "{metric}", "bit operations left", "sparsity", "chosen")
+FRONT_COLUMNS = ("chosen", "{metric}", "bit operations left", "sparsity", "trial")
 
 
 def front_rows(record: SweepRecord) -> list[tuple[str, ...]]:
     """Header and one row for each trial of the front, least work first, as text."""
     header = tuple(column.format(metric=record.headline) for column in FRONT_COLUMNS)
     rows = [
-        (str(trial.number), f"{trial.metric:.2f}", f"{trial.work:.2%}", f"{trial.sparsity:.3f}", trial.chosen)
+        (trial.chosen, f"{trial.metric:.2f}", f"{trial.work:.2%}", f"{trial.sparsity:.3f}", str(trial.number))
         for trial in record.on_front()
     ]
     return [header, *rows]
