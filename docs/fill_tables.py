@@ -17,7 +17,7 @@ from attnpress.results import Record, read_record
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
-RECIPES = {"8 bits": "mrpc-8bit"}
+RECIPES = {"8 bits": "mrpc-8bit", "4 bits": "mrpc-4bit"}
 
 
 def tables() -> dict[str, str]:
