@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TOOLS := $(VENV)/.tools
 KERNEL := src/attnpress/kernels/_attention.abi3.so
 BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
@@ -33,6 +34,12 @@ $(KERNEL): setup.py $(wildcard csrc/*.cpp csrc/*.h) | $(INSTALLED)
 	@rm -f $@
 	@$(BUILD_KERNEL)
 
+# Tests and checks need more than the demo does.
+$(TOOLS): requirements-dev.txt $(INSTALLED)
+	@echo "tools: what tests and checks need"
+	@$(PIP) install -c requirements.txt -r requirements-dev.txt
+	@touch $@
+
 kernel: $(INSTALLED) ## build the CPU kernel anew, or fail
 	@rm -f $(KERNEL)
 	@$(BUILD_KERNEL)
@@ -42,24 +49,24 @@ demo: setup ## compress a real BERT: the main job, into runs/demo
 	$(BIN)/attnpress compress recipes/demo.yaml --output runs/demo
 	$(BIN)/attnpress report runs/demo -o runs/demo/report.html
 
-test: setup ## run every test
+test: setup $(TOOLS) ## run every test
 	$(BIN)/python -m pytest
 
-check: setup ## format, lint, strict types, house rules
+check: setup $(TOOLS) ## format, lint, strict types, house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house_rules.py tests/test_project_files.py
 
-docs: setup ## build the documentation into build/docs; a warning is an error
-	@$(PIP) install -c requirements.txt -r requirements-docs.txt
+docs: setup $(TOOLS) ## build the documentation into build/docs; a warning is an error
+	@$(PIP) install -c requirements.txt -c requirements-dev.txt -r requirements-docs.txt
 	$(BIN)/sphinx-build --fail-on-warning --keep-going --quiet docs build/docs
 	@echo "open build/docs/index.html"
 
-sanitize: setup ## run the kernel's tests under the address and undefined-behaviour sanitizers
+sanitize: setup $(TOOLS) ## run the kernel's tests under the address and undefined-behaviour sanitizers
 	$(MAKE) -f csrc/Makefile sanitize PYTHON=$(BIN)/python
 
-style: setup ## format the code and mend what the linter can
+style: setup $(TOOLS) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 

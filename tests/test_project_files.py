@@ -16,6 +16,7 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
+PINS = ("requirements.txt", "requirements-dev.txt", "requirements-docs.txt")
 
 Files = Mapping[str, str]
 """Text by file name."""
@@ -115,6 +116,6 @@ def test_decision_records_are_numbered_and_dated() -> None:
 def test_every_need_has_an_exact_pin() -> None:
     needs = importlib.metadata.requires("attnpress")
     assert needs
-    pins = "".join((ROOT / name).read_text("utf-8") for name in ("requirements.txt", "requirements-docs.txt"))
+    pins = "".join((ROOT / name).read_text("utf-8") for name in PINS)
     offences = unpinned({"requirements.txt": pins, "needs": "\n".join(needs)})
     assert not offences, "\n".join(offences)
