@@ -9,7 +9,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,6 +42,16 @@ VOCABULARY = [
     *("the", "a", "film", "plot", "actor", "scene", "is", "was", "and", "with", "one", "two", "of", "story"),
 ]
 GOOD, BAD, FILLER = VOCABULARY[6:9], VOCABULARY[9:12], VOCABULARY[12:]
+
+
+@pytest.fixture(autouse=True)
+def _same_threads() -> Iterator[None]:
+    """What one test sets, the next does not inherit."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,12 @@ def test_spans_of_windows_of_different_lengths_are_kept_apart(tmp_path: Path, ti
 def test_a_finished_run_evaluates_to_its_record(finished: Path, tiny_recipe: RunConfig) -> None:
     stage = read_record(finished).stage("progressive")
     assert stage is not None
-    assert dataclasses.replace(reevaluate(finished, tiny_recipe), seconds=stage.seconds) == stage
+    layers = [
+        dataclasses.replace(layer, heads=[dataclasses.replace(head, errors={}) for head in layer.heads])
+        for layer in stage.layers
+    ]  # errors are measured by the run alone
+    found = reevaluate(finished, tiny_recipe)
+    assert dataclasses.replace(found, seconds=stage.seconds) == dataclasses.replace(stage, layers=layers)
 
 
 def test_a_finished_run_evaluates_on_other_rows(finished: Path, tiny_recipe: RunConfig, reviews: Path) -> None:
