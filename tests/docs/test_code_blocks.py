@@ -23,7 +23,8 @@ from markdown_it import MarkdownIt
 
 from attnpress.cli import build_parser, main
 from attnpress.config import RunConfig
-from attnpress.recipe import load_config
+from attnpress.recipe import load_config, load_spec
+from attnpress.sweep.spec import SweepSpec
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {
@@ -93,11 +94,14 @@ def check_attnpress(words: list[str]) -> None:
 
 
 def check_yaml(text: str, folder: Path) -> None:
-    """A recipe, or a part of one; kept if it names its file."""
+    """A recipe, a part of one, or a sweep; kept if it names its file."""
     named = re.match(r"# (\S+\.yaml)\n", text)
     file = folder / (named[1] if named else "part.yaml")
     file.write_text(text, encoding="utf-8")
-    load_config(file)
+    if re.search(r"^search:", text, re.MULTILINE):
+        load_spec(SweepSpec, file, [])
+    else:
+        load_config(file)
 
 
 def run_page(page: str, name: str, folder: Path, names: dict[str, Any]) -> None:
