@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.config import ObserverName, RuleName, ScheduleName, choices
-from attnpress.files import write_text
+from attnpress.files import whole_folder, write_text
 from attnpress.recipe import dump_config, load_config, load_spec
 
 RULES = {
@@ -39,16 +39,13 @@ def compress(options: argparse.Namespace) -> int:
     """Run a recipe, or go on with it; print its table."""
     config = load_config(options.recipe, options.set)
     _quiet_libraries()
-    from rich.console import Console
-
     from attnpress import compression
     from attnpress.calibration import this_process
     from attnpress.report.render import stages_table
 
     record = compression.compress(config, options.output, notify=_stage_line)
     if this_process().is_main_process:
-        console = Console() if sys.stdout.isatty() else Console(width=140)
-        console.print(stages_table(record))
+        _print_table(stages_table(record))
         print(f"record: {options.output / 'record.json'}")
     return 0
 
@@ -74,15 +71,9 @@ def evaluate(options: argparse.Namespace) -> int:
         stage = dataclasses.asdict(reevaluate(options.run_dir, config))
         found, complete = {key: stage[key] for key in stage if key not in ("layers", "seconds")}, True
     if this_process().is_main_process:
-        _print_json(found, options.json)
+        print(json.dumps(found, indent=1))
+        _write_json(found, options.json)
     return 0 if complete else 1
-
-
-def _print_json(found: object, file: Path | None) -> None:
-    text = json.dumps(found, indent=1)
-    print(text)
-    if file is not None:
-        write_text(file, text + "\n")
 
 
 def export(options: argparse.Namespace) -> int:
@@ -98,7 +89,6 @@ def export(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Draw runs as one page."""
-    from attnpress.files import whole_folder
     from attnpress.report.page import ReportError, make_report
 
     made = make_report(options.runs, options.bench)
@@ -120,7 +110,6 @@ def inspect(options: argparse.Namespace) -> int:
     import dataclasses
 
     import yaml
-    from rich.console import Console
 
     from attnpress.inspection import encode, inspect_model, recipe_lines
     from attnpress.models.loading import load_backbone, load_tokenizer, resolve_model
@@ -128,17 +117,15 @@ def inspect(options: argparse.Namespace) -> int:
 
     resolved = resolve_model(options.model)
     found = inspect_model(load_backbone(resolved), encode(load_tokenizer(resolved), options.text))
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(heads_table(dataclasses.asdict(head) for head in found.heads))
+    _print_table(heads_table(dataclasses.asdict(head) for head in found.heads))
     trials = [(trial.spec.p.bits or 0, trial.spec.sparsity, trial.change, trial.work) for trial in found.trials]
-    console.print(trials_table(trials))
+    _print_table(trials_table(trials))
     if found.suggestion is None:
         print("# No trial left the hidden states near enough: begin with 8 bits and sparsity 0, and train.")
     else:
         print("# To begin with, before training; put into a recipe:")
         print(yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False), end="")
-    if options.json is not None:
-        write_text(options.json, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    _write_json(dataclasses.asdict(found), options.json)
     return 0
 
 
@@ -148,14 +135,11 @@ def sweep(options: argparse.Namespace) -> int:
 
     spec = load_spec(SweepSpec, options.sweep, options.set)
     _quiet_libraries()
-    from rich.console import Console
-
     from attnpress import sweep as search
     from attnpress.report.render import front_table
 
     record = search.sweep(spec, options.output, notify=_stage_line)
-    console = Console() if sys.stdout.isatty() else Console(width=140)
-    console.print(front_table(record))
+    _print_table(front_table(record))
     print(f"recipes: {options.output / 'front'}\nrecord: {options.output / 'sweep.json'}")
     return 0
 
@@ -198,17 +182,14 @@ def bench(options: argparse.Namespace) -> int:
     """Time the kernel against its peers."""
     from dataclasses import asdict
 
-    from rich.console import Console
-
     from attnpress.report.render import models_table, timings_table
 
     table = models_table if options.whole_model else timings_table
     records = [asdict(timing) for timing in _timings(options)]
     for record in records:
         record["provenance"]["command"] = _command_line(options)
-    Console(width=None if sys.stdout.isatty() else 160).print(table(records))
-    if options.json is not None:
-        write_text(options.json, json.dumps(records, indent=1) + "\n")
+    _print_table(table(records), width=160)
+    _write_json(records, options.json)
     return 0
 
 
@@ -237,6 +218,18 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
 
         return bench_models(options.whole_model, lengths, sparsity=sparsity, batch=options.batch or 1, **shared)
     return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
+
+
+def _print_table(table: object, width: int = 140) -> None:
+    """As wide as the terminal; where there is none, as wide as given."""
+    from rich.console import Console
+
+    Console(width=None if sys.stdout.isatty() else width).print(table)
+
+
+def _write_json(found: object, file: Path | None) -> None:
+    if file is not None:
+        write_text(file, json.dumps(found, indent=1) + "\n")
 
 
 def _stage_line(text: str) -> None:
