@@ -61,6 +61,7 @@ class Run:
         """A model with the task's head, the same head for the same seed."""
         set_seed(self.config.seed)
         model = load_model(source, self.data.task.kind, self.data.label_names)
+        _check_length(model, self.config.data.max_length)
         model.to(this_process().device)
         return model
 
@@ -115,6 +116,12 @@ def compress(
     return record
 
 
+def _check_length(model: PreTrainedModel, max_length: int) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and max_length > longest:
+        raise ConfigError(f"data.max_length: {max_length} exceeds the model's {longest} positions")
+
+
 def _checkpoint_folder(config: RunConfig) -> Path | None:
     if config.checkpoint is not None and not config.checkpoint.is_dir():
         raise ConfigError(
@@ -155,19 +162,12 @@ def _dense(run: Run) -> PreTrainedModel:
         model = run.load(run.base)
         # A model that cannot be compressed is refused before it is trained, and so are layers that it lacks.
         unbind(bind(model, run.config.attention, run.config.layers))
-        _check_length(model, run.config.data.max_length)
         check_space(model, run.output)
         _train(run, model, "dense", run.config.dense)
         _save(folder, lambda scratch: _write_model(run, model, scratch))
     model = bind(run.load(run.dense), DENSE)
     layer_specs(list(attentions(model)), run.config.attention, run.config.layers)
     return model
-
-
-def _check_length(model: PreTrainedModel, max_length: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None and max_length > longest:
-        raise ConfigError(f"data.max_length: {max_length} exceeds the model's {longest} positions")
 
 
 def _dense_control(run: Run) -> PreTrainedModel:
