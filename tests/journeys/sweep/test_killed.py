@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -26,21 +25,29 @@ TRIALS = 4
 SEARCH = SearchSpec(bits=(4, 8), sparsity=(0.3, 0.95), per_layer=("sparsity",))
 
 
-def start(recipe: Path, folder: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "attnpress.cli", "sweep", str(recipe), "--output", str(folder)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).parents[3]
+STEP = 10  # of 30, and past the checkpoint of step 8
+KILLED = f"""
+import sys
+from attnpress.cli import main
+from tests.journeys.interrupted import at_step
+at_step("progressive", {STEP})()
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def start(recipe: Path, folder: Path, *program: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, "sweep", str(recipe), "--output", str(folder)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def kill_in_training(workers: list[subprocess.Popen[str]], folder: Path) -> None:
-    """As soon as two trials have a whole checkpoint, and more of their training before them."""
-    while len(list(folder.glob("trials/*/checkpoints/progressive/checkpoint-8/complete"))) < len(workers):
-        assert all(worker.poll() is None for worker in workers), [worker.communicate() for worker in workers]
-        time.sleep(0.005)
+def run_until_killed(recipe: Path, folder: Path) -> None:
+    """Two workers together, each of them killed in the middle of training in its first trial."""
+    workers = [start(recipe, folder, "-c", KILLED) for _ in range(2)]
     for worker in workers:
-        worker.kill()
-        worker.communicate()
-        assert worker.returncode == -signal.SIGKILL
+        _, errors = worker.communicate(timeout=240)
+        assert worker.returncode == -signal.SIGKILL, errors
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +61,8 @@ def folder(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sweep")
     recipe = folder / "sweep.yaml"
     recipe.write_text(dump_config(spec), encoding="utf-8")
-    kill_in_training([start(recipe, folder) for _ in range(2)], folder)
-    ended = [start(recipe, folder) for _ in range(2)]
+    run_until_killed(recipe, folder)
+    ended = [start(recipe, folder, "-m", "attnpress.cli") for _ in range(2)]
     for number, worker in enumerate(ended):
         printed, errors = worker.communicate(timeout=240)
         assert worker.returncode == 0, errors
