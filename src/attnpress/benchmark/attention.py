@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,11 +14,11 @@ from typing import Any
 from attnpress.benchmark.machine import provenance
 from attnpress.benchmark.problem import Problem, make_problem, save_problem
 from attnpress.benchmark.sides import PEERS
-from attnpress.benchmark.turns import Side, in_turns
+from attnpress.benchmark.turns import Side, in_turns, median_of, paired_ratio, spread
 from attnpress.config import RunConfig
 from attnpress.kernels import cpu
 
-SECONDS = 2.0
+SECONDS = 4.0
 """How long each side of each problem is timed."""
 
 HELD = {
@@ -42,7 +41,7 @@ class Timing:
         sparsity: measured over valid pairs, not what was asked for.
         target: of the kernel; peers are held to its instructions if ATTNPRESS_CPU_TARGET forces it.
         ours_ms, peer_ms: medians, in milliseconds.
-        ratio: peer over ours.
+        ratio: peer over ours, turn by turn; see `turns.paired_ratio`.
         spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
         product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V.
         product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
@@ -163,12 +162,6 @@ def held() -> dict[str, str]:
     return HELD[cpu.active_target()] if os.environ.get(cpu.TARGET_VARIABLE) else {}
 
 
-def spread(times: Sequence[float]) -> float:
-    """Distance between the quartiles, as a fraction of the median."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / middle
-
-
 def _compare(problems: Iterable[Problem], peers: Sequence[str], threads: int, seconds: float) -> list[Timing]:
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(name, held())) for name in ("ours", "product", *dict.fromkeys(peers))]
@@ -188,12 +181,12 @@ def _timings(
 
 
 def _timing(
-    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[float]], facts: dict[str, Any]
+    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]], facts: dict[str, Any]
 ) -> Timing:
     batch, heads, length, dim = problem.query.shape
-    ours, theirs, product = (statistics.median(times[name]) for name in ("ours", peer, "product"))
+    ours, theirs, product = (median_of(times[name]) for name in ("ours", peer, "product"))
     return Timing(
         length, batch, heads, dim, round(problem.sparsity, 4), threads, cpu.active_target(), peer,
-        ours, theirs, theirs / ours, spread(times["ours"]), spread(times[peer]), product, product / ours,
-        problem.source, problem.layer, {**provenance(peer), "peer": facts},
+        ours, theirs, paired_ratio(times[peer], times["ours"]), spread(times["ours"]), spread(times[peer]),
+        product, product / ours, problem.source, problem.layer, {**provenance(peer), "peer": facts},
     )  # fmt: skip

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpress.benchmark.attention import BenchmarkError, check_counts, check_peers, check_sparsity, held, spread
+from attnpress.benchmark.attention import BenchmarkError, check_counts, check_peers, check_sparsity, held
 from attnpress.benchmark.machine import provenance
-from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
+from attnpress.benchmark.turns import Prepared, Run, Side, in_turns, median_of, paired_ratio, spread
 from attnpress.calibration import REFITS, calibrate, outputs, watching
 from attnpress.config import AttentionSpec
 from attnpress.deployment import deploy
@@ -40,7 +40,7 @@ class ModelTiming:
         sparsity: of P, measured over the valid pairs of all layers.
         target: of the kernel; peers are held to its instructions if ATTNPRESS_CPU_TARGET forces it.
         ours_ms, peer_ms: medians of one forward pass, in milliseconds.
-        ratio: peer over ours.
+        ratio: peer over ours, turn by turn; see `turns.paired_ratio`.
         spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
@@ -107,11 +107,11 @@ def _timings(
     facts = {side.name: side.prepare(f"{__name__}:prepare", name=side.name, **case) for side in sides}
     times = in_turns(sides, seconds)
     for peer in peers:
-        ours, theirs = (statistics.median(times[name]) for name in ("ours", peer))
+        ours, theirs = (median_of(times[name]) for name in ("ours", peer))
         share = facts[peer]["attention"]
         yield ModelTiming(
             model, length, batch, round(facts["ours"]["sparsity"], 4), threads, cpu.active_target(), peer,
-            ours, theirs, theirs / ours, spread(times["ours"]), spread(times[peer]),
+            ours, theirs, paired_ratio(times[peer], times["ours"]), spread(times["ours"]), spread(times[peer]),
             facts["ours"]["attention"], share, 1 / (1 - share),
             {**provenance("transformers"), "peer": {"instructions": facts[peer]["instructions"]}},
         )  # fmt: skip
