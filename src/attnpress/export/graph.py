@@ -120,7 +120,7 @@ LONGEST = EXACT // 255
 
 
 def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
-    """Refuse what the operators cannot say.
+    """Refuse what the operators cannot say; layers that compress nothing stay as the framework has them.
 
     Args:
         rules: those that the runtime gets right.
@@ -128,7 +128,7 @@ def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
     Raises:
         ExportError: names the module and the option.
     """
-    modules = attentions(model)
+    modules = {name: module for name, module in attentions(model).items() if not module.spec.is_dense}
     if not modules:
         raise ExportError("the model has no compressed attention: export takes a model after bind and calibrate")
     for name, module in modules.items():
