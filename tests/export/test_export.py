@@ -17,8 +17,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from attnpress.cli import main
 from attnpress.calibration import calibrate
+from attnpress.cli import main
 from attnpress.config import DENSE, AttentionSpec, ConfigError, ProbsSpec, RunConfig, TensorSpec
 from attnpress.evaluate import finished_model
 from attnpress.export import ExportError, agreement, export_run

@@ -28,7 +28,6 @@ EXTREMES = ("none", "nan", "inf", "huge", "tiny", "zero", "equal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-
 @dataclass(frozen=True)
 class Case(Call):
     """A call of the operator, which knows the causal order without a mask."""

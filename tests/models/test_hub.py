@@ -325,6 +325,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "huge module": (lambda folder: rewrite(folder, lambda x: first_module(x).update(heads=10**12)), "heads"),
     "other module": (lambda folder: rewrite(folder, lambda x: first_module(x).update(heads=2)), "q_scale has shape"),
+    "huge heads": (lambda folder: rewrite(folder, lambda x: first_module(x).update(head_dim=513)), "head_dim"),
     "code for a number": (lambda folder: rewrite(folder, lambda x: first_module(x).update(heads="exit(1)")), "heads"),
     "weights cut short": (lambda folder: truncate(folder / WEIGHTS, 5000), WEIGHTS),
     "weights empty": (lambda folder: truncate(folder / WEIGHTS, 0), WEIGHTS),
