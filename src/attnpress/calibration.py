@@ -51,7 +51,11 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode."""
+    """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode.
+
+    Raises:
+        ValueError: the batches hold nothing but padding; the model is not bound.
+    """
     modules = {name: module for name, module in _bound(model).items() if not module.spec.is_dense}
     kept = list(batches)
     for _ in range(1 + REFITS):
@@ -59,7 +63,9 @@ def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
             for _ in outputs(model, kept):
                 pass
         for module in modules.values():
-            module.take_seen(0.0, reduce_over_ranks)
+            _, pairs = module.take_seen(0.0, reduce_over_ranks)
+            if pairs == 0:  # whatever the rule: one that fits nothing would go on with scales of nothing
+                raise ValueError("the batches hold no valid pair of tokens, only padding: calibrate on real batches")
             module.set_sparsity(module.spec.sparsity)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from attnpress import commands
@@ -52,12 +53,15 @@ def build_parser() -> argparse.ArgumentParser:
         prog="attnpress", description="Low-bit, sparse attention for Transformers models.", epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
-    subparsers = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('attnpress')}")
+    subparsers = parser.add_subparsers(
+        title="commands", required=True, metavar="COMMAND", description="attnpress COMMAND --help says more"
+    )
     compress = _command(subparsers, "compress", commands.compress, "run a recipe, or go on with an interrupted run")
     _recipe_arguments(compress)
     compress.add_argument("--output", type=Path, required=True, metavar="RUN_DIR", help="run folder, made if needed")
     evaluate = _command(subparsers, "evaluate", commands.evaluate, "evaluate the compressed model of a finished run")
-    evaluate.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    _run_argument(evaluate)
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
     _set_argument(evaluate)
     evaluate.add_argument(
@@ -66,14 +70,19 @@ def build_parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
-    export.add_argument("run_dir", type=Path, metavar="RUN_DIR")
-    export.add_argument("--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers")
+    _run_argument(export)
+    export.add_argument(
+        "--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers, layer by layer"
+    )
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
-    export.add_argument("--rows", type=int, default=4, metavar="N", help="evaluation rows in a trace (default: 4)")
+    export.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the batch traced (default: 4)")
     _set_argument(export)
     report = _command(subparsers, "report", commands.report, "draw runs as one page, from their records alone")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, or records")
-    report.add_argument("-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, records, sweep folders")
+    report.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html",
+        help="default: report.html; its figures go to FILE-figures beside it",
+    )  # fmt: skip
     report.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help="timings of `bench --json`")
     look = _command(
         subparsers, "inspect", commands.inspect, "look at each head of a model, and suggest a spec to begin with"
@@ -86,7 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         "search bits, sparsity, rule and layers for the best metric at the least work; the same command goes on after "
         "a kill, and helps where it is started again while it runs",
     )  # fmt: skip
-    search.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
+    search.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="such as recipes/sweeps/movie.yaml")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
     search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
     table = _command(
@@ -119,8 +128,12 @@ def _command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], na
     return parser
 
 
+def _run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made")
+
+
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml")
+    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="such as recipes/demo.yaml")
     _set_argument(parser)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnpress.config import ObserverName, RuleName, ScheduleName, choices
+from attnpress.config import ConfigError, ObserverName, RuleName, RunConfig, ScheduleName, choices
 from attnpress.files import whole_folder, write_text
 from attnpress.recipe import dump_config, load_config, load_spec
 
@@ -53,7 +53,7 @@ def compress(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
     overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
-    config = load_config(options.run_dir / "recipe.yaml", overrides)
+    config = _run_config(options.run_dir, overrides)
     _quiet_libraries()
     import dataclasses
 
@@ -78,7 +78,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Export the model of a finished run."""
-    config = load_config(options.run_dir / "recipe.yaml", options.set)
+    config = _run_config(options.run_dir, options.set)
     _quiet_libraries()
     from attnpress.export import export_run
 
@@ -111,7 +111,7 @@ def inspect(options: argparse.Namespace) -> int:
 
     import yaml
 
-    from attnpress.inspection import encode, inspect_model, recipe_lines
+    from attnpress.inspection import TOLERANCE, encode, inspect_model, recipe_lines
     from attnpress.models.loading import load_backbone, load_tokenizer, resolve_model
     from attnpress.report.render import heads_table, trials_table
 
@@ -123,7 +123,7 @@ def inspect(options: argparse.Namespace) -> int:
     if found.suggestion is None:
         print("# No trial left the hidden states near enough: begin with 8 bits and sparsity 0, and train.")
     else:
-        print("# To begin with, before training; put into a recipe:")
+        print(f"# The cheapest with a change of up to {TOLERANCE}, to begin training with; put into a recipe:")
         print(yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False), end="")
     _write_json(dataclasses.asdict(found), options.json)
     return 0
@@ -209,6 +209,15 @@ def bench(options: argparse.Namespace) -> int:
     return 0
 
 
+def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The recipe of a run."""
+    if not (folder / "recipe.yaml").is_file():
+        raise ConfigError(
+            f"{folder}: no run folder (it has no recipe.yaml); give the one that `attnpress compress --output` made"
+        )
+    return load_config(folder / "recipe.yaml", overrides)
+
+
 def _command_line(options: argparse.Namespace) -> str:
     """The command as it can be typed again, with the variable that forces a target."""
     forced = os.environ.get("ATTNPRESS_CPU_TARGET")
@@ -222,7 +231,7 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
     if options.run_dir:
         if options.seq_len or options.sparsity is not None:
             raise BenchmarkError("--from takes the run's own lengths and sparsity: drop --seq-len and --sparsity")
-        config = load_config(options.run_dir / "recipe.yaml")
+        config = _run_config(options.run_dir)
         _quiet_libraries()
         return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
     if options.layer:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 import subprocess
@@ -340,8 +341,16 @@ def test_a_run_that_diverges_is_one_message_and_keeps_its_stages(
 
 
 def test_evaluating_what_is_no_run_is_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["evaluate", str(tmp_path)]) == 1
-    assert "recipe.yaml: cannot be read" in capsys.readouterr().err
+    for command in (["evaluate", str(tmp_path)], ["export", str(tmp_path), "--to", "trace"]):
+        assert main(command) == 1
+        assert f"{tmp_path}: no run folder (it has no recipe.yaml); give the one that" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"attnpress {importlib.metadata.version('attnpress')}\n"
 
 
 def test_a_defect_keeps_its_traceback(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:

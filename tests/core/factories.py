@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from hypothesis import strategies as st
@@ -20,6 +20,9 @@ MASKS = ("none", "padding", "causal", "pairs")
 SEEDS = st.integers(0, 2**32 - 1)
 
 
+Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
+
+
 @dataclass(frozen=True)
 class Call:
     """The arguments of one attention call."""
@@ -34,27 +37,25 @@ class Call:
     scaling: float
 
     def integer(self) -> IntegerAttention:
-        return integer_attention(*self.arguments())
+        return integer_attention(*self.arguments)
 
     def fake(self, dropout: float = 0.0) -> Tensor:
-        arguments = (*self.arguments(), dropout)
-        return fake_quantize_attention(*arguments)
+        return fake_quantize_attention(*self.arguments, dropout)
 
-    def arguments(self) -> tuple[Any, ...]:
-        return (
-            self.query, self.key, self.value, self.valid, self.scales, self.cutoff, self.spec, self.scaling,
-        )  # fmt: skip
+    @property
+    def arguments(self) -> Arguments:
+        return (self.query, self.key, self.value, self.valid, self.scales, self.cutoff, self.spec, self.scaling)
 
     def allowed(self) -> Tensor:
         """`valid`, always as a tensor [B, Hq, Sq, Sk]."""
         shape = (*self.query.shape[:3], self.key.shape[2])
         return torch.ones(shape, dtype=torch.bool) if self.valid is None else self.valid.expand(shape)
 
-    def calibrated(self) -> Call:
+    def calibrated(self) -> Self:
         """The call with scales fixed on its own tensors."""
         return self.with_(scales=make_scales(self.query, self.key, self.value, self.valid, self.spec))
 
-    def with_(self, **changes: Any) -> Call:
+    def with_(self, **changes: Any) -> Self:
         return replace(self, **changes)
 
 

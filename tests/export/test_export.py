@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from attnpress.calibration import calibrate
 from attnpress.cli import main
-from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, RunConfig
+from attnpress.config import DENSE, AttentionSpec, ConfigError, ProbsSpec, RunConfig, TensorSpec
+from attnpress.evaluate import finished_model
 from attnpress.export import ExportError, agreement, export_run
 from attnpress.export.onnx import serve_onnx
+from attnpress.export.run import example_batch
 from attnpress.export.trace import check_trace, write_trace
 from attnpress.files import sha256_of
+from attnpress.models.binding import bind
 from tests.journeys.test_deployment import logits, make_batch, tiny_bert
 
 DOCS = Path(__file__).parents[2] / "docs"
 
 
 def test_onnx(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import onnx
-
     folder = tmp_path / "exported"
     assert main(["export", str(finished), "--to", "onnx", "--output", str(folder)]) == 0
     assert '"kind": "onnx"' in capsys.readouterr().out
@@ -49,8 +53,6 @@ def test_onnx(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 def _inputs(folder: Path) -> Any:
-    import onnx
-
     return onnx.load(folder / "model.onnx").graph.input
 
 
@@ -99,9 +101,54 @@ def test_a_changed_bit_is_found(name: str, tmp_path: Path) -> None:
         check_trace(file)
 
 
+OTHER = AttentionSpec(rule="threshold", sparsity=0.5, v=TensorSpec(bits=4), p=ProbsSpec(mode="unit"))
+
+
+def relayered(finished: Path, config: RunConfig, folder: Path, own: AttentionSpec) -> Path:
+    """The finished run in a folder of its own, its second layer bound with another spec."""
+    shutil.copytree(finished, folder)
+    model, data = finished_model(finished, config)
+    bind(model, config.attention, {"1": own})
+    calibrate(model, [example_batch(data, 8)])
+    model.save_pretrained(folder / "progressive")
+    return folder
+
+
+@pytest.mark.parametrize("own", [OTHER, DENSE], ids=["other", "dense"])
+def test_layers_that_differ_are_exported_as_they_are(
+    own: AttentionSpec, finished: Path, tiny_recipe: RunConfig, tmp_path: Path
+) -> None:
+    run = relayered(finished, tiny_recipe, tmp_path / "run", own)
+    record = export_run(run, tiny_recipe, "onnx")
+    assert record["evaluation"]["same_decisions"] == 1.0
+    first, second = record["attention"].values()
+    assert (first["rule"], second["rule"]) == ("relative", own.rule)
+    assert [first["v"]["bits"], second["v"]["bits"]] == [8, own.v.bits]
+    found = [node.op_type for node in onnx.load(run / "export" / "onnx" / "model.onnx").graph.node]
+    assert found.count("QuantizeLinear") == (4 if own.is_dense else 8)
+
+
+def test_a_trace_holds_the_spec_of_each_layer(finished: Path, tiny_recipe: RunConfig, tmp_path: Path) -> None:
+    run = relayered(finished, tiny_recipe, tmp_path / "run", OTHER)
+    export_run(run, tiny_recipe, "trace")  # checked from its own codes, each layer by its own spec
+    with safe_open(run / "export" / "trace" / "trace.safetensors", "pt") as trace:
+        header = trace.metadata()
+    specs = json.loads(header["attention"])
+    assert list(specs) == json.loads(header["layers"])
+    assert [spec["p"]["mode"] for spec in specs.values()] == ["row", "unit"]
+
+
+def test_a_trace_of_a_layer_without_integers_is_refused_by_its_name(
+    finished: Path, tiny_recipe: RunConfig, tmp_path: Path
+) -> None:
+    run = relayered(finished, tiny_recipe, tmp_path / "run", DENSE)
+    with pytest.raises(ExportError, match=r"layer\.1.*needs bits for all"):
+        export_run(run, tiny_recipe, "trace")
+
+
 def test_another_format_is_refused(tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "trace.safetensors", {"format": "2"})
-    with pytest.raises(ExportError, match="format '2'"):
+    save_file({"x": torch.zeros(1)}, tmp_path / "trace.safetensors", {"format": "1"})
+    with pytest.raises(ExportError, match="format '1'"):
         check_trace(tmp_path / "trace.safetensors")
 
 

@@ -160,9 +160,20 @@ def test_what_cannot_be_calibrated_is_explained() -> None:
         calibrate(make_model(), make_batches())
     with pytest.raises(ValueError, match="at least one batch of real data"):
         calibrate(bind(make_model(), AttentionSpec()), [])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        AttentionSpec(), AttentionSpec(sparsity=0.5), AttentionSpec(rule="topk", sparsity=0.5),
+        AttentionSpec(threshold=0.1), AttentionSpec(rule="mass", threshold=0.9),
+    ],
+    ids=["unpruned", "fitted", "topk", "fixed", "fixed mass"],
+)  # fmt: skip
+def test_padding_alone_is_refused_whatever_the_rule(spec: AttentionSpec) -> None:
     padding = [{name: torch.zeros_like(value) for name, value in make_batches(1)[0].items()}]
-    with pytest.raises(ValueError, match="no valid pairs were observed"):
-        calibrate(bind(make_model(), AttentionSpec(sparsity=0.5)), padding)
+    with pytest.raises(ValueError, match="no valid pair of tokens, only padding"):
+        calibrate(bind(make_model(), spec), padding)
 
 
 def test_a_failed_calibration_leaves_no_observer_behind() -> None:

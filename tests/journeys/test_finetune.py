@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from attnpress.calibration import calibrate
-from attnpress.config import DENSE, AttentionSpec, DistillationSpec, RunConfig, ScheduleSpec, TrainSpec
+from attnpress.config import DENSE, AttentionSpec, ConfigError, DistillationSpec, RunConfig, ScheduleSpec, TrainSpec
 from attnpress.core.schedule import sparsity_at
 from attnpress.evaluate import evaluate
 from attnpress.finetune import (
+    CompressionTrainer,
     DivergedError,
     SparsityCallback,
     SparsityDriver,
@@ -183,6 +184,41 @@ def test_a_teacher_changes_the_training_but_not_itself(finished: Path, data: Tas
     (alone, teacher), (taught, untouched) = (weights(DistillationSpec(x, x)) for x in (0.0, 1.0))
     assert any(not torch.equal(a, b) for a, b in zip(alone, taught, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(teacher, untouched, strict=True))
+
+
+def distilled_gradients(
+    model: PreTrainedModel, teacher: PreTrainedModel, data: TaskData, spec: DistillationSpec, folder: Path
+) -> list[Tensor]:
+    """What one batch asks of the weights."""
+    arguments = training_arguments(SPEC, 16, folder, 0)
+    trainer = CompressionTrainer(
+        model=model.train(), args=arguments, data_collator=data.collate, teacher=teacher, distillation=spec
+    )
+    model.zero_grad()
+    trainer.compute_loss(model, make_batches(data, 1)[0]).backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+
+
+def test_distillation_under_gradient_checkpointing(finished: Path, data: TaskData, tmp_path: Path) -> None:
+    student, teacher = (load_model(str(finished / "dense"), "classification", ("no", "yes")) for _ in range(2))
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model, wanted = bound(student, data), bind(teacher, DENSE)
+    attentive, inattentive = DistillationSpec(attention=50.0), DistillationSpec(attention=0.0)
+    expected = distilled_gradients(model, wanted, data, attentive, tmp_path)
+    without = distilled_gradients(model, wanted, data, inattentive, tmp_path)
+    assert any(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(expected, without, strict=True))
+
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    found = distilled_gradients(model, wanted, data, attentive, tmp_path)
+    torch.testing.assert_close(found, expected)
+
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    model.enable_input_require_grads()
+    torch.testing.assert_close(distilled_gradients(model, wanted, data, inattentive, tmp_path), without)
+    with pytest.raises(ConfigError, match=r"distillation\.attention: .* use_reentrant=False"):
+        distilled_gradients(model, wanted, data, attentive, tmp_path)
 
 
 def test_a_driver_starts_from_a_model_bound_to_nothing(tiny_model: Path) -> None:

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import IntegerAttention, Scales, integer_attention
+from attnpress.core.attention import IntegerAttention, Scales
 from attnpress.kernels import cpu
 from attnpress.kernels.ops import causal_pairs
+from tests.core.factories import Call
 
 COMPILER = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
 needs_kernel = pytest.mark.skipif(
@@ -27,40 +28,22 @@ EXTREMES = ("none", "nan", "inf", "huge", "tiny", "zero", "equal")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
-
-
 @dataclass(frozen=True)
-class Case:
-    """One call of compressed attention."""
+class Case(Call):
+    """A call of the operator, which knows the causal order without a mask."""
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    valid: Tensor | None
-    scales: Scales
-    cutoff: Tensor | None
-    spec: AttentionSpec
-    causal: bool
+    causal: bool = False
 
-    @property
-    def arguments(self) -> Arguments:
-        """What `ops.attention` and `ops.compiled_integers` take, causal apart."""
-        return (self.query, self.key, self.value, self.valid, self.scales, self.cutoff, self.spec, self.scaling)
+    def integer(self) -> IntegerAttention:
+        return Call.integer(self.in_mask())
 
-    @property
-    def scaling(self) -> float:
-        return float(self.query.shape[-1] ** -0.5)
+    def allowed(self) -> Tensor:
+        return Call.allowed(self.in_mask())
 
-    @property
-    def allowed(self) -> Tensor | None:
-        """The mask with the causal order in it."""
-        return causal_pairs(self.query, self.key, self.valid) if self.causal else self.valid
-
-    def reference(self) -> IntegerAttention:
-        return integer_attention(
-            self.query, self.key, self.value, self.allowed, self.scales, self.cutoff, self.spec, self.scaling
-        )
+    def in_mask(self) -> Case:
+        """The same call with the causal order as a part of its mask."""
+        valid = causal_pairs(self.query, self.key, self.valid) if self.causal else self.valid
+        return self.with_(valid=valid, causal=False)
 
 
 def make_mask(kind: str, shape: tuple[int, int, int, int], generator: torch.Generator) -> Tensor | None:
@@ -125,7 +108,7 @@ def make_case(
     spread = None if cutoff is None else torch.rand(heads, generator=generator) * cutoff
     valid = make_mask(mask, (batch, heads, rows, keys), generator)
     scales = make_scales(spec, heads, kv_heads, dim, generator)
-    return Case(query, key, value, valid, scales, spread, spec, causal)
+    return Case(query, key, value, valid, scales, spread, spec, dim**-0.5, causal)
 
 
 def bits(low: int = 2) -> st.SearchStrategy[int]:

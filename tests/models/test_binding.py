@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     DebertaV2Config,
     DebertaV2Model,
     Gemma2Config,
@@ -245,6 +247,19 @@ def test_a_model_that_cannot_be_compressed_is_refused_by_name_and_left_as_it_was
     assert model.config._attn_implementation == implementation
     assert not attentions(model)
     assert torch.equal(outputs(model, batch), expected)
+
+
+@pytest.mark.parametrize("spec", [DENSE, PRUNED], ids=["dense", "compressed"])
+def test_heads_whose_scores_float32_cannot_hold_are_refused(spec: AttentionSpec) -> None:
+    def wide(size: int) -> PreTrainedModel:
+        return BertModel(BertConfig(**SIZES | {"hidden_size": size, "num_attention_heads": 1, "num_hidden_layers": 1}))
+
+    assert attentions(bind(wide(512), spec))
+    model = wide(516)
+    with pytest.raises(UnsupportedModelError, match=r"encoder\.layer\.0\.attention\.self: head size 516; .* up to 512"):
+        bind(model, spec)
+    assert model.config._attn_implementation != "attnpress"
+    assert not attentions(model)
 
 
 # Binding and unbinding.

@@ -5,14 +5,18 @@ from __future__ import annotations
 import copy
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
+from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import (
@@ -146,6 +150,31 @@ def test_without_attnpress_the_weights_load_dense_only_when_that_is_asked_for(sa
     load_eager = "print(A.from_pretrained(sys.argv[1], attn_implementation='eager').config._attn_implementation)"
     done = run(without + code + load_eager, saved)
     assert (done.returncode, done.stdout.strip()) == (0, "eager"), done.stderr
+
+
+def test_what_is_pushed_to_the_hub_is_what_is_saved(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pushed = tmp_path / "pushed"
+    pushed.mkdir()
+
+    def create_commit(_: HfApi, repo_id: str, operations: list[CommitOperationAdd], **arguments: Any) -> str:
+        for operation in operations:
+            shutil.copyfile(str(operation.path_or_fileobj), pushed / operation.path_in_repo)
+        return repo_id
+
+    def no_card(repo_id: str, **_: Any) -> ModelCard:
+        raise EntryNotFoundError(repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **arguments: SimpleNamespace(repo_id=name))
+    monkeypatch.setattr(HfApi, "create_commit", create_commit)
+    monkeypatch.setattr(ModelCard, "load", no_card)
+    model = make_compressed()
+    assert model.push_to_hub("me/compressed") == "me/compressed"
+    assert {path.name for path in pushed.iterdir()} == {path.name for path in saved.iterdir()} | {"README.md"}
+    for path in saved.iterdir():
+        assert (pushed / path.name).read_bytes() == path.read_bytes(), path.name
+    assert torch.equal(logits(load(pushed)), logits(model))
 
 
 def test_a_pipeline_runs_a_saved_model(tmp_path: Path, make_tokenizer: TokenizerFactory) -> None:
@@ -325,6 +354,7 @@ DAMAGES: dict[str, Damage] = {
     ),
     "huge module": (lambda folder: rewrite(folder, lambda x: first_module(x).update(heads=10**12)), "heads"),
     "other module": (lambda folder: rewrite(folder, lambda x: first_module(x).update(heads=2)), "q_scale has shape"),
+    "huge heads": (lambda folder: rewrite(folder, lambda x: first_module(x).update(head_dim=513)), "head_dim"),
     "code for a number": (lambda folder: rewrite(folder, lambda x: first_module(x).update(heads="exit(1)")), "heads"),
     "weights cut short": (lambda folder: truncate(folder / WEIGHTS, 5000), WEIGHTS),
     "weights empty": (lambda folder: truncate(folder / WEIGHTS, 0), WEIGHTS),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from attnpress.report.attention_figures import chosen_heads, threshold_at
-from attnpress.report.figures import describe_heads, head_values, remaining_work
+from attnpress.report.figures import describe_curves, describe_heads, head_values, remaining_work
 from attnpress.report.inputs import group_runs, read_run, read_timings
 from attnpress.report.page import Report, ReportError, make_report
 from attnpress.report.plots import COLORS, PRINT, Line, bars, curves, to_svg
@@ -127,6 +127,7 @@ def test_what_a_record_lacks_is_said(run: Path, tmp_path: Path) -> None:
         assert f"The record lacks {what}:" in html
     assert "No timings are here" in html
     assert "training-sparsity-1" in html, "what was asked is drawn all the same"
+    assert "Three heads" not in html, "nothing is introduced that is not there"
 
 
 def test_committed_records_are_drawn() -> None:
@@ -157,6 +158,9 @@ def test_seeds_of_a_recipe_stand_together(run: Path, tmp_path: Path) -> None:
     score = read_record(run).stages[-1].metrics["accuracy"]
     assert f"{score + 1:.2f} ± 1.41" in html
     assert "against dense" in html
+    for group in groups:
+        assert f"Accuracy against sparsity: {group.label}<" in html, "which figure is whose"
+        assert f"Remaining work of attention: {group.label}<" in html
 
 
 def test_text_of_recipes_is_text(run: Path, tmp_path: Path) -> None:
@@ -185,6 +189,11 @@ def test_a_missing_library_names_the_extra(run: Path, monkeypatch: pytest.Monkey
 def test_heads_are_described_by_their_extremes() -> None:
     words = describe_heads([[0.1, 0.9], [0.2, 0.4]])
     assert words == "2 layers by 2 heads: lowest 0.1 in layer 0, head 0; highest 0.9 in layer 0, head 1; mean 0.4."
+
+
+def test_curves_of_several_runs_are_described_once() -> None:
+    lines = [Line("dense", [1, 2], [0.5, 0.25], 0), Line("asked", [1, 2], [0.0, 0.9], 1), Line("dense", [1], [1.0], 0)]
+    assert describe_curves(lines) == "dense: from 0.75 to 0.625, mean of 2 runs; asked: from 0 to 0.9"
 
 
 def test_chosen_heads_span_the_errors(run: Path) -> None:

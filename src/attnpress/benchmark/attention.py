@@ -33,9 +33,9 @@ class BenchmarkError(ValueError):
     """A comparison that cannot be run; the message says why, and what to do."""
 
 
-@dataclass(frozen=True)
-class Timing:
-    """One comparison.
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Ours against a peer, on the same inputs.
 
     Attributes:
         sparsity: measured over valid pairs, not what was asked for.
@@ -43,16 +43,11 @@ class Timing:
         ours_ms, peer_ms: medians, in milliseconds.
         ratio: peer over ours, turn by turn; see `turns.paired_ratio`.
         spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
-        product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V.
-        product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
-        source, layer: "synthetic" and None, or the run folder and the module that the inputs were captured from.
         provenance: versions, machine, and what the peer's process said of its instructions.
     """
 
     seq_len: int
     batch: int
-    heads: int
-    head_dim: int
     sparsity: float
     threads: int
     target: str
@@ -62,11 +57,25 @@ class Timing:
     ratio: float
     spread: float
     peer_spread: float
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing(Comparison):
+    """A comparison of single calls of attention.
+
+    Attributes:
+        product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V.
+        product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
+        source, layer: "synthetic" and None, or the run folder and the module that the inputs were captured from.
+    """
+
+    heads: int
+    head_dim: int
     product_ms: float
     product_share: float
     source: str
     layer: str | None
-    provenance: dict[str, Any]
 
 
 def bench(
@@ -162,6 +171,14 @@ def held() -> dict[str, str]:
     return HELD[cpu.active_target()] if os.environ.get(cpu.TARGET_VARIABLE) else {}
 
 
+def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str) -> dict[str, Any]:
+    """The fields of `Comparison` that follow from the times of "ours" and the peer."""
+    return {
+        "target": cpu.active_target(), "peer": peer, "ours_ms": median_of(times["ours"]), "peer_ms": median_of(times[peer]),
+        "ratio": paired_ratio(times[peer], times["ours"]), "spread": spread(times["ours"]), "peer_spread": spread(times[peer]),
+    }  # fmt: skip
+
+
 def _compare(problems: Iterable[Problem], peers: Sequence[str], threads: int, seconds: float) -> list[Timing]:
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(name, held())) for name in ("ours", "product", *dict.fromkeys(peers))]
@@ -184,9 +201,10 @@ def _timing(
     problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]], facts: dict[str, Any]
 ) -> Timing:
     batch, heads, length, dim = problem.query.shape
-    ours, theirs, product = (median_of(times[name]) for name in ("ours", peer, "product"))
+    product = median_of(times["product"])
+    shared = compared(times, peer)
     return Timing(
-        length, batch, heads, dim, round(problem.sparsity, 4), threads, cpu.active_target(), peer,
-        ours, theirs, paired_ratio(times[peer], times["ours"]), spread(times["ours"]), spread(times[peer]),
-        product, product / ours, problem.source, problem.layer, {**provenance(peer), "peer": facts},
+        seq_len=length, batch=batch, heads=heads, head_dim=dim, sparsity=round(problem.sparsity, 4), threads=threads,
+        **shared, product_ms=product, product_share=product / shared["ours_ms"], source=problem.source,
+        layer=problem.layer, provenance={**provenance(peer), "peer": facts},
     )  # fmt: skip

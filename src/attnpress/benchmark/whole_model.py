@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnpress.benchmark.attention import BenchmarkError, check_counts, check_peers, check_sparsity, held
+from attnpress.benchmark.attention import (
+    BenchmarkError,
+    Comparison,
+    check_counts,
+    check_peers,
+    check_sparsity,
+    compared,
+    held,
+)
 from attnpress.benchmark.machine import provenance
-from attnpress.benchmark.turns import Prepared, Run, Side, in_turns, median_of, paired_ratio, spread
+from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.calibration import REFITS, calibrate, outputs, watching
 from attnpress.config import AttentionSpec
 from attnpress.deployment import deploy
@@ -32,37 +40,20 @@ ROWS = 256
 """Query rows of each head that thresholds are fitted to, evenly spaced over the input."""
 
 
-@dataclass(frozen=True)
-class ModelTiming:
-    """One comparison of whole models, float32 except for attention; inputs are random tokens without padding.
+@dataclass(frozen=True, kw_only=True)
+class ModelTiming(Comparison):
+    """A comparison of one forward pass of whole models, float32 except for attention; random tokens without padding.
 
     Attributes:
-        sparsity: of P, measured over the valid pairs of all layers.
-        target: of the kernel; peers are held to its instructions if ATTNPRESS_CPU_TARGET forces it.
-        ours_ms, peer_ms: medians of one forward pass, in milliseconds.
-        ratio: peer over ours, turn by turn; see `turns.paired_ratio`.
-        spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
+        sparsity: of P, over all layers.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
-        provenance: versions and machine.
     """
 
     model: str
-    seq_len: int
-    batch: int
-    sparsity: float
-    threads: int
-    target: str
-    peer: str
-    ours_ms: float
-    peer_ms: float
-    ratio: float
-    spread: float
-    peer_spread: float
     ours_attention: float
     peer_attention: float
     ceiling: float
-    provenance: dict[str, Any]
 
 
 def bench_models(
@@ -107,13 +98,12 @@ def _timings(
     facts = {side.name: side.prepare(f"{__name__}:prepare", name=side.name, **case) for side in sides}
     times = in_turns(sides, seconds)
     for peer in peers:
-        ours, theirs = (median_of(times[name]) for name in ("ours", peer))
         share = facts[peer]["attention"]
         yield ModelTiming(
-            model, length, batch, round(facts["ours"]["sparsity"], 4), threads, cpu.active_target(), peer,
-            ours, theirs, paired_ratio(times[peer], times["ours"]), spread(times["ours"]), spread(times[peer]),
-            facts["ours"]["attention"], share, 1 / (1 - share),
-            {**provenance("transformers"), "peer": {"instructions": facts[peer]["instructions"]}},
+            model=model, seq_len=length, batch=batch, sparsity=round(facts["ours"]["sparsity"], 4), threads=threads,
+            **compared(times, peer), ours_attention=facts["ours"]["attention"], peer_attention=share,
+            ceiling=1 / (1 - share),
+            provenance={**provenance("transformers"), "peer": {"instructions": facts[peer]["instructions"]}},
         )  # fmt: skip
 
 

@@ -98,7 +98,8 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
 
 def usable_backend(modules: Any) -> str:
     """The compiled kernel where it is built and knows the rule, else the reference."""
-    native = all(module.spec.rule in NATIVE_RULES and _fits_kernel(module) for module in modules)
+    compressed = [module for module in modules if not module.spec.is_dense]
+    native = all(module.spec.rule in NATIVE_RULES and _fits_kernel(module) for module in compressed)
     return "cpu" if native and cpu.is_built() else "reference"
 
 

@@ -31,7 +31,7 @@ from attnpress.models.binding import attentions
 from attnpress.recipe import parse_spec, spec_to_dict
 
 FILE = "trace.safetensors"
-FORMAT = "1"
+FORMAT = "2"
 
 NOTES = ("Every integer is that of the reference, core/attention.py; the layout is described in docs/trace.md.",)
 
@@ -59,8 +59,8 @@ def write_trace(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
     tensors |= {f"input.{name}": tensor for name, tensor in batch.items()}
     with torch.no_grad():
         tensors |= {f"model.{key}": x for key, x in model(**batch).items() if isinstance(x, Tensor)}
-    spec = next(iter(modules.values())).spec
-    header = {"format": FORMAT, "attention": json.dumps(spec_to_dict(spec)), "layers": json.dumps(list(layers))}
+    specs = {name: spec_to_dict(module.spec) for name, module in modules.items()}
+    header = {"format": FORMAT, "attention": json.dumps(specs), "layers": json.dumps(list(layers))}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, header)
     check_trace(folder / FILE)
     return "the training forward" + (" and the compiled kernel" if backend == "cpu" else "") + ", bit for bit"
@@ -76,8 +76,8 @@ def check_trace(file: Path) -> None:
         header = trace.metadata() or {}
         if header.get("format") != FORMAT:
             raise ExportError(f"{file}: format {header.get('format')!r}; this version reads format {FORMAT}")
-        spec = parse_spec(AttentionSpec, json.loads(header["attention"]))
-        for layer in json.loads(header["layers"]):
+        for layer, plain in json.loads(header["attention"]).items():
+            spec = parse_spec(AttentionSpec, plain)
             names = [name for name in trace.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118, not a mapping
             _check_layer(layer, spec, {name.removeprefix(f"{layer}."): trace.get_tensor(name) for name in names})
 

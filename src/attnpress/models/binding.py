@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
-from attnpress.models.attention import NAME, CompressedAttention
+from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.forward import UnsupportedModelError, noted
 
 
@@ -41,7 +41,7 @@ def bind(
         The same model.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be reached; it is left as it was.
+        UnsupportedModelError: the model's attention cannot be reached, or its heads are too large; left as it was.
         ConfigError: a key of `layers` names no attention module; likewise.
     """
     unbind(model)
@@ -52,6 +52,7 @@ def bind(
         found = find_attention(model)
         ids = {id(module) for module, *_ in found}
         names = {id(module): name for name, module in model.named_modules() if id(module) in ids}
+        _check_heads(names, found)
         specs = layer_specs(list(names.values()), spec, layers or {})
     except Exception:
         _switch(model, before)
@@ -162,6 +163,15 @@ def find_attention(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tens
     if not first:
         raise _unsupported(model)
     return list(first.values())
+
+
+def _check_heads(names: Mapping[int, str], found: Sequence[tuple[nn.Module, Tensor, Tensor]]) -> None:
+    for module, query, _ in found:
+        if query.shape[-1] > LARGEST_HEAD:
+            raise UnsupportedModelError(
+                f"{names[id(module)]}: head size {query.shape[-1]}; compressed attention takes heads of up to "
+                f"{LARGEST_HEAD}, beyond which scores of 8-bit codes are no longer exact in float32"
+            )
 
 
 def own_config(model: PreTrainedModel) -> None:

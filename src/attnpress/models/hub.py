@@ -23,13 +23,14 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
-from attnpress.models.attention import NAME, CompressedAttention
+from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.recipe import parse_spec, spec_to_dict
 
 FORMAT = 1
 """Version of what is stored. A reader refuses every other one by its number."""
 
 Size = Annotated[int, Field(ge=1, le=2**16)]
+HeadSize = Annotated[int, Field(ge=1, le=LARGEST_HEAD)]
 
 
 class ModelError(ValueError):
@@ -47,7 +48,7 @@ class ModuleSpec:
 
     heads: Size
     kv_heads: Size
-    head_dim: Size
+    head_dim: HeadSize
     attention: AttentionSpec | None = None
 
 

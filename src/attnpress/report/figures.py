@@ -12,7 +12,7 @@ from attnpress.report.render import TITLES
 from attnpress.results import StageRecord
 
 if TYPE_CHECKING:
-    from attnpress.report.plots import Plot
+    from attnpress.report.plots import Line, Plot
 
 WORK = {"multiply-accumulates": "macs", "bit operations": "bit_operations", "bytes of P": "bytes"}
 ERRORS = {
@@ -46,7 +46,8 @@ def metric_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
                 words.append(f"{TITLES[name]}: {mean_and_spread(scores)} at sparsity {_mean(lines[-1].x):.3f}")
         if lines:
             figure = plots.metric_against_sparsity(lines, f"{record.headline} (points)", record.majority)
-            yield Drawing(f"metric-{number}", f"{record.headline} against sparsity", "; ".join(words) + ".", figure)
+            title = _capital(f"{record.headline} against sparsity{_suffix(group, groups)}")
+            yield Drawing(f"metric-{number}", title, "; ".join(words) + ".", figure)
 
 
 def training_drawings(number: int, group: Group) -> Iterator[Drawing]:
@@ -61,12 +62,21 @@ def training_drawings(number: int, group: Group) -> Iterator[Drawing]:
     for name, (title, keys) in wanted.items():
         lines = [line for key in keys for line in _training_lines(group, key)]
         if lines:
-            words = "; ".join(f"{line.label}: from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in lines)
-            figure = plots.curves(lines, title.lower() if name == "sparsity" else title, unit_range=name == "sparsity")
-            yield Drawing(f"training-{name}-{number}", title, f"By step. {words}.", figure)
+            figure = plots.curves(lines, name if name != "metric" else title, unit_range=name == "sparsity")
+            yield Drawing(f"training-{name}-{number}", _capital(title), f"By step. {describe_curves(lines)}.", figure)
 
 
-def _training_lines(group: Group, key: str) -> list[Any]:
+def describe_curves(lines: Sequence[Line]) -> str:
+    """Where the curves of each label begin and end, in words; those of several runs by their mean."""
+    words = []
+    for label in dict.fromkeys(line.label for line in lines):
+        same = [line for line in lines if line.label == label]
+        first, last = (_mean([line.y[place] for line in same]) for place in (0, -1))
+        words.append(f"{label}: from {first:.3g} to {last:.3g}" + (f", mean of {len(same)} runs" * (len(same) > 1)))
+    return "; ".join(words)
+
+
+def _training_lines(group: Group, key: str) -> list[Line]:
     from attnpress.report import plots
 
     lines = []
@@ -88,7 +98,7 @@ def head_drawings(number: int, run: Run) -> Iterator[Drawing]:
     stage = run.record.stage(AFTER)
     for name, (title, values) in head_values(stage).items() if stage else ():
         figure = plots.head_map(values)
-        yield Drawing(f"heads-{name}-{number}", title[0].upper() + title[1:], describe_heads(values), figure)
+        yield Drawing(f"heads-{name}-{number}", _capital(title), describe_heads(values), figure)
 
 
 def head_values(stage: StageRecord) -> dict[str, tuple[str, list[list[float]]]]:
@@ -120,18 +130,20 @@ def describe_heads(values: Sequence[Sequence[float]]) -> str:
     )
 
 
-def work_drawings(number: int, group: Group) -> Iterator[Drawing]:
-    """Remaining work of each stage as percent of the dense one's."""
+def work_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
+    """Remaining work of each stage as percent of the dense one's, one figure a recipe."""
     from attnpress.report import plots
 
-    rows = {TITLES[stage.name]: remaining_work(stage) for stage in group.records[0].stages if stage.work}
-    if rows:
-        words = "; ".join(
-            f"{name}: " + ", ".join(f"{value:.3g} % of the {what}" for what, value in row.items())
-            for name, row in rows.items()
-        )
-        figure = plots.bars(rows, "percent of dense attention's", reference=100)
-        yield Drawing(f"work-{number}", "Remaining work of attention", words + ".", figure)
+    for number, group in enumerate(groups, start=1):
+        rows = {TITLES[stage.name]: remaining_work(stage) for stage in group.records[0].stages if stage.work}
+        if rows:
+            words = "; ".join(
+                f"{name}: " + ", ".join(f"{value:.3g} % of the {what}" for what, value in row.items())
+                for name, row in rows.items()
+            )
+            figure = plots.bars(rows, "percent of dense attention's", reference=100)
+            title = f"Remaining work of attention{_suffix(group, groups)}"
+            yield Drawing(f"work-{number}", title, words + ".", figure)
 
 
 def remaining_work(stage: StageRecord) -> dict[str, float]:
@@ -161,6 +173,14 @@ def mean_and_spread(values: Sequence[float]) -> str:
     """Mean, and the standard deviation where there is more than one value."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{_mean(values):.2f}{spread}"
+
+
+def _suffix(group: Group, groups: Sequence[Group]) -> str:
+    return f": {group.label}" if len(groups) > 1 else ""
+
+
+def _capital(title: str) -> str:
+    return title[0].upper() + title[1:]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,7 +19,12 @@ def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
         plots.Line("beaten by another", *_points(beaten)), plots.Line("not beaten", *_points(best), series=1),
         f"{sweep.headline} (points)", sweep.dense,
     )  # fmt: skip
-    return Drawing(f"front-{number}", f"{sweep.headline} against remaining work", f"Not beaten: {words}.", figure)
+    return Drawing(
+        f"front-{number}",
+        f"{sweep.headline[0].upper()}{sweep.headline[1:]} against remaining work",
+        f"Not beaten: {words}.",
+        figure,
+    )
 
 
 def front_summary(sweep: SweepRecord) -> str:

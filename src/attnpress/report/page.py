@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -76,6 +77,11 @@ class Section:
     drawings: list[Drawing] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def rows(self) -> list[list[Drawing]]:
+        """Drawings of one kind stand side by side, since another kind may be much taller."""
+        return [list(same) for _, same in itertools.groupby(self.drawings, lambda one: one.name.partition("-")[0])]
+
 
 @dataclass(frozen=True)
 class Report:
@@ -126,10 +132,7 @@ def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Ite
     yield Section(
         "stages", "Stages", STAGES_LEAD,
         tables=[table for group in groups for table in _stage_tables(group, groups)],
-        drawings=[
-            *metric_drawings(groups),
-            *(one for number, group in enumerate(groups, start=1) for one in work_drawings(number, group)),
-        ],
+        drawings=[*metric_drawings(groups), *work_drawings(groups)],
     )  # fmt: skip
     for number, group in enumerate(groups, start=1):
         yield from _group_sections(number, group, f": {group.label}" if len(groups) > 1 else "")
@@ -161,6 +164,7 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
     inside.drawings = [*histogram_drawings(number, run), *map_drawings(number, run)]
     for section, what in ((training, "training logs"), (heads, "figures of heads"), (inside, "samples of attention")):
         if not section.drawings:
+            section.lead = ""
             section.notes.append(OLD.format(what=what))
     names = " ".join(drawing.name for drawing in (*training.drawings, *heads.drawings))
     if training.drawings and "training-metric" not in names:
@@ -205,7 +209,7 @@ def summary(group: Group) -> str:
 
 
 def _provenance(groups: Sequence[Group], sweeps: Sequence[SweepRecord]) -> Section:
-    section = Section("provenance", "Provenance", "What the figures rest on, and the recipe of each run.")
+    section = Section("provenance", "Provenance", "What the figures rest on, and the recipe behind each.")
     for run in (run for group in groups for run in group.runs):
         rows = [*flat(run.record.provenance)]
         section.tables.append(Table(("key", "value"), rows, f"Run {run.name}"))

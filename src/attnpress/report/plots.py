@@ -76,7 +76,7 @@ def metric_against_sparsity(points: Sequence[Line], metric: str, floor: float | 
             axes.plot(x, y, ".", ms=5, alpha=0.6, color=color)
     lowest = min(min(point.y) for point in points)
     if floor is not None and floor > lowest - 10:
-        axes.axhline(floor, ls=":", color=THEME["ink"], lw=1)
+        axes.axhline(floor, ls=":", color=THEME["ink"], lw=1, label="always the commonest class")
     axes.set(xlabel="sparsity (fraction of valid pairs skipped)", ylabel=metric, xlim=(-0.05, 1.05))
     _legend_below(figure, axes)
     return figure
@@ -92,7 +92,8 @@ def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
         dense: score of the dense model, at a work of 100 percent that is not drawn.
     """
     figure, axes = _axes(3.2)
-    axes.plot(trials.x, trials.y, "o", ms=5, alpha=0.5, color=COLORS[trials.series], label=trials.label)
+    if trials.x:
+        axes.plot(trials.x, trials.y, "o", ms=5, alpha=0.5, color=COLORS[trials.series], label=trials.label)
     # From one trial to the next, no more is known than the last one's score.
     axes.step(best.x, best.y, "D-", where="post", ms=6, color=COLORS[best.series], label=best.label)
     axes.axhline(dense, ls=":", color=THEME["ink"], lw=1, label="dense model")
@@ -187,7 +188,8 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: f
         values = [groups[name][quantity] for name in names]
         place = np.arange(len(names)) + (index - (count - 1) / 2) * height
         drawn = axes.barh(place, values, height * 0.9, color=COLORS[index % len(COLORS)], label=quantity)
-        axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=8.5)
+        box = {"facecolor": THEME["paper"], "edgecolor": "none", "pad": 0.6}  # keeps the reference line off a number
+        axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8.5, bbox=box)
     if reference is not None:
         axes.axvline(reference, color=THEME["ink"], lw=1, ls=":")
     axes.set_yticks(range(len(names)), [name.replace(", ", ",\n") for name in names])
