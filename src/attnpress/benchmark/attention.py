@@ -173,9 +173,10 @@ def held() -> dict[str, str]:
 
 def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str) -> dict[str, Any]:
     """The fields of `Comparison` that follow from the times of "ours" and the peer."""
+    ours, theirs = times["ours"], times[peer]
     return {
-        "target": cpu.active_target(), "peer": peer, "ours_ms": median_of(times["ours"]), "peer_ms": median_of(times[peer]),
-        "ratio": paired_ratio(times[peer], times["ours"]), "spread": spread(times["ours"]), "peer_spread": spread(times[peer]),
+        "target": cpu.active_target(), "peer": peer, "ours_ms": median_of(ours), "peer_ms": median_of(theirs),
+        "ratio": paired_ratio(theirs, ours), "spread": spread(ours), "peer_spread": spread(theirs),
     }  # fmt: skip
 
 
