@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnpress.config import ConfigError, DistillationSpec
+
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
     """Mean squared error of attention outputs over real tokens, relative to the teacher's power, averaged over layers.
@@ -43,3 +45,16 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, hidden: Te
         student, teacher = student.masked_fill(hidden, lowest), teacher.masked_fill(hidden, lowest)
     ours, theirs = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
+
+
+def check_gradients(outputs: Sequence[Tensor], spec: DistillationSpec) -> None:
+    """Refuse to distil attention outputs that no gradient can reach: the term would do nothing, and not say so.
+
+    Raises:
+        ConfigError: gradient checkpointing of the reentrant kind, whose forward pass records no gradient.
+    """
+    if spec.attention > 0 and not any(output.requires_grad for output in outputs):
+        raise ConfigError(
+            "distillation.attention: attention outputs carry no gradient, as under reentrant gradient checkpointing; "
+            "use gradient checkpointing with use_reentrant=False, or set distillation.attention to 0"
+        )
