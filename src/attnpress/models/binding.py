@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
+from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.forward import UnsupportedModelError, noted
 
@@ -112,6 +113,19 @@ def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
         for name, module in model.named_modules()
         if isinstance(module, CompressedAttention)
     }
+
+
+def threshold_penalty(model: nn.Module) -> Tensor | None:
+    """What trained thresholds add to the loss, after a training forward pass; None where none is trained.
+
+    It is the share of pairs that is kept beyond what is asked for, times `spec.threshold_penalty`.
+    """
+    trained = [(module.density, module.spec) for module in attentions(model).values()]
+    found = [(density, spec) for density, spec in trained if density is not None and spec.threshold_penalty]
+    if not found:
+        return None
+    penalty = density_penalty([density for density, _ in found], [spec.sparsity for _, spec in found])
+    return penalty * max(spec.threshold_penalty or 0.0 for _, spec in found)
 
 
 @contextmanager
