@@ -82,7 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"sparsety": 0.5}}, r"attention\.sparsety: unknown key; did you mean 'sparsity'\?"),
     ({"attention": {"q": {"bitz": 8}}}, r"attention\.q\.bitz: unknown key; did you mean 'bits'\?"),
     ({"zzz": 1}, r"zzz: unknown key; known keys: model, checkpoint, data"),
-    ({"schedule": {"kind": "cosine"}}, r"schedule\.kind: .*'constant', 'linear', 'cubic' or 'step' \(found 'cosine'\)"),
+    ({"schedule": {"kind": "cosine"}}, r"schedule\.kind: .*'cubic', 'step' or 'fixed' \(found 'cosine'\)"),
     ({"schedule": {"begin": 0.8, "end": 0.5}}, r"begin: must not exceed end \(0\.8 > 0\.5\)"),
     ({"dense": {"learning_rate": float("inf")}}, r"dense\.learning_rate: .*finite"),
     ({"compress": {"batch_size": 0}}, r"compress\.batch_size: .*greater than or equal to 1"),

@@ -21,6 +21,7 @@ EXAMPLES = """examples:
   attnpress sweep recipes/sweeps/movie.yaml --output sweeps/movie
   attnpress sweep recipes/sweeps/movie.yaml --output sweeps/movie --set trials=80 --set search.rule=[relative,topk]
   attnpress report sweeps/movie -o front.html
+  attnpress leaderboard recipes/leaderboard.yaml --output runs/leaderboard --set tasks.mrpc.data.data_dir=glue/MRPC
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -87,6 +88,13 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("sweep", type=Path, metavar="SWEEP.yaml")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
     search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
+    board = _command(
+        subparsers, "leaderboard", commands.leaderboard,
+        "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing",
+    )  # fmt: skip
+    board.add_argument("board", type=Path, metavar="BOARD.yaml")
+    board.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the board")
+    board.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="its folder, made if needed")
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
     )

@@ -146,6 +146,21 @@ def sweep(options: argparse.Namespace) -> int:
     return 0
 
 
+def leaderboard(options: argparse.Namespace) -> int:
+    """Run what is missing of a leaderboard, and print it."""
+    from attnpress.leaderboard.spec import BoardSpec
+
+    spec = load_spec(BoardSpec, options.board, options.set)
+    _quiet_libraries()
+    from attnpress.leaderboard.run import run_board
+    from attnpress.report.leaderboard import board_table
+
+    record = run_board(spec, options.output, notify=_stage_line)
+    _print_table(board_table(record))
+    print(f"record: {options.output / 'board.json'}")
+    return 0
+
+
 def validate(options: argparse.Namespace) -> int:
     """Check a recipe, and print it in full."""
     config = load_config(options.recipe, options.set)
