@@ -1,4 +1,4 @@
-"""A whole leaderboard on a tiny model: equal terms, one dense model, nothing run twice, and its figures from records."""
+"""A whole leaderboard on a tiny model: equal terms, one dense model a task, and nothing run twice."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_a_changed_board_is_refused_rather_than_mixed(board: BoardSpec, folder: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("tasks.short.data.tsak=mrpc", "tasks.short: data.tsak: unknown key; did you mean 'task'"),
+        ("tasks.short.data.tsak=mrpc", "tasks.short, rules.ours: data.tsak: unknown key; did you mean 'task'"),
         ("rules.ours.attention.rule=top", "rules.ours: attention.rule: Input should be"),
         ("rules.two-of-four.sparsities=[0.9]", "rule 'nm' prunes 0.25, 0.5 or 0.75"),
         ("rules.a/b.source=x", "a/b: names of tasks and rules are letters"),

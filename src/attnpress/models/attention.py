@@ -48,7 +48,7 @@ class CompressedAttention(nn.Module):
 
     Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
     (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
-    With `spec.threshold_penalty`, the parameter trained_cutoff [1], in units of GAIN nats, is in force in place of cutoff;
+    With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
     each training call leaves the share of pairs that its soft gate lets through in `density`.
     Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
     A `probe` is shown the tensors of each call.
