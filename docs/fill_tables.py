@@ -1,4 +1,4 @@
-"""Write the tables and the picture of README.md from the committed records: `python docs/fill_tables.py`.
+"""Write the tables and pictures of README.md and of pages here from committed records: `python docs/fill_tables.py`.
 
 A test holds them equal.
 """
@@ -10,6 +10,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from attnpress.board_record import BoardRecord, read_board
+from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg
 from attnpress.report.render import TITLES, seeds_markdown, stages_markdown
 from attnpress.results import Record, read_record
@@ -17,6 +19,8 @@ from attnpress.results import Record, read_record
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
+BOARD_PICTURE = "docs/figures/leaderboard.svg"
+PAGES = ("README.md", "docs/leaderboard.md")
 RECIPES = {"8 bits": "mrpc-8bit", "4 bits": "mrpc-4bit"}
 
 
@@ -33,7 +37,31 @@ def tables() -> dict[str, str]:
         "demo": stages_markdown(demo),
         "mrpc": seeds_markdown(groups),
         "families": families_markdown(rows),
+        "board": board_markdown(board()),
+        "boardpicture": f"![{figure_words(board())}]({Path(BOARD_PICTURE).relative_to('docs')})",
+        "boardrules": board_rules_markdown(board()),
     }
+
+
+def board() -> BoardRecord:
+    """The committed leaderboard, as far as it was run."""
+    return read_board(ROOT / "records" / "leaderboard")
+
+
+def board_picture() -> str:
+    """Score against achieved sparsity of each rule, as SVG."""
+    return recolored(to_svg(board_figure(board()), "leaderboard"), PRINT)
+
+
+def board_rules_markdown(record: BoardRecord) -> str:
+    """Each rule of the leaderboard, where it is described, and what its recipe changes."""
+    lines = ["| name | described by | rule here | schedule | stage |", "| --- | --- | --- | --- | --- |"]
+    for name, entry in record.board["rules"].items():
+        changes = {"rule": "relative", **entry["attention"]}
+        said = ", ".join(f"`{key}: {value}`" for key, value in changes.items())
+        schedule = ", ".join(f"{key} {value}" for key, value in entry["schedule"].items()) or "none"
+        lines.append(f"| {name} | {entry['source']} | {said} | {schedule} | {entry['stage']} |")
+    return "\n".join(lines)
 
 
 def demo_record() -> Record:
@@ -86,5 +114,6 @@ def filled(text: str) -> str:
 if __name__ == "__main__":
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
+    for page in PAGES:
+        (ROOT / page).write_text(filled((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

@@ -85,7 +85,8 @@ def keep_nm(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:
     keys = distance.shape[-1]
     ranked = F.pad(distance.float().masked_fill(~valid, math.inf), (0, -keys % GROUP), value=math.inf)
     place = ranked.unflatten(-1, (-1, GROUP)).sort(dim=-1, stable=True).indices.argsort(-1)
-    return (place < kept_of_group(sparsity)).flatten(-2)[..., :keys] & valid
+    keep: Tensor = (place < kept_of_group(sparsity)).flatten(-2)[..., :keys] & valid
+    return keep
 
 
 def kept_of_group(sparsity: float) -> int:

@@ -69,11 +69,10 @@ def _baseline(output: Path, task: str, seed: int) -> BaselineRecord | None:
     dense = record.stage("dense") if record else None
     if record is None or dense is None:
         return None
-    control = record.stage("dense_control")
-    return BaselineRecord(
-        task, seed, record.headline, dense.metrics[record.headline], control and control.metrics[record.headline],
-        record.majority, record.provenance,
-    )  # fmt: skip
+    trained_on = record.stage("dense_control")
+    control = trained_on.metrics[record.headline] if trained_on else None
+    score = dense.metrics[record.headline]
+    return BaselineRecord(task, seed, record.headline, score, control, record.majority, record.provenance)
 
 
 def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:

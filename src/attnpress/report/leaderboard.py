@@ -89,7 +89,7 @@ def board_markdown(record: BoardRecord) -> str:
     shown = [row for row in rows if row[COLUMNS.index("metric")] != MISSING]
     rule = tuple("---" if column in ("task", "rule", "metric") else "---:" for column in header)
     lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *shown)] if shown else []
-    return "\n".join([*lines, *([""] if lines else []), board_caption(record), "", missing_words(record)])
+    return "\n\n".join(part for part in ("\n".join(lines), board_caption(record), missing_words(record)) if part)
 
 
 def board_caption(record: BoardRecord) -> str:
