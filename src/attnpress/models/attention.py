@@ -112,7 +112,7 @@ class CompressedAttention(nn.Module):
         if self.spec.threshold_penalty is None:
             return self.cutoff
         # Below zero, not even the row maximum would be kept.
-        return (self.trained_cutoff.detach() * GAIN).clamp(min=0).expand(self.heads)
+        return (self.trained_cutoff.detach() * GAIN).clamp(min=0).repeat(self.heads)
 
     def threshold(self) -> Tensor:
         """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""

@@ -120,12 +120,16 @@ def threshold_penalty(model: nn.Module) -> Tensor | None:
 
     It is the share of pairs that is kept beyond what is asked for, times `spec.threshold_penalty`.
     """
-    trained = [(module.density, module.spec) for module in attentions(model).values()]
-    found = [(density, spec) for density, spec in trained if density is not None and spec.threshold_penalty]
-    if not found:
+    densities, specs = [], []
+    for module in attentions(model).values():
+        if module.density is not None:
+            densities.append(module.density)
+            specs.append(module.spec)
+            module.density = None  # its graph is used up with the loss, and no copy of the model could hold it
+    if not densities:
         return None
-    penalty = density_penalty([density for density, _ in found], [spec.sparsity for _, spec in found])
-    return penalty * max(spec.threshold_penalty or 0.0 for _, spec in found)
+    penalty = density_penalty(densities, [spec.sparsity for spec in specs])
+    return penalty * max(spec.threshold_penalty or 0.0 for spec in specs)
 
 
 @contextmanager
