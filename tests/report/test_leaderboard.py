@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, read_board, to_json
@@ -117,7 +118,7 @@ def test_the_caption_says_what_scores_are_held_against() -> None:
 def test_the_figure_has_a_panel_for_each_task_and_a_line_for_each_rule() -> None:
     figure = board_figure(RECORD)
     mrpc, sst2 = figure.axes
-    drawn = {line.get_label(): [list(values) for values in line.get_data()] for line in mrpc.get_lines()}
+    drawn = {line.get_label(): [np.asarray(values).tolist() for values in line.get_data()] for line in mrpc.get_lines()}
     assert drawn["ours"] == [[pytest.approx(0.82), pytest.approx(0.92)], [85.0, 83.0]]
     assert set(drawn) == {"ours", "sanger", "two-of-four", "dense model"}
     assert drawn["dense model"][1] == [85.0, 85.0], "the mean of what each seed is held against"
