@@ -24,6 +24,7 @@ EXAMPLES = """examples:
   attnpress report sweeps/movie -o front.html
   attnpress evidence recipes/evidence/mrpc.yaml --output runs/mrpc --records records/evidence --list
   attnpress evidence recipes/evidence/mrpc.yaml --output runs/mrpc --records records/evidence --only 8888-0.95
+  attnpress leaderboard recipes/leaderboard.yaml --output runs/leaderboard --set tasks.mrpc.data.data_dir=glue/MRPC
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -108,6 +109,13 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="records of finished cells")
     table.add_argument("--only", nargs="+", metavar="CELL", help="these cells only, by the names that --list prints")
     table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and stop")
+    board = _command(
+        subparsers, "leaderboard", commands.leaderboard,
+        "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing",
+    )  # fmt: skip
+    board.add_argument("board", type=Path, metavar="BOARD.yaml")
+    board.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the board")
+    board.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="its folder, made if needed")
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
     )

@@ -20,12 +20,14 @@ RULES = {
     "threshold": "keep P >= theta, the reading of the published method",
     "topk": "keep the k largest of each row, ties to the lower index",
     "mass": "keep the smallest set of keys whose P adds up to gamma",
+    "nm": "keep the N largest of every 4 consecutive keys; sparsity 0.5 is 2:4 (DFSS)",
 }
 SCHEDULES = {
     "constant": "the target from the first step on",
     "linear": "a straight rise from begin to end",
     "cubic": "fast at first, slow near the target (Zhu and Gupta 2017; default)",
     "step": "equal jumps",
+    "fixed": "the target from the first step on, by thresholds that calibration fitted and that stay as they are",
 }
 OBSERVERS = {
     "absmax": "the largest magnitude seen",
@@ -157,6 +159,21 @@ def evidence(options: argparse.Namespace) -> int:
         return 0
     _quiet_libraries()
     run_missing(items, chosen, _stage_line)
+    return 0
+
+
+def leaderboard(options: argparse.Namespace) -> int:
+    """Run what is missing of a leaderboard, and print it."""
+    from attnpress.leaderboard.spec import BoardSpec
+
+    spec = load_spec(BoardSpec, options.board, options.set)
+    _quiet_libraries()
+    from attnpress.leaderboard.run import run_board
+    from attnpress.report.leaderboard import board_table
+
+    record = run_board(spec, options.output, notify=_stage_line)
+    _print_table(board_table(record))
+    print(f"record: {options.output / 'board.json'}")
     return 0
 
 

@@ -34,7 +34,7 @@ from attnpress.core.distillation import attention_loss, check_gradients, logits_
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
 from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
-from attnpress.models.binding import attentions, captured_outputs
+from attnpress.models.binding import attentions, captured_outputs, threshold_penalty
 from attnpress.tasks import TaskData
 from attnpress.tasks.sampler import LengthSampler
 
@@ -75,7 +75,8 @@ class SparsityDriver:
         """
         asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
         for module, sparsity in zip(self.modules, asked, strict=True):
-            module.set_sparsity(sparsity)
+            if self.schedule.kind != "fixed":
+                module.set_sparsity(sparsity)
             module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
         return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
@@ -95,7 +96,8 @@ class SparsityDriver:
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""
         for module, target in zip(self.modules, self.targets, strict=True):
-            module.set_sparsity(target)
+            if self.schedule.kind != "fixed":
+                module.set_sparsity(target)
 
 
 class SparsityCallback(TrainerCallback):
@@ -182,6 +184,8 @@ class CompressionTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             loss, outputs = self._distilled(self.teacher, model, inputs, num_items_in_batch)
+        penalty = threshold_penalty(self.accelerator.unwrap_model(model)) if model.training else None
+        loss = loss if penalty is None else loss + penalty
         if model.training and not bool(torch.isfinite(loss)):
             raise DivergedError(diverged_message(self.state.global_step))
         return (loss, outputs) if return_outputs else loss
