@@ -31,6 +31,7 @@ JOURNEYS = {
     "export",
     "finetune",
     "inspection",
+    "listing",
     "leaderboard",
     "live",
     "run_folder",

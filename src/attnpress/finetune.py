@@ -69,10 +69,7 @@ class SparsityDriver:
         self.schedule, self.total = schedule, total
 
     def begin(self, step: int) -> float:
-        """Refit thresholds to the sparsity asked at `step` (from 0), watch this step's pairs; returns that sparsity.
-
-        Where modules have targets of their own, it is the mean over them.
-        """
+        """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean of what is asked."""
         asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
         for module, sparsity in zip(self.modules, asked, strict=True):
             if self.schedule.kind != "fixed":
@@ -298,4 +295,4 @@ def history_lines(history: list[dict[str, Any]]) -> str:
 
 def read_history(log: Path) -> list[dict[str, Any]]:
     """The log history that `history_lines` wrote; nothing where there is no such file."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    return [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []
