@@ -69,7 +69,7 @@ class SparsityDriver:
         self.schedule, self.total = schedule, total
 
     def begin(self, step: int) -> float:
-        """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean of what is asked."""
+        """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean asked."""
         asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
         for module, sparsity in zip(self.modules, asked, strict=True):
             if self.schedule.kind != "fixed":

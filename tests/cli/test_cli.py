@@ -114,8 +114,8 @@ def test_bench_prints_a_table_and_writes_every_figure(tmp_path: Path, capsys: py
     file = tmp_path / "bench.json"
     options = ["--seq-len", "16", "32", "--sparsity", "0.5", "--threads", "1", "--peers", "sdpa", "--json", str(file)]
 
-    def times(sides: list[Side], seconds: float) -> dict[str, list[float]]:
-        return {side.name: [4.0, 4.0, 4.0] if side.name == "sdpa" else [1.0, 2.0, 3.0] for side in sides}
+    def times(sides: list[Side], seconds: float) -> dict[str, list[list[float]]]:
+        return {side.name: [[4.0, 4.0, 4.0] if side.name == "sdpa" else [1.0, 2.0, 3.0]] for side in sides}
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("attnpress.benchmark.attention.in_turns", times)

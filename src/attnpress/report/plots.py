@@ -105,12 +105,7 @@ def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
 
 @mpl.rc_context(STYLE)
 def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, float]) -> Figure:
-    """Score against achieved sparsity, a line for each rule, a panel below the other for each task.
-
-    Args:
-        panels: by the name of the score, such as "mrpc: f1 (points)"; `series` chooses colour and mark.
-        references: of the dense model, by the same names; dotted.
-    """
+    """Score against achieved sparsity, a line for each rule; below each other, and by its name with a reference each."""
     figure = _figure(0.9 + 2.4 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, lines) in zip(rows, panels.items(), strict=True):
@@ -246,13 +241,7 @@ def side_by_side(names: Sequence[str], panels: Mapping[str, Sequence[float]]) ->
 
 @mpl.rc_context(STYLE)
 def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: Sequence[str] = ()) -> Figure:
-    """The same points over two quantities, side by side, with a line at zero.
-
-    Args:
-        panels: lines by the quantity's name; all panels have the same labels and series.
-        ylabel: shared.
-        logarithmic: panels whose quantity is drawn on a logarithmic axis.
-    """
+    """The same lines over several quantities, side by side, with a line at zero; those named are `logarithmic`."""
     figure = _figure(3.2)
     figure.set_figwidth(2 * WIDTH)
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
