@@ -22,7 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
-from attnpress.models.attention import NAME, CompressedAttention
+from attnpress.models.attention import NAME, PLAN, CompressedAttention
 from attnpress.models.forward import UnsupportedModelError, noted
 
 
@@ -99,6 +99,7 @@ def unbind(model: PreTrainedModel) -> PreTrainedModel:
     before = getattr(model, "_attnpress_before", None)
     if before is not None:
         del model._attnpress_before
+        vars(model).pop(PLAN, None)
         _take_quantizer(model)
         _switch(model, before)
     return model
