@@ -59,6 +59,7 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     for name, module in modules.items():
         if not module.spec.is_dense:
             _check(name, module, chosen)
+    _unpack(model)
     if linear == "int8":
         _deploy_linear(model)
     packing = _pack(model) if (padding or ("keep" if linear == "float" else "skip")) == "skip" else None
@@ -99,7 +100,6 @@ def _deploy_linear(model: nn.Module) -> None:
 
 def _pack(model: nn.Module) -> Packing | None:
     """Leave padding out from now on, where the encoder allows it."""
-    _unpack(model)
     encoder = find_encoder(model)
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
