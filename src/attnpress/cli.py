@@ -165,6 +165,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     inputs.add_argument(
         "--whole-model", nargs="+", metavar="MODEL", help="whole models instead: minilm, bert-base, modernbert-base"
     )
+    _linear_argument(parser)
+    parser.add_argument(
+        "--ragged",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="whole models: also batches with the lengths of mrpc, sst2",
+    )
     parser.add_argument("--layer", type=int, nargs="+", metavar="N", help="with --from: these layers only, from 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
 

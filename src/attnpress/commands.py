@@ -232,7 +232,17 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         _quiet_libraries()
         from attnpress.benchmark.whole_model import bench_models
 
-        return bench_models(options.whole_model, lengths, sparsity=sparsity, batch=options.batch or 1, **shared)
+        return bench_models(
+            options.whole_model,
+            lengths,
+            sparsity=sparsity,
+            batch=options.batch or 1,
+            linear=options.linear,
+            ragged=options.ragged,
+            **shared,
+        )
+    if options.linear == "int8" or options.ragged:
+        raise BenchmarkError("--linear and --ragged are about whole models: add --whole-model NAME")
     return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
 
 
