@@ -31,6 +31,7 @@ AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni",
 
 FLAGS = {
     "csrc/library.cpp": STABLE,
+    "csrc/input_codes.cpp": STABLE,
     "csrc/dispatch.cpp": [],
     "csrc/mask.cpp": [],
     "csrc/isa_scalar.cpp": ["-fno-tree-vectorize"],  # the honest baseline

@@ -97,8 +97,8 @@ struct Options {
     bool smooth_key, q_power_of_two;
 };
 
-Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& k_scale, const Tensor& v_scale,
-           const Options& o, const attnpress::Trace* trace) {
+// All of a call but its masks and its output.
+Attention call_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& k_scale, const Tensor& v_scale, const Options& o) {
     Attention a{};
     a.query = rows_of(query, "query");
     a.key = rows_of(key, "key");
@@ -120,7 +120,6 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Te
         STD_TORCH_CHECK(fits, "attnpress: cutoff must be float32 [Hq], contiguous");
         a.cutoff = static_cast<const float*>(cutoff.const_data_ptr());
     }
-    a.trace = trace;
     a.parallel = on_torch_threads;
     a.threads = torch::stable::get_num_threads();
     a.sparsity = o.sparsity;
@@ -133,10 +132,21 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Te
     a.mode = mode_of(o.mode);
     a.smooth_key = o.smooth_key;
     a.q_power_of_two = o.q_power_of_two;
+    return a;
+}
 
+Tensor output_of(Attention& a) {
     const std::vector<int64_t> shape{a.batch, a.q_rows, a.q_heads, a.dim};
     Tensor output = torch::stable::empty(shape, ScalarType::Float);
     a.output = static_cast<float*>(output.mutable_data_ptr());
+    return output;
+}
+
+Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& k_scale, const Tensor& v_scale,
+           const Options& o, const attnpress::Trace* trace) {
+    Attention a = call_of(query, key, value, k_scale, v_scale, o);
+    a.trace = trace;
+    Tensor output = output_of(a);
     if (output.numel() == 0) return torch::stable::transpose(output, 1, 2);
     const attnpress::MaskBytes mask = mask_of(o.valid, a);
     std::vector<attnpress::KeysOfBatch> owners;
@@ -146,6 +156,55 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Te
     for (int64_t b = 0; b < a.batch; ++b) keys.push_back(owners[shared ? 0 : b].view());
     a.keys = keys.data();
     attnpress::active_target().kernel(a);
+    return torch::stable::transpose(output, 1, 2);
+}
+
+const int64_t* bounds_of(const Tensor& bounds, int64_t rows) {
+    STD_TORCH_CHECK(bounds.is_cpu() && bounds.scalar_type() == ScalarType::Long && bounds.dim() == 1 && bounds.size(0) >= 1 && bounds.is_contiguous(),
+                    "attnpress: bounds must be int64 [sequences + 1], contiguous");
+    const auto* at = static_cast<const int64_t*>(bounds.const_data_ptr());
+    bool ordered = at[0] == 0 && at[bounds.size(0) - 1] == rows;
+    for (int64_t i = 1; i < bounds.size(0); ++i) ordered = ordered && at[i - 1] <= at[i];
+    STD_TORCH_CHECK(ordered, "attnpress: bounds must rise from 0 to the number of tokens, ", rows);
+    return at;
+}
+
+// The sequence of tokens [begin, end) of a call whose only batch element holds several, as a call of its own.
+void attend_sequence(const Attention& whole, const attnpress::Target& target, int64_t begin, int64_t end, bool causal, int64_t threads) {
+    if (begin == end) return;
+    Attention a = whole;
+    a.query.data += begin * a.query.row;
+    a.key.data += begin * a.key.row;
+    a.value.data += begin * a.value.row;
+    a.output += begin * a.q_heads * a.dim;
+    a.q_rows = a.key_rows = end - begin;
+    a.threads = threads;
+    const attnpress::KeysOfBatch owner({nullptr, 0, 0, 0}, 0, a.q_heads, a.q_rows, a.key_rows, causal);
+    const attnpress::Keys keys = owner.view();
+    a.keys = &keys;
+    target.kernel(a);
+}
+
+// As in a batch: each thread takes whole sequences where there are enough of them, else all threads share each one.
+Tensor attention_packed(Tensor query, Tensor key, Tensor value, Tensor bounds, bool causal, double scaling,
+                        std::optional<Tensor> q_scale, Tensor k_scale, Tensor v_scale, std::optional<Tensor> cutoff,
+                        std::string rule, double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max,
+                        int64_t p_max, bool smooth_key, bool q_power_of_two) {
+    const Options options{std::nullopt, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+    Attention a = call_of(query, key, value, k_scale, v_scale, options);
+    STD_TORCH_CHECK(a.batch == 1 && a.q_rows == a.key_rows, "attnpress: packed tensors are [1, H, tokens, D], as many keys as queries");
+    const int64_t* at = bounds_of(bounds, a.q_rows);
+    const int64_t count = bounds.size(0) - 1;
+    Tensor output = output_of(a);
+    const attnpress::Target& target = attnpress::active_target();
+    const auto attend = [&](int64_t i, int64_t threads) { attend_sequence(a, target, at[i], at[i + 1], causal, threads); };
+    if (count % a.threads == 0 || count >= 4 * a.threads) {
+        torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+            for (int64_t i = begin; i < end; ++i) attend(i, 1);
+        });
+    } else {
+        for (int64_t i = 0; i < count; ++i) attend(i, a.threads);
+    }
     return torch::stable::transpose(output, 1, 2);
 }
 
@@ -194,20 +253,22 @@ std::vector<std::string> supported_targets() {
 
 }  // namespace
 
-#define ATTENTION_ARGUMENTS                                                                                                 \
-    "(Tensor query, Tensor key, Tensor value, Tensor? valid, bool causal, float scaling, Tensor? q_scale, Tensor k_scale, " \
+#define ATTENTION_ARGUMENTS(WHERE)                                                                                          \
+    "(Tensor query, Tensor key, Tensor value, " WHERE ", bool causal, float scaling, Tensor? q_scale, Tensor k_scale, "     \
     "Tensor v_scale, Tensor? cutoff, str rule, float sparsity, str mode, int q_max, int k_max, int v_max, int p_max, "      \
     "bool smooth_key, bool q_power_of_two)"
 
 STABLE_TORCH_LIBRARY(attnpress, m) {
-    m.def("attention" ATTENTION_ARGUMENTS " -> Tensor");
-    m.def("attention_integers" ATTENTION_ARGUMENTS " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("attention" ATTENTION_ARGUMENTS("Tensor? valid") " -> Tensor");
+    m.def("attention_packed" ATTENTION_ARGUMENTS("Tensor bounds") " -> Tensor");
+    m.def("attention_integers" ATTENTION_ARGUMENTS("Tensor? valid") " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def("active_target() -> str");
     m.def("supported_targets() -> str[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(attnpress, CPU, m) {
     m.impl("attention", TORCH_BOX(&attention));
+    m.impl("attention_packed", TORCH_BOX(&attention_packed));
     m.impl("attention_integers", TORCH_BOX(&attention_integers));
 }
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from attnpress.compression import compress
     from attnpress.deployment import deploy, undeploy
     from attnpress.finetune import SparsityCallback, SparsityDriver
+    from attnpress.linear import calibrate_linear
     from attnpress.models.binding import attentions, bind, unbind
     from attnpress.models.hub import AttnPressConfig
     from attnpress.models.loading import load_compressed
@@ -51,6 +52,7 @@ __all__ = [
     "attentions",
     "bind",
     "calibrate",
+    "calibrate_linear",
     "compress",
     "deploy",
     "fit_thresholds",
@@ -68,6 +70,7 @@ _LATE = {
     "attentions": "attnpress.models.binding",
     "bind": "attnpress.models.binding",
     "calibrate": "attnpress.calibration",
+    "calibrate_linear": "attnpress.linear",
     "compress": "attnpress.compression",
     "deploy": "attnpress.deployment",
     "fit_thresholds": "attnpress.calibration",

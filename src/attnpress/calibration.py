@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from attnpress.config import CalibrationSpec
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.tasks import TaskData
 
 Batch = Mapping[str, Any]
 
@@ -48,6 +52,15 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         for module in modules:
             module.observers = None
     _fit(model, kept, modules)
+
+
+def training_batches(data: TaskData, spec: CalibrationSpec, seed: int) -> list[dict[str, Any]]:
+    """This rank's share of the batches that a run is calibrated on: random training rows, fixed by the seed."""
+    state, generator = this_process(), torch.Generator().manual_seed(seed)
+    loader = DataLoader(data.train, spec.batch_size, shuffle=True, generator=generator, collate_fn=data.collate)
+    # Ranks observe together, batch by batch: a last batch that is too small to share is left out.
+    batches = [batch for batch in islice(loader, spec.batches) if len(batch["input_ids"]) >= state.num_processes]
+    return [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
 
 
 def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -16,6 +16,8 @@ EXAMPLES = """examples:
   attnpress compress recipes/mrpc-8bit.yaml --set data.data_dir=glue/MRPC --set seed=1 --output runs/mrpc-1
   attnpress evaluate runs/demo
   attnpress evaluate runs/demo --backend cpu --json agreement.json
+  attnpress evaluate runs/demo --backend cpu --linear int8
+  attnpress run runs/demo --input texts.jsonl --output said.jsonl --linear int8
   attnpress export runs/demo --to onnx
   attnpress report runs/demo -o report.html
   attnpress report runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 -o mrpc.html --bench bench.json
@@ -80,7 +82,12 @@ def _add_one_run(subparsers: Commands) -> None:
         "--backend", choices=["cpu", "reference"],
         help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
     )  # fmt: skip
+    _linear_argument(evaluate)
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    _run_arguments(_command(
+        subparsers, "run", commands.run,
+        "what the model of a finished run says of each line of a file; the same command goes on after a kill",
+    ))  # fmt: skip
     export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
     _run_argument(export)
     export.add_argument(
@@ -161,10 +168,31 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
     _set_argument(parser)
 
 
+def _linear_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--linear", choices=["float", "int8"], default="float",
+        help="int8: linear layers in 8 bits too, and no padding (BERT, RoBERTa, ELECTRA)",
+    )  # fmt: skip
+
+
 def _set_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a recipe key; may be repeated"
     )
+
+
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument(
+        "--input", type=Path, required=True, metavar="FILE.jsonl",
+        help='JSON lines with the texts under the names that the task gives them, {"text": ...} for instance',
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
+    )
+    parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
+    _linear_argument(parser)
+    parser.add_argument("--batch", type=int, default=32, metavar="N", help="rows at once (default: 32)")
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +213,14 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     inputs.add_argument(
         "--whole-model", nargs="+", metavar="MODEL", help="whole models instead: minilm, bert-base, modernbert-base"
+    )
+    _linear_argument(parser)
+    parser.add_argument(
+        "--ragged",
+        nargs="+",
+        default=[],
+        metavar="TASK",
+        help="whole models: also batches with the lengths of mrpc, sst2",
     )
     parser.add_argument("--layer", type=int, nargs="+", metavar="N", help="with --from: these layers only, from 0")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")

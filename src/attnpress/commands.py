@@ -35,6 +35,8 @@ def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
     overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
     config = _run_config(options.run_dir, overrides)
+    if options.linear == "int8" and not options.backend:
+        raise ConfigError("--linear int8 compares a deployed model with the trained one: add --backend cpu")
     _quiet_libraries()
     import dataclasses
 
@@ -43,8 +45,8 @@ def evaluate(options: argparse.Namespace) -> int:
     from attnpress.evaluate import compare_backends, reevaluate
 
     if options.backend:
-        agreement = compare_backends(options.run_dir, config, options.backend)
-        found, complete = dataclasses.asdict(agreement), agreement.complete
+        agreement = compare_backends(options.run_dir, config, options.backend, options.linear)
+        found, complete = dataclasses.asdict(agreement), agreement.complete or options.linear == "int8"
         found["provenance"] = {**provenance("transformers"), "command": _command_line(options)}
         if not complete:
             print(f"attnpress: {agreement.rows - agreement.same_predictions} rows differ", file=sys.stderr)
@@ -55,6 +57,20 @@ def evaluate(options: argparse.Namespace) -> int:
         print(json.dumps(found, indent=1))
         _write_json(found, options.json)
     return 0 if complete else 1
+
+
+def run(options: argparse.Namespace) -> int:
+    """Say what a finished run's model predicts for each line of a file, or go on with it."""
+    config = _run_config(options.run_dir)
+    _quiet_libraries()
+    from attnpress.prediction import run_file
+
+    done = run_file(
+        options.run_dir, config, options.input, options.output, backend=options.backend, linear=options.linear,
+        batch_size=options.batch, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
+    )  # fmt: skip
+    print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}")
+    return 0
 
 
 def export(options: argparse.Namespace) -> int:
@@ -228,7 +244,17 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         _quiet_libraries()
         from attnpress.benchmark.whole_model import bench_models
 
-        return bench_models(options.whole_model, lengths, sparsity=sparsity, batch=options.batch or 1, **shared)
+        return bench_models(
+            options.whole_model,
+            lengths,
+            sparsity=sparsity,
+            batch=options.batch or 1,
+            linear=options.linear,
+            ragged=options.ragged,
+            **shared,
+        )
+    if options.linear == "int8" or options.ragged:
+        raise BenchmarkError("--linear and --ragged are about whole models: add --whole-model NAME")
     return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
 
 

@@ -10,15 +10,12 @@ import dataclasses
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
-from attnpress.calibration import calibrate, fit_thresholds, this_process
+from attnpress.calibration import calibrate, fit_thresholds, this_process, training_batches
 from attnpress.card import model_card
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
@@ -66,14 +63,8 @@ class Run:
         return model
 
     def calibration_batches(self) -> list[dict[str, Any]]:
-        """This rank's share of the calibration batches: random training rows, fixed by the seed."""
-        spec, state = self.config.calibration, this_process()
-        generator = torch.Generator().manual_seed(self.config.seed)
-        rows, collate = self.data.train, self.data.collate
-        loader = DataLoader(rows, spec.batch_size, shuffle=True, generator=generator, collate_fn=collate)
-        # Ranks observe together, batch by batch: a last batch that is too small to share is left out.
-        batches = [batch for batch in islice(loader, spec.batches) if len(batch["input_ids"]) >= state.num_processes]
-        return [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]
+        """See `calibration.training_batches`."""
+        return training_batches(self.data, self.config.calibration, self.config.seed)
 
 
 def compress(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,16 @@ import torch.nn.functional as F
 from accelerate.utils import tqdm
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, EvalPrediction, PreTrainedModel
+from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnpress.calibration import outputs, reduce_over_ranks, this_process
+from attnpress.calibration import outputs, reduce_over_ranks, this_process, training_batches
 from attnpress.config import ConfigError, RunConfig
 from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, total_work
-from attnpress.deployment import deploy
+from attnpress.core.linear import ProductPlan
+from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu
-from attnpress.models.attention import CompressedAttention
+from attnpress.linear import calibrate_linear
+from attnpress.models.attention import PLAN, CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.loading import load_compressed, load_tokenizer, weights_hash
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
@@ -157,11 +159,7 @@ def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel
     Raises:
         ConfigError: the run has no compressed model yet, or one with other classes.
     """
-    folder = run_folder / "progressive"
-    if not folder.is_dir():
-        raise ConfigError(
-            f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
-        )
+    folder = _finished_folder(run_folder)
     data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
     saved = AutoConfig.from_pretrained(folder)
     answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
@@ -190,6 +188,8 @@ class Agreement:
 
     Attributes:
         backend, target: what the deployed model ran on; target is None for the reference.
+        linear: "float", or "int8" for linear layers in 8 bits as well.
+        float_products: products of linear layers that stayed in float all the same, because they lost too much.
         rows: of the evaluation split; in qa, windows.
         same_predictions: rows with the same class; in qa, likeliest start and end; in regression, number.
         identical_logits: rows whose logits are equal to the bit.
@@ -201,6 +201,8 @@ class Agreement:
 
     backend: str
     target: str | None
+    linear: str
+    float_products: list[str]
     rows: int
     same_predictions: int
     identical_logits: int
@@ -216,8 +218,13 @@ class Agreement:
         return self.same_predictions == self.rows
 
 
-def compare_backends(run_folder: Path, config: RunConfig, backend: str, batch_size: int = 32) -> Agreement:
+def compare_backends(
+    run_folder: Path, config: RunConfig, backend: str, linear: Linear = "float", batch_size: int = 32
+) -> Agreement:
     """Predictions of a finished run's compressed model, as trained and deployed on a backend, on every evaluation row.
+
+    Args:
+        linear: "int8" deploys the linear layers in 8 bits; see `plan_linear`.
 
     Raises:
         ConfigError: see `finished_model`.
@@ -225,12 +232,46 @@ def compare_backends(run_folder: Path, config: RunConfig, backend: str, batch_si
     """
     model, data = finished_model(run_folder, config)
     trained = predicted_logits(model, data, batch_size)
-    deployed = predicted_logits(deploy(model, backend), data, batch_size)
+    plan = plan_linear(model, lambda: data, config) if linear == "int8" else {}
+    deployed = predicted_logits(deploy(model, backend, linear=linear), data, batch_size)
     identical = (trained == deployed).flatten(1).all(1)
     same = identical if data.task.kind == "regression" else (trained.argmax(-1) == deployed.argmax(-1)).all(1)
     return Agreement(
-        backend, cpu.active_target() if backend == "cpu" else None, len(trained), int(same.sum()),
+        backend, cpu.active_target() if backend == "cpu" else None,
+        linear, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
         int(identical.sum()), float((trained - deployed).abs().max()),
         metrics_of(trained, data), metrics_of(deployed, data),
         weights_hash(str(run_folder / "progressive")), data.fingerprint.get("eval"),
     )  # fmt: skip
+
+
+def plan_linear(model: PreTrainedModel, data: Callable[[], TaskData], config: RunConfig) -> dict[str, ProductPlan]:
+    """The model's plan for linear layers in 8 bits.
+
+    Args:
+        data: of the run; asked for only if the model has no plan, which is then made from its calibration batches.
+    """
+    plan: dict[str, ProductPlan] | None = getattr(model, PLAN, None)
+    return plan or calibrate_linear(model, training_batches(data(), config.calibration, config.seed))
+
+
+def finished_classifier(run_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The compressed model of a finished run and its tokenizer, without the data that it was trained on.
+
+    Raises:
+        ConfigError: no finished model, or one that answers questions.
+    """
+    saved = AutoConfig.from_pretrained(_finished_folder(run_folder))
+    if any("QuestionAnswering" in name for name in saved.architectures or ()):
+        raise ConfigError(f"{run_folder}: answers questions; only models that classify or score texts can be run")
+    kind, folder = "regression" if saved.problem_type == "regression" else "classification", run_folder / "progressive"
+    return load_compressed(folder, kind, tuple(saved.id2label.values())), load_tokenizer(str(folder))
+
+
+def _finished_folder(run_folder: Path) -> Path:
+    folder = run_folder / "progressive"
+    if not folder.is_dir():
+        raise ConfigError(
+            f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
+        )
+    return folder

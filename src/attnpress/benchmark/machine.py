@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,18 @@ def provenance(*packages: str) -> dict[str, Any]:
             "load": round(os.getloadavg()[0], 1),
         },
     }
+
+
+def peak_megabytes(run: Callable[[], object]) -> float:
+    """Largest resident memory of this process during one call, in MB; 0 where /proc does not tell (Linux does)."""
+    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if not forget.exists():
+        return 0.0
+    gc.collect()
+    forget.write_text("5", encoding="ascii")  # the peak counts from here
+    run()
+    line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) / 1e3
 
 
 def processor() -> str:

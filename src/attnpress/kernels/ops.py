@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,6 +91,39 @@ def attention(
     if run is None:
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
     return run(query, key, value, valid, scales, cutoff, spec, scaling, causal)
+
+
+def attention_packed(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scales: Scales, cutoff: Tensor | None,
+    spec: AttentionSpec, scaling: float, *, causal: bool = False, backend: str = "cpu",
+) -> Tensor:  # fmt: skip
+    """`attention` of sequences that lie end to end, each to itself alone: a batch without padding.
+
+    Args:
+        query: float [1, Hq, T, D], T tokens of all sequences together.
+        key, value: float [1, Hkv, T, D].
+        bounds: int64 [sequences + 1], from 0 to T, never falling: sequence i is tokens bounds[i] to bounds[i + 1].
+
+    Returns:
+        float32 [1, Hq, T, D], stored so that its transpose is contiguous; bit for bit what each sequence gives alone.
+
+    Raises:
+        ValueError, BackendUnavailableError: see `attention`.
+    """
+    _check_packed(query, key, bounds)
+    if backend == "cpu":
+        arguments = compiled_arguments(query, key, value, None, scales, cutoff, spec, scaling, causal)
+        output: Tensor = torch.ops.attnpress.attention_packed(*arguments[:3], bounds, *arguments[4:])
+        return output
+    places = [slice(*pair) for pair in pairwise(bounds.tolist())]
+    parts = [
+        attention(
+            query[:, :, at], key[:, :, at], value[:, :, at], None, scales, cutoff, spec, scaling,
+            causal=causal, backend=backend,
+        ).transpose(1, 2)
+        for at in places if at.start < at.stop
+    ]  # fmt: skip
+    return torch.cat([query.new_empty(1, 0, *query.shape[1::2], dtype=torch.float32), *parts], 1).transpose(1, 2)
 
 
 def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> None:
@@ -200,6 +234,18 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     _check_head(dim)
 
 
+def _check_packed(query: Tensor, key: Tensor, bounds: Tensor) -> None:
+    if query.dim() != 4 or query.shape[0] != 1 or key.shape[2:] != query.shape[2:]:
+        raise ValueError(
+            f"packed tensors are [1, H, T, D] with as many keys as queries, found query {list(query.shape)}, "
+            f"key {list(key.shape)}"
+        )
+    tokens = query.shape[2]
+    rising = bounds.dtype == torch.int64 and bounds.dim() == 1 and len(bounds) > 0
+    if not rising or bounds[0] != 0 or bounds[-1] != tokens or bool((bounds.diff() < 0).any()):
+        raise ValueError(f"bounds: int64 that rise from 0 to the number of tokens, {tokens}; found {bounds}")
+
+
 def _check_head(dim: int) -> None:
     if dim % 4 != 0 or not 4 <= dim <= LARGEST_HEAD:
         raise ValueError(f"head size {dim}: backend 'cpu' takes multiples of 4 up to {LARGEST_HEAD}; use 'reference'")
@@ -225,6 +271,7 @@ __all__ = [
     "BackendUnavailableError",
     "IntegerAttention",
     "attention",
+    "attention_packed",
     "backends",
     "check",
     "compiled_integers",

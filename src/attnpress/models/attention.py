@@ -31,6 +31,12 @@ from attnpress.core.soft_gate import GAIN, soft_gate_attention
 NAME = "attnpress"
 """Of the attention implementation, the quantization method, and the child module that holds the state."""
 
+PLAN = "_attnpress_linear_plan"
+"""Attribute of a model with what was found out about its linear layers: `core.linear.ProductPlan` by product."""
+
+INT8 = "_attnpress_int8"
+"""Attribute of a model whose linear layers are int8."""
+
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 
@@ -101,6 +107,12 @@ class CompressedAttention(nn.Module):
     def _scale_shape(self, name: str, spec: TensorSpec) -> tuple[int, ...]:
         heads = 1 if spec.granularity == "tensor" else self.heads if name == "q" else self.kv_heads
         return (1, heads, 1, self.head_dim if spec.granularity == "channel" else 1)
+
+    @property
+    def is_watched(self) -> bool:
+        """True while somebody looks at calls: counts, observes, captures or probes them."""
+        lookers = (self.observers, self.counts, self.captured, self.probe, self.rows)
+        return any(looker is not None for looker in lookers)
 
     def scales(self) -> Scales:
         """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""

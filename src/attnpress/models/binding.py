@@ -23,7 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
 from attnpress.core.soft_gate import density_penalty
-from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.models.attention import LARGEST_HEAD, NAME, PLAN, CompressedAttention
 from attnpress.models.forward import UnsupportedModelError, noted
 
 
@@ -101,6 +101,7 @@ def unbind(model: PreTrainedModel) -> PreTrainedModel:
     before = getattr(model, "_attnpress_before", None)
     if before is not None:
         del model._attnpress_before
+        vars(model).pop(PLAN, None)
         _take_quantizer(model)
         _switch(model, before)
     return model

@@ -7,6 +7,7 @@ import of `transformers.quantizers`, so nothing of Transformers beyond the two b
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from collections.abc import Iterable, Mapping
@@ -23,7 +24,8 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
-from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.core.linear import ProductPlan
+from attnpress.models.attention import INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
 from attnpress.recipe import parse_spec, spec_to_dict
 
 FORMAT = 1
@@ -64,6 +66,7 @@ class AttnPressConfig(QuantizationConfigMixin):
         sparsity: fraction of valid pairs to prune; 0 unless given.
         attention: a whole spec, instead of these two.
         modules: by the name of the attention module; only checkpoints have them.
+        linear: what `attnpress.calibrate_linear` found, by product; likewise.
 
     Raises:
         ConfigError: `attention` together with `bits` or `sparsity`.
@@ -72,18 +75,22 @@ class AttnPressConfig(QuantizationConfigMixin):
     def __init__(
         self, bits: int | None = None, sparsity: float | None = None, *,
         attention: AttentionSpec | None = None, modules: Mapping[str, ModuleSpec] | None = None,
+        linear: Mapping[str, ProductPlan] | None = None,
     ) -> None:  # fmt: skip
         if attention is not None and (bits, sparsity) != (None, None):
             raise ConfigError("AttnPressConfig: give either attention, or bits and sparsity")
         self.quant_method: Any = NAME  # Transformers declares its enumeration of built-in methods
         self.attention = attention or _uniform(8 if bits is None else bits, sparsity or 0.0)
-        self.modules = dict(modules or {})
+        self.modules, self.linear = dict(modules or {}), dict(linear or {})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as config.json holds it."""
         modules = {name: spec_to_dict(module) for name, module in self.modules.items()}
+        linear = {name: dataclasses.asdict(plan) for name, plan in self.linear.items()}
         attention = spec_to_dict(self.attention)
-        return {"quant_method": NAME, "format": FORMAT, "attention": attention, "modules": modules}
+        return {
+            "quant_method": NAME, "format": FORMAT, "attention": attention, "modules": modules, "linear": linear,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -99,7 +106,8 @@ class AttnPressConfig(QuantizationConfigMixin):
             )
         try:
             modules = {name: parse_spec(ModuleSpec, plain) for name, plain in config_dict["modules"].items()}
-            config = cls(attention=parse_spec(AttentionSpec, config_dict["attention"]), modules=modules)
+            linear = {name: parse_spec(ProductPlan, plain) for name, plain in config_dict.get("linear", {}).items()}
+            config = cls(attention=parse_spec(AttentionSpec, config_dict["attention"]), modules=modules, linear=linear)
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"quantization_config of attnpress is damaged: {error}") from None
         return (config, kwargs) if return_unused_kwargs else config
@@ -153,6 +161,8 @@ class AttnPressQuantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from attnpress.models.binding import attentions, bind
 
+        if self.quantization_config.linear:
+            setattr(model, PLAN, self.quantization_config.linear)
         model.is_quantized = False  # its weights are not: half() and training are as open to it as to any other model
         if not self.pre_quantized:
             bind(model, self.quantization_config.attention)
@@ -165,7 +175,15 @@ class AttnPressQuantizer(HfQuantizer):
         """Called first by `save_pretrained`: brings the configuration up to date with the modules.
 
         Histograms go with the weights, so that training can go on from them, unless there is nothing in them.
+
+        Raises:
+            ModelError: the linear layers are int8, so there are no float weights to save.
         """
+        if hasattr(model, INT8):
+            raise ModelError(
+                "the linear layers are int8: save the model before deploy(model, linear='int8'), which "
+                "gives the same bits after loading"
+            )
         model.config.quantization_config = self.quantization_config = config_of(model)
         # A loader that does not know attnpress stops at this name, rather than run the model dense.
         model.config.attn_implementation = NAME
@@ -183,7 +201,7 @@ def config_of(model: nn.Module) -> AttnPressConfig:
         name: ModuleSpec(state.heads, state.kv_heads, state.head_dim, None if state.spec == common else state.spec)
         for name, state in states.items()
     }
-    return AttnPressConfig(attention=common, modules=modules)
+    return AttnPressConfig(attention=common, modules=modules, linear=getattr(model, PLAN, None))
 
 
 def check_compressed(folder: Path) -> None:

@@ -105,7 +105,7 @@ def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
 
 @mpl.rc_context(STYLE)
 def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, float]) -> Figure:
-    """Score against achieved sparsity, a line for each rule; below each other, and by its name with a reference each."""
+    """Score against achieved sparsity, a line for each rule; panels by score, each with its reference."""
     figure = _figure(0.9 + 2.4 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, lines) in zip(rows, panels.items(), strict=True):

@@ -55,11 +55,15 @@ def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Records of `benchmark.whole_model.ModelTiming` for a terminal, with the share of attention on either side."""
-    table = Table(title=f"one forward pass, {_conditions(records)}; ceiling: attention in no time")
+    linear = records[0].get("linear", "float")
+    table = Table(
+        title=f"one forward pass, {linear} linear layers, {_conditions(records)}; ceiling: attention in no time"
+    )
     _columns(table, "model", "tokens", "batch", "sparsity", "peer", *TIMES, "attention ours", "peer's", "ceiling")
     for record in records:
         shares = [f"{record[name]:.1%}" for name in ("ours_attention", "peer_attention")]
-        table.add_row(record["model"], *_case(record), *_times(record), *shares, f"{record['ceiling']:.2f}")
+        name = " ".join(filter(None, (record["model"], record.get("ragged"))))
+        table.add_row(name, *_case(record), *_times(record), *shares, f"{record['ceiling']:.2f}")
     return table
 
 

@@ -1,7 +1,7 @@
 """Tasks: what a model learns, from which data, and how it is judged."""
 
 from attnpress.tasks.check import check_data
-from attnpress.tasks.load import TaskData, load_task
+from attnpress.tasks.load import TaskData, load_task, text_columns
 from attnpress.tasks.metrics import DivergedPredictionsError
 from attnpress.tasks.sources import TaskError
 from attnpress.tasks.table import CUSTOM, TASKS, Layout, Task, list_tasks
@@ -17,4 +17,5 @@ __all__ = [
     "check_data",
     "list_tasks",
     "load_task",
+    "text_columns",
 ]

@@ -127,7 +127,7 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
 
 def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:
     if path := own_file(data, split):
-        rows = read_file(path, Columns(_text_columns(task, data), data.label or task.label))
+        rows = read_file(path, Columns(text_columns(task, data), data.label or task.label))
     elif task.embedded:
         rows = task.embedded(split, data.data_dir)
     elif task.local and data.data_dir:
@@ -158,7 +158,8 @@ def _hub(task: Task, split: Split) -> tuple[str, str | None, str]:
     return (*task.hub, task.splits[split == "eval"])
 
 
-def _text_columns(task: Task, data: DataSpec) -> tuple[str, ...]:
+def text_columns(task: Task, data: DataSpec) -> tuple[str, ...]:
+    """Names of the columns with a task's texts, one or two."""
     first, *second = task.text
     pair = [data.text_pair] if data.text_pair else second
     return (data.text or first, *pair)

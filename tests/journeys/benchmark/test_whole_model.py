@@ -11,6 +11,7 @@ from transformers import BertConfig, ModernBertConfig
 
 from attnpress.benchmark import whole_model
 from attnpress.benchmark.attention import BenchmarkError
+from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
 from attnpress.benchmark.whole_model import bench_models, prepare
 from attnpress.models import stock
 from attnpress.models.stock import attention_seconds, make_stock
@@ -59,6 +60,27 @@ def test_sparsity_is_counted_over_the_pairs_that_a_window_allows(monkeypatch: py
     monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 32)
     facts = prepare("ours", "modernbert-base", 48, 1, 0.0, torch.get_num_threads()).facts
     assert facts["sparsity"] < 0.1, "nothing is pruned: what a window hides is no zero"
+
+
+@needs_kernel
+def test_ragged_batches_and_int8_layers() -> None:
+    padded = prepare("ours", "bert-base", 86, 4, 0.8, 1, "float", "mrpc")
+    packed = prepare("ours", "bert-base", 86, 4, 0.8, 1, "int8", "mrpc")
+    for side in (padded, packed):
+        side.run()
+        assert side.facts["sparsity"] == pytest.approx(0.8, abs=0.05)
+        assert side.facts["peak_mb"] > 10
+
+
+def test_ragged_lengths_are_those_of_the_task() -> None:
+    lengths = ragged_lengths("sst2", 2000)
+    assert lengths == ragged_lengths("sst2", 2000)
+    rows = sum(count for _, count in HISTOGRAMS["sst2"])
+    mean = sum(length * count for length, count in HISTOGRAMS["sst2"]) / rows
+    assert rows == 872
+    assert sum(lengths) / 2000 == pytest.approx(mean, rel=0.05)
+    with pytest.raises(BenchmarkError, match="no lengths of 'rte'"):
+        bench_models(["minilm"], [16], ragged=["rte"])
 
 
 def test_attention_is_timed_call_by_call_and_left_as_it_was() -> None:

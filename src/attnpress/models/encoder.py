@@ -1,0 +1,183 @@
+"""Encoders of the BERT family as a deployment changes them: their linear layers, and running them without padding.
+
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA build their layers alike, from the same submodules under the same
+names; nothing here holds for other families, which `find_encoder` does not find.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import eager_attention_forward  # noqa: F401 - models.forward asks for it
+
+from attnpress.models.attention import NAME, CompressedAttention
+from attnpress.models.forward import attention_forward
+
+LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
+
+PRODUCTS: dict[str, tuple[str, ...]] = {
+    "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
+    "attention": ("attention.output.dense",),
+    "up": ("intermediate.dense",),
+    "down": ("output.dense",),
+}
+"""The linear layers of an encoder layer, by the product that computes them: those with one input are one product."""
+
+
+def find_encoder(model: nn.Module) -> nn.Module | None:
+    """The module whose `layer` list holds encoder layers of the BERT family; None if the model has no such encoder."""
+    for module in model.modules():
+        layers = getattr(module, "layer", None)
+        if isinstance(layers, nn.ModuleList) and len(layers) and all(_is_encoder_layer(layer) for layer in layers):
+            return module
+    return None
+
+
+def _is_encoder_layer(layer: nn.Module) -> bool:
+    plain = not (getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False))
+    return type(layer).__name__ in LAYERS and plain
+
+
+def states(encoder: nn.Module) -> list[CompressedAttention]:
+    """The compressed attention of each layer."""
+    return [module for module in encoder.modules() if isinstance(module, CompressedAttention)]
+
+
+def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
+    """Every product of the encoder by its name, "0.qkv" for instance, with the linear layers it computes."""
+    for index, layer in enumerate(encoder.layer):
+        for name, places in PRODUCTS.items():
+            yield f"{index}.{name}", [layer.get_submodule(place) for place in places]
+
+
+def activation_name(encoder: Any) -> str:
+    """Of the feed-forward part, as the configuration has it; empty if it is a function of somebody's own."""
+    name = encoder.config.hidden_act
+    return name if isinstance(name, str) else ""
+
+
+def place_product(encoder: Any, name: str, product: nn.Module) -> None:
+    """Put a product where its linear layers are.
+
+    Args:
+        name: of `products`.
+        product: takes the input of those layers, and gives their outputs side by side.
+    """
+    index, _, kind = name.partition(".")
+    layer = encoder.layer[int(index)]
+    if kind == "qkv":
+        layer.attention.self = MergedSelfAttention(layer.attention.self, product)
+    else:
+        layer.set_submodule(PRODUCTS[kind][0], product)
+
+
+def drop_activation(encoder: Any, index: int) -> None:
+    """Of a layer whose product "up" applies it already."""
+    encoder.layer[index].intermediate.intermediate_act_fn = nn.Identity()
+
+
+class MergedSelfAttention(nn.Module):
+    """Stands where a self-attention stood: one product for Q, K and V, and the attention that is in force.
+
+    Args:
+        replaced: the module whose place this takes; its compressed attention moves over.
+        product: [B, S, width] -> [B, S, 3 * width], Q, K and V side by side.
+    """
+
+    is_causal = False
+
+    def __init__(self, replaced: Any, product: nn.Module) -> None:
+        super().__init__()
+        self.config, self.product = replaced.config, product
+        self.heads, self.head_dim = replaced.num_attention_heads, replaced.attention_head_size
+        self.scaling = replaced.scaling
+        self.add_module(NAME, getattr(replaced, NAME))
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of the hidden states [B, S, width] to themselves: the output of the same shape, and weights."""
+        merged = self.product(hidden_states)
+        each = merged.view(*hidden_states.shape[:2], 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention_forward)
+        output, weights = attend(self, *each, attention_mask, scaling=self.scaling, **kwargs)
+        return output.flatten(2), weights
+
+
+class Packing:
+    """Lets an encoder run on the real tokens of a batch, end to end in one row.
+
+    Attributes:
+        bounds: while it does, where sequences begin and end: int64 [B + 1], from 0 to the number of tokens; else None.
+    """
+
+    def __init__(self, encoder: nn.Module) -> None:
+        self.bounds: Tensor | None = None
+        self._real: Tensor | None = None
+        self._states = states(encoder)
+        self._signature = inspect.signature(encoder.forward)
+        self._handles: list[RemovableHandle] = [
+            encoder.register_forward_pre_hook(self._pack, with_kwargs=True),
+            encoder.register_forward_hook(self._unpack),
+        ]
+
+    def remove(self) -> None:
+        """Give the encoder its padding back."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _pack(
+        self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.bounds = self._real = None
+        call = self._signature.bind(*args, **kwargs)
+        hidden = call.arguments["hidden_states"]
+        real = self._real_tokens(hidden, call.arguments.get("attention_mask"))
+        wants_each_layer = kwargs.get("output_hidden_states") or encoder.config.output_hidden_states
+        if real is None or wants_each_layer:
+            return None
+        self._real, self.bounds = real, torch.cat([real.new_zeros(1, dtype=torch.int64), real.sum(1).cumsum(0)])
+        call.arguments["hidden_states"], call.arguments["attention_mask"] = hidden[real].unsqueeze(0), None
+        return call.args, call.kwargs
+
+    def _unpack(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._real is None:
+            return
+        packed = output.last_hidden_state[0]
+        padded = packed.new_zeros(*self._real.shape, packed.shape[-1])
+        padded[self._real] = packed
+        output.last_hidden_state = padded
+        self.bounds = self._real = None
+
+    def _real_tokens(self, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+        """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
+        if torch.compiler.is_compiling() or any(state.is_watched for state in self._states):
+            return None
+        return None if mask is None else padding_alone(mask, *hidden.shape[:2])
+
+
+def padding_alone(mask: Tensor, batch: int, length: int) -> Tensor | None:
+    """The real tokens that a framework's mask tells of; None if all are, or if it says more than that.
+
+    Args:
+        mask: bool (True = may attend), or float of 0 and "very negative", [B or 1, 1, S, S].
+
+    Returns:
+        bool [B, S]: each may attend to all the others of its row of the batch.
+    """
+    if mask.shape[1:] != (1, length, length):
+        return None
+    square = mask[:, 0].expand(batch, length, length)
+    valid = square if square.dtype == torch.bool else square == 0
+    real = valid.diagonal(dim1=-2, dim2=-1)
+    biased = square.dtype != torch.bool and bool((~valid & (square > torch.finfo(square.dtype).min / 2)).any())
+    if biased or bool(real.all()) or not bool(real.any()):
+        return None
+    rows = real.unsqueeze(2)
+    return real if torch.equal(valid & rows, real.unsqueeze(1) & rows) else None

@@ -1,0 +1,292 @@
+"""Int8 linear layers and no padding: what a deployed model gives, what it refuses, and what travels with it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModel, PreTrainedModel, pipeline
+
+from attnpress import deployment, linear
+from attnpress.calibration import calibrate, watching
+from attnpress.config import DENSE, AttentionSpec
+from attnpress.core.linear import ProductPlan
+from attnpress.deployment import deploy, undeploy
+from attnpress.kernels.linear import Int8Linear, is_supported
+from attnpress.linear import calibrate_linear
+from attnpress.models.attention import PLAN
+from attnpress.models.binding import attentions, bind, unbind
+from attnpress.models.encoder import Packing
+from attnpress.models.hub import ModelError
+from tests.kernels.factories import needs_kernel
+from tests.models.factories import PAD, VOCABULARY, make_model
+
+needs_vnni = pytest.mark.skipif(not is_supported(), reason="this processor has no VNNI")
+BACKENDS = [pytest.param("cpu", marks=needs_kernel), "reference"]
+FAMILY = ("BERT", "RoBERTa", "ELECTRA")
+PRUNED = AttentionSpec(sparsity=0.5)
+
+
+def ragged(*lengths: int, seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths).view(-1, 1)
+    ids = torch.randint(3, VOCABULARY, mask.shape, generator=generator)
+    return {"input_ids": ids.masked_fill(~mask, PAD), "attention_mask": mask.long()}
+
+
+BATCHES = [ragged(9, 4, 12, seed=1), ragged(5, 5, 16, 2, seed=2)]
+BATCH = ragged(3, 11, 7, 1, 11, seed=3)
+
+
+def compressed(name: str = "BERT", spec: AttentionSpec = PRUNED) -> Any:
+    model = bind(make_model(name), spec)
+    if not spec.is_dense:
+        calibrate(model, BATCHES)
+    return model
+
+
+def planned(name: str = "BERT", tolerance: float = 10.0) -> Any:
+    model = compressed(name)
+    calibrate_linear(model, BATCHES, tolerance=tolerance)
+    return model
+
+
+def hidden(model: PreTrainedModel, batch: dict[str, Tensor] = BATCH, **options: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**batch, **options).last_hidden_state
+    return found
+
+
+def real(x: Tensor, batch: dict[str, Tensor] = BATCH) -> Tensor:
+    return x[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_without_padding_real_tokens_get_the_same(name: str, backend: str) -> None:
+    model = compressed(name)
+    expected = hidden(deploy(model, backend))
+    found = hidden(deploy(model, backend, padding="skip"))
+    assert torch.allclose(real(found), real(expected), rtol=1e-4, atol=1e-4)
+    assert not found[~BATCH["attention_mask"].bool()].any()
+    assert torch.equal(hidden(deploy(model, backend)), expected), "padding is back"
+
+
+def test_only_real_tokens_reach_the_layers() -> None:
+    model: Any = deploy(compressed(), "reference", padding="skip")
+    seen: list[tuple[int, ...]] = []
+    layer = model.encoder.layer[1]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[:2])))
+    hidden(model)
+    hidden(model, ragged(6, 6))
+    assert seen == [(1, 33), (2, 6)], "a batch without padding stays as it is"
+
+
+def test_each_row_gets_what_it_gets_alone() -> None:
+    model = deploy(compressed(), "reference", padding="skip")
+    together = hidden(model)
+    for row, length in enumerate(BATCH["attention_mask"].sum(1).tolist()):
+        alone = hidden(model, {key: value[row : row + 1, :length] for key, value in BATCH.items()})
+        assert torch.allclose(together[row, :length], alone[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["argument", "configuration"])
+def test_hidden_states_of_all_layers_are_those_of_the_padded_batch(how: str) -> None:
+    model = compressed()
+    if how == "configuration":
+        model.config.output_hidden_states = True
+    options = {"output_hidden_states": True} if how == "argument" else {}
+    with torch.no_grad():
+        expected = deploy(model, "reference")(**BATCH, **options).hidden_states
+        found = deploy(model, "reference", padding="skip")(**BATCH, **options).hidden_states
+    assert len(found) == 3
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_statistics_see_the_padded_batch() -> None:
+    def pairs(model: PreTrainedModel) -> float:
+        with watching(attentions(model).values(), slice(None)):
+            hidden(model)
+        return sum(float(state.take_seen(0.0)[1]) for state in attentions(model).values())
+
+    model = compressed()
+    expected = sum(length**2 for length in (3, 11, 7, 1, 11)) * 2 * 4
+    assert pairs(deploy(model, "reference", padding="skip")) == pairs(undeploy(model)) == expected
+
+
+def test_masks_of_pairs_keep_their_padding() -> None:
+    model = compressed()
+    batch = {**BATCH, "attention_mask": torch.ones(5, 1, 11, 11).tril().bool()}
+    expected = hidden(deploy(model, "reference"), batch)
+    assert torch.equal(hidden(deploy(model, "reference", padding="skip"), batch), expected)
+
+
+def test_a_failed_call_leaves_nothing_behind() -> None:
+    model = deploy(compressed(), "reference", padding="skip")
+    expected = hidden(model)
+    handle = model.encoder.layer[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        hidden(model)
+    handle.remove()
+    full = ragged(6, 6)
+    assert torch.equal(hidden(model, full), hidden(deploy(compressed(), "reference"), full))
+    assert torch.equal(hidden(model), expected)
+
+
+@needs_vnni
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", FAMILY)
+def test_int8_layers_stay_near_and_padding_changes_nothing(name: str, backend: str) -> None:
+    model = planned(name)
+    before = real(hidden(model))
+    padded = hidden(deploy(copy.deepcopy(model), backend, linear="int8", padding="keep"))
+    assert 0 < float((real(padded) - before).norm() / before.norm()) < 0.1
+    deployed = deploy(model, backend, linear="int8")
+    assert torch.equal(real(hidden(deployed)), real(padded)), "sums of integers do not depend on the batch"
+    assert sum(isinstance(module, Int8Linear) for module in deployed.modules()) == 8
+    assert torch.equal(hidden(deploy(deployed, backend, linear="int8")), hidden(deployed)), "deployed again"
+
+
+@needs_vnni
+def test_float_weights_are_let_go() -> None:
+    model = planned()
+    before = sum(parameter.numel() for parameter in model.encoder.parameters())
+    deploy(model, "reference", linear="int8")
+    assert sum(parameter.numel() for parameter in model.encoder.parameters()) == 2 * 4 * 32
+    assert before > 10_000
+
+
+def test_padding_never_counts() -> None:
+    model, other = compressed(), compressed()
+    spoiled = [{**batch, "input_ids": batch["input_ids"].clone()} for batch in BATCHES]
+    for batch in spoiled:
+        batch["input_ids"][batch["attention_mask"] == 0] = 7
+    assert calibrate_linear(model, BATCHES) == calibrate_linear(other, spoiled)
+
+
+def test_ranges_are_those_of_the_inputs() -> None:
+    model, seen = compressed(), list[Tensor]()
+    model.encoder.layer[0].intermediate.dense.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    for batch in BATCHES:
+        hidden(model, batch)
+    inputs = torch.cat([real(x, batch) for x, batch in zip(seen, BATCHES, strict=True)])
+    plan = calibrate_linear(model, BATCHES)["0.up"]
+    assert (plan.low, plan.high) == (float(inputs.min()), float(inputs.max()))
+
+
+def test_what_costs_too_much_stays_in_float() -> None:
+    model, layer = (found := compressed()), found.encoder.layer[0]
+    with torch.no_grad():  # one input far beyond the others, which counts for nothing: its step loses the others
+        layer.intermediate.dense.bias[3], layer.output.dense.weight[:, 3] = 400.0, 0.0
+    plan = calibrate_linear(model, BATCHES, tolerance=0.05)
+    left = [name for name, product in plan.items() if not product.quantized]
+    assert left == ["0.down"]
+    assert plan["0.down"].error == max(product.error or 0.0 for product in plan.values())
+    if is_supported():
+        deploy(model, "reference", linear="int8")
+        assert type(layer.output.dense) is torch.nn.Linear
+        assert isinstance(layer.intermediate.dense, Int8Linear)
+        assert layer.intermediate.dense.output is None
+
+
+@needs_vnni
+def test_every_mixture_of_float_and_int8_runs() -> None:
+    expected = real(hidden(planned()))
+    for name in getattr(planned(), PLAN):
+        model = planned()
+        plan = {key: ProductPlan(p.low, p.high, p.error, key != name) for key, p in getattr(model, PLAN).items()}
+        setattr(model, PLAN, plan)
+        found = real(hidden(deploy(model, "reference", linear="int8")))
+        assert float((found - expected).norm() / expected.norm()) < 0.1, name
+
+
+@needs_vnni
+def test_saved_then_loaded_then_deployed_gives_the_same_bits(tmp_path: Path) -> None:
+    model = planned()
+    model.save_pretrained(tmp_path)
+    expected = hidden(deploy(model, "reference", linear="int8"))
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert getattr(loaded, PLAN) == getattr(model, PLAN)
+    assert torch.equal(hidden(deploy(loaded, "reference", linear="int8")), expected)
+
+
+@needs_vnni
+def test_an_int8_model_says_what_it_cannot_do(tmp_path: Path) -> None:
+    model = deploy(planned(), "reference", linear="int8")
+    with pytest.raises(ModelError, match="save the model before deploy"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="load the model again"):
+        undeploy(model)
+    with pytest.raises(ValueError, match="load the model again"):
+        calibrate_linear(model, BATCHES)
+
+
+def test_damaged_plans_are_refused(tmp_path: Path) -> None:
+    planned().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["linear"]["0.up"]["low"] = "much"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"damaged: low.*much"):
+        AutoModel.from_pretrained(tmp_path)
+
+
+@needs_vnni
+def test_a_plan_is_asked_for_and_goes_with_its_binding() -> None:
+    with pytest.raises(ValueError, match=r"run calibrate_linear\(model, batches\) first"):
+        deploy(compressed(), "reference", linear="int8")
+    model = planned()
+    assert not hasattr(unbind(model), PLAN)
+    with pytest.raises(ValueError, match="at least one batch"):
+        calibrate_linear(compressed(), [])
+
+
+@pytest.mark.parametrize("name", ["ModernBERT", "GPT-2", "ViT"])
+def test_other_families_keep_float_and_padding_and_say_so_once(name: str, recwarn: pytest.WarningsRecorder) -> None:
+    linear.say_float.cache_clear()
+    deployment._say_padding.cache_clear()
+    model = bind(make_model(name), DENSE)
+    assert calibrate_linear(model, BATCHES) == {}
+    deploy(deploy(model, "reference", linear="int8"), "reference", linear="int8")
+    said = [str(warning.message) for warning in recwarn]
+    assert [line.partition(": ")[2][:20] for line in said] == ["linear layers stay i", "padding is kept; onl"]
+    recwarn.clear()
+
+
+def test_a_dense_layer_keeps_padding(recwarn: pytest.WarningsRecorder) -> None:
+    deployment._say_padding.cache_clear()
+    model = bind(make_model(), PRUNED, {"0": DENSE})
+    calibrate(model, BATCHES)
+    expected = hidden(deploy(model, "reference"))
+    assert torch.equal(hidden(deploy(model, "reference", padding="skip")), expected)
+    assert "padding is kept" in str(recwarn.pop().message)
+
+
+@needs_vnni
+def test_without_vnni_layers_stay_float(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
+    linear.say_float.cache_clear()
+    monkeypatch.setattr(deployment, "is_supported", lambda: False)
+    model = deploy(planned(), "reference", linear="int8")
+    assert not any(isinstance(module, Int8Linear) for module in model.modules())
+    assert "no VNNI" in str(recwarn.pop().message)
+
+
+@needs_vnni
+def test_a_pipeline_runs_an_int8_model(finished: Path) -> None:
+    from attnpress.models.loading import load_compressed, load_tokenizer
+
+    folder = finished / "progressive"
+    model: Any = load_compressed(folder, "classification", ("no", "yes"))
+    tokenizer: Any = load_tokenizer(str(folder))
+    texts = ["the film is good good good", "a dull and poor plot", "bad bad bad"]
+    expected = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, batch_size=3)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    calibrate_linear(model, [batch], tolerance=10.0)
+    deploy(model, "reference", linear="int8")
+    found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, batch_size=3)
+    assert [one["label"] for one in found] == [one["label"] for one in expected]
+    assert Packing.__name__ == type(model._attnpress_packing).__name__

@@ -1,0 +1,212 @@
+"""run: every line answered once, in order, however often the process dies; bad lines named and skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from attnpress import prediction
+from attnpress.cli import main
+from attnpress.config import ConfigError
+from attnpress.evaluate import finished_classifier
+from attnpress.prediction import PredictionError, Progress, Row, make_answer, predict_file, run_file
+from attnpress.recipe import load_config
+
+BAD = ['{"text": 3}', "[1]", "{", '{"other": "x"}']
+
+
+def write(path: Path, lines: Sequence[str | bytes]) -> Path:
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
+    return path
+
+
+def texts(count: int) -> list[str]:
+    return [json.dumps({"text": "x" * (number % 7), "id": f"n{number}"}) for number in range(count)]
+
+
+def lengths(rows: Sequence[Row]) -> list[Row]:
+    return [{"length": len(row["text"])} for row in rows]
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+def predict(source: Path, output: Path, said: list[str] | None = None, **changes: Any) -> Progress:
+    arguments: dict[str, Any] = {"answer": lengths, "columns": ["text"], "made_from": {"model": "m"}} | changes
+    warn = (lambda _: None) if said is None else said.append
+    return predict_file(arguments["answer"], arguments["columns"], source, output, arguments["made_from"], warn=warn)
+
+
+def test_bad_lines_are_named_and_the_others_answered(tmp_path: Path) -> None:
+    lines: list[str | bytes] = [*texts(2), "", *BAD, b'{"text": "\xff"}', '{"text": "fine"}']
+    said: list[str] = []
+    done = predict(write(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl", said)
+    assert read(tmp_path / "out.jsonl") == [
+        {"line": 1, "id": "n0", "length": 0},
+        {"line": 2, "id": "n1", "length": 1},
+        {"line": 9, "length": 4},
+    ]
+    assert [line.removeprefix(f"{tmp_path}/in.jsonl:").split(" (")[0].split(";")[0] for line in said] == [
+        "4: no text under 'text'",
+        "5: not a JSON object but list",
+        "6: not JSON",
+        "7: no text under 'text'",
+        "8: not UTF-8",
+    ]
+    assert (done.written, done.skipped) == (3, 5)
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == [
+        "in.jsonl",
+        "out.jsonl",
+    ]
+
+
+@pytest.mark.parametrize("dies_at", [1, 2, 3])
+def test_a_killed_run_goes_on(dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prediction, "CHUNK", 4)
+    source = write(tmp_path / "in.jsonl", [*texts(5), "{", *texts(6)])
+    predict(source, tmp_path / "whole.jsonl")
+    calls: list[int] = []
+
+    def dying(rows: Sequence[Row]) -> list[Row]:
+        calls.append(len(rows))
+        if len(calls) == dies_at:
+            raise KeyboardInterrupt
+        return lengths(rows)
+
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        predict(source, output, answer=dying)
+    assert not output.exists()
+    with (tmp_path / ".out.jsonl.unfinished").open("ab") as file:
+        file.write(b'{"line": 99, "half')  # what a killed process may leave
+
+    def counting(rows: Sequence[Row]) -> list[Row]:
+        calls.append(len(rows))
+        return lengths(rows)
+
+    done = predict(source, output, answer=counting)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert (done.lines, done.written, done.skipped) == (12, 11, 1)
+    assert sum(calls) == 11 + calls[dies_at - 1], "only the chunk that died is answered twice"
+
+
+def test_an_output_begun_from_something_else_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "CHUNK", 2)
+    source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.jsonl"
+    calls: list[int] = []
+
+    def dying(rows: Sequence[Row]) -> list[Row]:
+        calls.append(len(rows))
+        return lengths(rows) if len(calls) < 2 else [][1]
+
+    with pytest.raises(IndexError):
+        predict(source, output, answer=dying)
+    with pytest.raises(PredictionError, match=r"was begun with another model; .*delete"):
+        predict(source, output, made_from={"model": "other"})
+    write(source, texts(6))
+    with pytest.raises(PredictionError, match="was begun with another input"):
+        predict(source, output)
+
+
+def test_outputs_are_not_overwritten_and_inputs_have_to_be_there(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", texts(1))
+    with pytest.raises(PredictionError, match=r"none\.jsonl: no such file"):
+        predict(tmp_path / "none.jsonl", tmp_path / "out.jsonl")
+    predict(source, tmp_path / "out.jsonl")
+    with pytest.raises(PredictionError, match="exists already"):
+        predict(source, tmp_path / "out.jsonl")
+
+
+def test_two_processes_do_not_write_one_output(tmp_path: Path) -> None:
+    source, output = write(tmp_path / "in.jsonl", texts(1)), tmp_path / "out.jsonl"
+
+    def again(rows: Sequence[Row]) -> list[Row]:
+        with pytest.raises(PredictionError, match="another process is writing it"):
+            predict(source, output)
+        return lengths(rows)
+
+    assert predict(source, output, answer=again).written == 1
+
+
+def test_an_empty_input_gives_an_empty_output(tmp_path: Path) -> None:
+    predict(write(tmp_path / "in.jsonl", ["", "  "]), tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == b""
+
+
+REVIEWS = ["good good film", "the plot is dull", "bad", "a great story with two good actor and one poor scene of film"]
+
+
+@pytest.fixture
+def reviews_file(tmp_path: Path) -> Path:
+    return write(tmp_path / "in.jsonl", [json.dumps({"review": text}) for text in REVIEWS * 3])
+
+
+@pytest.mark.parametrize("linear", ["float", "int8"])
+def test_a_finished_run_says_what_its_model_says(
+    linear: Any, finished: Path, reviews_file: Path, tmp_path: Path
+) -> None:
+    config, output = load_config(finished / "recipe.yaml"), tmp_path / "out.jsonl"
+    done = run_file(
+        finished, config, reviews_file, output, backend="reference", linear=linear, batch_size=5, warn=print
+    )
+    assert done.written == 12
+    model, tokenizer = finished_classifier(finished)
+    for line, text in zip(read(output), REVIEWS * 3, strict=True):
+        with torch.no_grad():
+            probs = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        assert line["label"] == ("no", "yes")[int(probs.argmax())]
+        assert line["score"] == pytest.approx(float(probs.max()), abs=1e-5 if linear == "float" else 0.1)
+
+
+def test_rows_of_a_length_go_together_and_answers_keep_their_order() -> None:
+    class Tokenizer:
+        def __call__(self, *columns: list[str], **_: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[len(text)] * len(text) for text in columns[0]]}
+
+        def pad(self, inputs: dict[str, Any], **_: Any) -> Any:
+            shapes.append([len(row) for row in inputs["input_ids"]])
+            return Inputs({"input_ids": torch.tensor([row[0] for row in inputs["input_ids"]])})
+
+    class Inputs(dict[str, Any]):
+        def to(self, _: Any) -> Inputs:
+            return self
+
+    class Model:
+        device = "cpu"
+        config = type("Config", (), {"problem_type": "regression"})
+
+        def __call__(self, input_ids: torch.Tensor) -> Any:
+            return type("Output", (), {"logits": input_ids.view(-1, 1)})
+
+    shapes: list[list[int]] = []
+    rows = [{"text": "x" * length} for length in (5, 1, 4, 2, 3)]
+    said = make_answer(Model(), Tokenizer(), ["text"], 16, 2)(rows)
+    assert said == [{"score": float(length)} for length in (5, 1, 4, 2, 3)]
+    assert shapes == [[1, 2], [3, 4], [5]]
+
+
+def test_the_command_reports_and_refuses(
+    finished: Path, reviews_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with reviews_file.open("a") as file:
+        file.write("nonsense\n")
+    words = ["run", str(finished), "--input", str(reviews_file), "--output", str(tmp_path / "said.jsonl")]
+    assert main([*words, "--backend", "reference"]) == 0
+    captured = capsys.readouterr()
+    assert "predicted: 12 lines, skipped: 1" in captured.out
+    assert "in.jsonl:13: not JSON" in captured.err
+    assert main([*words, "--backend", "reference"]) == 1
+    assert "exists already" in capsys.readouterr().err
+
+
+def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no finished compressed model"):
+        finished_classifier(tmp_path)
