@@ -29,8 +29,8 @@ from transformers import (
 )
 
 from attnpress.calibration import reduce_over_ranks, this_process
-from attnpress.config import ConfigError, DistillationSpec, ScheduleSpec, TrainSpec
-from attnpress.core.distillation import attention_loss, logits_loss
+from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
+from attnpress.core.distillation import attention_loss, check_gradients, logits_loss
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
 from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
@@ -176,7 +176,7 @@ class CompressionTrainer(Trainer):
 
         Raises:
             DivergedError: see `train`.
-            ConfigError: see `check_gradients`.
+            ConfigError: see `distillation.check_gradients`.
         """
         if self.teacher is None or not model.training:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -191,25 +191,12 @@ class CompressionTrainer(Trainer):
     ) -> tuple[Tensor, Any]:
         with captured_outputs(self.accelerator.unwrap_model(model)) as seen:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        check_gradients(seen, self.distillation)
+        check_gradients(seen, self.distillation.attention)
         with torch.no_grad(), captured_outputs(teacher) as wanted:
             answers = teacher(**inputs)
         spec, tokens = self.distillation, inputs["attention_mask"]
         loss = loss + spec.attention * attention_loss(seen, wanted, tokens)
         return loss + spec.logits * logits_loss(outputs, answers, spec.temperature, tokens), outputs
-
-
-def check_gradients(outputs: Sequence[Tensor], spec: DistillationSpec) -> None:
-    """Refuse to distil attention outputs that no gradient can reach: the term would do nothing, and not say so.
-
-    Raises:
-        ConfigError: gradient checkpointing of the reentrant kind, whose forward pass records no gradient.
-    """
-    if spec.attention > 0 and not any(output.requires_grad for output in outputs):
-        raise ConfigError(
-            "distillation.attention: attention outputs carry no gradient, as under reentrant gradient checkpointing; "
-            "use gradient checkpointing with use_reentrant=False, or set distillation.attention to 0"
-        )
 
 
 def diverged_message(step: int) -> str:
