@@ -1,4 +1,4 @@
-"""Write the tables and the picture of README.md from the committed records: `python docs/fill_tables.py`.
+"""Write the tables and pictures of README.md and results.md from the committed records: `python docs/fill_tables.py`.
 
 A test holds them equal.
 """
@@ -10,28 +10,36 @@ import re
 from pathlib import Path
 from typing import Any
 
-from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg
-from attnpress.report.render import TITLES, seeds_markdown, stages_markdown
+from attnpress.evidence import EvidenceSpec, missing, plan
+from attnpress.recipe import load_spec
+from attnpress.report.evidence import Cells, caption, evidence_markdown, losses, read_cells
+from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
+from attnpress.report.render import TITLES, stages_markdown
 from attnpress.results import Record, read_record
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
-RECIPES = {"8 bits": "mrpc-8bit", "4 bits": "mrpc-4bit"}
+EVIDENCE = "docs/figures/evidence.svg"
+PAGES = ("README.md", "docs/results.md")
+README_CELLS = ("dense", "8888-0.95", "4444-0.95")
+BITS = "8888"
+MINILM_WIDTH = 384
 
 
 def tables() -> dict[str, str]:
     """Markdown by the name in the markers."""
-    groups = {
-        label: [read_record(path) for path in sorted((ROOT / "records").glob(f"{stem}-seed*.json"))]
-        for label, stem in RECIPES.items()
-    }
+    tasks = read_cells(ROOT / "records" / "evidence")
     demo = demo_record()
     rows = json.loads((ROOT / "docs" / "families.json").read_text(encoding="utf-8"))
     return {
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
-        "mrpc": seeds_markdown(groups),
+        "mrpc": evidence_markdown(
+            "mrpc", {cell: records for cell, records in tasks["mrpc"].items() if cell in README_CELLS}
+        ),
+        "missing": missing_in_words(),
+        **{f"evidence_{task}": evidence(tasks.get(task), task) for task in ("mrpc", "sst2", "cola", "rte", "squad")},
         "families": families_markdown(rows),
     }
 
@@ -60,6 +68,30 @@ def picture_in_words(record: Record) -> str:
     return f"Bars of the demo run. {'; '.join(parts)}."
 
 
+def evidence(cells: Cells | None, task: str) -> str:
+    """The table of one task and what it was measured on."""
+    return f"{evidence_markdown(task, cells)}\n\n{caption(cells, MINILM_WIDTH)}" if cells else "No record yet."
+
+
+def evidence_picture(records: Path) -> str:
+    """What pruning loses, by sparsity and by keys kept a row, as SVG."""
+    by_sparsity, by_keys = losses(read_cells(records), BITS)
+    panels = {"sparsity (fraction of valid pairs)": by_sparsity, "keys kept a row": by_keys}
+    return recolored(
+        to_svg(two_axes(panels, "points against dense", logarithmic=["keys kept a row"]), "evidence"), PRINT
+    )
+
+
+def missing_in_words() -> str:
+    """The runs that the recipes of the table ask for and that have no record yet."""
+    lines = []
+    for file in sorted((ROOT / "recipes" / "evidence").glob("*.yaml")):
+        spec = load_spec(EvidenceSpec, file)
+        names = [item.name for item in missing(plan(spec, Path("runs"), ROOT / "records" / "evidence"))]
+        lines += [f"- {spec.name}: {', '.join(names)}"] if names else []
+    return "\n".join(lines) or "None."
+
+
 def families_markdown(rows: dict[str, dict[str, Any]]) -> str:
     """The model families; what is refused in a last line."""
     lines = ["| family | eager | 8-bit error | deployed | saved and loaded | generate |"]
@@ -86,5 +118,7 @@ def filled(text: str) -> str:
 if __name__ == "__main__":
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(filled(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
+    for page in PAGES:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        (ROOT / page).write_text(filled(text), encoding="utf-8")

@@ -27,6 +27,7 @@ JOURNEYS = {
     "compression",
     "deployment",
     "evaluate",
+    "evidence",
     "export",
     "finetune",
     "inspection",

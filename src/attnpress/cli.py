@@ -22,6 +22,8 @@ EXAMPLES = """examples:
   attnpress sweep recipes/sweeps/movie.yaml --output sweeps/movie
   attnpress sweep recipes/sweeps/movie.yaml --output sweeps/movie --set trials=80 --set search.rule=[relative,topk]
   attnpress report sweeps/movie -o front.html
+  attnpress evidence recipes/evidence/mrpc.yaml --output runs/mrpc --records records/evidence --list
+  attnpress evidence recipes/evidence/mrpc.yaml --output runs/mrpc --records records/evidence --only 8888-0.95
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -96,6 +98,16 @@ def build_parser() -> argparse.ArgumentParser:
     search.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="such as recipes/sweeps/movie.yaml")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
     search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
+    table = _command(
+        subparsers, "evidence", commands.evidence,
+        "run the cells of a table that have no record yet; the same command goes on after a kill",
+    )  # fmt: skip
+    table.add_argument("table", type=Path, metavar="TABLE.yaml")
+    _set_argument(table)
+    table.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="run folders, made if needed")
+    table.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="records of finished cells")
+    table.add_argument("--only", nargs="+", metavar="CELL", help="these cells only, by the names that --list prints")
+    table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and stop")
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
     )

@@ -144,6 +144,22 @@ def sweep(options: argparse.Namespace) -> int:
     return 0
 
 
+def evidence(options: argparse.Namespace) -> int:
+    """Run what a table lacks, or list it."""
+    from attnpress.evidence import EvidenceSpec, choose, missing, plan, run_missing
+
+    items = plan(load_spec(EvidenceSpec, options.table, options.set), options.output, options.records)
+    chosen = choose(items, options.only)
+    if options.list:
+        absent = missing(chosen)
+        for item in chosen:
+            print(f"{'missing' if item in absent else 'done':8}{item.name}")
+        return 0
+    _quiet_libraries()
+    run_missing(items, chosen, _stage_line)
+    return 0
+
+
 def validate(options: argparse.Namespace) -> int:
     """Check a recipe, and print it in full."""
     config = load_config(options.recipe, options.set)

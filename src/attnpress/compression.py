@@ -172,7 +172,11 @@ def _dense(run: Run) -> PreTrainedModel:
 
 def _dense_control(run: Run) -> PreTrainedModel:
     model = run.load(run.dense)
-    _train(run, model, "dense_control", run.config.compress)
+    # At the rate that suits a dense model without a teacher: a control that is trained badly would flatter the others.
+    same_steps = dataclasses.replace(
+        run.config.dense, epochs=run.config.compress.epochs, batch_size=run.config.compress.batch_size
+    )
+    _train(run, model, "dense_control", same_steps)
     return bind(model, DENSE)
 
 

@@ -254,7 +254,7 @@ class RunConfig:
         checkpoint: folder of an already fine-tuned dense model; the dense stage is then only evaluated.
         layers: attention modules with a spec of their own, by index from 0 or by a pattern of their names; what plain
             data (YAML, --set) does not say is as in `attention`. Where several keys name a module, the last counts.
-        dense_control: also train the dense model further, as long as the compressed one, and record it.
+        dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
         report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
@@ -278,7 +278,7 @@ class RunConfig:
         if not isinstance(layers, dict) or "attention" not in known.data:  # the mistake is reported where it is
             return layers
         common = dataclasses.asdict(known.data["attention"])
-        return {str(key): _merged(common, own) if isinstance(own, dict) else own for key, own in layers.items()}
+        return {str(key): merged(common, own) if isinstance(own, dict) else own for key, own in layers.items()}
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
@@ -288,11 +288,10 @@ class RunConfig:
         return self
 
 
-def _merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    nested = {
-        key: _merged(common[key], value) for key, value in own.items() if isinstance(value, dict) and key in common
-    }
-    return {**common, **own, **nested}
+def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Plain data of a spec with some of its keys changed, at any depth."""
+    inside = {key for key, value in own.items() if isinstance(value, dict) and isinstance(common.get(key), dict)}
+    return {**common, **own, **{key: merged(common[key], own[key]) for key in inside}}
 
 
 def choices(name: Any) -> tuple[str, ...]:

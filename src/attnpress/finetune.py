@@ -176,7 +176,7 @@ class CompressionTrainer(Trainer):
 
         Raises:
             DivergedError: see `train`.
-            ConfigError: see `distillation.check_gradients`.
+            ConfigError: see `check_gradients`.
         """
         if self.teacher is None or not model.training:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
@@ -191,7 +191,7 @@ class CompressionTrainer(Trainer):
     ) -> tuple[Tensor, Any]:
         with captured_outputs(self.accelerator.unwrap_model(model)) as seen:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        check_gradients(seen, self.distillation.attention)
+        check_gradients(seen, self.distillation)
         with torch.no_grad(), captured_outputs(teacher) as wanted:
             answers = teacher(**inputs)
         spec, tokens = self.distillation, inputs["attention_mask"]

@@ -10,8 +10,9 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from attnpress import deployment
 from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
+from attnpress.core.attention import Scales
 from attnpress.deployment import deploy, undeploy
-from attnpress.kernels import cpu
+from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.binding import attentions, bind
 from tests.kernels.factories import needs_kernel
@@ -78,6 +79,20 @@ def test_a_deployed_model_compiles_without_a_graph_break() -> None:
     expected = logits(model, make_batch(9))
     model.compile(backend="aot_eager", fullgraph=True)
     assert torch.equal(logits(model, make_batch(9)), expected)
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_inductor_calls_the_kernel_and_keeps_its_bits() -> None:
+    query, key, value = (torch.randn(2, 3, 9, 16, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+    spec, scales = AttentionSpec(), Scales(*(torch.full((1, 3, 1, 1), 0.02) for _ in range(3)))
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return ops.attention(query * 2, key, value, None, scales, None, spec, 0.25) + 1
+
+    cpu.load()
+    compiled = torch.compile(attend, fullgraph=True)  # the default backend generates and builds C++
+    assert torch.equal(compiled(query, key, value), attend(query, key, value))
 
 
 @needs_kernel

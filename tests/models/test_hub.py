@@ -169,7 +169,7 @@ def test_what_is_pushed_to_the_hub_is_what_is_saved(
     monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **arguments: SimpleNamespace(repo_id=name))
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
     monkeypatch.setattr(ModelCard, "load", no_card)
-    model: Any = make_compressed()  # published without a usable type of push_to_hub
+    model: Any = make_compressed()
     assert model.push_to_hub("me/compressed") == "me/compressed"
     assert {path.name for path in pushed.iterdir()} == {path.name for path in saved.iterdir()} | {"README.md"}
     for path in saved.iterdir():

@@ -8,7 +8,7 @@ import io
 import pytest
 from rich.console import Console
 
-from attnpress.report.render import TITLES, seeds_markdown, stage_rows, stages_markdown, stages_table
+from attnpress.report.render import TITLES, seeds_rows, stage_rows, stages_markdown, stages_table
 from attnpress.results import STAGES, Record, StageRecord
 
 BITS = {"q": 8, "k": 8, "v": 4, "p": None}
@@ -60,25 +60,7 @@ def test_a_run_that_has_just_begun_has_an_empty_table() -> None:
     assert stages_markdown(dataclasses.replace(make_record(), stages=[])).count("\n|") == 1
 
 
-def test_seeds_are_averaged_and_compared_with_a_dense_model_trained_as_long() -> None:
-    def scored(stage: StageRecord, name: str, score: float) -> StageRecord:
-        return dataclasses.replace(stage, name=name, metrics={"f1": score})
-
-    def eight_bits(seed: int, control: float, score: float) -> Record:
-        names = {"dense": 80.0, "dense_control": control, "progressive": score}
-        return make_record(
-            seed, *(scored(PROGRESSIVE if name == "progressive" else DENSE, name, names[name]) for name in names)
-        )
-
-    eight = [eight_bits(0, 84.0, 85.0), eight_bits(1, 86.0, 84.0)]
-    four = [make_record(seed, scored(DENSE, "dense", 80), scored(PROGRESSIVE, "progressive", 83.0)) for seed in (0, 2)]
-    lines = seeds_markdown({"8 bits": eight, "4 bits": four}).splitlines()
-    assert lines[0] == "| recipe | stage | f1 | against dense | sparsity | keys a row | seeds |"
-    assert "| 8 bits | pruned progressively | 84.50 ± 0.71 | -0.50 | 0.951 | 1.53 | 2 |" in lines
-    assert "| 4 bits | pruned progressively | 83.00 ± 0.00 | +1.00 | 0.951 | 1.53 | 2 |" in lines, "84 and its own 80"
-    assert "| 8 bits | dense | 80.00 ± 0.00 | -5.00 | 0.000 | 31.40 | 2 |" in lines
-
-
 def test_seeds_need_a_dense_stage_to_compare_with() -> None:
+    records = [make_record(0, PROGRESSIVE)]
     with pytest.raises(ValueError, match="no dense stage"):
-        seeds_markdown({"8 bits": [make_record(0, PROGRESSIVE)]})
+        seeds_rows(records, records)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import statistics
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -15,11 +14,11 @@ from typing import Any
 from attnpress.benchmark.machine import provenance
 from attnpress.benchmark.problem import Problem, make_problem, save_problem
 from attnpress.benchmark.sides import PEERS
-from attnpress.benchmark.turns import Side, in_turns
+from attnpress.benchmark.turns import Side, in_turns, median_of, paired_ratio, spread
 from attnpress.config import RunConfig
 from attnpress.kernels import cpu
 
-SECONDS = 2.0
+SECONDS = 4.0
 """How long each side of each problem is timed."""
 
 HELD = {
@@ -42,7 +41,7 @@ class Comparison:
         sparsity: measured over valid pairs, not what was asked for.
         target: of the kernel; peers are held to its instructions if ATTNPRESS_CPU_TARGET forces it.
         ours_ms, peer_ms: medians, in milliseconds.
-        ratio: peer over ours.
+        ratio: peer over ours, turn by turn; see `turns.paired_ratio`.
         spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
         provenance: versions, machine, and what the peer's process said of its instructions.
     """
@@ -172,19 +171,13 @@ def held() -> dict[str, str]:
     return HELD[cpu.active_target()] if os.environ.get(cpu.TARGET_VARIABLE) else {}
 
 
-def compared(times: Mapping[str, Sequence[float]], peer: str) -> dict[str, Any]:
+def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str) -> dict[str, Any]:
     """The fields of `Comparison` that follow from the times of "ours" and the peer."""
-    ours, theirs = (statistics.median(times[name]) for name in ("ours", peer))
+    ours, theirs = times["ours"], times[peer]
     return {
-        "target": cpu.active_target(), "peer": peer, "ours_ms": ours, "peer_ms": theirs, "ratio": theirs / ours,
-        "spread": spread(times["ours"]), "peer_spread": spread(times[peer]),
+        "target": cpu.active_target(), "peer": peer, "ours_ms": median_of(ours), "peer_ms": median_of(theirs),
+        "ratio": paired_ratio(theirs, ours), "spread": spread(ours), "peer_spread": spread(theirs),
     }  # fmt: skip
-
-
-def spread(times: Sequence[float]) -> float:
-    """Distance between the quartiles, as a fraction of the median."""
-    low, middle, high = statistics.quantiles(times, n=4)
-    return (high - low) / middle
 
 
 def _compare(problems: Iterable[Problem], peers: Sequence[str], threads: int, seconds: float) -> list[Timing]:
@@ -206,10 +199,10 @@ def _timings(
 
 
 def _timing(
-    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[float]], facts: dict[str, Any]
+    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]], facts: dict[str, Any]
 ) -> Timing:
     batch, heads, length, dim = problem.query.shape
-    product = statistics.median(times["product"])
+    product = median_of(times["product"])
     shared = compared(times, peer)
     return Timing(
         seq_len=length, batch=batch, heads=heads, head_dim=dim, sparsity=round(problem.sparsity, 4), threads=threads,

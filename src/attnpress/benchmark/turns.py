@@ -10,16 +10,18 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from types import TracebackType
 from typing import Any
 
-ROUNDS = 7
+ROUNDS = 15
 SETTLED = 0.05
 """A process whose threads together use less than this share of one processor is asleep."""
 
@@ -92,14 +94,34 @@ class Side:
         self._said.close()
 
 
-def in_turns(sides: Sequence[Side], seconds: float, rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Milliseconds of the calls of each prepared side, by its name; `seconds` each, in `rounds` turns."""
+def in_turns(sides: Sequence[Side], seconds: float, rounds: int = ROUNDS) -> dict[str, list[list[float]]]:
+    """Milliseconds of the calls in each turn of each prepared side, by its name; `seconds` each, in `rounds` turns."""
     settle()
-    times: dict[str, list[float]] = {side.name: [] for side in sides}
+    times: dict[str, list[list[float]]] = {side.name: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
-            times[side.name] += side.turn(seconds / rounds)
+            times[side.name].append(side.turn(seconds / rounds))
     return times
+
+
+def median_of(turns: Sequence[Sequence[float]]) -> float:
+    """Of all calls, whatever their turn."""
+    return statistics.median(chain.from_iterable(turns))
+
+
+def spread(turns: Sequence[Sequence[float]]) -> float:
+    """Distance between the quartiles of all calls, as a fraction of their median."""
+    low, middle, high = statistics.quantiles(chain.from_iterable(turns), n=4)
+    return (high - low) / middle
+
+
+def paired_ratio(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float:
+    """How many times longer theirs takes: the median over rounds, each comparing two turns that were close in time.
+
+    A shared machine is slow for seconds on end; both turns of a round then are, and their ratio hardly changes.
+    """
+    pairs = zip(theirs, ours, strict=True)
+    return statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
 
 
 def take_turn(run: Run, seconds: float) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnpress.config import ConfigError
+from attnpress.config import ConfigError, DistillationSpec
 
 
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
@@ -22,23 +22,6 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens:
     weight = tokens.view(*tokens.shape, 1, 1).to(teacher[0].dtype)
     errors = [((s - t) ** 2 * weight).sum() / (t**2 * weight).sum() for s, t in zip(student, teacher, strict=True)]
     return torch.stack(errors).mean()
-
-
-def check_gradients(student: Sequence[Tensor], weight: float) -> None:
-    """Refuse to distil attention outputs that no gradient can reach: the term would do nothing, and not say so.
-
-    Args:
-        student: as in `attention_loss`.
-        weight: of that loss.
-
-    Raises:
-        ConfigError: gradient checkpointing of the reentrant kind, whose forward pass records no gradient.
-    """
-    if weight > 0 and not any(output.requires_grad for output in student):
-        raise ConfigError(
-            "distillation.attention: attention outputs carry no gradient, as under reentrant gradient checkpointing; "
-            "use gradient checkpointing with use_reentrant=False, or set distillation.attention to 0"
-        )
 
 
 def logits_loss(student: Any, teacher: Any, temperature: float, tokens: Tensor) -> Tensor:
@@ -62,3 +45,16 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, hidden: Te
         student, teacher = student.masked_fill(hidden, lowest), teacher.masked_fill(hidden, lowest)
     ours, theirs = (F.log_softmax(logits.float() / temperature, -1) for logits in (student, teacher))
     return F.kl_div(ours, theirs, log_target=True, reduction="batchmean") * temperature**2
+
+
+def check_gradients(outputs: Sequence[Tensor], spec: DistillationSpec) -> None:
+    """Refuse to distil attention outputs that no gradient can reach: the term would do nothing, and not say so.
+
+    Raises:
+        ConfigError: gradient checkpointing of the reentrant kind, whose forward pass records no gradient.
+    """
+    if spec.attention > 0 and not any(output.requires_grad for output in outputs):
+        raise ConfigError(
+            "distillation.attention: attention outputs carry no gradient, as under reentrant gradient checkpointing; "
+            "use gradient checkpointing with use_reentrant=False, or set distillation.attention to 0"
+        )

@@ -221,6 +221,27 @@ def side_by_side(names: Sequence[str], panels: Mapping[str, Sequence[float]]) ->
     return figure
 
 
+@mpl.rc_context(STYLE)
+def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: Sequence[str] = ()) -> Figure:
+    """The same points over two quantities, side by side, with a line at zero.
+
+    Args:
+        panels: lines by the quantity's name; all panels have the same labels and series.
+        ylabel: shared.
+        logarithmic: panels whose quantity is drawn on a logarithmic axis.
+    """
+    figure = _figure(3.2)
+    figure.set_figwidth(2 * WIDTH)
+    for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
+        for line in lines:
+            axes.plot(line.x, line.y, "o-", ms=5, lw=1.4, color=COLORS[line.series % len(COLORS)], label=line.label)
+        axes.axhline(0, ls=":", color=THEME["ink"], lw=1)
+        axes.set(xlabel=quantity, xscale="log" if quantity in logarithmic else "linear")
+    figure.axes[0].set_ylabel(ylabel)
+    figure.axes[0].legend()
+    return figure
+
+
 def to_svg(figure: Figure, name: str) -> str:
     """The figure as SVG in the marker colours, the same text for the same figure: no dates, ids begin with `name`."""
     text = io.StringIO()

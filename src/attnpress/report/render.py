@@ -169,20 +169,6 @@ def stages_markdown(record: Record) -> str:
 SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys a row", "seeds")
 
 
-def seeds_markdown(groups: Mapping[str, Sequence[Record]]) -> str:
-    """Runs of the same recipes with several seeds, as Markdown: mean and standard deviation of each stage.
-
-    Args:
-        groups: records by the label of their recipe; one record a seed. "Against dense" compares with the dense model
-            that was trained equally long (stage dense_control) from the same dense weights, in whichever record it is.
-    """
-    every = [record for records in groups.values() for record in records]
-    header = tuple(column.format(metric=every[0].headline) for column in ("recipe", *SEEDS_COLUMNS))
-    rows = [(label, *row) for label, records in groups.items() for row in seeds_rows(records, every)]
-    rule = ("---", "---", *("---:" for _ in header[2:]))
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
-
-
 def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple[str, ...]]:
     """A row of SEEDS_COLUMNS for each stage of records that differ in their seed.
 
@@ -193,7 +179,7 @@ def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple
     Raises:
         ValueError: a record has no dense stage.
     """
-    controls = _controls(every)
+    controls = control_scores(every)
     return [_seeds_row(stage.name, records, controls) for stage in records[0].stages]
 
 
@@ -201,7 +187,7 @@ def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[str, floa
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
-    losses = [score - _reference(record, controls) for score, (record, _) in zip(scores, found, strict=True)]
+    losses = [score - reference_score(record, controls) for score, (record, _) in zip(scores, found, strict=True)]
     spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
     sparsity = statistics.mean(stage.sparsity for stage in stages)
     keys = statistics.mean(stage.keys_per_row for stage in stages)
@@ -211,13 +197,18 @@ def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[str, floa
     )  # fmt: skip
 
 
-def _controls(records: Iterable[Record]) -> dict[str, float]:
+def control_scores(records: Iterable[Record]) -> dict[str, float]:
     """Score of the dense model trained as long as the compressed one, by the hash of its first dense weights."""
     found = [(record, record.stage("dense_control")) for record in records]
     return {record.provenance["weights"]["dense"]: stage.metrics[record.headline] for record, stage in found if stage}
 
 
-def _reference(record: Record, controls: Mapping[str, float]) -> float:
+def reference_score(record: Record, controls: Mapping[str, float]) -> float:
+    """What a record is compared with: its dense model trained as long where `controls` has it, or else as it was.
+
+    Raises:
+        ValueError: the record has no dense stage.
+    """
     dense = record.stage("dense")
     if dense is None:
         raise ValueError("the record has no dense stage to compare with")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from attnpress.benchmark.turns import Side, SideError, in_turns, settle, take_turn
+from attnpress.benchmark.turns import Side, SideError, in_turns, median_of, paired_ratio, settle, spread, take_turn
 
 SIDES = """
 import os, sys, time
@@ -49,9 +49,16 @@ def test_sides_alternate_in_processes_of_their_own(make_side: MakeSide, tmp_path
     assert len({os.getpid(), *(fact["process"] for fact in facts)}) == 3
     assert [fact["capability"] for fact in facts] == [os.environ.get("ATEN_CPU_CAPABILITY"), "avx2"]
     assert set(times) == {"a", "b"}
-    assert all(found >= 30 for found in times["a"] + times["b"]), "milliseconds of calls of 30"
-    assert min(map(len, times.values())) >= 3
+    assert {name: len(turns) for name, turns in times.items()} == {"a": 3, "b": 3}
+    assert all(found >= 30 for turn in times["a"] + times["b"] for found in turn), "milliseconds of calls of 30"
     assert "".join(ch for ch, before in zip(log.read_text(), " " + log.read_text(), strict=False) if ch != before) == "ababab"  # fmt: skip # noqa: E501
+
+
+def test_a_machine_that_slows_down_for_a_while_leaves_the_ratio() -> None:
+    ours, theirs = [[1.0, 1.1, 1.0]] * 3 + [[5.0, 5.0]] * 2, [[3.0, 3.0]] * 3 + [[15.0]] * 2
+    assert paired_ratio(theirs, ours) == 3
+    assert median_of(ours) == 1.1
+    assert spread(ours) > 1
 
 
 def test_short_calls_are_warmed_up_and_long_ones_stand_alone() -> None:

@@ -1,0 +1,154 @@
+"""evidence: the cells of a table, each a recipe with something changed, run for its seeds; once each.
+
+The dense model of a seed is trained once, with its control, and every cell of that seed begins from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, field_validator
+from pydantic.dataclasses import dataclass
+
+from attnpress.compression import compress
+from attnpress.config import ConfigError, RunConfig, merged
+from attnpress.files import write_text
+from attnpress.recipe import parse_spec, spec_to_dict
+
+_STRICT = ConfigDict(extra="forbid")
+DENSE_CELL = "dense"
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CellSpec:
+    """One cell of the table.
+
+    Attributes:
+        seeds: one run for each.
+        change: what differs from the recipe, as plain data of a recipe.
+    """
+
+    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    change: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class EvidenceSpec:
+    """A row of the table: one task.
+
+    Attributes:
+        name: of the row; records are called NAME-CELL-seedN.json.
+        recipe: what all its cells share.
+        cells: by name; "dense" is kept for the dense models.
+    """
+
+    name: str
+    recipe: RunConfig
+    cells: dict[str, CellSpec]
+
+    @field_validator("cells")
+    @classmethod
+    def _free_names(cls, cells: dict[str, CellSpec]) -> dict[str, CellSpec]:
+        if DENSE_CELL in cells:
+            raise ValueError(f"{DENSE_CELL!r} is the name of the dense models; call the cell otherwise")
+        return cells
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """One run that the table asks for: its recipe, its stages, where it runs and where its record goes."""
+
+    cell: str
+    seed: int
+    config: RunConfig
+    stages: tuple[str, ...]
+    folder: Path
+    record: Path
+
+    @property
+    def name(self) -> str:
+        """Cell and seed."""
+        return f"{self.cell}-seed{self.seed}"
+
+
+def plan(spec: EvidenceSpec, output: Path, records: Path) -> list[Item]:
+    """All runs, in the order of the cells; before the first cell of a seed its dense model.
+
+    Raises:
+        ConfigError: a cell's change is not valid; the message names the cell.
+    """
+    return list(_items(spec, output, records))
+
+
+def choose(items: Sequence[Item], names: Collection[str] | None) -> list[Item]:
+    """Those of the named cells or runs, such as "dense" or "dense-seed1"; None is all.
+
+    Raises:
+        ConfigError: no such cell; the message names those that there are.
+    """
+    known = {item.cell for item in items} | {item.name for item in items}
+    if unknown := sorted(set(names or ()) - known):
+        raise ConfigError(f"--only {unknown[0]}: no such cell; there are {', '.join(item.name for item in items)}")
+    return [item for item in items if names is None or {item.cell, item.name} & set(names)]
+
+
+def missing(items: Sequence[Item]) -> list[Item]:
+    """Those without a record."""
+    return [item for item in items if not item.record.is_file()]
+
+
+def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[[str], None] = print) -> None:
+    """Run what has no record, and the dense models that it needs; a run that was interrupted goes on.
+
+    Args:
+        items: of `plan`.
+        chosen: those of them to run.
+        notify: is given one line when a run or one of its stages begins.
+
+    Raises:
+        ConfigError, TaskError, ModelError, DivergedError: as `compress` does; runs before it stay recorded.
+    """
+    dense = {item.seed: item for item in items if item.cell == DENSE_CELL}
+    left = missing(chosen)
+    for number, item in enumerate(left, start=1):
+        notify(f"run {number} of {len(left)}: {item.record.stem}")
+        if item.config.checkpoint is not None and not item.config.checkpoint.is_dir():
+            _run(dense[item.seed], notify)
+        _run(item, notify)
+
+
+def _run(item: Item, notify: Callable[[str], None]) -> None:
+    compress(item.config, item.folder, notify, stages=item.stages)
+    record = item.folder / "record.json"
+    write_text(item.record, record.read_text(encoding="utf-8"))
+
+
+def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
+    begun: set[int] = set()
+    for cell, found in spec.cells.items():
+        for seed in found.seeds:
+            if seed not in begun:
+                begun.add(seed)
+                config = dataclasses.replace(spec.recipe, seed=seed, dense_control=True)
+                yield _item(spec, DENSE_CELL, config, ("dense", "dense_control"), output, records)
+            change = {**found.change, "seed": seed, "dense_control": False}
+            change["checkpoint"] = str(output / f"{DENSE_CELL}-seed{seed}" / "dense")
+            config = _changed(spec.recipe, change, cell)
+            yield _item(spec, cell, config, ("dense", "quantized", "one_shot", "progressive"), output, records)
+
+
+def _item(
+    spec: EvidenceSpec, cell: str, config: RunConfig, stages: tuple[str, ...], output: Path, records: Path
+) -> Item:
+    stem = f"{cell}-seed{config.seed}"
+    return Item(cell, config.seed, config, stages, output / stem, records / f"{spec.name}-{stem}.json")
+
+
+def _changed(recipe: RunConfig, change: dict[str, Any], cell: str) -> RunConfig:
+    try:
+        return parse_spec(RunConfig, merged(spec_to_dict(recipe), change))
+    except ConfigError as error:
+        raise ConfigError(f"cells.{cell}.change:\n{error}") from None

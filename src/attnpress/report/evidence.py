@@ -1,0 +1,148 @@
+"""The table of evidence and its figure, from records alone: each task's cells, seed by seed beside the dense model."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from attnpress.report.plots import Line
+from attnpress.report.render import TITLES, control_scores, reference_score
+from attnpress.results import Record, StageRecord, read_record
+
+Cells = Mapping[str, Sequence[Record]]
+"""Records of one task by the name of their cell, one a seed."""
+
+DENSE_CELL = "dense"
+DETAILED = "0.95"
+"""Cells of this sparsity also show what quantizing and pruning do without training."""
+PADDED = {"squad": 384}
+"""Customary padded length, where it is not 128."""
+COLUMNS = (
+    "bits, asked", "stage", "{metric}", "against dense", "sparsity", "padded to {length}", "keys a row",
+    "bit operations left", "bytes of P left", "seeds",
+)  # fmt: skip
+
+
+def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
+    """Records called TASK-CELL-seedN.json, by task and cell: dense first, then most bits, then least sparsity."""
+    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    for path in sorted(folder.glob("*-seed*.json")):
+        if match := re.fullmatch(r"([a-z0-9]+)-(.+)-seed\d+", path.stem):
+            found[match[1]][match[2]].append(read_record(path))
+    return {task: {cell: cells[cell] for cell in sorted(cells, key=_place)} for task, cells in found.items()}
+
+
+def _place(cell: str) -> tuple[bool, int, str]:
+    bits, _, asked = cell.partition("-")
+    return cell != DENSE_CELL, -int(bits) if bits.isdigit() else 0, asked
+
+
+def padded_to(stage: StageRecord, length: int) -> float:
+    """Sparsity over sequences padded to another length than the stage's own: the survivors stay as many."""
+    return 1 - (1 - stage.padded_sparsity) * (stage.padded_length / length) ** 2
+
+
+def evidence_markdown(task: str, cells: Cells) -> str:
+    """The table of one task: mean and standard deviation over seeds of each cell.
+
+    Args:
+        task: its name.
+        cells: "against dense" compares each record with the dense model that was trained equally long from the same
+            weights, or as it was before that where no record of it is given.
+    """
+    every = [record for records in cells.values() for record in records]
+    length = PADDED.get(task, 128)
+    header = [column.format(metric=every[0].headline, length=length) for column in COLUMNS]
+    rows = [
+        _row(label, stage, records, control_scores(every), length)
+        for cell, records in cells.items()
+        for label, stage in _stages(cell, records)
+    ]
+    rule = ["---", "---", *("---:" for _ in header[2:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
+def caption(cells: Cells, hidden: int) -> str:
+    """What the table was measured on, the floor, and how much of the whole model attention is.
+
+    Args:
+        cells: of one task.
+        hidden: width of the model, whose feed-forward layers are four times as wide.
+    """
+    record = next(record for records in cells.values() for record in records)
+    rows = record.provenance["rows"]
+    keys = record.stages[0].keys_per_row
+    share = keys / (keys + 6 * hidden)
+    floor = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    return (
+        f"Trained on {rows['train']:,} rows, evaluated on {rows['eval']:,}; a query has {keys:.1f} valid keys, so "
+        f"attention is {share:.1%} of the model's multiply-accumulates.{floor}"
+    )
+
+
+def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line]]:
+    """For each task, what progressive pruning loses against the dense model by sparsity, and by keys kept a row.
+
+    Args:
+        tasks: cells by task.
+        bits: of the cells that are drawn, as their names begin.
+    """
+    by_sparsity, by_keys = [], []
+    for series, (task, cells) in enumerate(tasks.items()):
+        every = [record for records in cells.values() for record in records]
+        points = sorted(
+            point
+            for cell, records in cells.items()
+            if cell.startswith(bits)
+            for point in _points(records, control_scores(every))
+        )
+        if points:
+            lost, sparsity, keys = ([point[index] for point in points] for index in (2, 0, 1))
+            by_sparsity.append(Line(task, sparsity, lost, series))
+            by_keys.append(Line(task, keys, lost, series))
+    return by_sparsity, by_keys
+
+
+def _points(records: Sequence[Record], known: Mapping[str, float]) -> Iterable[tuple[float, float, float]]:
+    found = [(record, stage) for record in records if (stage := record.stage("progressive"))]
+    if found:
+        yield (
+            statistics.mean(stage.sparsity for _, stage in found),
+            statistics.mean(stage.keys_per_row for _, stage in found),
+            statistics.mean(_lost(record, stage, known) for record, stage in found),
+        )
+
+
+def _lost(record: Record, stage: StageRecord, known: Mapping[str, float]) -> float:
+    return stage.metrics[record.headline] - reference_score(record, known)
+
+
+def _stages(cell: str, records: Sequence[Record]) -> list[tuple[str, str]]:
+    if cell == DENSE_CELL:
+        return [("float", stage.name) for stage in records[0].stages]
+    bits, _, asked = cell.partition("-")
+    label = f"{'/'.join(bits)}, {asked}"
+    names = ("quantized", "one_shot", "progressive") if asked == DETAILED else ("progressive",)
+    return [(label, name) for name in names if records[0].stage(name)]
+
+
+def _row(label: str, name: str, records: Sequence[Record], known: Mapping[str, float], length: int) -> list[str]:
+    found = [(record, stage) for record in records if (stage := record.stage(name))]
+    stages = [stage for _, stage in found]
+    scores = [stage.metrics[record.headline] for record, stage in found]
+    lost = [_lost(record, stage, known) for record, stage in found]
+    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
+    left = [
+        statistics.mean(stage.work[f"{kind}_remaining"] / stage.work[f"{kind}_dense"] for stage in stages)
+        for kind in ("bit_operations", "bytes")
+    ]
+    return [
+        label, TITLES[name], f"{statistics.mean(scores):.2f}{spread}", f"{statistics.mean(lost):+.2f}",
+        f"{statistics.mean(stage.sparsity for stage in stages):.3f}",
+        f"{statistics.mean(padded_to(stage, length) for stage in stages):.4f}",
+        f"{statistics.mean(stage.keys_per_row for stage in stages):.2f}",
+        *(f"{share:.1%}" for share in left), str(len(scores)),
+    ]  # fmt: skip

@@ -1,0 +1,103 @@
+"""A table of evidence: what is planned, what is missing, and that a cell is run once, from the one dense model."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from attnpress.cli import main
+from attnpress.config import ConfigError, RunConfig
+from attnpress.evidence import CellSpec, EvidenceSpec, choose, missing, plan
+from attnpress.recipe import dump_config, load_spec, parse_spec
+from attnpress.results import read_record
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def spec(tiny_recipe: RunConfig) -> EvidenceSpec:
+    cells = {
+        "8888-0.50": CellSpec((0,), {"attention": {"sparsity": 0.5}}),
+        "4444-0.50": CellSpec((0,), {"attention": {"sparsity": 0.5, "q": {"bits": 4}, "k": {"bits": 4}}}),
+    }
+    return EvidenceSpec("tiny", tiny_recipe, cells)
+
+
+@pytest.fixture(scope="module")
+def done(spec: EvidenceSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the first cell was asked for."""
+    folder = tmp_path_factory.mktemp("evidence")
+    (folder / "table.yaml").write_text(dump_config(spec), encoding="utf-8")
+    assert main(command(folder, "--only", "8888-0.50")) == 0
+    return folder
+
+
+def command(folder: Path, *more: str) -> list[str]:
+    records = ["--records", str(folder / "records")]
+    return ["evidence", str(folder / "table.yaml"), "--output", str(folder / "runs"), *records, *more]
+
+
+def test_cells_differ_from_the_recipe_in_what_they_say(spec: EvidenceSpec, tmp_path: Path) -> None:
+    dense, eight, four = plan(spec, tmp_path, tmp_path)
+    assert [item.name for item in (dense, eight, four)] == ["dense-seed0", "8888-0.50-seed0", "4444-0.50-seed0"]
+    assert dense.stages == ("dense", "dense_control")
+    assert dense.config.dense_control
+    assert eight.config == dataclasses.replace(
+        spec.recipe, attention=dataclasses.replace(spec.recipe.attention, sparsity=0.5), seed=0,
+        checkpoint=tmp_path / "dense-seed0" / "dense",
+    )  # fmt: skip
+    assert four.config.attention.bits == {"q": 4, "k": 4, "v": 8, "p": 8}
+
+
+def test_the_dense_model_of_a_cell_is_trained_first_and_shared(done: Path) -> None:
+    cell, dense = (read_record(done / "records" / f"tiny-{name}-seed0.json") for name in ("8888-0.50", "dense"))
+    assert [stage.name for stage in dense.stages] == ["dense", "dense_control"]
+    assert [stage.name for stage in cell.stages] == ["dense", "quantized", "one_shot", "progressive"]
+    assert cell.provenance["weights"]["dense"] == dense.provenance["weights"]["dense"]
+    assert dense.training["dense_control"][-1]["step"] == cell.training["progressive"][-1]["step"], "trained as long"
+
+
+def test_what_has_a_record_is_not_run_again(done: Path, spec: EvidenceSpec, capsys: pytest.CaptureFixture[str]) -> None:
+    items = plan(spec, done / "runs", done / "records")
+    assert [item.name for item in missing(items)] == ["4444-0.50-seed0"]
+    assert main(command(done, "--list")) == 0
+    assert capsys.readouterr().out.split() == ["done", "dense-seed0", "done", "8888-0.50-seed0", "missing", "4444-0.50-seed0"]  # fmt: skip # noqa: E501
+    before = (done / "records" / "tiny-8888-0.50-seed0.json").stat().st_mtime_ns
+    assert main(command(done, "--only", "8888-0.50-seed0")) == 0
+    assert "run" not in capsys.readouterr().out
+    assert (done / "records" / "tiny-8888-0.50-seed0.json").stat().st_mtime_ns == before
+
+
+def test_a_lost_record_is_taken_from_the_finished_run(done: Path, tmp_path: Path) -> None:
+    shutil.copytree(done, tmp_path, dirs_exist_ok=True)
+    record = tmp_path / "records" / "tiny-8888-0.50-seed0.json"
+    record.unlink()
+    # The cell names its dense model by the folder it began in, so the copy stands for that folder.
+    assert main([*command(done)[:-1], str(tmp_path / "records"), "--only", "8888-0.50"]) == 0
+    assert read_record(record) == read_record(done / "records" / record.name)
+
+
+def test_unknown_cells_and_bad_changes_are_named(spec: EvidenceSpec, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--only 9999: no such cell; there are dense-seed0, 8888-0\.50-seed0"):
+        choose(plan(spec, tmp_path, tmp_path), ["9999"])
+    wrong = dataclasses.replace(spec, cells={"a": CellSpec((0,), {"attention": {"sparsty": 0.5}})})
+    with pytest.raises(
+        ConfigError, match=r"cells\.a\.change:\nattention\.sparsty: unknown key; did you mean 'sparsity'"
+    ):
+        plan(wrong, tmp_path, tmp_path)
+    data: dict[str, Any] = {"name": "x", "recipe": {}, "cells": {"dense": {"seeds": [0]}}}
+    with pytest.raises(ConfigError, match="call the cell otherwise"):
+        parse_spec(EvidenceSpec, data)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "evidence").glob("*.yaml")), ids=lambda path: path.stem)
+def test_committed_tables_are_what_their_cells_are_called(path: Path, tmp_path: Path) -> None:
+    for item in plan(load_spec(EvidenceSpec, path), tmp_path, tmp_path):
+        if item.cell != "dense":
+            bits, _, asked = item.cell.partition("-")
+            assert "".join(str(value) for value in item.config.attention.bits.values()) == bits
+            assert item.config.attention.sparsity == pytest.approx(float(asked), abs=0.0021)

@@ -1,0 +1,77 @@
+"""The table of evidence: which records are compared with which, and what is worked out from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from attnpress.report.evidence import caption, evidence_markdown, losses, padded_to, read_cells
+from attnpress.results import Record, StageRecord, to_json
+
+WORK = {f"{kind}_{side}": 10 if side == "remaining" else 100 for kind in ("bit_operations", "bytes") for side in ("dense", "remaining")}  # fmt: skip # noqa: E501
+BITS = dict.fromkeys("qkvp", 8)
+
+
+def stage(name: str, score: float, sparsity: float = 0.95, keys: float = 2.0) -> StageRecord:
+    return StageRecord(name, {"f1": score}, sparsity, sparsity, 0.96, 64, 0.0, keys, BITS, 200, 105, WORK, [], 1.0)
+
+
+def record(seed: int, *stages: StageRecord) -> Record:
+    provenance = {"rows": {"train": 4000, "eval": 408}, "seed": seed, "weights": {"dense": f"hash {seed}"}}
+    return Record({}, "f1", 81.22, provenance, list(stages))
+
+
+@pytest.fixture
+def cells() -> dict[str, list[Record]]:
+    dense = [
+        record(seed, stage("dense", 80.0, 0, 50), stage("dense_control", control, 0, 50))
+        for seed, control in enumerate([84.0, 86.0])
+    ]
+    eight = [
+        record(seed, *(stage(name, score) for name in ("dense", "quantized", "one_shot", "progressive")))
+        for seed, score in enumerate([85.0, 84.0])
+    ]
+    other = [record(7, stage("dense", 80.0), stage("progressive", 83.0, 0.9, 5.0))]
+    return {"dense": dense, "8888-0.95": eight, "4444-0.90": other}
+
+
+def test_each_seed_is_compared_with_its_dense_model_trained_as_long(cells: dict[str, list[Record]]) -> None:
+    lines = evidence_markdown("mrpc", cells).splitlines()
+    assert "| f1 | against dense | sparsity | padded to 128 | keys a row |" in lines[0]
+    figures = "0.950 | 0.9900 | 2.00 | 10.0% | 10.0% | 2 |"
+    assert f"| 8/8/8/8, 0.95 | pruned progressively | 84.50 ± 0.71 | -0.50 | {figures}" in lines
+    assert sum("8/8/8/8" in line for line in lines) == 3, "quantized, at once, progressively"
+    assert "| float | dense, trained as long | 85.00 ± 1.41 | +0.00 |" in "\n".join(lines)
+    assert lines[-1].startswith("| 4/4/4/4, 0.90 | pruned progressively | 83.00 | +3.00 | 0.900 |"), "its own dense: 80"
+
+
+def test_the_figure_has_a_point_for_each_cell(cells: dict[str, list[Record]]) -> None:
+    lines = [line for bits in ("8888", "4444") for panel in losses({"mrpc": cells}, bits) for line in panel]
+    assert [(line.label, line.x, line.y) for line in lines] == [
+        ("mrpc", [0.95], [-0.5]), ("mrpc", [2.0], [-0.5]), ("mrpc", [0.9], [3.0]), ("mrpc", [5.0], [3.0]),
+    ]  # fmt: skip
+
+
+def test_survivors_stay_when_padding_grows() -> None:
+    # Two sequences of 64, 4 % of 64 x 64 pairs left: of 128 x 128 it is a quarter of that.
+    assert padded_to(stage("progressive", 1), 128) == pytest.approx(0.99)
+    assert padded_to(stage("progressive", 1), 64) == 0.96
+
+
+def test_the_caption_says_what_attention_weighs(cells: dict[str, list[Record]]) -> None:
+    said = caption(cells, hidden=100)
+    assert "Trained on 4,000 rows, evaluated on 408" in said
+    assert "7.7% of the model" in said, "50 keys: 2 * 100 * 50 of attention, 12 * 100 * 100 of linear layers a token"
+    assert "81.22" in said
+    one = {"dense": [dataclasses.replace(cells["dense"][0], majority=None)]}
+    assert "commonest" not in caption(one, 100)
+
+
+def test_records_are_found_by_their_names(cells: dict[str, list[Record]], tmp_path: Path) -> None:
+    for name in ("mrpc-dense-seed0", "mrpc-8888-0.95-seed1", "sst2-8888-0.95-seed0"):
+        (tmp_path / f"{name}.json").write_text(to_json(cells["dense"][0]))
+    (tmp_path / "demo.json").write_text("no record")
+    found = read_cells(tmp_path)
+    assert {task: list(rows) for task, rows in found.items()} == {"mrpc": ["dense", "8888-0.95"], "sst2": ["8888-0.95"]}
