@@ -1,4 +1,4 @@
-"""Write the tables and pictures of README.md and results.md from the committed records: `python docs/fill_tables.py`.
+"""Write the tables and pictures of README.md and of pages here from committed records: `python docs/fill_tables.py`.
 
 A test holds them equal.
 """
@@ -10,9 +10,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+from attnpress.board_record import BoardRecord, read_board
 from attnpress.evidence import EvidenceSpec, missing, plan
 from attnpress.recipe import load_spec
 from attnpress.report.evidence import Cells, caption, evidence_markdown, losses, read_cells
+from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, stages_markdown
 from attnpress.results import Record, read_record
@@ -21,7 +23,8 @@ ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
-PAGES = ("README.md", "docs/results.md")
+BOARD_PICTURE = "docs/figures/leaderboard.svg"
+PAGES = ("README.md", "docs/results.md", "docs/leaderboard.md")
 README_CELLS = ("dense", "8888-0.95", "4444-0.95")
 BITS = "8888"
 MINILM_WIDTH = 384
@@ -41,7 +44,31 @@ def tables() -> dict[str, str]:
         "missing": missing_in_words(),
         **{f"evidence_{task}": evidence(tasks.get(task), task) for task in ("mrpc", "sst2", "cola", "rte", "squad")},
         "families": families_markdown(rows),
+        "board": board_markdown(board()),
+        "boardpicture": f"![{figure_words(board())}]({Path(BOARD_PICTURE).relative_to('docs')})",
+        "boardrules": board_rules_markdown(board()),
     }
+
+
+def board() -> BoardRecord:
+    """The committed leaderboard, as far as it was run."""
+    return read_board(ROOT / "records" / "leaderboard")
+
+
+def board_picture() -> str:
+    """Score against achieved sparsity of each rule, as SVG."""
+    return recolored(to_svg(board_figure(board()), "leaderboard"), PRINT)
+
+
+def board_rules_markdown(record: BoardRecord) -> str:
+    """Each rule of the leaderboard, where it is described, and what its recipe changes."""
+    lines = ["| name | described by | rule here | schedule | stage |", "| --- | --- | --- | --- | --- |"]
+    for name, entry in record.board["rules"].items():
+        changes = {"rule": "relative", **entry["attention"]}
+        said = ", ".join(f"`{key}: {value}`" for key, value in changes.items())
+        schedule = ", ".join(f"{key} {value}" for key, value in entry["schedule"].items()) or "none"
+        lines.append(f"| {name} | {entry['source']} | {said} | {schedule} | {entry['stage']} |")
+    return "\n".join(lines)
 
 
 def demo_record() -> Record:
@@ -119,6 +146,6 @@ if __name__ == "__main__":
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
+    (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
     for page in PAGES:
-        text = (ROOT / page).read_text(encoding="utf-8")
-        (ROOT / page).write_text(filled(text), encoding="utf-8")
+        (ROOT / page).write_text(filled((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

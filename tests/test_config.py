@@ -65,9 +65,14 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"sparsity": 1}}, r"attention\.sparsity: .*less than 1 \(found 1\)"),
     ({"attention": {"sparsity": -0.1}}, r"attention\.sparsity: .*greater than or equal to 0 \(found -0\.1\)"),
     ({"attention": {"sparsity": float("nan")}}, r"attention\.sparsity: .*\(found nan\)"),
-    ({"attention": {"rule": "top-k"}}, r"attention\.rule: .*'topk' or 'mass' \(found 'top-k'\)"),
+    ({"attention": {"rule": "top-k"}}, r"attention\.rule: .*'mass' or 'nm' \(found 'top-k'\)"),
     ({"attention": {"threshold": 0}}, r"attention\.threshold: .*greater than 0"),
     ({"attention": {"rule": "topk", "threshold": 0.5}}, "threshold: rule 'topk' keeps a count.*set sparsity instead"),
+    ({"attention": {"rule": "nm", "threshold": 0.5}}, "threshold: rule 'nm' keeps a count.*set sparsity instead"),
+    ({"attention": {"rule": "nm", "sparsity": 0.9}}, "sparsity: rule 'nm' prunes 0.25, 0.5 or 0.75 .* not 0.9"),
+    ({"attention": {"rule": "topk", "threshold_penalty": 1.0}}, "threshold_penalty: .* need rule relative"),
+    ({"attention": {"p": {"mode": "unit"}, "threshold_penalty": 1.0}}, "threshold_penalty: .* p.mode row"),
+    ({"attention": {"sparsity": 0.9, "threshold_penalty": 1.0}}, "schedule.start: give the sparsity at which trained"),
     ({"attention": {"q": {"granularity": "channel"}}}, r"q\.granularity: 'channel' cannot leave .*use tensor, head"),
     ({"attention": {"k": {"granularity": "token"}}}, r"k\.granularity: 'token' cannot leave .*use tensor or head"),
     ({"attention": {"v": {"granularity": "token"}}}, r"v\.granularity: 'token' cannot .*use tensor, head or channel"),
@@ -77,7 +82,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"sparsety": 0.5}}, r"attention\.sparsety: unknown key; did you mean 'sparsity'\?"),
     ({"attention": {"q": {"bitz": 8}}}, r"attention\.q\.bitz: unknown key; did you mean 'bits'\?"),
     ({"zzz": 1}, r"zzz: unknown key; known keys: model, checkpoint, data"),
-    ({"schedule": {"kind": "cosine"}}, r"schedule\.kind: .*'constant', 'linear', 'cubic' or 'step' \(found 'cosine'\)"),
+    ({"schedule": {"kind": "cosine"}}, r"schedule\.kind: .*'cubic', 'step' or 'fixed' \(found 'cosine'\)"),
     ({"schedule": {"begin": 0.8, "end": 0.5}}, r"begin: must not exceed end \(0\.8 > 0\.5\)"),
     ({"dense": {"learning_rate": float("inf")}}, r"dense\.learning_rate: .*finite"),
     ({"compress": {"batch_size": 0}}, r"compress\.batch_size: .*greater than or equal to 1"),
@@ -110,4 +115,4 @@ def test_a_spec_made_in_python_is_checked_too(bits: int) -> None:
 
 
 def test_choices_are_those_of_the_type() -> None:
-    assert choices(RuleName) == ("relative", "threshold", "topk", "mass")
+    assert choices(RuleName) == ("relative", "threshold", "topk", "mass", "nm")

@@ -31,13 +31,27 @@ JOURNEYS = {
     "export",
     "finetune",
     "inspection",
+    "listing",
+    "leaderboard",
     "live",
     "run_folder",
     "sampling",
     "sweep",
     "tasks",
+    "teacher",
 }
-BELOW_JOURNEYS = {"config", "recipe", "files", "results", "samples", "sweep_record", "core", "kernels", "models"}
+BELOW_JOURNEYS = {
+    "config",
+    "recipe",
+    "files",
+    "results",
+    "samples",
+    "sweep_record",
+    "board_record",
+    "core",
+    "kernels",
+    "models",
+}
 ARROWS: dict[str, set[str]] = {
     "config": set(),
     "recipe": {"config"},
@@ -45,11 +59,12 @@ ARROWS: dict[str, set[str]] = {
     "results": set(),
     "samples": set(),
     "sweep_record": {"results"},
+    "board_record": {"results"},
     "core": {"config"},
     "kernels": {"config", "core"},
     "models": {"config", "recipe", "files", "core"},
     "registration": {"models"},
-    "report": {"results", "samples", "sweep_record"},
+    "report": {"results", "samples", "sweep_record", "board_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
     "cli": {"commands"},
     "commands": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
@@ -58,7 +73,17 @@ ARROWS: dict[str, set[str]] = {
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "transformers": ("models", "tasks", "finetune", "live", "evaluate", "export", "compression", "sweep.study"),
+    "transformers": (
+        "models",
+        "tasks",
+        "finetune",
+        "live",
+        "evaluate",
+        "export",
+        "compression",
+        "sweep.study",
+        "teacher",
+    ),
     "datasets": ("tasks",),
     "matplotlib": ("report.plots",),
     "optuna": ("sweep",),

@@ -47,26 +47,31 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
             module.observers = None
-    fit_thresholds(model, kept)
+    _fit(model, kept, modules)
 
 
 def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode.
 
+    Trained thresholds (`spec.threshold_penalty`) stay as they are.
+
     Raises:
         ValueError: the batches hold nothing but padding; the model is not bound.
     """
-    modules = {name: module for name, module in _bound(model).items() if not module.spec.is_dense}
-    kept = list(batches)
-    for _ in range(1 + REFITS):
-        with watching(modules.values(), slice(None)):
-            for _ in outputs(model, kept):
+    _fit(model, list(batches), [module for module in _bound(model).values() if module.spec.threshold_penalty is None])
+
+
+def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    fitted = [module for module in modules if not module.spec.is_dense]
+    for _ in range(1 + REFITS if fitted else 0):
+        with watching(fitted, slice(None)):
+            for _ in outputs(model, batches):
                 pass
-        for module in modules.values():
+        for module in fitted:
             _, pairs = module.take_seen(0.0, reduce_over_ranks)
             if pairs == 0:  # whatever the rule: one that fits nothing would go on with scales of nothing
                 raise ValueError("the batches hold no valid pair of tokens, only padding: calibrate on real batches")
-            module.set_sparsity(module.spec.sparsity)
+            module.fit()
 
 
 def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:

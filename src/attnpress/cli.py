@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import TypeAlias
 
 from attnpress import commands
 
@@ -24,6 +25,7 @@ EXAMPLES = """examples:
   attnpress report sweeps/movie -o front.html
   attnpress evidence recipes/evidence/mrpc.yaml --output runs/mrpc --records records/evidence --list
   attnpress evidence recipes/evidence/mrpc.yaml --output runs/mrpc --records records/evidence --only 8888-0.95
+  attnpress leaderboard recipes/leaderboard.yaml --output runs/leaderboard --set tasks.mrpc.data.data_dir=glue/MRPC
   attnpress validate recipes/demo.yaml --set attention.sparsity=0.95
   attnpress ls tasks
   attnpress ls backends
@@ -31,6 +33,9 @@ EXAMPLES = """examples:
   attnpress bench --from runs/demo --layer 0 5 --batch 8 --peers sdpa openvino
   attnpress bench --whole-model minilm bert-base --seq-len 128 384 512 --peers sdpa eager
 """
+
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -57,6 +62,13 @@ def build_parser() -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(
         title="commands", required=True, metavar="COMMAND", description="attnpress COMMAND --help says more"
     )
+    _add_one_run(subparsers)
+    _add_many_runs(subparsers)
+    _add_looks(subparsers)
+    return parser
+
+
+def _add_one_run(subparsers: Commands) -> None:
     compress = _command(subparsers, "compress", commands.compress, "run a recipe, or go on with an interrupted run")
     _recipe_arguments(compress)
     compress.add_argument("--output", type=Path, required=True, metavar="RUN_DIR", help="run folder, made if needed")
@@ -77,19 +89,13 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
     export.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the batch traced (default: 4)")
     _set_argument(export)
-    report = _command(subparsers, "report", commands.report, "draw runs as one page, from their records alone")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, records, sweep folders")
-    report.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html",
-        help="default: report.html; its figures go to FILE-figures beside it",
-    )  # fmt: skip
-    report.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help="timings of `bench --json`")
-    look = _command(
-        subparsers, "inspect", commands.inspect, "look at each head of a model, and suggest a spec to begin with"
+    validate = _command(
+        subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
     )
-    look.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
-    look.add_argument("--text", nargs="+", required=True, help="texts such as the model will see; several are better")
-    look.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+    _recipe_arguments(validate)
+
+
+def _add_many_runs(subparsers: Commands) -> None:
     search = _command(
         subparsers, "sweep", commands.sweep,
         "search bits, sparsity, rule and layers for the best metric at the least work; the same command goes on after "
@@ -108,17 +114,35 @@ def build_parser() -> argparse.ArgumentParser:
     table.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="records of finished cells")
     table.add_argument("--only", nargs="+", metavar="CELL", help="these cells only, by the names that --list prints")
     table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and stop")
-    validate = _command(
-        subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
+    board = _command(
+        subparsers, "leaderboard", commands.leaderboard,
+        "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing",
+    )  # fmt: skip
+    board.add_argument("board", type=Path, metavar="BOARD.yaml")
+    board.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the board")
+    board.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="its folder, made if needed")
+
+
+def _add_looks(subparsers: Commands) -> None:
+    report = _command(subparsers, "report", commands.report, "draw runs as one page, from their records alone")
+    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, records, sweep folders")
+    report.add_argument(
+        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html",
+        help="default: report.html; its figures go to FILE-figures beside it",
+    )  # fmt: skip
+    report.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help="timings of `bench --json`")
+    look = _command(
+        subparsers, "inspect", commands.inspect, "look at each head of a model, and suggest a spec to begin with"
     )
-    _recipe_arguments(validate)
+    look.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
+    look.add_argument("--text", nargs="+", required=True, help="texts such as the model will see; several are better")
+    look.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     listing = _command(subparsers, "ls", commands.ls, "list what recipes can name, and the backends of this machine")
     listing.add_argument("what", choices=["tasks", "rules", "schedules", "observers", "backends"])
     _bench_arguments(_command(subparsers, "bench", commands.bench, "time the compiled kernel against other attention"))
-    return parser
 
 
-def _command(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:  # fmt: skip # noqa: E501
+def _command(subparsers: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:  # fmt: skip # noqa: E501
     lines = [line for line in EXAMPLES.splitlines() if f"attnpress {name} " in line]
     parser = subparsers.add_parser(
         name, help=text, description=text.capitalize() + ".", epilog="examples:\n" + "\n".join(lines),

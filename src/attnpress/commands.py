@@ -11,28 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from attnpress.config import ConfigError, ObserverName, RuleName, RunConfig, ScheduleName, choices
+from attnpress.config import ConfigError, RunConfig
 from attnpress.files import whole_folder, write_text
 from attnpress.recipe import dump_config, load_config, load_spec
-
-RULES = {
-    "relative": "keep p >= tau times the row maximum; decided on integers, before any exponential (default)",
-    "threshold": "keep P >= theta, the reading of the published method",
-    "topk": "keep the k largest of each row, ties to the lower index",
-    "mass": "keep the smallest set of keys whose P adds up to gamma",
-}
-SCHEDULES = {
-    "constant": "the target from the first step on",
-    "linear": "a straight rise from begin to end",
-    "cubic": "fast at first, slow near the target (Zhu and Gupta 2017; default)",
-    "step": "equal jumps",
-}
-OBSERVERS = {
-    "absmax": "the largest magnitude seen",
-    "ema": "moving average of the batches' largest magnitudes (default at 5 to 8 bits)",
-    "percentile": "the 99.99th percentile of magnitudes",
-    "mse": "the clipping point of least squared error (default up to 4 bits)",
-}
 
 
 def compress(options: argparse.Namespace) -> int:
@@ -160,6 +141,21 @@ def evidence(options: argparse.Namespace) -> int:
     return 0
 
 
+def leaderboard(options: argparse.Namespace) -> int:
+    """Run what is missing of a leaderboard, and print it."""
+    from attnpress.leaderboard.spec import BoardSpec
+
+    spec = load_spec(BoardSpec, options.board, options.set)
+    _quiet_libraries()
+    from attnpress.leaderboard.run import run_board
+    from attnpress.report.leaderboard import board_table
+
+    record = run_board(spec, options.output, notify=_stage_line)
+    _print_table(board_table(record))
+    print(f"record: {options.output / 'board.json'}")
+    return 0
+
+
 def validate(options: argparse.Namespace) -> int:
     """Check a recipe, and print it in full."""
     config = load_config(options.recipe, options.set)
@@ -176,18 +172,9 @@ def validate(options: argparse.Namespace) -> int:
 
 def ls(options: argparse.Namespace) -> int:
     """List what recipes can name, or backends."""
-    known = {"rules": (RULES, RuleName), "schedules": (SCHEDULES, ScheduleName), "observers": (OBSERVERS, ObserverName)}
-    if options.what == "tasks":
-        from attnpress.tasks import list_tasks
+    from attnpress.listing import rows_of
 
-        rows = list_tasks()
-    elif options.what == "backends":
-        from attnpress.kernels.ops import backends
-
-        rows = [(backend.name, backend.describe()) for backend in backends()]
-    else:
-        described, literal = known[options.what]
-        rows = [(name, described[name]) for name in choices(literal)]
+    rows = rows_of(options.what)
     width = max(len(name) for name, _ in rows)
     for name, text in rows:
         print(f"{name:{width}}  {text}")

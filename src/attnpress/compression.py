@@ -191,13 +191,16 @@ def _one_shot(run: Run) -> PreTrainedModel:
 def _progressive(run: Run) -> PreTrainedModel:
     folder, config = run.output / "progressive", run.config
     if not folder.is_dir():
-        model = _compressed(run, lambda spec: _start(spec, config.schedule.start))
+        # Thresholds that are not to follow the model are fitted to the target before it is trained.
+        fixed = config.schedule.kind == "fixed"
+        model = _compressed(run, lambda spec: spec if fixed else _start(spec, config.schedule.start))
         check_space(model, run.output)
         specs = layer_specs(list(attentions(model)), config.attention, config.layers)
         callback = SparsityCallback(model, config.schedule, {name: spec.sparsity for name, spec in specs.items()})
         teacher = bind(run.load(run.dense), DENSE)
         _train(run, model, "progressive", config.compress, teacher, [callback, *run.callbacks])
-        fit_thresholds(model, run.calibration_batches())
+        if not fixed:
+            fit_thresholds(model, run.calibration_batches())
         for module in attentions(model).values():
             module.histogram.zero_()  # only training needs it, so it is not saved
         _save(folder, lambda scratch: _write_model(run, model, scratch))

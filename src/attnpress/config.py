@@ -21,15 +21,15 @@ Count = Annotated[int, Field(ge=1)]
 
 Granularity = Literal["tensor", "head", "token", "channel"]
 ObserverName = Literal["absmax", "ema", "percentile", "mse"]
-RuleName = Literal["relative", "threshold", "topk", "mass"]
-ScheduleName = Literal["constant", "linear", "cubic", "step"]
+RuleName = Literal["relative", "threshold", "topk", "mass", "nm"]
+ScheduleName = Literal["constant", "linear", "cubic", "step", "fixed"]
 ProbsMode = Literal["row", "unit"]
 
 _STRICT = ConfigDict(extra="forbid")
 
 
 class ConfigError(ValueError):
-    """A recipe, override or specification that cannot be used; the message names the key and the mend."""
+    """A recipe, override or spec that cannot be used; the message names the key and the mend."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -65,9 +65,7 @@ class TensorSpec:
     @model_validator(mode="after")
     def _check(self) -> TensorSpec:
         if self.learned and (self.power_of_two or self.granularity == "token"):
-            raise ValueError(
-                "learned steps need a static, unconstrained scale: drop power_of_two, or granularity token"
-            )
+            raise ValueError("learned steps need a static, free scale: drop power_of_two, or granularity token")
         return self
 
 
@@ -92,7 +90,7 @@ class ProbsSpec:
         """Largest code: 2^bits - 1, or 2^(bits-1) - 1 when signed."""
         if self.bits is None:
             raise ConfigError("probabilities with bits=None have no largest code")
-        return int(2 ** (self.bits - (1 if self.signed else 0)) - 1)
+        return int(2 ** (self.bits - self.signed) - 1)
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -104,6 +102,7 @@ class AttentionSpec:
         rule: which valid pairs survive (numerics, section 4).
         sparsity: fraction of valid pairs to remove, in [0, 1).
         threshold: a fixed cut in the rule's own unit (tau, theta or gamma), instead of one fitted per head.
+        threshold_penalty: train a threshold for each module (`core.soft_gate`); weight of the loss of keeping too much.
         smooth_key: subtract from K its mean over valid keys before quantizing.
     """
 
@@ -114,20 +113,21 @@ class AttentionSpec:
     rule: RuleName = "relative"
     sparsity: Sparsity = 0.0
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    threshold_penalty: Positive | None = None
     smooth_key: bool = False
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         if self.q.granularity == "channel":
-            raise ValueError(
-                "q.granularity: 'channel' cannot leave the integer sums of Q K^T; use tensor, head or token"
-            )
+            raise ValueError("q.granularity: 'channel' cannot leave the sums of Q K^T; use tensor, head or token")
         if self.k.granularity not in ("tensor", "head"):
             raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
         if self.v.granularity == "token":
             raise ValueError("v.granularity: 'token' cannot leave the integer sums of P V; use tensor, head or channel")
-        if self.threshold is not None and self.rule == "topk":
-            raise ValueError("threshold: rule 'topk' keeps a count, not a threshold; set sparsity instead")
+        if self.threshold is not None and self.rule in ("topk", "nm"):
+            raise ValueError(f"threshold: rule {self.rule!r} keeps a count, not a threshold; set sparsity instead")
+        if self.threshold_penalty is not None and (self.rule, self.p.mode, self.threshold) != ("relative", "row", None):
+            raise ValueError("threshold_penalty: trained thresholds need rule relative, p.mode row, no threshold")
         if (self.q.bits is None) != (self.k.bits is None):
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
         return self
@@ -135,10 +135,7 @@ class AttentionSpec:
     @property
     def is_dense(self) -> bool:
         """True when nothing is quantized and nothing is pruned."""
-        return (
-            self.q.bits is None and self.v.bits is None and self.p.bits is None
-            and self.sparsity == 0 and self.threshold is None
-        )  # fmt: skip
+        return {*self.bits.values(), self.threshold} == {None} and self.sparsity == 0
 
     @property
     def bits(self) -> dict[str, int | None]:
@@ -155,7 +152,7 @@ class ScheduleSpec:
     """How the asked sparsity grows during training.
 
     Attributes:
-        kind: "constant", "linear", "cubic" (Zhu and Gupta 2017) or "step".
+        kind: "constant", "linear", "cubic" (Zhu and Gupta 2017), "step", or "fixed": constant, never refitted.
         begin, end: fractions of training between which sparsity rises from `start` to its target.
         start: sparsity at `begin`.
         steps: number of equal rises of kind "step".
@@ -282,9 +279,13 @@ class RunConfig:
 
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        for key, spec in self.layers.items():
+        for key, spec in {"attention": self.attention, **self.layers}.items():
             if spec.rule != self.attention.rule:
                 raise ValueError(f"layers.{key}.rule: a run has one rule; set attention.rule, and none in layers")
+            if spec.rule == "nm" and spec.sparsity not in (0, 0.25, 0.5, 0.75):
+                raise ValueError(f"sparsity: rule 'nm' prunes 0.25, 0.5 or 0.75 of the pairs, not {spec.sparsity:g}")
+            if spec.threshold_penalty is not None and self.schedule.start == 0:
+                raise ValueError("schedule.start: give the sparsity at which trained thresholds begin, such as 0.5")
         return self
 
 
@@ -295,5 +296,5 @@ def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
 
 
 def choices(name: Any) -> tuple[str, ...]:
-    """The values of one of the Literal types above, in the order they are documented."""
+    """The values of a Literal type."""
     return tuple(get_args(name))

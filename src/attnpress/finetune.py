@@ -34,7 +34,7 @@ from attnpress.core.distillation import attention_loss, check_gradients, logits_
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
 from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
-from attnpress.models.binding import attentions, captured_outputs
+from attnpress.models.binding import attentions, captured_outputs, threshold_penalty
 from attnpress.tasks import TaskData
 from attnpress.tasks.sampler import LengthSampler
 
@@ -69,13 +69,11 @@ class SparsityDriver:
         self.schedule, self.total = schedule, total
 
     def begin(self, step: int) -> float:
-        """Refit thresholds to the sparsity asked at `step` (from 0), watch this step's pairs; returns that sparsity.
-
-        Where modules have targets of their own, it is the mean over them.
-        """
+        """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean of what is asked."""
         asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
         for module, sparsity in zip(self.modules, asked, strict=True):
-            module.set_sparsity(sparsity)
+            if self.schedule.kind != "fixed":
+                module.set_sparsity(sparsity)
             module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
         return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
@@ -95,7 +93,8 @@ class SparsityDriver:
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""
         for module, target in zip(self.modules, self.targets, strict=True):
-            module.set_sparsity(target)
+            if self.schedule.kind != "fixed":
+                module.set_sparsity(target)
 
 
 class SparsityCallback(TrainerCallback):
@@ -182,6 +181,8 @@ class CompressionTrainer(Trainer):
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         else:
             loss, outputs = self._distilled(self.teacher, model, inputs, num_items_in_batch)
+        penalty = threshold_penalty(self.accelerator.unwrap_model(model)) if model.training else None
+        loss = loss if penalty is None else loss + penalty
         if model.training and not bool(torch.isfinite(loss)):
             raise DivergedError(diverged_message(self.state.global_step))
         return (loss, outputs) if return_outputs else loss
@@ -294,4 +295,4 @@ def history_lines(history: list[dict[str, Any]]) -> str:
 
 def read_history(log: Path) -> list[dict[str, Any]]:
     """The log history that `history_lines` wrote; nothing where there is no such file."""
-    return [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    return [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []

@@ -13,9 +13,10 @@ from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import IntegerAttention, Scales, integer_attention, key_validity
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.observer import Observer
+from attnpress.core.pruner import COUNTED
 from attnpress.core.quantizer import positive_scale, smooth_key
 
-RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass")
+RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
 MASKS = ("none", "padding", "causal", "pairs")
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -105,7 +106,7 @@ def make_scales(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None,
 
 def make_cutoff(spec: AttentionSpec, heads: int, seed: int) -> Tensor | None:
     """Thresholds [Hq] that prune some pairs; None where the rule needs none."""
-    if spec.rule == "topk" or spec.sparsity == 0:
+    if spec.rule in COUNTED or spec.sparsity == 0:
         return None
     drawn = torch.rand(heads, generator=generator(seed)).clamp(min=0.05)
     return drawn if spec.rule == "mass" else 6 * drawn

@@ -82,6 +82,9 @@ def kept(
     ranked = sorted(distance, key=lambda i: (distance[i], i))
     if spec.rule == "topk":
         return set(ranked[: max(1, round((1 - spec.sparsity) * len(ranked)))])
+    if spec.rule == "nm":
+        kept_of_four, groups = max(1, 4 - math.floor(4 * spec.sparsity)), {i // 4 for i in ranked}
+        return {i for group in groups for i in [j for j in ranked if j // 4 == group][:kept_of_four]}
     if math.isinf(cutoff):
         return set(ranked)
     if spec.rule == "relative":

@@ -26,6 +26,7 @@ from attnpress.core.pruner import (
     mass_before,
     pair_bins,
     pair_histogram,
+    pruned_pairs,
 )
 from tests.core.factories import RULES, SEEDS, generator, make_cutoff, make_mask, make_spec
 
@@ -56,6 +57,9 @@ def expected_keep(spec: AttentionSpec, row: Row, alpha: float, cutoff: float | N
     ranked = row.ranked()
     if spec.rule == "topk":
         return set(ranked[: max(1, round((1 - spec.sparsity) * len(ranked)))])
+    if spec.rule == "nm":
+        kept_of_four, groups = max(1, 4 - math.floor(4 * spec.sparsity)), {i // 4 for i in ranked}
+        return {i for group in groups for i in [j for j in ranked if j // 4 == group][:kept_of_four]}
     if cutoff is None:
         return set(ranked)
     if spec.rule == "relative":
@@ -153,6 +157,9 @@ def test_every_row_with_a_valid_key_keeps_its_maximum(
     step = torch.tensor(alpha)
     keep = keep_mask(spec, pairs.distance, pairs.probability, pairs.valid, step, harshest)
     for row, kept in zip(rows_of(pairs), kept_of(keep), strict=True):
+        if rule == "nm":  # that of every four keys
+            assert set(row.ranked()[:1]) <= kept
+            continue
         assert kept == set(row.ranked()[:1]) or (kept and {row.distance[i] for i in kept} == {0})
 
 
@@ -216,6 +223,22 @@ def test_sparsity_zero_keeps_every_valid_pair(rule: RuleName, seed: int) -> None
 def test_an_empty_batch_gets_an_empty_mask(rule: RuleName) -> None:
     for shape in ((0, 2, 3, 4), (2, 2, 0, 4)):
         assert make_pairs(make_spec(rule=rule, sparsity=0.5), 0, shape).keep.shape == shape
+
+
+def test_two_of_every_four_keys_are_the_nearest_valid_ones() -> None:
+    acc = torch.tensor([[[[1.0, 9.0, 5.0, 7.0, 2.0, 2.0, 2.0, 2.0, 3.0, 8.0]]]])
+    valid = torch.tensor([True] * 5 + [False] + [True] * 4).view(1, 1, 1, 10)
+    keep = prune_and_code(acc, valid, torch.ones(1, 1, 1, 1), None, make_spec(rule="nm", sparsity=0.5)).keep
+    assert kept_of(keep) == [{1, 3, 4, 6, 8, 9}], "ties go to the lower key, and padding takes no place"
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "kept"), [(0.0, 4), (0.2, 4), (0.25, 3), (0.5, 2), (0.74, 2), (0.75, 1), (0.99, 1)]
+)
+def test_n_of_m_never_prunes_more_than_asked_and_keeps_one(sparsity: float, kept: int) -> None:
+    spec = make_spec(rule="nm", sparsity=sparsity)
+    assert int(make_pairs(spec, 3, (1, 1, 1, 4), "none", levels=100).keep.sum()) == kept
+    assert pruned_pairs(spec, torch.full((2, BINS), 1.0), None).tolist() == [BINS * (1 - kept / 4)] * 2
 
 
 def test_mass_before_counts_the_nearer_pairs() -> None:

@@ -1,4 +1,4 @@
-"""The tables and the picture of the README are those of the committed records."""
+"""The tables and pictures of the README and of the leaderboard are those of the committed records."""
 
 import dataclasses
 import runpy
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnpress.board_record import read_board
+from attnpress.leaderboard.spec import BoardSpec, plan
+from attnpress.recipe import load_spec, spec_to_dict
 from attnpress.results import Record, read_record
 
 ROOT = Path(__file__).parents[2]
@@ -34,6 +37,38 @@ def test_the_picture_is_made_from_the_record() -> None:
     assert f">{record.stages[-1].metrics['accuracy']:.1f}<" in drawn
     changed = record.with_stage(dataclasses.replace(record.stages[-1], keys_per_row=9.0))
     assert fill["picture"](changed) != drawn
+
+
+def test_the_page_of_the_leaderboard_is_made_from_its_record() -> None:
+    fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))
+    text = (ROOT / "docs" / "leaderboard.md").read_text(encoding="utf-8")
+    assert text.count("<!-- table: ") == 3
+    assert fill["filled"](text) == text, "run: python docs/fill_tables.py"
+    drawn = (ROOT / fill["BOARD_PICTURE"]).read_text(encoding="utf-8")
+    assert fill["board_picture"]() == drawn, "run: python docs/fill_tables.py"
+
+
+def test_the_committed_leaderboard_is_that_of_the_committed_recipe() -> None:
+    board, record = (
+        load_spec(BoardSpec, ROOT / "recipes" / "leaderboard.yaml"),
+        read_board(ROOT / "records/leaderboard"),
+    )
+    assert [(cell.task, cell.rule, cell.asked, cell.seed) for cell in plan(board)] == [
+        (cell.task, cell.rule, cell.asked, cell.seed) for cell in record.cells
+    ]
+    asked, run = spec_to_dict(board), record.board
+    assert asked["rules"] == run["rules"]
+    assert asked["recipe"] == run["recipe"]
+    for task, changes in run["tasks"].items():
+        assert {**changes, "data": {**changes["data"], "data_dir": None}} == {
+            **asked["tasks"][task], "data": {**asked["tasks"][task]["data"], "data_dir": None}
+        }  # fmt: skip
+        assert not changes["data"]["data_dir"].startswith("/"), "a record holds no path of a machine"
+    for cell in record.cells:
+        if cell.measured is not None:
+            baseline = record.baseline(cell.task, cell.seed)
+            assert baseline is not None
+            assert cell.weights == baseline.provenance["weights"]["dense"]
 
 
 def test_a_table_changed_by_hand_is_made_anew() -> None:

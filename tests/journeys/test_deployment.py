@@ -11,6 +11,7 @@ from attnpress import deployment
 from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.attention import Scales
+from attnpress.core.soft_gate import GAIN
 from attnpress.deployment import deploy, undeploy
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
@@ -54,6 +55,19 @@ def test_a_deployed_model_predicts_the_same_bits(rule: RuleName, backend: str) -
     assert deploy(model, backend) is model
     assert torch.equal(logits(model, batch), expected)
     assert torch.equal(logits(undeploy(model), batch), expected)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("cpu", marks=needs_kernel), "reference"])
+def test_trained_thresholds_are_cut_hard_by_every_backend(backend: str) -> None:
+    model = tiny_bert(AttentionSpec(sparsity=0.7, threshold_penalty=1.0))
+    batch = make_batch(9)
+    before = logits(model, batch)
+    with torch.no_grad():
+        for module in attentions(model).values():
+            module.trained_cutoff -= 0.5 / GAIN
+    expected = logits(model, batch)
+    assert not torch.equal(expected, before), "half a nat further"
+    assert torch.equal(logits(deploy(model, backend), batch), expected)
 
 
 @needs_kernel
@@ -111,9 +125,10 @@ def test_a_model_that_was_never_bound() -> None:
 
 
 @needs_kernel
-def test_what_the_kernel_cannot_run_is_named_with_its_module() -> None:
-    model = tiny_bert(AttentionSpec(sparsity=0.5, rule="mass"))
-    with pytest.raises(ValueError, match=r"bert\.encoder\.layer\.0.*no kernel for rule 'mass'"):
+@pytest.mark.parametrize("rule", ["mass", "nm"])
+def test_what_the_kernel_cannot_run_is_named_with_its_module(rule: RuleName) -> None:
+    model = tiny_bert(AttentionSpec(sparsity=0.5, rule=rule))
+    with pytest.raises(ValueError, match=rf"bert\.encoder\.layer\.0.*no kernel for rule '{rule}'"):
         deploy(model, "cpu")
     assert len(attentions(model)) == 2
 

@@ -28,7 +28,7 @@ from attnpress.finetune import (
     train,
     training_arguments,
 )
-from attnpress.models.binding import attentions, bind
+from attnpress.models.binding import attentions, bind, threshold_penalty, unbind
 from attnpress.models.loading import load_model, load_tokenizer
 from attnpress.tasks import TaskData, load_task
 
@@ -111,6 +111,37 @@ def test_freezing_asks_for_the_target_whatever_was_asked_last(dense: PreTrainedM
     assert driver.begin(9) < TARGET
     driver.freeze()
     assert {module.spec.sparsity for module in attentions(model).values()} == {TARGET}
+
+
+def test_fixed_thresholds_stay_as_calibration_has_fitted_them(dense: PreTrainedModel, data: TaskData) -> None:
+    model = bind(dense, AttentionSpec(rule="threshold", sparsity=TARGET))
+    calibrate(model, make_batches(data, 4))
+    before = [module.cutoff.clone() for module in attentions(model).values()]
+    driver = SparsityDriver(model.train(), ScheduleSpec("fixed"), TARGET, total=4)
+    for step, batch in enumerate(make_batches(data, 4)):
+        assert driver.begin(step) == TARGET
+        model(**batch)
+        assert driver.end() == pytest.approx(TARGET, abs=0.1)
+    driver.freeze()
+    after = [module.cutoff for module in attentions(model).values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_the_loss_of_keeping_too_much_is_that_of_all_modules(dense: PreTrainedModel, data: TaskData) -> None:
+    model = bind(dense, AttentionSpec(sparsity=0.3, threshold_penalty=3.0))
+    calibrate(model, make_batches(data, 4))
+    assert threshold_penalty(model) is None, "nothing was trained yet"
+    driver = SparsityDriver(model.train(), ScheduleSpec("constant", start=0.3), 0.8, total=4)
+    driver.begin(0)
+    model(**make_batches(data, 1)[0])
+    modules = attentions(model).values()
+    density = torch.stack([module.density for module in modules if module.density is not None]).mean()
+    penalty = threshold_penalty(model)
+    assert penalty is not None
+    torch.testing.assert_close(penalty, 3.0 * (density - 0.2))
+    penalty.backward()
+    assert all(module.trained_cutoff.grad is not None and module.trained_cutoff.grad > 0 for module in modules)
+    assert threshold_penalty(unbind(model)) is None
 
 
 class Poison(TrainerCallback):

@@ -59,6 +59,10 @@ def test_backends_lists_targets_best_first() -> None:
     ("change", "message"),
     [
         ({"spec": AttentionSpec(rule="mass", sparsity=0.5)}, "no kernel for rule 'mass'"),
+        (
+            {"spec": AttentionSpec(rule="nm", sparsity=0.5)},
+            "no kernel for rule 'nm', only for .*; use backend 'reference'",
+        ),
         ({"spec": AttentionSpec(v=TensorSpec(bits=None))}, "set bits for all"),
         ({"scales": Scales()}, "q, k, v: no scale yet"),
         (

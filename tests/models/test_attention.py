@@ -12,10 +12,10 @@ from torch import Tensor
 from attnpress.config import DENSE, AttentionSpec, Granularity, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import dense_attention, integer_attention
 from attnpress.core.cost import PairCounts, count_pairs
-from attnpress.core.pruner import BINS
+from attnpress.core.pruner import BINS, COUNTED
 from attnpress.models.attention import CompressedAttention
 
-RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass")
+RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
 HEADS, KV_HEADS, DIM = 4, 2, 8
 
 
@@ -180,7 +180,7 @@ def test_thresholds_are_told_in_the_unit_of_the_rule() -> None:
     for rule in RULES:
         spec = AttentionSpec(rule=rule, sparsity=0.8)
         state = calibrated(spec, inputs)
-        if rule == "topk":
+        if rule in COUNTED:
             assert not state.threshold().any()
             continue
         assert bool(((state.threshold() > 0) & (state.threshold() < 1)).all())
@@ -334,3 +334,52 @@ def test_learned_scales_improve() -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert min(losses) < 0.9 * losses[0]
+
+
+TRAINED = AttentionSpec(sparsity=0.5, threshold_penalty=2.0)
+
+
+def test_a_trained_threshold_is_one_for_the_module_and_begins_at_the_sparsity_of_calibration() -> None:
+    inputs = make_inputs()
+    state = calibrated(TRAINED, inputs)
+    state.fit()
+    cutoff = state.active_cutoff()
+    assert cutoff is not None
+    assert len(set(cutoff.tolist())) == 1
+    assert pruned_fraction(state.eval(), inputs) == pytest.approx(0.5, abs=0.03)
+    state.set_sparsity(0.9)
+    assert torch.equal(torch.exp(-cutoff), state.threshold()), "asking for more moves nothing: training does"
+
+
+def test_only_training_passes_the_soft_gate() -> None:
+    inputs = make_inputs()
+    state = calibrated(TRAINED, inputs)
+    state.fit()
+    cutoff = state.active_cutoff()
+    hard = make_state(AttentionSpec(sparsity=0.5))
+    hard.load_state_dict({k: v for k, v in state.state_dict().items() if k != "trained_cutoff"})
+    assert cutoff is not None
+    hard.cutoff.copy_(cutoff)
+    state.density = None
+    assert torch.equal(call(state.eval(), inputs), call(hard, inputs))
+    assert state.density is None
+    soft = call(state.train(), inputs)
+    assert not torch.equal(soft, call(hard, inputs))
+    assert state.density is not None
+    (gradient,) = torch.autograd.grad(state.density, state.trained_cutoff)
+    assert float(gradient) > 0
+
+
+def test_a_threshold_trained_below_the_row_maximum_keeps_the_maximum() -> None:
+    inputs = make_inputs()
+    state = calibrated(TRAINED, inputs)
+    with torch.no_grad():
+        state.trained_cutoff.fill_(-1.0)
+    counts = counts_of(state.eval(), inputs)
+    assert float((counts.pairs - counts.pruned).min()) >= float(counts.rows.max())
+
+
+def test_a_threshold_that_prunes_nothing_stays_a_number() -> None:
+    state = calibrated(AttentionSpec(threshold_penalty=2.0), make_inputs())
+    state.fit()
+    assert bool(state.trained_cutoff.isfinite().all())

@@ -42,6 +42,8 @@ NAMES = ("low", "middle", "high")
 SPECS = {
     "relative": AttentionSpec(sparsity=0.7),
     "topk": AttentionSpec(rule="topk", sparsity=0.7),
+    "two of four": AttentionSpec(rule="nm", sparsity=0.5),
+    "trained thresholds": AttentionSpec(sparsity=0.6, threshold_penalty=2.0),
     "fixed threshold": AttentionSpec(rule="threshold", threshold=0.05),
     "learned": AttentionSpec(q=TensorSpec(learned=True), v=TensorSpec(bits=4, granularity="channel"), sparsity=0.5),
     "dynamic": AttentionSpec(q=TensorSpec(granularity="token"), p=ProbsSpec(mode="unit"), smooth_key=True),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
@@ -20,6 +21,12 @@ BIN_WIDTH = 8
 
 GRAIN = 4096
 """Shares of a row are rounded up to 1/4096 where only a bound is asked for."""
+
+COUNTED = ("topk", "nm")
+"""Rules that keep a count of keys, and so have no threshold."""
+
+GROUP = 4
+"""Rule "nm" keeps some of every 4 consecutive keys of a row: M of N:M."""
 
 NATS_PER_BIN = BIN_WIDTH / STEPS_PER_OCTAVE * math.log(2)
 
@@ -69,6 +76,24 @@ def most_kept(keys: int, sparsity: float) -> int:
     return keys if share == GRAIN else keys * share // GRAIN + 1
 
 
+def keep_nm(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:
+    """Of every 4 consecutive keys of a row the N nearest; ties go to the lower index.
+
+    Dynamic N:M structured attention (Chen et al., "DFSS", PPoPP 2023, arXiv 2203.00091); sparsity 0.5 is its 2:4. Keys
+    that are not valid come last in their group of 4, so that padding never takes a place.
+    """
+    keys = distance.shape[-1]
+    ranked = F.pad(distance.float().masked_fill(~valid, math.inf), (0, -keys % GROUP), value=math.inf)
+    place = ranked.unflatten(-1, (-1, GROUP)).sort(dim=-1, stable=True).indices.argsort(-1)
+    keep: Tensor = (place < kept_of_group(sparsity)).flatten(-2)[..., :keys] & valid
+    return keep
+
+
+def kept_of_group(sparsity: float) -> int:
+    """N of N:M, 1 to 4: never prunes more than asked, but for `sparsity` above 0.75, which N:4 cannot reach."""
+    return max(1, GROUP - math.floor(sparsity * GROUP))
+
+
 def keep_mass(probability: Tensor, distance: Tensor, cutoff: Tensor) -> Tensor:
     """The smallest set of most probable pairs whose P adds up to gamma = cutoff; ties go to the lower index."""
     before, total = mass_before(probability, distance)
@@ -101,6 +126,8 @@ def keep_mask(
     """
     if spec.rule == "topk":
         return keep_topk(distance, valid, spec.sparsity) if spec.sparsity > 0 else valid
+    if spec.rule == "nm":
+        return keep_nm(distance, valid, spec.sparsity)
     if cutoff is None:
         return valid
     if spec.rule == "relative":
@@ -183,7 +210,7 @@ def pruned_pairs(spec: AttentionSpec, histogram: Tensor, cutoff: Tensor | None) 
 
     Args:
         histogram: float64 [H, BINS]; within a bin, pairs count as evenly spread.
-        cutoff: float32 [H]; None prunes nothing. Rule "topk" has none: it prunes the share it is asked for.
+        cutoff: float32 [H]; None prunes nothing. Rules "topk" and "nm" have none: they prune the share they can.
 
     Returns:
         float64 [H].
@@ -191,6 +218,8 @@ def pruned_pairs(spec: AttentionSpec, histogram: Tensor, cutoff: Tensor | None) 
     total = histogram.sum(-1)
     if spec.rule == "topk":
         return total * spec.sparsity
+    if spec.rule == "nm":
+        return total * (1 - kept_of_group(spec.sparsity) / GROUP)
     if cutoff is None:
         return torch.zeros_like(total)
     position = cutoff.double() / (1.0 / BINS if spec.rule == "mass" else NATS_PER_BIN)

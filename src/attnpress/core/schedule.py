@@ -12,17 +12,17 @@ def sparsity_at(step: int, total: int, spec: ScheduleSpec, target: float) -> flo
 
     With x = (step / total - begin) / (end - begin) limited to [0, 1], and s_0 = min(start, target):
 
-        constant:  target
+        constant, fixed:  target
         linear:    s_0 + (target - s_0) x
         cubic:     target + (s_0 - target) (1 - x)^3           (Zhu and Gupta 2017, equation 1)
         step:      s_0 + (target - s_0) floor(steps * x) / steps
 
     Returns:
-        `s_0` up to `begin` (`target` for kind "constant"), exactly `target` from `end` on.
+        `s_0` up to `begin` (`target` for kinds "constant" and "fixed"), exactly `target` from `end` on.
     """
     start = min(spec.start, target)
     x = _progress(step / max(total, 1), spec.begin, spec.end)
-    if spec.kind == "constant" or x >= 1:
+    if spec.kind in ("constant", "fixed") or x >= 1:
         return target
     if spec.kind == "linear":
         return _between(start, target, x)

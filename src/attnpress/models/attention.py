@@ -15,8 +15,18 @@ from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.fake_quantize import batch_part, batch_slices, fake_quantize_attention, scores_operands
 from attnpress.core.observer import Observer, Reduce, alone
 from attnpress.core.probe import AttentionCall
-from attnpress.core.pruner import BINS, fit_cutoff, fixed_cutoff, pair_bins, pair_histogram, pruned_pairs
+from attnpress.core.pruner import (
+    BINS,
+    COUNTED,
+    NATS_PER_BIN,
+    fit_cutoff,
+    fixed_cutoff,
+    pair_bins,
+    pair_histogram,
+    pruned_pairs,
+)
 from attnpress.core.quantizer import positive_scale, smooth_key
+from attnpress.core.soft_gate import GAIN, soft_gate_attention
 
 NAME = "attnpress"
 """Of the attention implementation, the quantization method, and the child module that holds the state."""
@@ -30,6 +40,9 @@ LARGEST_HEAD = 512
 HISTOGRAM_DECAY = 0.95
 """What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
 
+WIDEST = BINS * NATS_PER_BIN
+"""Nats; a trained threshold stays finite, and this one prunes nothing that has a P code."""
+
 Attend = Callable[..., Tensor]
 
 
@@ -38,6 +51,8 @@ class CompressedAttention(nn.Module):
 
     Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
     (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
+    With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
+    each training call leaves the share of pairs that its soft gate lets through in `density`.
     Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
     A `probe` is shown the tensors of each call.
 
@@ -50,6 +65,7 @@ class CompressedAttention(nn.Module):
     k_scale: Tensor
     v_scale: Tensor
     cutoff: Tensor
+    trained_cutoff: Tensor
     histogram: Tensor
     seen: Tensor
 
@@ -62,6 +78,7 @@ class CompressedAttention(nn.Module):
         self.captured: list[Tensor] | None = None
         self.probe: Callable[[AttentionCall], None] | None = None
         self.rows: slice | None = None
+        self.density: Tensor | None = None
         for name, tensor_spec in self.quantized().items():
             scale = torch.ones(self._scale_shape(name, tensor_spec), dtype=torch.float32)
             if tensor_spec.learned:
@@ -73,6 +90,8 @@ class CompressedAttention(nn.Module):
         self.register_buffer("seen", torch.zeros(heads, BINS, dtype=torch.float64), persistent=False)
         if spec.threshold is not None:
             self.cutoff.copy_(fixed_cutoff(spec, heads))
+        if spec.threshold_penalty is not None:
+            self.trained_cutoff = nn.Parameter(torch.full((1,), WIDEST / GAIN))
 
     def quantized(self) -> dict[str, TensorSpec]:
         """Specs of those of q, k, v that have a static scale."""
@@ -91,20 +110,37 @@ class CompressedAttention(nn.Module):
 
     def active_cutoff(self) -> Tensor | None:
         """The thresholds [Hq], or None while nothing is to be pruned."""
-        return self.cutoff if self.spec.sparsity > 0 or self.spec.threshold is not None else None
+        if self.spec.sparsity == 0 and self.spec.threshold is None:
+            return None
+        if self.spec.threshold_penalty is None:
+            return self.cutoff
+        # Below zero, not even the row maximum would be kept.
+        return (self.trained_cutoff.detach() * GAIN).clamp(min=0).repeat(self.heads)
 
     def threshold(self) -> Tensor:
         """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""
-        if self.active_cutoff() is None or self.spec.rule == "topk":
+        cutoff = self.active_cutoff()
+        if cutoff is None or self.spec.rule in COUNTED:
             return torch.zeros_like(self.cutoff)
-        return self.cutoff.clamp(max=1) if self.spec.rule == "mass" else torch.exp(-self.cutoff)
+        return cutoff.clamp(max=1) if self.spec.rule == "mass" else torch.exp(-cutoff)
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far."""
+        """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far, unless they are trained."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
+        if self.spec.threshold_penalty is None:
+            self.fit()
+
+    def fit(self) -> None:
+        """Put the thresholds where they give the sparsity in force on the pairs seen so far."""
         # Where nothing is taken, there may be no histogram to fit to, and no threshold is in force.
-        if self.spec.threshold is None and self.spec.rule != "topk" and not self.spec.is_dense:
-            self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, sparsity))
+        if self.spec.threshold is not None or self.spec.rule in COUNTED or self.spec.is_dense:
+            return
+        if self.spec.threshold_penalty is None:
+            self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, self.spec.sparsity))
+            return
+        with torch.no_grad():
+            pooled = fit_cutoff(self.spec, self.histogram.sum(0, keepdim=True), self.spec.sparsity)
+            self.trained_cutoff.copy_(pooled.clamp(max=WIDEST) / GAIN)
 
     def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Count the valid pairs of a call that nothing is taken from."""
@@ -150,7 +186,14 @@ class CompressedAttention(nn.Module):
             if self.counts is not None and watched:
                 for pairs, counted in self._pairs(query, key, valid, real, scaling, slice(None), self.active_cutoff()):
                     self.counts += count_pairs(pairs.codes, pairs.keep, counted)
-        return self.attend(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, dropout)
+        cutoff, scales = self.active_cutoff(), self.scales()
+        if self.training and self.spec.threshold_penalty is not None and cutoff is not None:
+            trained = self.trained_cutoff * GAIN
+            output, self.density = soft_gate_attention(
+                query, key, value, valid, real, scales, trained, self.spec, scaling, dropout
+            )
+            return output
+        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout)
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Show the tensors of one call to the observers."""

@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
+from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.forward import UnsupportedModelError, noted
 
@@ -113,6 +114,23 @@ def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
         for name, module in model.named_modules()
         if isinstance(module, CompressedAttention)
     }
+
+
+def threshold_penalty(model: nn.Module) -> Tensor | None:
+    """What trained thresholds add to the loss, after a training forward pass; None where none is trained.
+
+    It is the share of pairs that is kept beyond what is asked for, times `spec.threshold_penalty`.
+    """
+    densities, specs = [], []
+    for module in attentions(model).values():
+        if module.density is not None:
+            densities.append(module.density)
+            specs.append(module.spec)
+            module.density = None  # its graph is used up with the loss, and no copy of the model could hold it
+    if not densities:
+        return None
+    penalty = density_penalty(densities, [spec.sparsity for spec in specs])
+    return penalty * max(spec.threshold_penalty or 0.0 for spec in specs)
 
 
 @contextmanager

@@ -59,7 +59,7 @@ def histogram_drawings(number: int, run: Run) -> Iterator[Drawing]:
 
 def threshold_at(rule: str, threshold: float) -> float | None:
     """A recorded threshold on the axis of the histogram; None for a rule without one, or one that prunes nothing."""
-    if rule == "topk" or threshold <= 0:
+    if rule in ("topk", "nm") or threshold <= 0:
         return None
     return threshold if rule == "mass" else -math.log2(threshold)
 

@@ -23,6 +23,7 @@ from numpy.typing import ArrayLike
 THEME = {"ink": "#010203", "line": "#020304", "paper": "#030405"}
 PRINT = {"ink": "#1c1f24", "line": "#d4d8de", "paper": "#ffffff"}
 COLORS = ("#3579b8", "#d9730d", "#2a9468", "#9166cc", "#cf4457", "#8a7a3c")
+MARKERS = "Dos^vPX*"
 """Series; each stands out from white paper and from a dark page."""
 SKIPPED = "#c3c7cd"
 """Ground of the maps: unlike any colour of the scale, on a dark page too."""
@@ -99,6 +100,28 @@ def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
     axes.axhline(dense, ls=":", color=THEME["ink"], lw=1, label="dense model")
     axes.set(xlabel="bit operations left (percent of the dense ones)", ylabel=metric)
     _legend_below(figure, axes)
+    return figure
+
+
+@mpl.rc_context(STYLE)
+def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, float]) -> Figure:
+    """Score against achieved sparsity, a line for each rule, a panel below the other for each task.
+
+    Args:
+        panels: by the name of the score, such as "mrpc: f1 (points)"; `series` chooses colour and mark.
+        references: of the dense model, by the same names; dotted.
+    """
+    figure = _figure(0.9 + 2.4 * len(panels))
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (name, lines) in zip(rows, panels.items(), strict=True):
+        for line in lines:
+            color, mark = COLORS[line.series % len(COLORS)], MARKERS[line.series % len(MARKERS)]
+            axes.plot(line.x, line.y, ls="-", lw=1.3, marker=mark, ms=5.5, color=color, label=line.label)
+        if name in references:
+            axes.axhline(references[name], ls=":", color=THEME["ink"], lw=1, label="dense model")
+        axes.set_ylabel(name)
+    rows[-1].set_xlabel("sparsity achieved (fraction of valid pairs)")
+    _legend_below(figure, rows[0])
     return figure
 
 

@@ -109,6 +109,8 @@ class SweepSpec:
             raise ValueError("recipe.attention.threshold fixes what is pruned; remove it, or do not search sparsity")
         if self.recipe.layers:
             raise ValueError("recipe.layers: a sweep chooses for layers itself; see search.per_layer")
+        if "nm" in self.search.rule and self.search.sparsity:
+            raise ValueError("search.rule: 'nm' prunes 0.25, 0.5 or 0.75 only: leave it out, or do not search sparsity")
         for rule in self.search.rule:
             dataclasses.replace(self.recipe.attention, rule=rule)  # some rules cannot have a threshold
         return self

@@ -8,14 +8,9 @@ import os
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
-from attnpress.compression import compress
 from attnpress.config import DENSE, RunConfig
 from attnpress.finetune import DivergedError
 from attnpress.live import check_trackers
@@ -36,11 +31,10 @@ from attnpress.sweep.study import (
 )
 from attnpress.sweep_record import SweepRecord
 from attnpress.tasks import check_data
+from attnpress.teacher import Notify, train_student, train_teacher
 
 if TYPE_CHECKING:
     import optuna
-
-Notify = Callable[[str], None]
 
 
 def sweep(spec: SweepSpec, output: Path, notify: Notify = print) -> SweepRecord:
@@ -65,10 +59,9 @@ def sweep(spec: SweepSpec, output: Path, notify: Notify = print) -> SweepRecord:
     layers = len(attentions(bind(load_backbone(base), DENSE)))
     output.mkdir(parents=True, exist_ok=True)
     study = open_study(spec, output)
-    with _alone(output / ".teacher.lock", lambda: notify("waiting for the worker that trains the dense teacher")):
-        teacher = compress(spec.recipe, output / "teacher", notify, stages=("dense",))
+    teacher, dense = train_teacher(spec.recipe, output / "teacher", notify)
     check_teacher(study, teacher.provenance["weights"]["dense"])
-    return Worker(spec, output, notify, study, layers, teacher).run()
+    return Worker(spec, output, notify, study, layers, teacher, dense.resolve()).run()
 
 
 @dataclasses.dataclass
@@ -78,6 +71,7 @@ class Worker:
     Attributes:
         layers: number of attention modules.
         teacher: record of the dense stage.
+        dense: where the dense teacher is.
         trained: the number of the trial that was last trained to its end.
     """
 
@@ -87,12 +81,8 @@ class Worker:
     study: optuna.Study
     layers: int
     teacher: Record
+    dense: Path
     trained: int | None = None
-
-    @property
-    def dense(self) -> Path:
-        """Where the dense teacher is."""
-        return (self.spec.recipe.checkpoint or self.output / "teacher" / "dense").resolve()
 
     def run(self) -> SweepRecord:
         """Train trials until there are enough, then wait for those of other workers, and take over from dead ones."""
@@ -169,27 +159,9 @@ class Worker:
     def train(self, trial: optuna.Trial, recipe: RunConfig, folder: Path) -> tuple[float, float]:
         """Compress by the recipe, from the shared teacher."""
         watch = WatchCallback(trial, self.spec.prune, self.teacher.headline)
-        config = dataclasses.replace(recipe, checkpoint=self.dense)
-        with _alone(folder.with_name(f".{folder.name}.lock"), lambda: self.notify("waiting for the same recipe")):
-            record = compress(config, folder, lambda _: None, stages=("progressive",), callbacks=[watch])
+        record = train_student(recipe, self.dense, folder, self.notify, callbacks=[watch])
         stage = record.stage("progressive")
         assert stage is not None
         trial.set_user_attr(SPARSITY, stage.sparsity)
         work = stage.work["bit_operations_remaining"] / stage.work["bit_operations_dense"]
         return stage.metrics[record.headline], work
-
-
-@contextmanager
-def _alone(lock: Path, tell: Callable[[], None]) -> Iterator[None]:
-    """One process at a time; a process that dies lets go."""
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(lock)
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        tell()
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()

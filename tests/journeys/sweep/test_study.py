@@ -84,7 +84,7 @@ def failing(real: Callable[..., Any], error: BaseException) -> Callable[..., Any
 def test_a_trial_that_diverges_is_counted_and_the_sweep_goes_on(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnpress.sweep.worker.compress", failing(compress, DivergedError("not finite")))
+    monkeypatch.setattr("attnpress.teacher.compress", failing(compress, DivergedError("not finite")))
     record = sweep(spec, tmp_path, lambda _: None)
     assert [(trial.state, trial.error) for trial in record.trials] == [("failed", "not finite"), ("complete", None)]
     assert record == read_sweep(tmp_path)
@@ -93,7 +93,7 @@ def test_a_trial_that_diverges_is_counted_and_the_sweep_goes_on(
 def test_a_trial_that_is_interrupted_is_run_again(
     spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("attnpress.sweep.worker.compress", failing(compress, KeyboardInterrupt()))
+    monkeypatch.setattr("attnpress.teacher.compress", failing(compress, KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         sweep(spec, tmp_path, lambda _: None)
     record = sweep(spec, tmp_path, lambda _: None)
@@ -135,7 +135,7 @@ def refused(spec: SweepSpec, folder: Path, monkeypatch: pytest.MonkeyPatch) -> s
     def no_training(*_: Any, **__: Any) -> None:
         raise AssertionError("went on to train")
 
-    monkeypatch.setattr("attnpress.sweep.worker.compress", no_training)
+    monkeypatch.setattr("attnpress.teacher.compress", no_training)
     with pytest.raises((SweepError, ConfigError, ModelError)) as error:
         sweep(spec, folder)
     return str(error.value)

@@ -1,0 +1,102 @@
+"""Running a leaderboard: each dense model once, each cell once, in whatever many sittings; its record after each."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, to_json
+from attnpress.files import write_text
+from attnpress.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, teacher_recipe
+from attnpress.recipe import spec_to_dict
+from attnpress.results import Record, RecordError, StageRecord, read_record
+from attnpress.tasks import check_data
+from attnpress.teacher import Notify, train_student, train_teacher
+
+
+def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRecord:
+    """Run what is missing of a leaderboard.
+
+    Args:
+        board: what to compare.
+        output: its folder: `teachers/`, `runs/` and `board.json`. A finished run is not run again.
+        notify: is given a line now and then.
+
+    Returns:
+        The record, also written to `output/board.json` before the first run and after each.
+
+    Raises:
+        ConfigError, TaskError, ModelError: found before any training starts, or a folder of another recipe is met.
+    """
+    cells = plan(board)
+    for task in board.tasks:
+        check_data(teacher_recipe(board, task, board.seeds[0]).data)
+    publish(board, cells, output)
+    for number, cell in enumerate(cells, start=1):
+        if _measured(board, cell, output) is None:
+            notify(f"run {number} of {len(cells)}: {cell.name}")
+            stage = run_cell(board, cell, output, notify)
+            notify(f"{cell.name}: {next(iter(stage.metrics.values())):.2f} at sparsity {stage.sparsity:.3f}")
+            publish(board, cells, output)
+    return publish(board, cells, output)
+
+
+def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> StageRecord:
+    """Run one cell, and before it the dense model it needs; the compressed weights are not kept, its record is."""
+    recipe, folder = teacher_recipe(board, cell.task, cell.seed), output / "runs" / cell.name
+    stages = ("dense", "dense_control") if recipe.dense_control else ("dense",)
+    dense = train_teacher(recipe, teacher_folder(output, cell.task, cell.seed), notify, stages)[1]
+    record = train_student(cell.recipe, dense, folder, notify, stage=cell.stage)
+    shutil.rmtree(folder / "progressive", ignore_errors=True)
+    stage = record.stage(cell.stage)
+    assert stage is not None
+    return stage
+
+
+def publish(board: BoardSpec, cells: list[Cell], output: Path) -> BoardRecord:
+    """Write `board.json` as things are now."""
+    baselines = [_baseline(output, task, seed) for seed in board.seeds for task in board.tasks]
+    found = [_cell_record(cell, _measured(board, cell, output)) for cell in cells]
+    record = BoardRecord(spec_to_dict(board), [one for one in baselines if one is not None], found)
+    write_text(output / FILE, to_json(record))
+    return record
+
+
+def _baseline(output: Path, task: str, seed: int) -> BaselineRecord | None:
+    record = _record(teacher_folder(output, task, seed))
+    dense = record.stage("dense") if record else None
+    if record is None or dense is None:
+        return None
+    trained_on = record.stage("dense_control")
+    control = trained_on.metrics[record.headline] if trained_on else None
+    score = dense.metrics[record.headline]
+    return BaselineRecord(task, seed, record.headline, score, control, record.majority, record.provenance)
+
+
+def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:
+    """The record of a cell that was run to its end, by the recipe that the board has now."""
+    record = _record(output / "runs" / cell.name)
+    if record is None or record.stage(cell.stage) is None:
+        return None
+    own = teacher_recipe(board, cell.task, cell.seed).checkpoint
+    dense = own or teacher_folder(output, cell.task, cell.seed) / "dense"
+    return record if record.recipe == spec_to_dict(dataclasses.replace(cell.recipe, checkpoint=dense)) else None
+
+
+def _cell_record(cell: Cell, record: Record | None) -> CellRecord:
+    where = (cell.task, cell.rule, cell.asked, cell.seed)
+    stage = record.stage(cell.stage) if record else None
+    if record is None or stage is None:
+        return CellRecord(*where)
+    plain: dict[str, Any] = dataclasses.asdict(stage)
+    del plain["layers"]
+    return CellRecord(*where, plain, record.provenance["weights"].get("dense"))
+
+
+def _record(folder: Path) -> Record | None:
+    try:
+        return read_record(folder)
+    except RecordError:
+        return None
