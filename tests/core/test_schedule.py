@@ -12,6 +12,7 @@ from attnpress.config import ScheduleName, ScheduleSpec
 from attnpress.core.schedule import sparsity_at
 
 KINDS: tuple[ScheduleName, ...] = get_args(ScheduleName)
+AT_ONCE = ("constant", "fixed")
 FRACTIONS = st.floats(0, 1)
 SPARSITIES = st.floats(0, 1, exclude_max=True)
 TOTALS = st.integers(1, 5000)
@@ -26,7 +27,7 @@ def schedules(draw: st.DrawFn) -> ScheduleSpec:
 
 @given(schedules(), SPARSITIES, TOTALS)
 def test_both_ends_are_exact(spec: ScheduleSpec, target: float, total: int) -> None:
-    first = target if spec.kind == "constant" or spec.end == 0 else min(spec.start, target)
+    first = target if spec.kind in AT_ONCE or spec.end == 0 else min(spec.start, target)
     assert sparsity_at(0, total, spec, target) == first
     assert sparsity_at(total, total, spec, target) == target
     for step in range(0, total + 1, max(1, total // 50)):
@@ -54,7 +55,7 @@ def test_a_target_of_zero_asks_for_nothing(spec: ScheduleSpec, total: int) -> No
 @pytest.mark.parametrize("jump", [0, 50, 100])
 def test_an_interval_without_length_is_a_jump(kind: ScheduleName, jump: int) -> None:
     spec = ScheduleSpec(kind=kind, begin=jump / 100, end=jump / 100, start=0.2)
-    before = 0.9 if kind == "constant" else 0.2
+    before = 0.9 if kind in AT_ONCE else 0.2
     assert [sparsity_at(step, 100, spec, 0.9) for step in range(101)] == [before] * jump + [0.9] * (101 - jump)
 
 
@@ -69,6 +70,7 @@ def test_each_kind_follows_its_formula() -> None:
         for kind in KINDS
     }
     assert halfway == {
+        "fixed": 0.9,
         "constant": 0.9,
         "linear": pytest.approx(0.5),
         "cubic": pytest.approx(0.9 - 0.8 / 8),
