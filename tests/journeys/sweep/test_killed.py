@@ -97,7 +97,7 @@ def test_every_trial_began_from_the_one_teacher(folder: Path, record: SweepRecor
         assert stage is not None
         assert (stage.metrics["accuracy"], stage.sparsity) == (trial.metric, trial.sparsity)
         asked = [layer["sparsity"] for layer in trial.recipe["layers"].values()]
-        assert [layer.pruned for layer in stage.layers] == pytest.approx(asked, abs=0.05)
+        assert [layer.pruned for layer in stage.layers] == pytest.approx(asked, abs=0.1)
         assert [entry["step"] for entry in run.training["progressive"]] == list(range(1, 31)), "no step is lost"
 
 
