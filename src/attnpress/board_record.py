@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import RecordError
+from attnpress.results import read_json
 
 FORMAT = 1
 FILE = "board.json"
@@ -78,23 +76,15 @@ class BoardRecord:
         return next((one for one in self.baselines if (one.task, one.seed) == (task, seed)), None)
 
 
-def to_json(record: BoardRecord) -> str:
-    """The record as indented JSON; refuses NaN and infinity."""
-    return json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
-
-
 def read_board(folder: Path) -> BoardRecord:
     """Read `board.json` of a leaderboard's folder.
 
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
-    file = folder / FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise RecordError(f"{file}: format {data['format']!r}; this version reads {FORMAT}: update attnpress")
+
+    def build(data: dict[str, Any]) -> BoardRecord:
         baselines = [BaselineRecord(**one) for one in data["baselines"]]
         return BoardRecord(data["board"], baselines, [CellRecord(**cell) for cell in data["cells"]])
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise error if isinstance(error, RecordError) else RecordError(f"{file}: damaged ({error})") from None
+
+    return read_json(folder / FILE, FORMAT, build)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+Built = TypeVar("Built")
 
 FORMAT = 1
 STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
@@ -127,8 +129,8 @@ def with_errors(stage: StageRecord, errors: dict[str, list[dict[str, float]]]) -
     return dataclasses.replace(stage, layers=[one(layer) for layer in stage.layers])
 
 
-def to_json(record: Record) -> str:
-    """The record as indented JSON; refuses NaN and infinity."""
+def to_json(record: Any) -> str:
+    """A record, of a run or of anything else here, as indented JSON; refuses NaN and infinity."""
     return json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
 
 
@@ -162,6 +164,21 @@ def read_record(path: Path) -> Record:
     if not file.is_file():
         raise RecordError(f"{file}: no such record; give the folder that `attnpress compress --output` wrote")
     return from_json(file.read_text(encoding="utf-8"), str(file))
+
+
+def read_json(file: Path, newest: int, build: Callable[[dict[str, Any]], Built]) -> Built:
+    """What `build` makes of a JSON file of a known format.
+
+    Raises:
+        RecordError: no such file, of a newer format, or damaged.
+    """
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if data["format"] != newest:
+            raise RecordError(f"{file}: format {data['format']!r}; this version reads {newest}: update attnpress")
+        return build(data)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise error if isinstance(error, RecordError) else RecordError(f"{file}: damaged ({error})") from None
 
 
 def _stage(data: dict[str, Any]) -> StageRecord:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import RecordError
+from attnpress.results import read_json
 
 FORMAT = 1
 FILE = "sweep.json"
@@ -94,22 +92,14 @@ def pareto_front(trials: Sequence[TrialRecord]) -> list[int]:
     return front
 
 
-def to_json(record: SweepRecord) -> str:
-    """The record as indented JSON; refuses NaN and infinity."""
-    return json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
-
-
 def read_sweep(folder: Path) -> SweepRecord:
     """Read `sweep.json` of a sweep's folder.
 
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
-    file = folder / FILE
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-        if data["format"] != FORMAT:
-            raise RecordError(f"{file}: format {data['format']!r}; this version reads {FORMAT}: update attnpress")
+
+    def build(data: dict[str, Any]) -> SweepRecord:
         return SweepRecord(**{**data, "trials": [TrialRecord(**trial) for trial in data["trials"]]})
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise error if isinstance(error, RecordError) else RecordError(f"{file}: damaged ({error})") from None
+
+    return read_json(folder / FILE, FORMAT, build)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from attnpress.report.page import make_report
-from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front, to_json
+from attnpress.results import to_json
+from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front
 
 WIDTHS = (360, 768, 1280)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

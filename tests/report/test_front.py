@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from attnpress.report.page import make_report
-from attnpress.results import RecordError
-from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front, to_json
+from attnpress.results import RecordError, to_json
+from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front
 
 
 def trial(number: int, metric: float, work: float) -> TrialRecord:

@@ -7,11 +7,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, to_json
+from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord
 from attnpress.files import write_text
 from attnpress.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, teacher_recipe
 from attnpress.recipe import spec_to_dict
-from attnpress.results import Record, RecordError, StageRecord, read_record
+from attnpress.results import Record, RecordError, StageRecord, read_record, to_json
 from attnpress.tasks import check_data
 from attnpress.teacher import Notify, train_student, train_teacher
 

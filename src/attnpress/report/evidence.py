@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
 from attnpress.report.render import TITLES, control_scores, reference_score
 from attnpress.results import Record, StageRecord, read_record
@@ -134,13 +135,12 @@ def _row(label: str, name: str, records: Sequence[Record], known: Mapping[str, f
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
     lost = [_lost(record, stage, known) for record, stage in found]
-    spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     left = [
         statistics.mean(stage.work[f"{kind}_remaining"] / stage.work[f"{kind}_dense"] for stage in stages)
         for kind in ("bit_operations", "bytes")
     ]
     return [
-        label, TITLES[name], f"{statistics.mean(scores):.2f}{spread}", f"{statistics.mean(lost):+.2f}",
+        label, TITLES[name], mean_and_spread(scores), f"{statistics.mean(lost):+.2f}",
         f"{statistics.mean(stage.sparsity for stage in stages):.3f}",
         f"{statistics.mean(padded_to(stage, length) for stage in stages):.4f}",
         f"{statistics.mean(stage.keys_per_row for stage in stages):.2f}",

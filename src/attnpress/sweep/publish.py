@@ -11,10 +11,10 @@ from filelock import FileLock
 from attnpress.config import RunConfig
 from attnpress.files import whole_folder, write_text
 from attnpress.recipe import dump_config, parse_spec, spec_to_dict
-from attnpress.results import Record
+from attnpress.results import Record, to_json
 from attnpress.sweep.spec import SweepSpec, choose, describe, trial_folder
 from attnpress.sweep.study import ERROR, SPARSITY, WATCHED
-from attnpress.sweep_record import FILE, SweepRecord, TrialRecord, pareto_front, to_json
+from attnpress.sweep_record import FILE, SweepRecord, TrialRecord, pareto_front
 
 if TYPE_CHECKING:
     import optuna
