@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -18,7 +18,6 @@ from attnpress.config import (
     RunConfig,
     ScheduleSpec,
     TensorSpec,
-    choices,
 )
 from attnpress.recipe import parse_spec
 
@@ -72,6 +71,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"rule": "nm", "sparsity": 0.9}}, "sparsity: rule 'nm' prunes 0.25, 0.5 or 0.75 .* not 0.9"),
     ({"attention": {"rule": "topk", "threshold_penalty": 1.0}}, "threshold_penalty: .* need rule relative"),
     ({"attention": {"p": {"mode": "unit"}, "threshold_penalty": 1.0}}, "threshold_penalty: .* p.mode row"),
+    ({"attention": {"rule": "topk", "budget": "sensitivity"}}, "budget: it needs thresholds that are fitted"),
+    ({"attention": {"threshold": 0.1, "budget": "sensitivity"}}, "budget: it needs thresholds that are fitted"),
     ({"attention": {"sparsity": 0.9, "threshold_penalty": 1.0}}, "schedule.start: give the sparsity at which trained"),
     ({"attention": {"q": {"granularity": "channel"}}}, r"q\.granularity: 'channel' cannot leave .*use tensor, head"),
     ({"attention": {"k": {"granularity": "token"}}}, r"k\.granularity: 'token' cannot leave .*use tensor or head"),
@@ -115,4 +116,4 @@ def test_a_spec_made_in_python_is_checked_too(bits: int) -> None:
 
 
 def test_choices_are_those_of_the_type() -> None:
-    assert choices(RuleName) == ("relative", "threshold", "topk", "mass", "nm")
+    assert get_args(RuleName) == ("relative", "threshold", "topk", "mass", "nm")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
@@ -23,15 +23,14 @@ from attnpress.config import (
     ScheduleName,
     ScheduleSpec,
     TensorSpec,
-    choices,
 )
 from attnpress.recipe import dump_config, load_config, parse_spec, spec_to_dict
 
 FRACTIONS = st.floats(0, 0.99)
 BITS = st.integers(2, 8)
 TENSORS = st.builds(
-    TensorSpec, BITS, st.sampled_from([one for one in choices(Granularity) if one in ("tensor", "head")]),
-    st.none() | st.sampled_from(choices(ObserverName)), power_of_two=st.booleans(),
+    TensorSpec, BITS, st.sampled_from([one for one in get_args(Granularity) if one in ("tensor", "head")]),
+    st.none() | st.sampled_from(get_args(ObserverName)), power_of_two=st.booleans(),
 )  # fmt: skip
 CONFIGS = st.builds(
     RunConfig,
@@ -39,10 +38,10 @@ CONFIGS = st.builds(
     data=st.builds(DataSpec, task=st.text(max_size=9), eval_rows=st.none() | st.integers(1, 9)),
     attention=st.builds(
         AttentionSpec, TENSORS, TENSORS, TENSORS,
-        st.builds(ProbsSpec, st.none() | BITS, st.sampled_from(choices(ProbsMode))),
+        st.builds(ProbsSpec, st.none() | BITS, st.sampled_from(get_args(ProbsMode))),
         sparsity=FRACTIONS, smooth_key=st.booleans(),
     ),
-    schedule=st.builds(ScheduleSpec, st.sampled_from(choices(ScheduleName)), st.just(0.0), FRACTIONS),
+    schedule=st.builds(ScheduleSpec, st.sampled_from(get_args(ScheduleName)), st.just(0.0), FRACTIONS),
     seed=st.integers(),
 )  # fmt: skip
 

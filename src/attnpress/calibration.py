@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from attnpress.config import CalibrationSpec
+from attnpress.core.pruner import head_budgets
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.tasks import TaskData
@@ -21,6 +22,9 @@ from attnpress.tasks import TaskData
 Batch = Mapping[str, Any]
 
 LABELS = ("labels", "start_positions", "end_positions")
+
+SENSITIVITY_BATCHES = 2
+"""Each head costs a forward pass over them."""
 
 REFITS = 2
 """Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
@@ -52,6 +56,10 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         for module in modules:
             module.observers = None
     _fit(model, kept, modules)
+    spread = [module for module in modules if module.spec.budget == "sensitivity" and module.spec.sparsity > 0]
+    if spread:
+        _set_budgets(model, kept[:SENSITIVITY_BATCHES], spread)
+        _fit(model, kept, modules)
 
 
 def training_batches(data: TaskData, spec: CalibrationSpec, seed: int) -> list[dict[str, Any]]:
@@ -85,6 +93,14 @@ def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttenti
             if pairs == 0:  # whatever the rule: one that fits nothing would go on with scales of nothing
                 raise ValueError("the batches hold no valid pair of tokens, only padding: calibrate on real batches")
             module.fit()
+
+
+def first_output(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's first output for one batch, float32; where it has a row for each token, those of real tokens."""
+    (output,) = outputs(model, [batch])
+    first: Tensor = output[0].float()
+    mask = batch.get("attention_mask")
+    return first if mask is None or mask.shape != first.shape[:2] else first[mask.bool().to(first.device)]
 
 
 def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
@@ -140,3 +156,28 @@ def _set_scales(module: CompressedAttention) -> None:
     with torch.no_grad():
         for name, observer in observers.items():
             getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
+
+
+def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    keep = torch.cat([1 - module.spec.sparsity * torch.ones_like(module.budget) for module in modules])
+    budgets = head_budgets(_head_changes(model, batches, modules), keep)
+    for module, kept in zip(modules, budgets.split([module.heads for module in modules]), strict=True):
+        module.budget.copy_((1 - kept) / module.spec.sparsity)
+
+
+def _head_changes(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> Tensor:
+    """How far the model's output moves when one head alone is pruned, head by head; float64, over all ranks."""
+    cutoffs = [module.cutoff.clone() for module in modules]
+    for module in modules:
+        module.cutoff.fill_(torch.inf)
+    whole = [first_output(model, batch) for batch in batches]
+    changes = []
+    for module, cutoff in zip(modules, cutoffs, strict=True):
+        for head in range(module.heads):
+            module.cutoff[head] = cutoff[head]
+            moved = [first_output(model, batch) - exact for batch, exact in zip(batches, whole, strict=True)]
+            changes.append(torch.stack([part.double().square().sum() for part in moved]).sum())
+            module.cutoff[head] = torch.inf
+    for module, cutoff in zip(modules, cutoffs, strict=True):
+        module.cutoff.copy_(cutoff)
+    return reduce_over_ranks(torch.stack(changes), "sum").sqrt()

@@ -184,7 +184,10 @@ def _progressive(run: Run) -> PreTrainedModel:
     if not folder.is_dir():
         # Thresholds that are not to follow the model are fitted to the target before it is trained.
         fixed = config.schedule.kind == "fixed"
-        model = _compressed(run, lambda spec: spec if fixed else _start(spec, config.schedule.start))
+        # So are budgets: they are of the target.
+        model = _compressed(
+            run, lambda spec: spec if fixed or spec.budget != "uniform" else _start(spec, config.schedule.start)
+        )
         check_space(model, run.output)
         specs = layer_specs(list(attentions(model)), config.attention, config.layers)
         callback = SparsityCallback(model, config.schedule, {name: spec.sparsity for name, spec in specs.items()})

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic.dataclasses import dataclass
@@ -22,6 +22,7 @@ Count = Annotated[int, Field(ge=1)]
 Granularity = Literal["tensor", "head", "token", "channel"]
 ObserverName = Literal["absmax", "ema", "percentile", "mse"]
 RuleName = Literal["relative", "threshold", "topk", "mass", "nm"]
+BudgetName = Literal["uniform", "sensitivity"]
 ScheduleName = Literal["constant", "linear", "cubic", "step", "fixed"]
 ProbsMode = Literal["row", "unit"]
 
@@ -103,6 +104,7 @@ class AttentionSpec:
         sparsity: fraction of valid pairs to remove, in [0, 1).
         threshold: a fixed cut in the rule's own unit (tau, theta or gamma), instead of one fitted per head.
         threshold_penalty: train a threshold for each module (`core.soft_gate`); weight of the loss of keeping too much.
+        budget: "uniform" asks the same sparsity of every head, "sensitivity" less of those that pruning harms more.
         smooth_key: subtract from K its mean over valid keys before quantizing.
     """
 
@@ -114,6 +116,7 @@ class AttentionSpec:
     sparsity: Sparsity = 0.0
     threshold: Annotated[float, Field(gt=0, le=1)] | None = None
     threshold_penalty: Positive | None = None
+    budget: BudgetName = "uniform"
     smooth_key: bool = False
 
     @model_validator(mode="after")
@@ -128,6 +131,8 @@ class AttentionSpec:
             raise ValueError(f"threshold: rule {self.rule!r} keeps a count, not a threshold; set sparsity instead")
         if self.threshold_penalty is not None and (self.rule, self.p.mode, self.threshold) != ("relative", "row", None):
             raise ValueError("threshold_penalty: trained thresholds need rule relative, p.mode row, no threshold")
+        if self.budget != "uniform" and (self.rule in ("topk", "nm") or self.threshold or self.threshold_penalty):
+            raise ValueError("budget: it needs thresholds that are fitted: rule relative, threshold or mass")
         if (self.q.bits is None) != (self.k.bits is None):
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
         return self
@@ -293,8 +298,3 @@ def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
     """Plain data of a spec with some of its keys changed, at any depth."""
     inside = {key for key, value in own.items() if isinstance(value, dict) and isinstance(common.get(key), dict)}
     return {**common, **own, **{key: merged(common[key], own[key]) for key in inside}}
-
-
-def choices(name: Any) -> tuple[str, ...]:
-    """The values of a Literal type."""
-    return tuple(get_args(name))

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from attnpress.calibration import calibrate, outputs
+from attnpress.calibration import calibrate, first_output
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.attention import dense_attention
 from attnpress.core.cost import attention_work
@@ -95,7 +95,7 @@ def inspect_model(model: Any, batch: Mapping[str, Tensor]) -> Inspection:
         UnsupportedModelError: see `bind`.
     """
     bind(model, DENSE)
-    exact = _hidden(model, batch)
+    exact = first_output(model, batch)
     trials = [_try(model, batch, exact, spec) for spec in TRIALS]
     changes = [_head_changes(model, batch, exact, spec) for spec in (QUANTIZED, PRUNED)]
     heads = [
@@ -119,7 +119,7 @@ def _try(model: Any, batch: Mapping[str, Tensor], exact: Tensor, spec: Attention
         dense, left = dense + work.bit_operations_dense, left + work.bit_operations_remaining
 
     with probed(model, count):
-        hidden = _hidden(model, batch)
+        hidden = first_output(model, batch)
     return Trial(spec, _change(hidden, exact), left / max(1, dense))
 
 
@@ -129,7 +129,7 @@ def _head_changes(model: Any, batch: Mapping[str, Tensor], exact: Tensor, spec: 
     for state in attentions(model).values():
         for head in range(state.heads):
             with _only(attentions(model).values(), state, head):
-                changes.append(_change(_hidden(model, batch), exact))
+                changes.append(_change(first_output(model, batch), exact))
     return changes
 
 
@@ -171,7 +171,7 @@ def _views(model: Any, batch: Mapping[str, Tensor]) -> list[HeadView]:
             views[name] = _look(name, state, call)
 
     with probed(model, look):
-        _hidden(model, batch)
+        first_output(model, batch)
     return [view for found in views.values() for view in found]
 
 
@@ -191,14 +191,6 @@ def _look(name: str, state: CompressedAttention, call: AttentionCall) -> list[He
 def _largest(x: Tensor, real: Tensor | None, heads: int) -> Tensor:
     magnitude = x.float().abs() if real is None or real.shape[2] != x.shape[2] else x.float().abs() * real
     return magnitude.amax((0, 2, 3)).repeat_interleave(heads // x.shape[1])
-
-
-def _hidden(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
-    """The first output at real tokens, [tokens, ...] in float32."""
-    (output,) = outputs(model, [batch])
-    hidden: Tensor = output[0].float()
-    mask = batch.get("attention_mask")
-    return hidden if mask is None or mask.shape != hidden.shape[:2] else hidden[mask.bool().to(hidden.device)]
 
 
 def _change(hidden: Tensor, exact: Tensor) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from attnpress.config import ObserverName, RuleName, ScheduleName, choices
+from typing import get_args
+
+from attnpress.config import ObserverName, RuleName, ScheduleName
 
 RULES = {
     "relative": "keep p >= tau times the row maximum; decided on integers, before any exponential (default)",
@@ -42,4 +44,4 @@ def rows_of(kind: str) -> list[tuple[str, str]]:
 
         return [(backend.name, backend.describe()) for backend in backends()]
     described, literal = known[kind]
-    return [(name, described[name]) for name in choices(literal)]
+    return [(name, described[name]) for name in get_args(literal)]

@@ -10,13 +10,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from attnpress.benchmark.turns import Side
 from attnpress.cli import main
-from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName, choices
+from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName
 from attnpress.kernels import ops
 from attnpress.models.loading import PINNED_WEIGHTS
 from attnpress.recipe import dump_config, load_config
@@ -91,9 +91,9 @@ def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureF
 
 
 LISTS: list[tuple[str, Callable[[], tuple[str, ...]]]] = [
-    ("rules", lambda: choices(RuleName)),
-    ("schedules", lambda: choices(ScheduleName)),
-    ("observers", lambda: choices(ObserverName)),
+    ("rules", lambda: get_args(RuleName)),
+    ("schedules", lambda: get_args(ScheduleName)),
+    ("observers", lambda: get_args(ObserverName)),
     ("tasks", lambda: tuple(name for name, _ in list_tasks())),
     ("backends", lambda: ("cpu", "reference")),
 ]

@@ -20,8 +20,11 @@ from attnpress.core.attention import Pairs, prune_and_code
 from attnpress.core.exponential import exponent, exponent_rate, power
 from attnpress.core.pruner import (
     BINS,
+    LEAST,
+    MOST,
     fit_cutoff,
     fixed_cutoff,
+    head_budgets,
     keep_mask,
     mass_before,
     pair_bins,
@@ -356,3 +359,19 @@ def test_a_relative_threshold_keeps_what_reaches_it(seed: int, threshold: float)
     margin = 1e-5 * (1 - math.log(threshold))
     assert bool(keep[nats < -math.log(threshold) - margin].all())
     assert not keep[nats > -math.log(threshold) + margin].any()
+
+
+@given(SEEDS, st.floats(0.05, 0.98))
+def test_budgets_add_up_within_their_bounds(seed: int, sparsity: float) -> None:
+    change = torch.rand(24, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) ** 6
+    keep = torch.full((24,), 1 - sparsity, dtype=torch.float64)
+    budgets = head_budgets(change, keep)
+    assert torch.isclose(budgets.sum(), keep.sum(), rtol=1e-6)
+    assert bool((budgets >= LEAST * keep).all())
+    assert bool((budgets <= (MOST * keep).clamp(max=1)).all())
+    assert torch.equal(budgets[change.argsort()], budgets.sort().values)
+
+
+def test_heads_that_change_nothing_share_alike() -> None:
+    keep = torch.full((3,), 0.1, dtype=torch.float64)
+    assert torch.allclose(head_budgets(torch.zeros(3, dtype=torch.float64), keep), keep)

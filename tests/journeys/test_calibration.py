@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from attnpress.calibration import Batch, calibrate, fit_thresholds, outputs, watching
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.cost import PairCounts
+from attnpress.core.pruner import pruned_pairs
 from attnpress.models.binding import attentions, bind
 
 
@@ -43,14 +44,19 @@ def calibrated(spec: AttentionSpec, batches: list[dict[str, torch.Tensor]]) -> d
     return {name: tensor for name, tensor in model.state_dict().items() if ".attnpress." in name}
 
 
-def measured(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> float:
-    """Fraction of valid pairs that the rule removes."""
+def seen_pairs(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> list[PairCounts]:
+    """Pairs of each module, by head."""
     modules = attentions(model).values()
     for module in modules:
         module.counts = PairCounts.none_yet(module.heads)
     for _ in outputs(model, batches):
         pass
-    counts = [module.counts for module in modules if module.counts is not None]
+    return [module.counts for module in modules if module.counts is not None]
+
+
+def measured(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> float:
+    """Fraction of valid pairs that the rule removes."""
+    counts = seen_pairs(model, batches)
     return float(sum(one.pruned.sum() for one in counts) / sum(one.pairs.sum() for one in counts))
 
 
@@ -181,3 +187,43 @@ def test_a_failed_calibration_leaves_no_observer_behind() -> None:
     with pytest.raises(IndexError):
         calibrate(model, [{"input_ids": torch.full((2, 5), 10**6)}])
     assert all(module.observers is None for module in attentions(model).values())
+
+
+@pytest.mark.parametrize("rule", ["relative", "threshold", "mass"])
+def test_a_head_that_pruning_harms_keeps_more_of_the_same_total(rule: RuleName) -> None:
+    """The second head's values are made a hundred times those of the others, so that only its pairs matter."""
+    model: Any = make_model()
+    batches = make_batches()
+    with torch.no_grad():
+        model.bert.encoder.layer[0].attention.self.value.weight[16:] *= 100.0
+        model.bert.encoder.layer[1].attention.self.value.weight *= 0.01
+    spec = AttentionSpec(rule=rule, sparsity=0.8, budget="sensitivity")
+    calibrate(bind(model, spec), batches)
+    budgets = torch.cat([module.budget for module in attentions(model).values()])
+    assert budgets.argmin() == 1
+    assert torch.isclose(budgets.mean(), torch.ones((), dtype=torch.float64))
+    assert abs(measured(model, batches) - spec.sparsity) < 0.08
+    removed = [counts.pruned / counts.pairs for counts in seen_pairs(model, batches)]
+    assert removed[0][1] < removed[0][0]
+
+
+def test_budgets_are_in_force_at_each_sparsity_of_a_schedule() -> None:
+    model, batches = make_model(), make_batches()
+    calibrate(bind(model, AttentionSpec(sparsity=0.8, budget="sensitivity")), batches)
+    module = next(iter(attentions(model).values()))
+    module.budget.copy_(torch.tensor([0.5, 1.5]))
+    module.set_sparsity(0.4)
+    with watching([module], slice(None)):
+        for _ in outputs(model, batches):
+            pass
+    removed = pruned_pairs(module.spec, module.seen, module.active_cutoff()) / module.seen.sum(-1)
+    assert torch.allclose(removed, torch.tensor([0.2, 0.6], dtype=torch.float64), atol=0.05)
+    module.set_sparsity(0.0)
+    assert module.active_cutoff() is None
+
+
+def test_without_a_budget_a_checkpoint_holds_none() -> None:
+    assert not any("budget" in name for name in calibrated(AttentionSpec(sparsity=0.5), make_batches()))
+    assert any(
+        "budget" in name for name in calibrated(AttentionSpec(sparsity=0.5, budget="sensitivity"), make_batches())
+    )

@@ -79,7 +79,7 @@ def test_scales_have_one_value_a_group(granularity: Granularity, groups: tuple[i
 def test_dynamic_and_floating_matrices_have_no_scale() -> None:
     state = make_state(AttentionSpec(q=TensorSpec(granularity="token"), v=TensorSpec(bits=None)))
     assert list(state.quantized()) == ["k"]
-    assert {name for name, _ in state.named_buffers()} == {"k_scale", "cutoff", "histogram", "seen"}
+    assert {name for name, _ in state.named_buffers()} == {"k_scale", "budget", "cutoff", "histogram", "seen"}
     assert make_state(DENSE).quantized() == {}
 
 

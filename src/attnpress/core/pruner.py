@@ -28,6 +28,15 @@ COUNTED = ("topk", "nm")
 GROUP = 4
 """Rule "nm" keeps some of every 4 consecutive keys of a row: M of N:M."""
 
+LEAST, MOST = 0.4, 6.0
+"""Bounds of a head's budget: what one batch says of a head is noisy, and rows need a key or two."""
+
+WIDE = 1e9
+"""Heads whose changes differ by more are treated as if they did not, so that every sum can be reached."""
+
+HALVINGS = 80
+"""More than a float64 has bits: the search for a common factor ends at the last one."""
+
 NATS_PER_BIN = BIN_WIDTH / STEPS_PER_OCTAVE * math.log(2)
 
 
@@ -176,12 +185,12 @@ def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
     return torch.bincount(placed.flatten(), minlength=heads * (BINS + 1)).view(heads, BINS + 1)[:, :BINS].double()
 
 
-def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float) -> Tensor:
+def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float | Tensor) -> Tensor:
     """Per-head cutoff that removes the asked fraction of the pairs pooled in `histogram`.
 
     Args:
         histogram: float64 [H, BINS].
-        sparsity: fraction to remove, in [0, 1); 0 removes nothing.
+        sparsity: fraction to remove, in [0, 1), of every head or float64 [H]; 0 removes nothing.
 
     Returns:
         float32 [H]: -ln tau, -ln theta, or gamma for rule "mass"; +inf keeps everything.
@@ -194,15 +203,35 @@ def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float) -> Tenso
         raise ValueError(
             "no valid pairs were observed, so thresholds cannot be fitted: calibrate on real batches first"
         )
-    if sparsity == 0:
-        return torch.full_like(total, math.inf, dtype=torch.float32).squeeze(-1)
-    asked = (1.0 - sparsity) * total
+    share = torch.as_tensor(sparsity, dtype=torch.float64, device=histogram.device).view(-1, 1)
+    asked = (1.0 - share) * total
     running = histogram.cumsum(-1)
     index = (running < asked).sum(-1, keepdim=True).clamp(max=BINS - 1)
     inside = histogram.gather(-1, index).clamp(min=1e-9)
     position = index + ((asked - (running.gather(-1, index) - inside)) / inside).clamp(0, 1)
     unit = 1.0 / BINS if spec.rule == "mass" else NATS_PER_BIN
-    return (position.squeeze(-1) * unit).float()
+    return (position * unit).masked_fill(share == 0, math.inf).squeeze(-1).float()
+
+
+def head_budgets(change: Tensor, keep: Tensor) -> Tensor:
+    """Which fraction of its pairs each head keeps, in proportion to what pruning it changes.
+
+    Args:
+        change: float64 [H], how much the model's output moves when this head alone is pruned; not negative.
+        keep: float64 [H], in (0, 1], what each head keeps without a budget.
+
+    Returns:
+        float64 [H], each at least LEAST and at most MOST of `keep` and never above 1, with the sum of `keep`.
+    """
+    least, most = keep * LEAST, (keep * MOST).clamp(max=1.0)
+    # Where all change alike, or nothing does, every head keeps what it had.
+    asked = keep * (change / change.mean()).nan_to_num(1.0).clamp(min=1 / WIDE)
+    low, high = asked.new_zeros(()), asked.new_full((), MOST * WIDE)
+    for _ in range(HALVINGS):
+        factor = (low + high) / 2
+        few = (asked * factor).clamp(least, most).sum() < keep.sum()
+        low, high = torch.where(few, factor, low), torch.where(few, high, factor)
+    return (asked * high).clamp(least, most)
 
 
 def pruned_pairs(spec: AttentionSpec, histogram: Tensor, cutoff: Tensor | None) -> Tensor:

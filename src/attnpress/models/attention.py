@@ -57,6 +57,7 @@ class CompressedAttention(nn.Module):
 
     Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
     (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
+    With `spec.budget` sensitivity, float64 budget [Hq] times the sparsity in force is what is asked of each head.
     With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
     each training call leaves the share of pairs that its soft gate lets through in `density`.
     Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
@@ -71,6 +72,7 @@ class CompressedAttention(nn.Module):
     k_scale: Tensor
     v_scale: Tensor
     cutoff: Tensor
+    budget: Tensor
     trained_cutoff: Tensor
     histogram: Tensor
     seen: Tensor
@@ -94,6 +96,8 @@ class CompressedAttention(nn.Module):
         self.register_buffer("cutoff", torch.full((heads,), torch.inf, dtype=torch.float32))
         self.register_buffer("histogram", torch.zeros(heads, BINS, dtype=torch.float64))
         self.register_buffer("seen", torch.zeros(heads, BINS, dtype=torch.float64), persistent=False)
+        even = torch.ones(heads, dtype=torch.float64)
+        self.register_buffer("budget", even, persistent=spec.budget != "uniform")
         if spec.threshold is not None:
             self.cutoff.copy_(fixed_cutoff(spec, heads))
         if spec.threshold_penalty is not None:
@@ -148,7 +152,7 @@ class CompressedAttention(nn.Module):
         if self.spec.threshold is not None or self.spec.rule in COUNTED or self.spec.is_dense:
             return
         if self.spec.threshold_penalty is None:
-            self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, self.spec.sparsity))
+            self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, self.spec.sparsity * self.budget))
             return
         with torch.no_grad():
             pooled = fit_cutoff(self.spec, self.histogram.sum(0, keepdim=True), self.spec.sparsity)
