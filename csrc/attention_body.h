@@ -125,16 +125,18 @@ template <class I, class Share> void attend_batch(const Job<I>& job, int64_t ind
     share(tiles + passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
         for (int64_t work = begin; work < end; ++work) {
             if (work < tiles) {
-                pack_keys(job, batch, work, scratch);
-                pack_values(job, batch, work, scratch);
+                const Tile<I> tile(batch, work);
+                pack_keys(job, batch, tile, scratch);
+                pack_values(job, batch, tile, scratch);
                 continue;
             }
             const int64_t first = (work - tiles) * job.PASS;
-            for (int64_t row = first; row < least(first + job.PASS, a.q_rows); ++row) pack_query(job, batch, row, scratch);
+            pack_queries(job, batch, first, least(first + job.PASS, a.q_rows), scratch);
         }
     });
     share(a.q_heads * passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
         scratch.cut_of = scratch.panel_of = -1;
+        scratch.many = false;
         for (int64_t work = begin; work < end; ++work) {
             attend(job, head_of(job, batch, work / passes), work % passes * job.PASS, scratch);
         }
@@ -143,16 +145,26 @@ template <class I, class Share> void attend_batch(const Job<I>& job, int64_t ind
 
 template <class I> Job<I>::Job(const Attention& args)
     : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1) {
-    v_scale = room.template get<float>(2 * a.kv_heads * width);
+    v_scale = room.template get<float>(2 * a.kv_heads * width + a.kv_heads + a.q_heads);
     v_inverse = v_scale + a.kv_heads * width;
+    k_inverse = v_inverse + a.kv_heads * width;
+    q_inverse = a.q_scale.data == nullptr ? nullptr : k_inverse + a.kv_heads;
     for (int64_t i = 0; i < a.kv_heads * width; ++i) {
         v_scale[i] = scale_of(a.v_scale, i / width, least(i % width, a.dim - 1));
         v_inverse[i] = 1.0f / v_scale[i];
     }
+    for (int64_t head = 0; head < a.kv_heads; ++head) k_inverse[head] = 1.0f / scale_of(a.k_scale, head);
+    for (int64_t head = 0; q_inverse != nullptr && head < a.q_heads; ++head) q_inverse[head] = 1.0f / scale_of(a.q_scale, head);
 }
 
 template <class F> void parallel(const Attention& a, int64_t count, F f) {
     a.parallel(count, [](void* context, int64_t begin, int64_t end) { (*static_cast<F*>(context))(begin, end); }, &f);
+}
+
+// Memory that a thread keeps from call to call: asked of the system anew each time, its pages cost more than a short call.
+template <class T> T& kept() {
+    static thread_local T memory;
+    return memory;
 }
 
 // Each thread takes whole batch elements where they come out even; else all threads share each one.
@@ -160,21 +172,18 @@ template <class I> void run(const Attention& a) {
     const Job<I> job(a);
     if (a.batch % a.threads == 0 || a.batch >= 4 * a.threads) {
         parallel(a, a.batch, [&](int64_t begin, int64_t end) {
-            Batch<I> batch;
-            Scratch<I> scratch;
+            auto& batch = kept<Batch<I>>();
+            auto& scratch = kept<Scratch<I>>();
             for (int64_t index = begin; index < end; ++index) {
                 attend_batch(job, index, batch, [&](int64_t count, auto f) { f(0, count, scratch); });
             }
         });
         return;
     }
-    Batch<I> batch;
+    auto& batch = kept<Batch<I>>();
     for (int64_t index = 0; index < a.batch; ++index) {
         attend_batch(job, index, batch, [&](int64_t count, auto f) {
-            parallel(a, count, [&](int64_t begin, int64_t end) {
-                Scratch<I> scratch;
-                f(begin, end, scratch);
-            });
+            parallel(a, count, [&](int64_t begin, int64_t end) { f(begin, end, kept<Scratch<I>>()); });
         });
     }
 }

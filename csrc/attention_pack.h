@@ -1,118 +1,17 @@
-// Part of attention_body.h: what all steps share, and packing, from a batch element's numbers to codes in the kernel's order.
+// Part of attention_body.h: packing, from a batch element's numbers to codes in the kernel's order.
 #pragma once
 
-#include <cmath>
-#include <cstdlib>
-#include <cstring>
-#include <new>
+#include <type_traits>
 
-#include "attention.h"
-
-#define ATTN_INLINE inline __attribute__((always_inline))
+#include "attention_types.h"
 
 namespace attnpress {
 namespace {
 
-constexpr int32_t LOW = -(1 << 30);      // stands for the score of a pair that is not valid
-constexpr int32_t VALID = 1 << 28;       // real distances stay below, those of pairs that are not valid lie above
-constexpr int32_t T_MAX = 18 * 1024;     // core/exponential.py: exponents saturate here, where the power is 0
-constexpr int32_t ONE = 1 << 16;
-constexpr int32_t MAX_CUT = 32766;       // largest cut for which distances fit the streaming way's 16 bits
-constexpr int64_t CHUNK = 65536;         // keys whose 255 * 127 products fit 32-bit sums, and 16-bit indexes
-constexpr int MAX_DIM = 256;
-constexpr int64_t AHEAD = 2;             // tokens to ask of memory before they are packed
-constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
+constexpr int64_t AHEAD = 2;  // tokens to ask of memory before they are packed
 constexpr float SMALLEST_SCALE = 0x1p-40f, LARGEST_SCALE = 0x1p40f;
-constexpr float GRID = 0x1p20f;          // K smoothing sums multiples of 2^-20, clamped to 2^16: exact in any order
+constexpr float GRID = 0x1p20f;  // K smoothing sums multiples of 2^-20, clamped to 2^16: exact in any order
 constexpr float GRID_MAX = 0x1p36f;
-
-ATTN_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
-template <class T> ATTN_INLINE T least(T a, T b) { return a < b ? a : b; }
-template <class T> ATTN_INLINE T most(T a, T b) { return a < b ? b : a; }
-
-class Buffer {  // grows, never shrinks, keeps nothing when it grows
-  public:
-    Buffer() = default;
-    Buffer(const Buffer&) = delete;
-    ~Buffer() { std::free(data_); }
-    template <class T> T* get(int64_t count) {
-        const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)) + 64, 64);
-        if (bytes > size_) {
-            std::free(data_);
-            size_ = 0;
-            data_ = std::aligned_alloc(64, bytes);
-            if (data_ == nullptr) throw std::bad_alloc();
-            size_ = bytes;
-        }
-        return static_cast<T*>(data_);
-    }
-
-  private:
-    void* data_ = nullptr;
-    int64_t size_ = 0;
-};
-
-// One query row on its way.
-struct Row {
-    const float* scale;  // of V
-    const char* query;
-    float* output;
-    const uint8_t* bytes;
-    uint16_t *keys, *slack;  // survivors: index, and cut minus distance
-    float rate;
-    int32_t begin, end, cut, max, count, query_sum;
-    int32_t base;             // slack counts from here
-    int32_t floor;            // slack below it cannot survive
-    int64_t place;            // (batch, head, row) as one index, for the trace
-    alignas(64) int16_t top[32];  // largest slack so far, by lane
-};
-
-// One batch element as codes, all heads.
-template <class I> struct Batch {
-    Buffer query_buffer, scale_buffer, key_buffer, value_buffer, mean_buffer;
-    typename I::Query* queries;  // [Hq][Sq][width]
-    float* q_scales;             // [Hq][Sq]
-    typename I::Key* keys;       // [Hkv][tiles][D / GROUP][W][GROUP]
-    typename I::Value* values;   // [Hkv][padded][width], each W columns in the order that I::interleave undoes
-    float* means;                // [Hkv][width], of K
-    const Keys* mask;
-    int64_t index, count, padded;
-};
-
-// What one query head works with.
-template <class I> struct Head {
-    const typename I::Query* queries;  // [Sq][width]
-    const float* q_scales;             // [Sq]
-    const typename I::Key* keys;
-    const typename I::Value* values;
-    const Keys& mask;
-    int64_t batch, head, kv_head, count, padded;
-};
-
-template <class I> struct Scratch {
-    Buffer floats, codes, keys, slack, scores, probs, listed, list_keys, panel, weighted, wide;
-    int64_t panel_of = -1;  // which head the panel holds
-    bool many = false;      // what the last rows were like
-    int64_t cut_of = -1;    // which head, and which step alpha, the cut belongs to
-    float cut_alpha = 0;
-    int32_t cut = 0;
-};
-
-ATTN_INLINE float scale_of(const Scale& scale, int64_t head, int64_t channel = 0) {
-    return scale.data[head * scale.head + channel * scale.channel];
-}
-
-// Shapes and factors that all steps share.
-template <class I> struct Job {
-    static constexpr int W = I::COLS * I::LANES;
-    static constexpr int PASS = I::ROWS * 4;  // query rows that share one sweep over the keys
-    const Attention& a;
-    int64_t steps, width, group;
-    int32_t last_exponent;  // beyond it all codes are 0
-    Buffer room;
-    float *v_scale, *v_inverse;  // [Hkv][width]
-    explicit Job(const Attention& args);
-};
 
 ATTN_INLINE float half_to_float(uint16_t h) {
     const uint32_t sign = (h & 0x8000u) << 16, magnitude = h & 0x7fffu;
@@ -138,15 +37,8 @@ ATTN_INLINE float bfloat_to_float(uint16_t b) {
     return value;
 }
 
-// Asks memory for the rows of a token some tokens ahead.
-ATTN_INLINE void fetch(const char* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-}
-
-ATTN_INLINE int64_t row_bytes(DType dtype, int64_t dim) { return dim * (dtype == DType::f32 ? 4 : 2); }
-
 // A row as float32, padded with zeros to whole tiles of W; the row itself where it is that already.
-template <class I> const float* as_float(const char* row, DType dtype, int64_t dim, float* room) {
+template <class I> __attribute__((noinline)) const float* as_float(const char* row, DType dtype, int64_t dim, float* room) {
     constexpr int64_t W = I::COLS * I::LANES;
     if (dtype == DType::f32) {
         if (dim % W == 0) return reinterpret_cast<const float*>(row);
@@ -166,28 +58,42 @@ template <class I> const float* as_float(const char* row, DType dtype, int64_t d
     return room;
 }
 
-// codes = clamp(round_half_to_even((x - mean) * inverse), -qmax, qmax); NaN gives 0. A tile of W at a time goes to `store`,
-// in registers: narrow stores that a wide load follows would wait for each other.
-template <class I, class Inverse, class Store>
-ATTN_INLINE void quantize(const float* x, const float* mean, Inverse inverse, float qmax, int64_t width, Store store) {
-    const typename I::F32 high = I::set1f(qmax), low = I::set1f(-qmax);
-    for (int64_t d = 0; d < width; d += I::COLS * I::LANES) {
+// Rows of one tensor and batch element as float32. It fits registers, which keeps addresses out of the loops that read.
+template <class I> class Reader {
+  public:
+    Reader(const Rows& rows, int64_t batch, int64_t dim, Scratch<I>& scratch)
+        : base_(rows.data + batch * rows.batch), head_(rows.head), row_(rows.row), dim_(dim),
+          bytes_(dim * (rows.dtype == DType::f32 ? 4 : 2)), dtype_(rows.dtype),
+          room_(scratch.floats.template get<float>(2 * (MAX_DIM + 64))),
+          ready_(rows.dtype == DType::f32 && dim % Job<I>::W == 0) {}
+
+    // The row where it lies if it can be used so. Asks memory for the one AHEAD tokens further.
+    ATTN_INLINE const float* operator()(int64_t token, int64_t head) const {
+        const char* from = base_ + head * head_ + token * row_;
+        for (int64_t at = 0; at < bytes_; at += 64) __builtin_prefetch(from + AHEAD * row_ + at);
+        return ready_ ? reinterpret_cast<const float*>(from) : as_float<I>(from, dtype_, dim_, room_);
+    }
+
+  private:
+    const char* base_;
+    int64_t head_, row_, dim_, bytes_;
+    DType dtype_;
+    float* room_;
+    bool ready_;
+};
+
+// Codes of scaled values: `value(d)` gives LANES of them. A tile of W at a time goes to `store`, in registers: narrow
+// stores that a wide load follows would wait for each other.
+template <class I, class Value, class Store>
+ATTN_INLINE void quantize(int64_t width, typename I::F32 limit, Value value, Store store) {
+    int64_t d = 0;
+    do {
         typename I::I32 codes[I::COLS];
 #pragma GCC unroll 4
-        for (int c = 0; c < I::COLS; ++c) {
-            const int64_t at = d + c * I::LANES;
-            typename I::F32 value = I::loadf(x + at);
-            if (mean != nullptr) value = I::subf(value, I::loadf(mean + at));
-            codes[c] = I::round(I::clamp(I::mulf(value, inverse(at)), low, high));
-        }
+        for (int c = 0; c < I::COLS; ++c) codes[c] = I::round_within(value(d + c * I::LANES), limit);
         store(d, codes);
-    }
-}
-
-template <class I> ATTN_INLINE void quantize_row(const float* x, const float* mean, float scale, int32_t qmax, int64_t width, typename I::Query* to) {
-    const typename I::F32 inverse = I::set1f(1.0f / scale);
-    quantize<I>(x, mean, [&](int64_t) { return inverse; }, static_cast<float>(qmax), width,
-                [&](int64_t d, const typename I::I32(&codes)[I::COLS]) { I::store_ordered(to + d, codes); });
+        d += I::COLS * I::LANES;
+    } while (d < width);
 }
 
 // core/quantizer.py, token_scale: from the largest finite magnitude of a row.
@@ -200,10 +106,6 @@ template <class I> float token_scale(const float* x, int64_t dim, int32_t qmax, 
     int exponent;
     const float mantissa = std::frexp(scale, &exponent);
     return std::ldexp(1.0f, mantissa == 0.5f ? exponent - 1 : exponent);
-}
-
-template <class I> void record_codes(int8_t* where, const typename I::Query* codes, int64_t dim) {
-    for (int64_t d = 0; d < dim; ++d) where[d] = static_cast<int8_t>(codes[d]);
 }
 
 // core/quantizer.py, smooth_key: mean over the keys that some query may attend to.
@@ -244,76 +146,106 @@ template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batc
     batch.means = batch.mean_buffer.template get<float>(a.kv_heads * job.width);
 }
 
+template <class I> void record(int8_t* where, const typename I::Query* codes, int64_t dim) {
+    for (int64_t d = 0; d < dim; ++d) where[d] = static_cast<int8_t>(codes[d]);
+}
+
+// Which packed keys a tile holds, and where each came from.
+template <class I> struct Tile {
+    int64_t first, count;
+    const int32_t* tokens;
+    Tile(const Batch<I>& batch, int64_t tile)
+        : first(tile * Job<I>::W), count(least<int64_t>(Job<I>::W, batch.count - first)), tokens(batch.mask->packed + first) {}
+};
+
 // Packing goes through a token's heads before the next token, since that is how models lay them out in memory.
-template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, int64_t tile, Scratch<I>& scratch) {
+template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, const Tile<I>& tile, Scratch<I>& scratch) {
     const Attention& a = job.a;
-    float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    const int64_t head_size = job.W * job.width;
-    auto* codes = scratch.codes.template get<typename I::Query>(a.kv_heads * head_size);
-    for (int64_t i = 0; i < job.W; ++i) {
-        const int64_t place = tile * job.W + i;
-        for (int64_t head = 0; head < a.kv_heads; ++head) {
-            auto* row = codes + head * head_size + i * job.width;
-            if (place >= batch.count) {
-                std::memset(row, 0, job.width * sizeof(*row));
-                continue;
+    const int64_t heads = a.kv_heads, width = job.width, head_size = job.W * width;
+    auto* codes = scratch.codes.template get<typename I::Query>(heads * head_size);
+    const Reader<I> keys(a.key, batch.index, a.dim, scratch);
+    const auto limit = I::set1f(static_cast<float>(a.k_max));
+    const float *inverses = job.k_inverse, *means = batch.means;
+    const auto pack = [&](auto smooth) {
+        for (int64_t i = 0; i < tile.count; ++i) {
+            for (int64_t head = 0; head < heads; ++head) {
+                const float* x = keys(tile.tokens[i], head);
+                const auto inverse = I::set1f(inverses[head]);
+                auto* row = codes + head * head_size + i * width;
+                quantize<I>(width, limit, [&](int64_t d) {
+                    if constexpr (smooth.value) return I::mulf(I::subf(I::loadf(x + d), I::loadf(means + head * width + d)), inverse);
+                    else return I::mulf(I::loadf(x + d), inverse);
+                }, [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(row + d, some); });
             }
-            const int64_t key = batch.mask->packed[place];
-            const char* from = a.key.data + batch.index * a.key.batch + head * a.key.head + key * a.key.row;
-            const float* mean = a.smooth_key ? batch.means + head * job.width : nullptr;
-            fetch(from + AHEAD * a.key.row, row_bytes(a.key.dtype, a.dim));
-            const float* x = as_float<I>(from, a.key.dtype, a.dim, room);
-            quantize_row<I>(x, mean, scale_of(a.k_scale, head), a.k_max, job.width, row);
-            if (a.trace == nullptr) continue;
-            record_codes<I>(a.trace->k_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, row, a.dim);
         }
-    }
-    for (int64_t head = 0; head < a.kv_heads; ++head) {
-        I::pack_tile(codes + head * head_size, job.width, job.steps, batch.keys + (head * batch.padded + tile * job.W) * a.dim);
-    }
-}
-
-template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, int64_t tile, Scratch<I>& scratch) {
-    const Attention& a = job.a;
-    float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    typename I::Query traced[MAX_DIM + 64];
-    for (int64_t place = tile * job.W; place < (tile + 1) * job.W; ++place) {
-        for (int64_t head = 0; head < a.kv_heads; ++head) {
-            auto* row = batch.values + (head * batch.padded + place) * job.width;
-            if (place >= batch.count) {
-                std::memset(row, 0, job.width * sizeof(*row));
-                continue;
-            }
-            const int64_t key = batch.mask->packed[place];
-            const char* from = a.value.data + batch.index * a.value.batch + head * a.value.head + key * a.value.row;
-            fetch(from + AHEAD * a.value.row, row_bytes(a.value.dtype, a.dim));
-            const float* x = as_float<I>(from, a.value.dtype, a.dim, room);
-            const float* inverse = job.v_inverse + head * job.width;
-            const auto code = [&](auto put) {
-                quantize<I>(x, nullptr, [&](int64_t d) { return I::loadf(inverse + d); }, static_cast<float>(a.v_max), job.width, put);
-            };
-            code([&](int64_t d, const typename I::I32(&codes)[I::COLS]) { I::store_arranged(row + d, codes); });
-            if (a.trace == nullptr) continue;
-            code([&](int64_t d, const typename I::I32(&codes)[I::COLS]) { I::store_ordered(traced + d, codes); });
-            record_codes<I>(a.trace->v_codes + ((batch.index * a.kv_heads + head) * a.key_rows + key) * a.dim, traced, a.dim);
-        }
-    }
-}
-
-template <class I> void pack_query(const Job<I>& job, Batch<I>& batch, int64_t row, Scratch<I>& scratch) {
-    const Attention& a = job.a;
-    float* room = scratch.floats.template get<float>(2 * (MAX_DIM + 64));
-    for (int64_t head = 0; head < a.q_heads; ++head) {
-        const char* from = a.query.data + batch.index * a.query.batch + head * a.query.head + row * a.query.row;
-        fetch(from + AHEAD * a.query.row, row_bytes(a.query.dtype, a.dim));
-        const float* x = as_float<I>(from, a.query.dtype, a.dim, room);
-        auto* codes = batch.queries + (head * a.q_rows + row) * job.width;
-        const float scale = a.q_scale.data != nullptr ? scale_of(a.q_scale, head)
-                                                      : token_scale<I>(x, job.width, a.q_max, a.q_power_of_two);
-        batch.q_scales[head * a.q_rows + row] = scale;
-        quantize_row<I>(x, nullptr, scale, a.q_max, job.width, codes);
+    };
+    if (a.smooth_key) pack(std::true_type{}); else pack(std::false_type{});
+    for (int64_t head = 0; head < heads; ++head) {
+        auto* of_head = codes + head * head_size;
+        std::memset(of_head + tile.count * width, 0, (job.W - tile.count) * width * sizeof(*of_head));
+        I::pack_tile(of_head, width, job.steps, batch.keys + (head * batch.padded + tile.first) * a.dim);
         if (a.trace == nullptr) continue;
-        record_codes<I>(a.trace->q_codes + ((batch.index * a.q_heads + head) * a.q_rows + row) * a.dim, codes, a.dim);
+        int8_t* traced = a.trace->k_codes + (batch.index * heads + head) * a.key_rows * a.dim;
+        for (int64_t i = 0; i < tile.count; ++i) record<I>(traced + tile.tokens[i] * a.dim, of_head + i * width, a.dim);
+    }
+}
+
+template <class I, class Store> ATTN_INLINE void quantize_value(const Job<I>& job, const float* x, int64_t head, typename I::F32 limit, Store store) {
+    const float* inverse = job.v_inverse + head * job.width;
+    quantize<I>(job.width, limit, [&](int64_t d) { return I::mulf(I::loadf(x + d), I::loadf(inverse + d)); }, store);
+}
+
+template <class I> __attribute__((noinline)) void record_values(const Job<I>& job, const Batch<I>& batch, const Tile<I>& tile, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    const Reader<I> values(a.value, batch.index, a.dim, scratch);
+    const auto limit = I::set1f(static_cast<float>(a.v_max));
+    typename I::Query codes[MAX_DIM + 64];
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+        int8_t* traced = a.trace->v_codes + (batch.index * a.kv_heads + head) * a.key_rows * a.dim;
+        for (int64_t i = 0; i < tile.count; ++i) {
+            quantize_value(job, values(tile.tokens[i], head), head, limit,
+                           [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(codes + d, some); });
+            record<I>(traced + tile.tokens[i] * a.dim, codes, a.dim);
+        }
+    }
+}
+
+template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, const Tile<I>& tile, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    const int64_t heads = a.kv_heads, width = job.width, head_size = batch.padded * width;
+    auto* codes = batch.values + tile.first * width;
+    const Reader<I> values(a.value, batch.index, a.dim, scratch);
+    const auto limit = I::set1f(static_cast<float>(a.v_max));
+    for (int64_t i = 0; i < tile.count; ++i) {
+        for (int64_t head = 0; head < heads; ++head) {
+            auto* row = codes + head * head_size + i * width;
+            quantize_value(job, values(tile.tokens[i], head), head, limit,
+                           [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_arranged(row + d, some); });
+        }
+    }
+    for (int64_t head = 0; head < heads; ++head) {
+        std::memset(codes + head * head_size + tile.count * width, 0, (job.W - tile.count) * width * sizeof(*codes));
+    }
+    if (a.trace != nullptr) record_values(job, batch, tile, scratch);
+}
+
+template <class I> void pack_queries(const Job<I>& job, Batch<I>& batch, int64_t begin, int64_t end, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    const int64_t heads = a.q_heads, rows = a.q_rows, width = job.width;
+    const Reader<I> queries(a.query, batch.index, a.dim, scratch);
+    const auto limit = I::set1f(static_cast<float>(a.q_max));
+    const float* inverses = job.q_inverse;
+    for (int64_t row = begin; row < end; ++row) {
+        for (int64_t head = 0; head < heads; ++head) {
+            const float* x = queries(row, head);
+            float& scale = batch.q_scales[head * rows + row];
+            scale = inverses != nullptr ? scale_of(a.q_scale, head) : token_scale<I>(x, width, a.q_max, a.q_power_of_two);
+            const auto inverse = I::set1f(inverses != nullptr ? inverses[head] : 1.0f / scale);
+            auto* codes = batch.queries + (head * rows + row) * width;
+            quantize<I>(width, limit, [&](int64_t d) { return I::mulf(I::loadf(x + d), inverse); },
+                        [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(codes + d, some); });
+            if (a.trace != nullptr) record<I>(a.trace->q_codes + ((batch.index * heads + head) * rows + row) * a.dim, codes, a.dim);
+        }
     }
 }
 

@@ -85,6 +85,7 @@ struct Avx2 {
         const F32 ordered = _mm256_cmp_ps(a, a, _CMP_ORD_Q);
         return _mm256_and_ps(_mm256_min_ps(_mm256_max_ps(a, low), high), ordered);
     }
+    static ATTN_INLINE I32 round_within(F32 a, F32 limit) { return round(clamp(a, subf(set1f(0.0f), limit), limit)); }
     static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm256_min_ps(a, b); }

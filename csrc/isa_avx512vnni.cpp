@@ -67,6 +67,11 @@ struct Avx512Vnni {
         const __mmask16 ordered = _mm512_cmp_ps_mask(a, a, _CMP_ORD_Q);
         return _mm512_maskz_min_ps(ordered, _mm512_max_ps(a, low), high);
     }
+    // clamp(round(a), -limit, limit), 0 for NaN.
+    static ATTN_INLINE I32 round_within(F32 a, F32 limit) {
+        constexpr int LEAST_MAGNITUDE_SIGN_OF_FIRST = 2;
+        return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), _mm512_range_ps(a, limit, LEAST_MAGNITUDE_SIGN_OF_FIRST));
+    }
     static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm512_min_ps(a, b); }

@@ -51,6 +51,7 @@ struct Scalar {
     static I32 round(F32 a) { return static_cast<int32_t>(std::lrintf(a)); }
     static F32 nearest(F32 a) { return std::nearbyintf(a); }
     static F32 clamp(F32 a, F32 low, F32 high) { return a != a ? 0.0f : least(most(a, low), high); }
+    static I32 round_within(F32 a, F32 limit) { return round(clamp(a, -limit, limit)); }
     static F32 mulf(F32 a, F32 b) { return a * b; }
     static F32 subf(F32 a, F32 b) { return a - b; }
     static F32 minf(F32 a, F32 b) { return least(a, b); }

@@ -1,0 +1,117 @@
+// Part of attention_body.h: what all steps share.
+#pragma once
+
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "attention.h"
+
+#define ATTN_INLINE inline __attribute__((always_inline))
+
+namespace attnpress {
+namespace {
+
+constexpr int32_t LOW = -(1 << 30);      // stands for the score of a pair that is not valid
+constexpr int32_t VALID = 1 << 28;       // real distances stay below, those of pairs that are not valid lie above
+constexpr int32_t T_MAX = 18 * 1024;     // core/exponential.py: exponents saturate here, where the power is 0
+constexpr int32_t ONE = 1 << 16;
+constexpr int32_t MAX_CUT = 32766;       // largest cut for which distances fit the streaming way's 16 bits
+constexpr int64_t CHUNK = 65536;         // keys whose 255 * 127 products fit 32-bit sums, and 16-bit indexes
+constexpr int MAX_DIM = 256;
+constexpr int64_t KEPT = 1 << 23;        // bytes of a buffer that a thread may hold on to when it needs far less
+constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
+
+ATTN_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
+template <class T> ATTN_INLINE T least(T a, T b) { return a < b ? a : b; }
+template <class T> ATTN_INLINE T most(T a, T b) { return a < b ? b : a; }
+
+// Grows; what is larger than KEPT also shrinks, when far less will do. Keeps nothing when its size changes.
+class Buffer {
+  public:
+    Buffer() = default;
+    Buffer(const Buffer&) = delete;
+    ~Buffer() { std::free(data_); }
+    template <class T> T* get(int64_t count) {
+        const int64_t bytes = round_up(count * static_cast<int64_t>(sizeof(T)) + 64, 64);
+        if (bytes > size_ || (size_ > KEPT && bytes < size_ / 4)) {
+            std::free(data_);
+            size_ = 0;
+            data_ = std::aligned_alloc(64, bytes);
+            if (data_ == nullptr) throw std::bad_alloc();
+            size_ = bytes;
+        }
+        return static_cast<T*>(data_);
+    }
+
+  private:
+    void* data_ = nullptr;
+    int64_t size_ = 0;
+};
+
+// One query row on its way.
+struct Row {
+    const float* scale;  // of V
+    const char* query;
+    float* output;
+    const uint8_t* bytes;
+    uint16_t *keys, *slack;  // survivors: index, and cut minus distance
+    float rate;
+    int32_t begin, end, cut, max, count, query_sum;
+    int32_t base;             // slack counts from here
+    int32_t floor;            // slack below it cannot survive
+    int64_t place;            // (batch, head, row) as one index, for the trace
+    alignas(64) int16_t top[32];  // largest slack so far, by lane
+};
+
+// One batch element as codes, all heads.
+template <class I> struct Batch {
+    Buffer query_buffer, scale_buffer, key_buffer, value_buffer, mean_buffer;
+    typename I::Query* queries;  // [Hq][Sq][width]
+    float* q_scales;             // [Hq][Sq]
+    typename I::Key* keys;       // [Hkv][tiles][D / GROUP][W][GROUP]
+    typename I::Value* values;   // [Hkv][padded][width], each W columns in the order that I::interleave undoes
+    float* means;                // [Hkv][width], of K
+    const Keys* mask;
+    int64_t index, count, padded;
+};
+
+// What one query head works with.
+template <class I> struct Head {
+    const typename I::Query* queries;  // [Sq][width]
+    const float* q_scales;             // [Sq]
+    const typename I::Key* keys;
+    const typename I::Value* values;
+    const Keys& mask;
+    int64_t batch, head, kv_head, count, padded;
+};
+
+template <class I> struct Scratch {
+    Buffer floats, codes, keys, slack, scores, probs, listed, list_keys, panel, weighted, wide;
+    int64_t panel_of = -1;  // which head the panel holds
+    bool many = false;      // what the last rows were like
+    int64_t cut_of = -1;    // which head, and which step alpha, the cut belongs to
+    float cut_alpha = 0;
+    int32_t cut = 0;
+};
+
+ATTN_INLINE float scale_of(const Scale& scale, int64_t head, int64_t channel = 0) {
+    return scale.data[head * scale.head + channel * scale.channel];
+}
+
+// Shapes and factors that all steps share.
+template <class I> struct Job {
+    static constexpr int W = I::COLS * I::LANES;
+    static constexpr int PASS = I::ROWS * 4;  // query rows that share one sweep over the keys
+    const Attention& a;
+    int64_t steps, width, group;
+    int32_t last_exponent;  // beyond it all codes are 0
+    Buffer room;
+    float *v_scale, *v_inverse;      // [Hkv][width]
+    float *k_inverse, *q_inverse;    // [Hkv], [Hq]; q_inverse is null where Q is scaled row by row
+    explicit Job(const Attention& args);
+};
+
+}  // namespace
+}  // namespace attnpress
