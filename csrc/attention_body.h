@@ -12,8 +12,6 @@
 // never be the copy that the linker picks for another.
 #pragma once
 
-#include <type_traits>
-
 #include "attention_pack.h"
 #include "attention_stream.h"
 #include "attention_thorough.h"
@@ -26,6 +24,13 @@ template <int R, class F> ATTN_INLINE void with_rows(int64_t rows, F f) {
     if constexpr (R > 0) {
         if (rows == R) return f(std::integral_constant<int, R>{});
         with_rows<R - 1>(rows, f);
+    }
+}
+
+// Calls f(R, first) for each group of R rows.
+template <class I, class F> ATTN_INLINE void in_groups(int64_t count, F f) {
+    for (int64_t r = 0; r < count; r += I::ROWS) {
+        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) { f(R, r); });
     }
 }
 
@@ -57,7 +62,7 @@ template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_
 }
 
 template <class I>
-void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
+void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch, Survivors<I>& survivors) {
     const int64_t room = unit.padded + 64;
     auto* lists = scratch.keys.template get<uint16_t>(job.PASS * room);
     auto* slack = scratch.slack.template get<uint16_t>(job.PASS * room);
@@ -66,23 +71,43 @@ void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::
         rows[r].keys = lists + r * room;
         rows[r].slack = slack + r * room;
     }
-    for (int64_t r = 0; r < count; r += I::ROWS) {
-        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) { ranges[r / I::ROWS] = range_of<R.value>(rows + r); });
-    }
+    in_groups<I>(count, [&](auto R, int64_t r) { ranges[r / I::ROWS] = range_of<R.value>(rows + r); });
     for (int64_t tile = 0; tile < unit.padded / job.W; ++tile) {
-        for (int64_t r = 0; r < count; r += I::ROWS) {
-            with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
-                stream<I, R.value>(job, unit, codes + r * job.width, rows + r, ranges[r / I::ROWS], tile);
-            });
-        }
+        in_groups<I>(count, [&](auto R, int64_t r) {
+            stream<I, R.value>(job, unit, codes + r * job.width, rows + r, ranges[r / I::ROWS], tile);
+        });
     }
-    finish(job, unit, rows, count, scratch);
-    int64_t survivors = 0, pairs = 0;
     for (int64_t r = 0; r < count; ++r) {
-        survivors += rows[r].count;
+        Row& row = rows[r];
+        const int32_t top = row.begin < row.end ? I::highest_short(I::load_short_top(row.top)) : 0;
+        row.max = row.begin < row.end ? row.base + top : LOW;
+        survivors.begin_row(row);
+        // Without a valid key the list holds pairs that are not valid.
+        if (row.max != LOW) survivors.add(I::sift(row.keys, row.slack, row.count, top - row.cut, survivors.keys(), survivors.slack()));
+        survivors.end_row(row);
+    }
+}
+
+// All lists first, then all codes, then all sums of values: what one row waits for, another fills.
+template <class I>
+void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
+    Survivors<I> survivors(unit, scratch);
+    if (unit.padded <= SHORT) {
+        auto* slack = scratch.slack.template get<uint16_t>(I::ROWS * unit.padded);
+        for (int64_t r = 0; r < count; ++r) rows[r].slack = slack + r % I::ROWS * unit.padded;
+        in_groups<I>(count, [&](auto R, int64_t r) { survive_short<I, R.value>(job, unit, codes + r * job.width, rows + r, survivors); });
+    } else {
+        survive_long(job, unit, codes, rows, count, scratch, survivors);
+    }
+    survivors.code(job, rows, count);
+    auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
+    int64_t found = 0, pairs = 0;
+    for (int64_t r = 0; r < count; ++r) {
+        survivors.emit_row(job, unit, rows[r], weighted);
+        found += rows[r].count;
         pairs += rows[r].end - rows[r].begin;
     }
-    scratch.many = survivors * MANY > pairs;
+    scratch.many = found * MANY > pairs;
 }
 
 // At most PASS query rows of one head, from `first`.
@@ -98,11 +123,7 @@ template <class I> void attend(const Job<I>& job, const Head<I>& unit, int64_t f
     }
     const bool streamable = a.rule == Rule::relative && a.mode == ProbMode::row && unit.count <= CHUNK;
     if (streamable && widest <= MAX_CUT && !scratch.many) return attend_streaming(job, unit, codes, rows, count, scratch);
-    for (int64_t r = 0; r < count; r += I::ROWS) {
-        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) {
-            consider<I, R.value>(job, unit, codes + r * job.width, rows + r, scratch);
-        });
-    }
+    in_groups<I>(count, [&](auto R, int64_t r) { consider<I, R.value>(job, unit, codes + r * job.width, rows + r, scratch); });
 }
 
 template <class I> Head<I> head_of(const Job<I>& job, const Batch<I>& batch, int64_t head) {

@@ -163,7 +163,7 @@ void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs
             keys[count] = static_cast<uint16_t>(key - begin);
             count += codes[count] != 0;
         }
-        for (int g = 0; g < I::GROUP; ++g) codes[count + g] = 0;
+        for (int g = 0; g < I::GROUP; ++g) codes[count + g] = keys[count + g] = 0;
         weigh_list(job, unit.values + begin * job.width, keys, codes, count, weighted + r * job.width);
     }
 }

@@ -21,6 +21,7 @@ constexpr int32_t MAX_CUT = 32766;       // largest cut for which distances fit 
 constexpr int64_t CHUNK = 65536;         // keys whose 255 * 127 products fit 32-bit sums, and 16-bit indexes
 constexpr int MAX_DIM = 256;
 constexpr int64_t KEPT = 1 << 23;        // bytes of a buffer that a thread may hold on to when it needs far less
+constexpr int64_t SHORT = 512;           // keys up to which slack of a few rows stays in the first cache
 constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
 
 ATTN_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -61,6 +62,7 @@ struct Row {
     int32_t begin, end, cut, max, count, query_sum;
     int32_t base;             // slack counts from here
     int32_t floor;            // slack below it cannot survive
+    int64_t first;            // where its survivors begin
     int64_t place;            // (batch, head, row) as one index, for the trace
     alignas(64) int16_t top[32];  // largest slack so far, by lane
 };
@@ -88,7 +90,7 @@ template <class I> struct Head {
 };
 
 template <class I> struct Scratch {
-    Buffer floats, codes, keys, slack, scores, probs, listed, list_keys, panel, weighted, wide;
+    Buffer floats, codes, keys, slack, scores, probs, listed, list_keys, list_slack, panel, weighted, wide;
     int64_t panel_of = -1;  // which head the panel holds
     bool many = false;      // what the last rows were like
     int64_t cut_of = -1;    // which head, and which step alpha, the cut belongs to

@@ -34,7 +34,7 @@ struct Avx2 {
     static ATTN_INLINE __m128i half_at(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
     static ATTN_INLINE F32 load_halves(const uint16_t* p) { return _mm256_cvtph_ps(half_at(p)); }
     static ATTN_INLINE F32 load_bfloats(const uint16_t* p) { return _mm256_castsi256_ps(_mm256_slli_epi32(load_short(p), 16)); }
-    static ATTN_INLINE I32 load_short(const uint16_t* p) { return _mm256_cvtepu16_epi32(half_at(p)); }
+    static ATTN_INLINE I32 load_short(const uint16_t* p) { return _mm256_cvtepi16_epi32(half_at(p)); }
     static ATTN_INLINE I32 load_codes(const int16_t* p) { return at(p); }
     static ATTN_INLINE void store_codes(int16_t* p, I32 x) { to(p, x); }
     static ATTN_INLINE void store_code(int16_t* p, I32 x) {
@@ -62,6 +62,7 @@ struct Avx2 {
         const I32 off = _mm256_cmpeq_epi32(_mm256_and_si256(set1(static_cast<int32_t>(bits & 255)), lane), set1(0));
         return _mm256_blendv_epi8(x, set1(other), off);
     }
+    static ATTN_INLINE int32_t first(I32 a) { return _mm256_cvtsi256_si32(a); }
     static ATTN_INLINE int32_t total(I32 a) {
         __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
         s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
@@ -100,6 +101,7 @@ struct Avx2 {
         return _mm256_and_ps(magnitude, _mm256_cmp_ps(magnitude, set1f(INFINITY), _CMP_LT_OQ));
     }
 
+    static ATTN_INLINE I32 ones() { return _mm256_set1_epi16(1); }
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi32(acc, _mm256_madd_epi16(key, query)); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return _mm256_add_epi32(acc, _mm256_madd_epi16(code, value)); }
     // In 128-bit halves: codes 4 L to 4 L + 3 of both, the order that interleave undoes.
@@ -148,7 +150,7 @@ struct Avx2 {
     }
     static ATTN_INLINE Short set1_short(int16_t x) { return _mm256_set1_epi16(x); }
     static ATTN_INLINE Short load_short_top(const int16_t* p) { return at(p); }
-    static ATTN_INLINE void store_short(int16_t* p, Short x) { to(p, x); }
+    static ATTN_INLINE void store_short(void* p, Short x) { to(p, x); }
     static ATTN_INLINE Short max_short(Short a, Short b) { return _mm256_max_epi16(a, b); }
     static ATTN_INLINE bool any_above(Short a, int32_t limit) {
         return _mm256_movemask_epi8(_mm256_cmpgt_epi16(a, set1_short(static_cast<int16_t>(limit)))) != 0;
@@ -163,6 +165,9 @@ struct Avx2 {
         return _mm256_packs_epi32(sub(acc[0], set1(base)), sub(acc[1], set1(base)));
     }
     static ATTN_INLINE Short max_slack(Slack slack) { return slack; }
+    static ATTN_INLINE void store_slack(uint16_t* where, Slack slack) { to(where, slack); }
+    static ATTN_INLINE Slack load_slack(const uint16_t* from) { return at(from); }
+    static ATTN_INLINE Slack lower(Slack slack, int32_t by) { return _mm256_subs_epi16(slack, set1_short(static_cast<int16_t>(by))); }
     static ATTN_INLINE int list(Slack slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* where) {
         const I32 below = _mm256_cmpgt_epi16(_mm256_set1_epi16(static_cast<int16_t>(floor)), slack);
         uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(below)) & 0x55555555u;
@@ -178,12 +183,12 @@ struct Avx2 {
         }
         return count;
     }
-    static int sift(uint16_t* keys, uint16_t* slack, int count, int32_t drop) {
+    static int sift(const uint16_t* keys, const uint16_t* slack, int count, int32_t drop, uint16_t* to_keys, uint16_t* where) {
         int kept = 0;
         for (int i = 0; i < count; ++i) {
             const int32_t rest = slack[i] - drop;
-            keys[kept] = keys[i];
-            slack[kept] = static_cast<uint16_t>(rest);
+            to_keys[kept] = keys[i];
+            where[kept] = static_cast<uint16_t>(rest);
             kept += rest >= 0;
         }
         return kept;

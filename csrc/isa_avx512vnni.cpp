@@ -33,7 +33,7 @@ struct Avx512Vnni {
     static ATTN_INLINE __m256i half_at(const uint16_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
     static ATTN_INLINE F32 load_halves(const uint16_t* p) { return _mm512_cvtph_ps(half_at(p)); }
     static ATTN_INLINE F32 load_bfloats(const uint16_t* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(load_short(p), 16)); }
-    static ATTN_INLINE I32 load_short(const uint16_t* p) { return _mm512_cvtepu16_epi32(half_at(p)); }
+    static ATTN_INLINE I32 load_short(const uint16_t* p) { return _mm512_cvtepi16_epi32(half_at(p)); }
     static ATTN_INLINE I32 load_codes(const void* p) { return _mm512_loadu_si512(p); }
     static ATTN_INLINE void store_codes(void* p, I32 x) { _mm512_storeu_si512(p, x); }
     static ATTN_INLINE void store_code(void* p, I32 x) { _mm_storeu_si128(static_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x)); }
@@ -57,6 +57,7 @@ struct Avx512Vnni {
         return _mm512_mask_mov_epi32(set1(other), static_cast<__mmask16>(bits), x);
     }
     static ATTN_INLINE int32_t total(I32 a) { return _mm512_reduce_add_epi32(a); }
+    static ATTN_INLINE int32_t first(I32 a) { return _mm_cvtsi128_si32(_mm512_castsi512_si128(a)); }
     static ATTN_INLINE int32_t highest(I32 a) { return _mm512_reduce_max_epi32(a); }
     static ATTN_INLINE float highest(F32 a) { return _mm512_reduce_max_ps(a); }
 
@@ -94,6 +95,8 @@ struct Avx512Vnni {
     }
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return dot(acc, key, query); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return dot(acc, code, value); }
+
+    static ATTN_INLINE I32 ones() { return _mm512_set1_epi8(1); }
 
     // Lane L of the packed vector holds codes 4 L to 4 L + 3 of each of the four: the order that interleave undoes.
     static ATTN_INLINE I32 packed(const I32 (&codes)[COLS]) {
@@ -166,7 +169,7 @@ struct Avx512Vnni {
     }
     static ATTN_INLINE Short set1_short(int16_t x) { return _mm512_set1_epi16(x); }
     static ATTN_INLINE Short load_short_top(const int16_t* p) { return _mm512_load_si512(p); }
-    static ATTN_INLINE void store_short(int16_t* p, Short x) { _mm512_store_si512(p, x); }
+    static ATTN_INLINE void store_short(void* p, Short x) { _mm512_storeu_si512(p, x); }
     static ATTN_INLINE Short max_short(Short a, Short b) { return _mm512_max_epi16(a, b); }
     static ATTN_INLINE bool any_above(Short a, int32_t limit) {
         return _mm512_cmpgt_epi16_mask(a, set1_short(static_cast<int16_t>(limit))) != 0;
@@ -182,6 +185,15 @@ struct Avx512Vnni {
         return {_mm512_packs_epi32(sub(acc[0], from), sub(acc[1], from)), _mm512_packs_epi32(sub(acc[2], from), sub(acc[3], from))};
     }
     static ATTN_INLINE Short max_slack(const Slack& slack) { return _mm512_max_epi16(slack.low, slack.high); }
+    static ATTN_INLINE void store_slack(uint16_t* to, const Slack& slack) {
+        store_codes(to, slack.low);
+        store_codes(to + 32, slack.high);
+    }
+    static ATTN_INLINE Slack load_slack(const uint16_t* from) { return {load_codes(from), load_codes(from + 32)}; }
+    static ATTN_INLINE Slack lower(const Slack& slack, int32_t by) {
+        const I32 less = _mm512_set1_epi16(static_cast<int16_t>(by));
+        return {_mm512_subs_epi16(slack.low, less), _mm512_subs_epi16(slack.high, less)};
+    }
     static ATTN_INLINE int list(const Slack& slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* to) {
         const I32 least_slack = _mm512_set1_epi16(static_cast<int16_t>(floor));
         const __mmask32 in_low = _mm512_cmpge_epi16_mask(slack.low, least_slack), in_high = _mm512_cmpge_epi16_mask(slack.high, least_slack);
@@ -193,7 +205,7 @@ struct Avx512Vnni {
         store_codes(to + count, _mm512_maskz_compress_epi16(in_high, slack.high));
         return count + __builtin_popcount(in_high);
     }
-    static int sift(uint16_t* keys, uint16_t* slack, int count, int32_t drop) {
+    static int sift(const uint16_t* keys, const uint16_t* slack, int count, int32_t drop, uint16_t* to_keys, uint16_t* to) {
         const I32 sink = _mm512_set1_epi16(static_cast<int16_t>(drop));
         int kept = 0;
         for (int i = 0; i < count; i += 32) {
@@ -201,8 +213,8 @@ struct Avx512Vnni {
             const I32 rest = _mm512_sub_epi16(load_codes(slack + i), sink);
             const __mmask32 keep = ~_mm512_movepi16_mask(rest) & inside;
             const I32 moved = _mm512_maskz_compress_epi16(keep, load_codes(keys + i));
-            store_codes(slack + kept, _mm512_maskz_compress_epi16(keep, rest));
-            store_codes(keys + kept, moved);
+            store_codes(to + kept, _mm512_maskz_compress_epi16(keep, rest));
+            store_codes(to_keys + kept, moved);
             kept += __builtin_popcount(keep);
         }
         return kept;

@@ -26,7 +26,7 @@ struct Scalar {
     static void storef(float* p, F32 x) { *p = x; }
     static F32 load_halves(const uint16_t* p) { return half_to_float(*p); }
     static F32 load_bfloats(const uint16_t* p) { return bfloat_to_float(*p); }
-    static I32 load_short(const uint16_t* p) { return *p; }
+    static I32 load_short(const uint16_t* p) { return static_cast<int16_t>(*p); }
     static I32 load_codes(const int32_t* p) { return *p; }
     static void store_codes(int32_t* p, I32 x) { *p = x; }
     static void store_code(int32_t* p, I32 x) { *p = x; }
@@ -43,6 +43,7 @@ struct Scalar {
     static I32 mulhi(I32 a, I32 b) { return static_cast<int32_t>((static_cast<uint32_t>(a) * static_cast<uint32_t>(b)) >> 16); }
     static I32 select_le(I32 a, I32 b, I32 x) { return a <= b ? x : 0; }
     static I32 where(uint64_t bits, I32 x, int32_t other) { return bits & 1 ? x : other; }
+    static int32_t first(I32 a) { return a; }
     static int32_t total(I32 a) { return a; }
     static int32_t highest(I32 a) { return a; }
     static float highest(F32 a) { return a; }
@@ -59,6 +60,7 @@ struct Scalar {
     static F32 divide(F32 x, F32 by, F32) { return x / by; }
     static F32 finite_magnitude(F32 a) { return std::isfinite(a) ? std::fabs(a) : 0.0f; }
 
+    static I32 ones() { return 1; }
     static I32 dot_scores(I32 acc, I32 key, I32 query) { return acc + key * query; }
     static I32 dot_values(I32 acc, I32 code, I32 value) { return acc + code * value; }
     static void store_arranged(Value* to, const I32 (&codes)[COLS]) { std::memcpy(to, codes, sizeof(codes)); }
@@ -79,7 +81,7 @@ struct Scalar {
     }
     static Short set1_short(int16_t x) { return x; }
     static Short load_short_top(const int16_t* p) { return *p; }
-    static void store_short(int16_t* p, Short x) { *p = x; }
+    static void store_short(void* p, Short x) { std::memcpy(p, &x, sizeof(x)); }
     static Short max_short(Short a, Short b) { return most(a, b); }
     static bool any_above(Short a, int32_t limit) { return a > limit; }
     static int32_t highest_short(Short a) { return a; }
@@ -89,6 +91,16 @@ struct Scalar {
         return slack;
     }
     static Short max_slack(const Slack& slack) { return most(most(slack.of[0], slack.of[1]), most(slack.of[2], slack.of[3])); }
+    static void store_slack(uint16_t* to, const Slack& slack) { std::memcpy(to, slack.of, sizeof(slack.of)); }
+    static Slack load_slack(const uint16_t* from) {
+        Slack slack;
+        std::memcpy(slack.of, from, sizeof(slack.of));
+        return slack;
+    }
+    static Slack lower(Slack slack, int32_t by) {
+        for (int16_t& one : slack.of) one = static_cast<int16_t>(most(one - by, -32768));
+        return slack;
+    }
     static int list(const Slack& slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* to) {
         int count = 0;
         for (int c = 0; c < COLS; ++c) {
@@ -98,12 +110,12 @@ struct Scalar {
         }
         return count;
     }
-    static int sift(uint16_t* keys, uint16_t* slack, int count, int32_t drop) {
+    static int sift(const uint16_t* keys, const uint16_t* slack, int count, int32_t drop, uint16_t* to_keys, uint16_t* to) {
         int kept = 0;
         for (int i = 0; i < count; ++i) {
             if (slack[i] < drop) continue;
-            keys[kept] = keys[i];
-            slack[kept++] = static_cast<uint16_t>(slack[i] - drop);
+            to_keys[kept] = keys[i];
+            to[kept++] = static_cast<uint16_t>(slack[i] - drop);
         }
         return kept;
     }

@@ -1,0 +1,147 @@
+// Part of attention_body.h: exponents, products and masks.
+#pragma once
+
+#include "attention_types.h"
+
+namespace attnpress {
+namespace {
+
+// core/exponential.py: exponent of a distance, then its power, in units of 2^-16.
+template <class I> ATTN_INLINE typename I::I32 probability(typename I::I32 distance, typename I::F32 rate) {
+    const auto t = I::round(I::minf(I::mulf(I::to_float(distance), rate), I::set1f(static_cast<float>(T_MAX))));
+    const auto octaves = I::template shr<10>(t);
+    const auto fraction = I::template shl<6>(I::band(t, I::set1(1023)));
+    const auto inner = I::sub(I::set1(15148), I::mulhi(fraction, I::set1(2596)));
+    const auto drop = I::mulhi(fraction, I::sub(I::set1(45324), I::mulhi(fraction, inner)));
+    const auto half = I::template shr<1>(I::sllv(I::set1(1), octaves));
+    return I::srlv(I::add(I::sub(I::set1(ONE), drop), half), octaves);
+}
+
+// round_half_up(p * qmax / 2^16) with qmax = 2^n - 1: no product needed. `bits` is n in every lane.
+template <class I> ATTN_INLINE typename I::I32 row_code(typename I::I32 p, typename I::I32 bits) {
+    return I::template shr<16>(I::add(I::sub(I::sllv(p, bits), p), I::set1(ONE / 2)));
+}
+
+ATTN_INLINE int32_t bits_of(int32_t qmax) { return 32 - __builtin_clz(static_cast<uint32_t>(qmax)); }
+
+// The same for one distance, to find where codes end.
+inline int32_t row_code_at(int32_t t, int32_t qmax) {
+    const int64_t fraction = (t & 1023) << 6;
+    const int32_t octaves = t >> 10;
+    const int64_t drop = (fraction * (45324 - ((fraction * (15148 - ((fraction * 2596) >> 16))) >> 16))) >> 16;
+    const int64_t p = ((ONE - drop) + ((int64_t{1} << octaves) >> 1)) >> octaves;
+    return static_cast<int32_t>((p * qmax + ONE / 2) >> 16);
+}
+
+inline int32_t last_coded_exponent(int32_t qmax) {
+    int32_t low = 0, high = T_MAX;  // powers never rise with t: bisect between a code and none
+    while (high - low > 1) {
+        const int32_t middle = (low + high) / 2;
+        (row_code_at(middle, qmax) > 0 ? low : high) = middle;
+    }
+    return low;
+}
+
+inline bool has_code(int32_t distance, float rate, int32_t last) {
+    return std::nearbyint(static_cast<float>(distance) * rate) <= static_cast<float>(last);
+}
+
+// Largest distance that the rule keeps and that has a code above zero; VALID - 1 if that is out of reach.
+inline int32_t find_cut(float cutoff, float alpha, float rate, int32_t last) {
+    const float kept = cutoff / alpha;
+    const float coded = (static_cast<float>(last) + 0.5f) / rate;
+    int32_t cut = VALID - 1;
+    if (coded < 0x1p24f) {
+        cut = static_cast<int32_t>(coded);
+        while (cut > 0 && !has_code(cut, rate, last)) --cut;
+        while (has_code(cut + 1, rate, last)) ++cut;
+    }
+    return kept < static_cast<float>(cut) ? static_cast<int32_t>(kept) : cut;
+}
+
+// acc[r][c] = the products of R rows of 4-byte groups with one tile [steps][W][GROUP].
+struct ScoreDot {
+    template <class I> static ATTN_INLINE typename I::I32 dot(typename I::I32 acc, typename I::I32 tile, typename I::I32 group) {
+        return I::dot_scores(acc, tile, group);
+    }
+};
+struct ValueDot {
+    template <class I> static ATTN_INLINE typename I::I32 dot(typename I::I32 acc, typename I::I32 tile, typename I::I32 group) {
+        return I::dot_values(acc, group, tile);
+    }
+};
+
+template <class I, class Dot, int R, class Left, class Right>
+ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::set1(0);
+    }
+    for (int64_t step = 0; step < steps; ++step) {
+        typename I::I32 columns[I::COLS];
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) columns[c] = I::load_codes(tile + (step * I::COLS + c) * I::LANES * I::GROUP);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const typename I::I32 group = I::broadcast(rows + r * stride + step * I::GROUP);
+#pragma GCC unroll 4
+            for (int c = 0; c < I::COLS; ++c) acc[r][c] = Dot::template dot<I>(acc[r][c], columns[c], group);
+        }
+    }
+}
+
+// Bit i: the row may attend to packed key base + i.
+template <class I> ATTN_INLINE uint64_t valid_bits(const Row& row, int64_t base) {
+    constexpr int W = I::COLS * I::LANES;
+    const int64_t begin = most<int64_t>(row.begin - base, 0), end = least<int64_t>(row.end - base, W);
+    if (begin >= end) return 0;
+    const uint64_t bits = (end == 64 ? ~uint64_t{0} : (uint64_t{1} << end) - 1) & ~((uint64_t{1} << begin) - 1);
+    return row.bytes == nullptr ? bits : bits & I::byte_bits(row.bytes + base, static_cast<int>(end));
+}
+
+template <class I> ATTN_INLINE void mask(const Row& row, int64_t base, typename I::I32 (&acc)[I::COLS]) {
+    const uint64_t bits = valid_bits<I>(row, base);
+#pragma GCC unroll 4
+    for (int c = 0; c < I::COLS; ++c) acc[c] = I::where(bits >> (c * I::LANES), acc[c], LOW);
+}
+
+template <class I> ATTN_INLINE typename I::I32 largest(const typename I::I32 (&acc)[I::COLS]) {
+    typename I::I32 most_of = acc[0];
+#pragma GCC unroll 4
+    for (int c = 1; c < I::COLS; ++c) most_of = I::max(most_of, acc[c]);
+    return most_of;
+}
+
+struct Range {
+    int64_t begin, end;          // keys that some row of the group may attend to
+    int64_t all_begin, all_end;  // keys that all rows may attend to
+};
+
+template <int R> ATTN_INLINE Range range_of(const Row* rows) {
+    Range range{rows[0].begin, rows[0].end, rows[0].begin, rows[0].end};
+    bool bytes = false;
+    for (int r = 0; r < R; ++r) {
+        const Row& row = rows[r];
+        bytes |= row.bytes != nullptr;
+        range.all_begin = most<int64_t>(range.all_begin, row.begin);
+        range.all_end = least<int64_t>(range.all_end, row.end);
+        if (row.begin == row.end) continue;
+        const bool none = range.begin == range.end;
+        range.begin = none ? row.begin : least<int64_t>(range.begin, row.begin);
+        range.end = none ? row.end : most<int64_t>(range.end, row.end);
+    }
+    if (bytes) range.all_end = range.all_begin = 0;
+    return range;
+}
+
+template <class I, int R>
+ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
+    product<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
+    if (base >= range.all_begin && base + job.W <= range.all_end) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
+}
+
+}  // namespace
+}  // namespace attnpress

@@ -1,0 +1,136 @@
+// Part of attention_body.h: from the survivors of a pass to its output.
+#pragma once
+
+#include "attention_scores.h"
+
+namespace attnpress {
+namespace {
+
+// weighted[d] = sum over the list of code * value, T tiles of W columns at a time; returns the sum of codes.
+template <class I, int T>
+ATTN_INLINE int32_t gather(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t count, int32_t* weighted) {
+    typename I::I32 acc[T * I::COLS];
+#pragma GCC unroll 16
+    for (int c = 0; c < T * I::COLS; ++c) acc[c] = I::set1(0);
+    typename I::I32 sum = I::set1(0);
+    const auto ones = I::ones();
+    for (int64_t i = 0; i < count; i += I::GROUP) {
+        const typename I::Value* from[I::GROUP];
+#pragma GCC unroll 4
+        for (int g = 0; g < I::GROUP; ++g) from[g] = values + keys[i + g] * width;
+        const typename I::I32 group = I::broadcast(codes + i);
+        sum = I::dot_values(sum, group, ones);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            typename I::I32 columns[I::COLS];
+            I::interleave(from, t * I::COLS * I::LANES, columns);
+#pragma GCC unroll 4
+            for (int c = 0; c < I::COLS; ++c) acc[t * I::COLS + c] = I::dot_values(acc[t * I::COLS + c], group, columns[c]);
+        }
+    }
+#pragma GCC unroll 16
+    for (int c = 0; c < T * I::COLS; ++c) I::store(weighted + c * I::LANES, acc[c]);
+    return I::first(sum);
+}
+
+// Past the list, up to a whole group, codes must be 0 and keys must exist.
+template <class I> int32_t weigh_list(const Job<I>& job, const typename I::Value* values, const uint16_t* keys, const typename I::Prob* codes, int64_t count, int32_t* weighted) {
+    int32_t sum = 0;
+    for (int64_t d = 0; d < job.width;) {
+        const int64_t tiles = (job.width - d) / job.W;
+        if (tiles >= 4) {
+            sum = gather<I, 4>(values + d, job.width, keys, codes, count, weighted + d);
+            d += 4 * job.W;
+        } else if (tiles >= 2) {
+            sum = gather<I, 2>(values + d, job.width, keys, codes, count, weighted + d);
+            d += 2 * job.W;
+        } else {
+            sum = gather<I, 1>(values + d, job.width, keys, codes, count, weighted + d);
+            d += job.W;
+        }
+    }
+    return sum;
+}
+
+// out = (weighted * v_scale) / divisor. Weighted sums are 32-bit, or 64-bit where keys fill several chunks.
+template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* weighted, const int64_t* wide, int64_t code_sum) {
+    const Attention& a = job.a;
+    const float divisor = a.mode == ProbMode::unit ? static_cast<float>(a.p_max) : static_cast<float>(most<int64_t>(code_sum, 1));
+    const typename I::F32 by = I::set1f(divisor), inverse = I::set1f(1.0f / divisor);
+    const auto scaled = [&](typename I::F32 sum, int64_t d) { return I::divide(I::mulf(sum, I::loadf(row.scale + d)), by, inverse); };
+    const int64_t dim = a.dim;
+    float* output = row.output;
+    if (wide == nullptr && dim % I::LANES == 0) {
+        for (int64_t d = 0; d < dim; d += I::LANES) I::storef(output + d, scaled(I::to_float(I::load(weighted + d)), d));
+    } else {
+        alignas(64) float room[MAX_DIM + 64];
+        for (int64_t d = 0; d < dim; ++d) room[d] = wide == nullptr ? static_cast<float>(weighted[d]) : static_cast<float>(wide[d]);
+        for (int64_t d = dim; d % I::LANES != 0; ++d) room[d] = 0.0f;
+        for (int64_t d = 0; d < dim; d += I::LANES) I::storef(room + d, scaled(I::loadf(room + d), d));
+        std::memcpy(output, room, dim * sizeof(float));
+    }
+    if (a.trace == nullptr) return;
+    a.trace->code_sum[row.place] = code_sum;
+    const bool empty = row.max == LOW;
+    a.trace->row_max[row.place] = empty ? 0 : row.max - I::KEY_OFFSET * row.query_sum;
+    for (int64_t d = 0; d < a.dim; ++d) a.trace->weighted[row.place * a.dim + d] = wide == nullptr ? weighted[d] : wide[d];
+}
+
+// Survivors of a pass, row after row. Each row ends on a whole group, filled up with what codes to 0.
+template <class I> class Survivors {
+  public:
+    Survivors(const Head<I>& unit, Scratch<I>& scratch) {
+        const int64_t room = Job<I>::PASS * (unit.padded + I::GROUP) + 64;
+        keys_ = scratch.list_keys.template get<uint16_t>(room);
+        slack_ = scratch.list_slack.template get<uint16_t>(room);
+        codes_ = scratch.listed.template get<typename I::Prob>(room);
+    }
+
+    // Where the next survivors of the row under way go.
+    uint16_t* keys() const { return keys_ + end_; }
+    uint16_t* slack() const { return slack_ + end_; }
+    ATTN_INLINE void add(int64_t count) { end_ += count; }
+
+    ATTN_INLINE void begin_row(Row& row) const { row.first = end_; }
+    ATTN_INLINE void end_row(Row& row) {
+        row.count = static_cast<int32_t>(end_ - row.first);
+        I::store_short(keys(), I::set1_short(0));
+        I::store_short(slack(), I::set1_short(-1));
+        end_ = row.first + round_up(row.count, I::GROUP);
+    }
+
+    // Codes of rows with the same cut and rate at once: few survivors a row would leave most lanes empty.
+    void code(const Job<I>& job, const Row* rows, int64_t count) {
+        for (int64_t r = 0, next; r < count; r = next) {
+            for (next = r + 1; next < count && rows[next].rate == rows[r].rate && rows[next].cut == rows[r].cut;) ++next;
+            code_run(job, rows[r], rows[r].first, next < count ? rows[next].first : end_);
+        }
+    }
+
+    void emit_row(const Job<I>& job, const Head<I>& unit, const Row& row, int32_t* weighted) const {
+        const uint16_t* keys = keys_ + row.first;
+        const auto* codes = codes_ + row.first;
+        const int32_t sum = weigh_list(job, unit.values, keys, codes, row.count, weighted);
+        emit(job, row, weighted, nullptr, sum);
+        if (job.a.trace == nullptr) return;
+        uint8_t* traced = job.a.trace->p_codes + row.place * job.a.key_rows;
+        for (int64_t i = 0; i < row.count; ++i) traced[unit.mask.packed[keys[i]]] = static_cast<uint8_t>(codes[i]);
+    }
+
+  private:
+    void code_run(const Job<I>& job, const Row& row, int64_t begin, int64_t end) {
+        const auto rate = I::set1f(row.rate);
+        const auto cut = I::set1(row.cut), bits = I::set1(bits_of(job.a.p_max));
+        for (int64_t i = begin; i < end; i += I::LANES) {
+            const auto distance = I::sub(cut, I::load_short(slack_ + i));
+            I::store_code(codes_ + i, I::select_le(distance, cut, row_code<I>(probability<I>(distance, rate), bits)));
+        }
+    }
+
+    uint16_t *keys_, *slack_;  // slack: cut minus distance
+    typename I::Prob* codes_;
+    int64_t end_ = 0;
+};
+
+}  // namespace
+}  // namespace attnpress
