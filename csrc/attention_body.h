@@ -53,9 +53,6 @@ template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_
     }
     row.cut = scratch.cut;
     row.max = LOW;
-    row.count = row.floor = 0;
-    I::store_short(row.top, I::set1_short(0));
-    for (int64_t d = 0; d < a.dim; d += 16) __builtin_prefetch(row.output + d, 1);
     if (a.trace == nullptr) return;
     row.query_sum = 0;
     for (int64_t d = 0; d < a.dim; ++d) row.query_sum += unit.queries[index * job.width + d];
@@ -70,6 +67,9 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
     for (int64_t r = 0; r < count; ++r) {
         rows[r].keys = lists + r * room;
         rows[r].slack = slack + r * room;
+        rows[r].count = rows[r].floor = 0;
+        I::store_short(rows[r].top, I::set1_short(0));
+        ask_output(rows[r], job.a.dim);
     }
     in_groups<I>(count, [&](auto R, int64_t r) { ranges[r / I::ROWS] = range_of<R.value>(rows + r); });
     for (int64_t tile = 0; tile < unit.padded / job.W; ++tile) {

@@ -48,6 +48,7 @@ void survive_short(const Job<I>& job, const Head<I>& unit, const typename I::Que
     const Range range = range_of<R>(rows);
     const int64_t begin = range.begin / job.W * job.W, end = range.end;
     int32_t top[R];
+    for (int r = 0; r < R; ++r) ask_output(rows[r], job.a.dim);
     for (bool based = false;; based = true) {
         sweep<I, R>(job, unit, codes, rows, range, based);
         bool fits = true;

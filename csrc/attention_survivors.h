@@ -6,10 +6,9 @@
 namespace attnpress {
 namespace {
 
-// weighted[d] = sum over the list of code * value, T tiles of W columns at a time; returns the sum of codes.
+// acc = sum over the list of code * value, T tiles of W columns at a time; returns the sum of codes.
 template <class I, int T>
-ATTN_INLINE int32_t gather(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t count, int32_t* weighted) {
-    typename I::I32 acc[T * I::COLS];
+ATTN_INLINE int32_t gather(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t count, typename I::I32 (&acc)[T * I::COLS]) {
 #pragma GCC unroll 16
     for (int c = 0; c < T * I::COLS; ++c) acc[c] = I::set1(0);
     typename I::I32 sum = I::set1(0);
@@ -28,9 +27,16 @@ ATTN_INLINE int32_t gather(const typename I::Value* values, int64_t width, const
             for (int c = 0; c < I::COLS; ++c) acc[t * I::COLS + c] = I::dot_values(acc[t * I::COLS + c], group, columns[c]);
         }
     }
+    return I::first(sum);
+}
+
+template <class I, int T>
+ATTN_INLINE int32_t gather_to(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t count, int32_t* weighted) {
+    typename I::I32 acc[T * I::COLS];
+    const int32_t sum = gather<I, T>(values, width, keys, codes, count, acc);
 #pragma GCC unroll 16
     for (int c = 0; c < T * I::COLS; ++c) I::store(weighted + c * I::LANES, acc[c]);
-    return I::first(sum);
+    return sum;
 }
 
 // Past the list, up to a whole group, codes must be 0 and keys must exist.
@@ -39,25 +45,37 @@ template <class I> int32_t weigh_list(const Job<I>& job, const typename I::Value
     for (int64_t d = 0; d < job.width;) {
         const int64_t tiles = (job.width - d) / job.W;
         if (tiles >= 4) {
-            sum = gather<I, 4>(values + d, job.width, keys, codes, count, weighted + d);
+            sum = gather_to<I, 4>(values + d, job.width, keys, codes, count, weighted + d);
             d += 4 * job.W;
         } else if (tiles >= 2) {
-            sum = gather<I, 2>(values + d, job.width, keys, codes, count, weighted + d);
+            sum = gather_to<I, 2>(values + d, job.width, keys, codes, count, weighted + d);
             d += 2 * job.W;
         } else {
-            sum = gather<I, 1>(values + d, job.width, keys, codes, count, weighted + d);
+            sum = gather_to<I, 1>(values + d, job.width, keys, codes, count, weighted + d);
             d += job.W;
         }
     }
     return sum;
 }
 
+// Asks memory for the lines of a row's output, well before they are written.
+ATTN_INLINE void ask_output(const Row& row, int64_t dim) {
+    for (int64_t d = 0; d < dim; d += 16) __builtin_prefetch(row.output + d, 1);
+}
+
 // out = (weighted * v_scale) / divisor. Weighted sums are 32-bit, or 64-bit where keys fill several chunks.
+template <class I> struct Rescale {
+    const float* scale;
+    typename I::F32 by, inverse;
+    Rescale(const Row& row, float divisor) : scale(row.scale), by(I::set1f(divisor)), inverse(I::set1f(1.0f / divisor)) {}
+    ATTN_INLINE typename I::F32 operator()(typename I::F32 sum, int64_t d) const {
+        return I::divide(I::mulf(sum, I::loadf(scale + d)), by, inverse);
+    }
+};
+
 template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* weighted, const int64_t* wide, int64_t code_sum) {
     const Attention& a = job.a;
-    const float divisor = a.mode == ProbMode::unit ? static_cast<float>(a.p_max) : static_cast<float>(most<int64_t>(code_sum, 1));
-    const typename I::F32 by = I::set1f(divisor), inverse = I::set1f(1.0f / divisor);
-    const auto scaled = [&](typename I::F32 sum, int64_t d) { return I::divide(I::mulf(sum, I::loadf(row.scale + d)), by, inverse); };
+    const Rescale<I> scaled(row, a.mode == ProbMode::unit ? static_cast<float>(a.p_max) : static_cast<float>(most<int64_t>(code_sum, 1)));
     const int64_t dim = a.dim;
     float* output = row.output;
     if (wide == nullptr && dim % I::LANES == 0) {
@@ -110,6 +128,14 @@ template <class I> class Survivors {
     void emit_row(const Job<I>& job, const Head<I>& unit, const Row& row, int32_t* weighted) const {
         const uint16_t* keys = keys_ + row.first;
         const auto* codes = codes_ + row.first;
+        if (job.width == job.W && job.a.dim == job.W && job.a.trace == nullptr) {  // usual: all in registers
+            typename I::I32 acc[I::COLS];
+            const int32_t sum = gather<I, 1>(unit.values, job.W, keys, codes, row.count, acc);
+            const Rescale<I> scaled(row, static_cast<float>(most(sum, 1)));
+#pragma GCC unroll 4
+            for (int c = 0; c < I::COLS; ++c) I::storef(row.output + c * I::LANES, scaled(I::to_float(acc[c]), c * I::LANES));
+            return;
+        }
         const int32_t sum = weigh_list(job, unit.values, keys, codes, row.count, weighted);
         emit(job, row, weighted, nullptr, sum);
         if (job.a.trace == nullptr) return;

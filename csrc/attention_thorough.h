@@ -173,6 +173,7 @@ template <class I, int R>
 void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, Scratch<I>& scratch) {
     const Attention& a = job.a;
     const Range range = range_of<R>(rows);
+    for (int r = 0; r < R; ++r) ask_output(rows[r], a.dim);
     const int64_t begin = range.begin / job.W * job.W, end = round_up(range.end, job.W);
     auto* scores = scratch.scores.template get<int32_t>(R * unit.padded);
     auto* probs = scratch.probs.template get<typename I::Prob>(R * unit.padded);
