@@ -81,10 +81,10 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
         Row& row = rows[r];
         const int32_t top = row.begin < row.end ? I::highest_short(I::load_short_top(row.top)) : 0;
         row.max = row.begin < row.end ? row.base + top : LOW;
-        survivors.begin_row(row);
-        // Without a valid key the list holds pairs that are not valid.
-        if (row.max != LOW) survivors.add(I::sift(row.keys, row.slack, row.count, top - row.cut, survivors.keys(), survivors.slack()));
-        survivors.end_row(row);
+        survivors.add(row, [&](uint16_t* keys, uint16_t* to) {
+            // Without a valid key the list holds pairs that are not valid.
+            return row.max == LOW ? 0 : I::sift(row.keys, row.slack, row.count, top - row.cut, keys, to);
+        });
     }
 }
 

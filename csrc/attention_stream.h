@@ -62,12 +62,16 @@ void survive_short(const Job<I>& job, const Head<I>& unit, const typename I::Que
     for (int r = 0; r < R; ++r) {
         Row& row = rows[r];
         row.max = row.begin < row.end ? row.base + top[r] : LOW;
-        survivors.begin_row(row);
-        for (int64_t base = begin; base < end && row.max != LOW; base += job.W) {
-            const auto slack = I::lower(I::load_slack(row.slack + base), top[r] - row.cut);
-            survivors.add(I::list(slack, 0, static_cast<int32_t>(base), survivors.keys(), survivors.slack()));
-        }
-        survivors.end_row(row);
+        const int64_t last = row.max == LOW ? begin : end;
+        const int32_t floor = top[r] - row.cut;
+        const uint16_t* slack = row.slack;
+        survivors.add(row, [&](uint16_t* keys, uint16_t* to) {
+            int count = 0;
+            for (int64_t base = begin; base < last; base += job.W) {
+                count += I::list(I::lower(I::load_slack(slack + base), floor), 0, static_cast<int32_t>(base), keys + count, to + count);
+            }
+            return count;
+        });
     }
 }
 

@@ -104,17 +104,15 @@ template <class I> class Survivors {
         codes_ = scratch.listed.template get<typename I::Prob>(room);
     }
 
-    // Where the next survivors of the row under way go.
-    uint16_t* keys() const { return keys_ + end_; }
-    uint16_t* slack() const { return slack_ + end_; }
-    ATTN_INLINE void add(int64_t count) { end_ += count; }
-
-    ATTN_INLINE void begin_row(Row& row) const { row.first = end_; }
-    ATTN_INLINE void end_row(Row& row) {
-        row.count = static_cast<int32_t>(end_ - row.first);
-        I::store_short(keys(), I::set1_short(0));
-        I::store_short(slack(), I::set1_short(-1));
-        end_ = row.first + round_up(row.count, I::GROUP);
+    // list(keys, slack) writes the survivors of the row there, and returns how many.
+    template <class List> ATTN_INLINE void add(Row& row, List list) {
+        uint16_t *keys = keys_ + end_, *slack = slack_ + end_;
+        const int count = list(keys, slack);
+        I::store_short(keys + count, I::set1_short(0));
+        I::store_short(slack + count, I::set1_short(-1));
+        row.first = end_;
+        row.count = count;
+        end_ += round_up(count, I::GROUP);
     }
 
     // Codes of rows with the same cut and rate at once: few survivors a row would leave most lanes empty.
