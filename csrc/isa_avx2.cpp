@@ -10,6 +10,22 @@
 namespace attnpress {
 namespace {
 
+// Which bytes to move for each set of 16-bit lanes to keep: AVX2 has no instruction that compresses.
+struct Compress {
+    alignas(64) uint8_t bytes[256][16] = {};
+    constexpr Compress() {
+        for (int bits = 0; bits < 256; ++bits) {
+            int end = 0;
+            for (int lane = 0; lane < 8; ++lane) {
+                if ((bits >> lane & 1) == 0) continue;
+                bytes[bits][end++] = static_cast<uint8_t>(2 * lane);
+                bytes[bits][end++] = static_cast<uint8_t>(2 * lane + 1);
+            }
+        }
+    }
+};
+constexpr Compress COMPRESS;
+
 struct Avx2 {
     static constexpr int LANES = 8, GROUP = 2, ROWS = 6, COLS = 2, KEY_OFFSET = 0;
     using I32 = __m256i;
@@ -168,28 +184,38 @@ struct Avx2 {
     static ATTN_INLINE void store_slack(uint16_t* where, Slack slack) { to(where, slack); }
     static ATTN_INLINE Slack load_slack(const uint16_t* from) { return at(from); }
     static ATTN_INLINE Slack lower(Slack slack, int32_t by) { return _mm256_subs_epi16(slack, set1_short(static_cast<int16_t>(by))); }
+    // The 16-bit lanes of `bits` first, in order. What follows them is of no account.
+    static ATTN_INLINE __m128i compressed(__m128i x, uint32_t bits) {
+        const auto* row = reinterpret_cast<const __m128i*>(COMPRESS.bytes[bits]);
+        return _mm_shuffle_epi8(x, _mm_load_si128(row));
+    }
+    static ATTN_INLINE void store_half(uint16_t* to, __m128i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), x); }
+    // No branch: whether a tile holds a survivor cannot be predicted.
     static ATTN_INLINE int list(Slack slack, int32_t floor, int32_t base, uint16_t* keys, uint16_t* where) {
-        const I32 below = _mm256_cmpgt_epi16(_mm256_set1_epi16(static_cast<int16_t>(floor)), slack);
-        uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(below)) & 0x55555555u;
-        if (mask == 0) return 0;
-        alignas(32) uint16_t wide[16];
-        to(wide, slack);
-        int count = 0;
-        for (; mask != 0; mask &= mask - 1) {
-            const int lane = __builtin_ctz(mask) >> 1;
-            // vpackssdw works in 128-bit halves: lane 8 L + 4 j + i holds key 8 j + 4 L + i.
-            keys[count] = static_cast<uint16_t>(base + ((lane & 3) | (lane & 8) >> 1 | (lane & 4) << 1));
-            where[count++] = wide[lane];
-        }
-        return count;
+        const I32 below = _mm256_cmpgt_epi16(set1_short(static_cast<int16_t>(floor)), slack);
+        const __m128i low = _mm256_castsi256_si128(slack), high = _mm256_extracti128_si256(slack, 1);
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(below), _mm256_extracti128_si256(below, 1));
+        const uint32_t bits = ~static_cast<uint32_t>(_mm_movemask_epi8(bytes)), in_low = bits & 255, in_high = bits >> 8 & 255;
+        // vpackssdw works in 128-bit halves: lane 8 L + 4 j + i holds key 8 j + 4 L + i.
+        const __m128i first = _mm_add_epi16(_mm_setr_epi16(0, 1, 2, 3, 8, 9, 10, 11), _mm_set1_epi16(static_cast<int16_t>(base)));
+        const int count = __builtin_popcount(in_low);
+        store_half(keys, compressed(first, in_low));
+        store_half(where, compressed(low, in_low));
+        store_half(keys + count, compressed(_mm_add_epi16(first, _mm_set1_epi16(4)), in_high));
+        store_half(where + count, compressed(high, in_high));
+        return count + __builtin_popcount(in_high);
     }
     static int sift(const uint16_t* keys, const uint16_t* slack, int count, int32_t drop, uint16_t* to_keys, uint16_t* where) {
+        const __m128i sink = _mm_set1_epi16(static_cast<int16_t>(drop));
         int kept = 0;
-        for (int i = 0; i < count; ++i) {
-            const int32_t rest = slack[i] - drop;
-            to_keys[kept] = keys[i];
-            where[kept] = static_cast<uint16_t>(rest);
-            kept += rest >= 0;
+        for (int i = 0; i < count; i += 8) {
+            const __m128i rest = _mm_sub_epi16(half_at(slack + i), sink);
+            const uint32_t inside = count - i >= 8 ? 255u : (1u << (count - i)) - 1;
+            const uint32_t keep = ~static_cast<uint32_t>(_mm_movemask_epi8(_mm_packs_epi16(rest, rest))) & inside;
+            const __m128i moved = compressed(half_at(keys + i), keep);
+            store_half(where + kept, compressed(rest, keep));
+            store_half(to_keys + kept, moved);
+            kept += __builtin_popcount(keep);
         }
         return kept;
     }
