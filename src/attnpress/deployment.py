@@ -16,7 +16,7 @@ from attnpress.core.attention import Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.linear import is_supported
-from attnpress.linear import int8_encoder, say_float, use_int8
+from attnpress.linear import int8_encoder, pack_int8, say_float, say_slow, use_int8
 from attnpress.models.attention import INT8, PLAN, CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.encoder import Packing, find_encoder
@@ -39,9 +39,10 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
         model: after `bind` and `calibrate`, or loaded from a compressed checkpoint; put into evaluation mode.
         backend: "cpu" (the compiled kernel) or "reference"; "auto" takes the kernel where it is built and says once,
             as a warning, where it is not.
-        linear: "int8" also puts the encoder's linear layers into 8 bits as `calibrate_linear` planned it; their
-            float32 weights are let go, so such a model can neither be saved nor undeployed. Families other than
-            BERT's keep float layers, said once in a warning.
+        linear: "int8" also puts the encoder's linear layers into 8 bits, but for those that `calibrate_linear` left in
+            float; their float32 weights are let go, so such a model cannot be undeployed. `save_pretrained` stores it
+            as it is; loaded again, it has int8 layers whatever is said here. Families other than BERT's keep float
+            layers, said once in a warning.
         padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
             padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
 
@@ -49,7 +50,7 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
         The same model. Modules that compress nothing keep the framework's own attention.
 
     Raises:
-        ValueError: the model is not bound, the backend cannot run its spec, or linear layers have no plan.
+        ValueError: the model is not bound, or the backend cannot run its spec.
         BackendUnavailableError: the backend named is not built here.
     """
     modules = attentions(model)
@@ -60,9 +61,9 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
         if not module.spec.is_dense:
             _check(name, module, chosen)
     _unpack(model)
-    if linear == "int8":
-        _deploy_linear(model)
-    packing = _pack(model) if (padding or ("keep" if linear == "float" else "skip")) == "skip" else None
+    _deploy_linear(model, linear)
+    usual: Padding = "skip" if linear == "int8" or hasattr(model, INT8) else "keep"
+    packing = _pack(model) if (padding or usual) == "skip" else None
     for module in attentions(model).values():
         module.attend = functools.partial(_attend, chosen, packing)
     model.eval()
@@ -83,19 +84,21 @@ def undeploy(model: Model) -> Model:
     return model
 
 
-def _deploy_linear(model: nn.Module) -> None:
+def _deploy_linear(model: nn.Module, linear: Linear) -> None:
+    """Put linear layers into 8 bits if that is asked for, and have those that are run as fast as they can."""
     if hasattr(model, INT8):
+        if is_supported():
+            pack_int8(model)
+        else:
+            say_slow()
         return
-    encoder = int8_encoder(model)
+    encoder = int8_encoder(model) if linear == "int8" else None
     if encoder is None:
         return
     if not is_supported():
         say_float(type(model).__name__, "this processor has no VNNI, without which oneDNN's sums of bytes saturate")
         return
-    plan = getattr(model, PLAN, None)
-    if not plan:
-        raise ValueError("linear='int8': no plan yet; run calibrate_linear(model, batches) first")
-    use_int8(model, encoder, plan)
+    use_int8(model, encoder, getattr(model, PLAN, None) or {})
 
 
 def _pack(model: nn.Module) -> Packing | None:

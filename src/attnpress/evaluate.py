@@ -246,7 +246,7 @@ def compare_backends(
 
 
 def plan_linear(model: PreTrainedModel, data: Callable[[], TaskData], config: RunConfig) -> dict[str, ProductPlan]:
-    """The model's plan for linear layers in 8 bits.
+    """What of the linear layers is to be in 8 bits.
 
     Args:
         data: of the run; asked for only if the model has no plan, which is then made from its calibration batches.

@@ -13,39 +13,42 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.calibration import Batch, outputs
-from attnpress.core.linear import ProductPlan, Step, fake_quantize_linear
-from attnpress.kernels.linear import ACTIVATIONS, Int8Linear
+from attnpress.core.linear import ProductPlan, fake_quantize_linear
+from attnpress.kernels.linear import PackedProduct
 from attnpress.models.attention import INT8, PLAN
-from attnpress.models.encoder import activation_name, drop_activation, find_encoder, place_product, products
+from attnpress.models.encoder import find_encoder, place_int8, products
+from attnpress.models.linear import Int8Linear
 
-TOLERANCE = 0.05
-"""Largest relative change of the model's output that int8 linear layers may make together."""
+TOLERANCE = 0.25
+"""Largest relative change of the model's output that int8 linear layers may make together.
+
+Rounding moves attention's codes across their borders, so even a change of weights by a hundred-thousandth moves the
+logits of MiniLM on MRPC by 0.04, one by a thousandth by 0.08, and int8 layers, which predict as well, by 0.10 to 0.15.
+"""
 
 JUDGED = 2
 """Batches on which each product is judged alone: one pass over them for each product."""
 
 
 def calibrate_linear(
-    model: nn.Module, batches: Iterable[Batch], *, tolerance: float | None = TOLERANCE
+    model: nn.Module, batches: Iterable[Batch], *, tolerance: float = TOLERANCE
 ) -> dict[str, ProductPlan]:
-    """Prepare a compressed model for `deploy(model, linear="int8")`; `save_pretrained` stores what was found.
+    """Find what has to stay in float under `deploy(model, linear="int8")`; `save_pretrained` stores what was found.
 
-    The inputs of each linear layer of the encoder get a static step from the values of real tokens; padding is never
-    counted. Then each product is put into 8 bits alone, which shows what it changes, and as long as all of
-    them together change the output by more than `tolerance`, the worst goes back to float.
+    Each product of the encoder is put into 8 bits alone, which shows what it changes, and as long as all of them
+    together change the output by more than `tolerance`, the worst goes back to float. Padding is never counted.
 
     Args:
         model: after `calibrate`, not deployed with int8 layers. Unchanged but for its plan.
-        batches: as `calibrate` takes them. The first two serve to judge products.
-        tolerance: of the relative change, in norm, of the model's first output: logits, or hidden states. None puts
-            every product into 8 bits and judges none.
+        batches: as `calibrate` takes them. The first two serve.
+        tolerance: of the relative change, in norm, of the model's first output: logits, or hidden states.
 
     Returns:
         The plan, by product: "0.qkv", "0.attention", "0.up", "0.down" for layer 0. Empty, with a warning, where
         linear layers have to stay in float: another family than BERT's, or weights that are not float32.
 
     Raises:
-        ValueError: no batches, values that are not finite, or a model with int8 layers already.
+        ValueError: no batches, or a model with int8 layers already.
     """
     kept = list(batches)
     if not kept:
@@ -53,10 +56,7 @@ def calibrate_linear(
     encoder = int8_encoder(model)
     if encoder is None:
         return {}
-    ranges = _input_ranges(model, encoder, kept)
-    plan = {name: ProductPlan(low, high) for name, (low, high) in ranges.items()}
-    if tolerance is not None:
-        plan = _judge(model, encoder, plan, kept[:JUDGED], tolerance)
+    plan = _judge(model, encoder, kept[:JUDGED], tolerance)
     setattr(model, PLAN, plan)
     return plan
 
@@ -80,31 +80,30 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
 
 
 def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPlan]) -> None:
-    """Put int8 products where the plan has them; float32 weights of those layers are let go."""
-    activation = activation_name(encoder)
-    fused = activation in ACTIVATIONS
-    for name, layers in list(products(encoder)):
-        if not plan[name].quantized:
-            continue
-        index, _, kind = name.partition(".")
-        after, then = "none", None
-        if kind == "up" and fused:
-            after, then = activation, _step_if_quantized(plan[f"{index}.down"])
-            drop_activation(encoder, int(index))
-        place_product(encoder, name, _merge(layers, plan[name].step, after, then))
+    """Put int8 layers where the plan has them, all of them if it is empty; float32 weights of those are let go."""
+    entire = dict(plan) or {name: ProductPlan() for name, _ in products(encoder)}
+    for layer, replaced in place_int8(encoder, entire):
+        layer.take(replaced)
+        layer.use(PackedProduct)
+    setattr(model, PLAN, entire)
     setattr(model, INT8, True)
 
 
-def _merge(layers: Sequence[nn.Linear], step: Step, activation: str, output: Step | None) -> Int8Linear:
-    """Linear layers on the same input as one, their outputs side by side."""
-    weight = torch.cat([layer.weight.detach() for layer in layers])
-    biases = [layer.bias for layer in layers]
-    bias = None if any(bias is None for bias in biases) else torch.cat([bias.detach() for bias in biases])
-    return Int8Linear(weight, bias, step, activation, output)
+def pack_int8(model: nn.Module) -> None:
+    """Let oneDNN compute the int8 layers of a model that was loaded with them."""
+    for module in model.modules():
+        if isinstance(module, Int8Linear):
+            module.use(PackedProduct)
 
 
-def _step_if_quantized(plan: ProductPlan) -> Step | None:
-    return plan.step if plan.quantized else None
+@functools.cache
+def say_slow() -> None:
+    """Warn, once, that int8 layers run through their readable form."""
+    warnings.warn(
+        "the model was saved with int8 linear layers, and this processor has no VNNI: they run exactly, but very "
+        "slowly; load the model that was saved before it was deployed",
+        stacklevel=4,
+    )
 
 
 @functools.cache
@@ -113,49 +112,23 @@ def say_float(name: str, reason: str) -> None:
     warnings.warn(f"{name}: linear layers stay in float, since {reason}", stacklevel=4)
 
 
-def _input_ranges(model: nn.Module, encoder: nn.Module, batches: Iterable[Batch]) -> dict[str, list[float]]:
-    """Smallest and largest input of each product, over the real tokens of all batches."""
-    ranges: dict[str, list[float]] = {}
-    for batch in batches:
-        real = real_tokens(batch)
-        with contextlib.ExitStack() as stack:
-            for name, layers in products(encoder):
-                hook = functools.partial(_widen, ranges, name, real)
-                stack.callback(layers[0].register_forward_pre_hook(hook).remove)
-            for _ in outputs(model, [batch]):
-                pass
-    return ranges
-
-
-def _widen(
-    ranges: dict[str, list[float]], name: str, real: Tensor | None, layer: nn.Module, args: tuple[Tensor]
-) -> None:
-    x = args[0] if real is None else args[0][real]
-    if x.numel():
-        low, high = (float(bound) for bound in x.aminmax())
-        before = ranges.setdefault(name, [low, high])
-        ranges[name] = [min(low, before[0]), max(high, before[1])]
-
-
 def real_tokens(batch: Batch) -> Tensor | None:
     """Which tokens of a batch are real, bool [B, S]; None if all are."""
     mask = batch.get("attention_mask")
     return None if mask is None or mask.dim() != 2 else mask.bool()
 
 
-def _judge(
-    model: nn.Module, encoder: nn.Module, plan: dict[str, ProductPlan], batches: Sequence[Batch], tolerance: float
-) -> dict[str, ProductPlan]:
+def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], tolerance: float) -> dict[str, ProductPlan]:
     """The plan with the error of each product alone, and without those that together would change too much."""
     layers = dict(products(encoder))
     expected = _answer(model, batches)
 
     def error(chosen: Iterable[str]) -> float:
-        with _fake_quantized({name: layers[name] for name in chosen}, plan):
+        with _fake_quantized(layer for name in chosen for layer in layers[name]):
             return float((_answer(model, batches) - expected).norm() / expected.norm().clamp(min=1e-30))
 
-    errors = {name: error([name]) for name in plan}
-    judged = {name: dataclasses.replace(entry, error=errors[name]) for name, entry in plan.items()}
+    errors = {name: error([name]) for name in layers}
+    judged = {name: ProductPlan(found) for name, found in errors.items()}
     quantized = sorted(judged, key=errors.__getitem__)
     while quantized and error(quantized) > tolerance:
         worst = quantized.pop()
@@ -164,17 +137,16 @@ def _judge(
 
 
 @contextlib.contextmanager
-def _fake_quantized(layers: Mapping[str, Sequence[nn.Linear]], plan: Mapping[str, ProductPlan]) -> Iterator[None]:
-    """Inside the `with` block, the layers of these products give what 8 bits would."""
+def _fake_quantized(layers: Iterable[nn.Linear]) -> Iterator[None]:
+    """Inside the `with` block, these layers give what 8 bits would."""
     with contextlib.ExitStack() as stack:
-        for name, members in layers.items():
-            for layer in members:
-                stack.callback(layer.register_forward_hook(functools.partial(_in_8_bits, plan[name].step)).remove)
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(_in_8_bits).remove)
         yield
 
 
-def _in_8_bits(step: Step, layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
-    return fake_quantize_linear(args[0], layer.weight, layer.bias, step)
+def _in_8_bits(layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+    return fake_quantize_linear(args[0], layer.weight, layer.bias)
 
 
 def _answer(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

@@ -8,38 +8,38 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from attnpress.core.linear import (
-    ProductPlan,
-    Step,
-    fake_quantize_linear,
-    input_codes,
-    linear,
-    step_of,
-    weight_codes,
-)
+from attnpress.core.linear import LEVELS, decode, fake_quantize_linear, linear, token_codes, weight_codes
 
-BOUNDS = st.floats(-1e4, 1e4, width=32)
+ROWS = st.lists(st.floats(-1e4, 1e4, width=32), min_size=1, max_size=9)
 
 
 def test_codes_round_half_to_even_around_the_zero_point() -> None:
-    x = torch.tensor([-9.0, -1.0, -0.75, -0.25, 0.0, 0.25, 0.75, 1.0, 200.0, torch.inf])
-    assert input_codes(x, Step(0.5, 3)).tolist() == [0, 1, 1, 3, 3, 3, 5, 5, 255, 255]
+    coded = token_codes(torch.tensor([[-1.5, -1.0, -0.75, -0.25, 0.0, 0.25, 0.75, 126.0]]))
+    assert coded.scale.tolist() == [0.5]
+    assert coded.zero.tolist() == [3.0]
+    assert coded.codes.tolist() == [[0, 1, 1, 3, 3, 3, 5, 255]]
 
 
-@given(BOUNDS, BOUNDS)
-def test_a_step_covers_its_range_and_gives_zero_a_code_of_its_own(one: float, other: float) -> None:
-    low, high = sorted((one, other))
-    step = step_of(low, high)
-    codes = input_codes(torch.tensor([low, 0.0, high]), step)
-    assert codes[1] == step.zero_point
-    seen = (codes.double() - step.zero_point) * step.scale
-    assert torch.allclose(seen, torch.tensor([low, 0.0, high]).double(), atol=step.scale * 1.01)
+@given(ROWS)
+def test_each_token_is_covered_and_zero_has_a_code_of_its_own(row: list[float]) -> None:
+    x = torch.tensor([[*row, 0.0], [0.0] * (len(row) + 1)])
+    coded = token_codes(x)
+    assert coded.codes[:, -1].tolist() == coded.zero.tolist()
+    assert torch.allclose(decode(coded), x, atol=float(coded.scale[0]) * 1.01)
+    assert decode(coded)[1].tolist() == x[1].tolist()
 
 
-@pytest.mark.parametrize(("low", "high"), [(float("nan"), 1.0), (0.0, float("inf")), (2.0, 1.0)])
-def test_ranges_that_no_step_covers_are_refused(low: float, high: float) -> None:
-    with pytest.raises(ValueError, match="no step covers that"):
-        step_of(low, high)
+def test_all_codes_serve_a_row_without_negative_numbers() -> None:
+    coded = token_codes(torch.tensor([[0.1, 3.0, 7.0]]))
+    assert coded.zero.tolist() == [0.0]
+    assert coded.codes.tolist() == [[round(0.1 / 7 * LEVELS), round(3 / 7 * LEVELS), LEVELS]]
+
+
+def test_what_is_no_number_becomes_the_code_of_zero_and_infinity_the_last() -> None:
+    coded = token_codes(torch.tensor([[torch.nan, -1.0, 1.0], [torch.inf, 1.0, -1.0], [torch.nan] * 3]))
+    assert coded.codes[0, 0] == coded.zero[0]
+    assert coded.codes[1].tolist() == [255, 0, 0]
+    assert coded.codes[2].tolist() == [0, 0, 0]
 
 
 def test_weights_are_symmetric_with_a_scale_for_each_output() -> None:
@@ -52,9 +52,8 @@ def test_weights_are_symmetric_with_a_scale_for_each_output() -> None:
 def test_the_product_is_that_of_what_the_codes_stand_for() -> None:
     torch.manual_seed(0)
     x, weight, bias = torch.randn(2, 5, 48), torch.randn(16, 48), torch.randn(16)
-    plan = ProductPlan(float(x.min()), float(x.max()))
     codes, scale = weight_codes(weight)
-    found = linear(input_codes(x, plan.step), plan.step, codes, scale, bias)
-    assert torch.allclose(found, fake_quantize_linear(x, weight, bias, plan.step), atol=1e-4)
+    found = linear(token_codes(x), codes, scale, bias)
+    assert torch.allclose(found, fake_quantize_linear(x, weight, bias), atol=1e-4)
     exact = F.linear(x, weight, bias)
     assert 0 < float((found - exact).norm() / exact.norm()) < 0.02

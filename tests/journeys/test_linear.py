@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModel, PreTrainedModel, pipeline
 
@@ -17,12 +18,13 @@ from attnpress.calibration import calibrate, watching
 from attnpress.config import DENSE, AttentionSpec
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import deploy, undeploy
-from attnpress.kernels.linear import Int8Linear, is_supported
+from attnpress.kernels.linear import is_supported
 from attnpress.linear import calibrate_linear
 from attnpress.models.attention import PLAN
 from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.encoder import Packing
 from attnpress.models.hub import ModelError
+from attnpress.models.linear import Int8Linear
 from tests.kernels.factories import needs_kernel
 from tests.models.factories import PAD, VOCABULARY, make_model
 
@@ -169,20 +171,10 @@ def test_padding_never_counts() -> None:
     assert calibrate_linear(model, BATCHES) == calibrate_linear(other, spoiled)
 
 
-def test_ranges_are_those_of_the_inputs() -> None:
-    model, seen = compressed(), list[Tensor]()
-    model.encoder.layer[0].intermediate.dense.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    for batch in BATCHES:
-        hidden(model, batch)
-    inputs = torch.cat([real(x, batch) for x, batch in zip(seen, BATCHES, strict=True)])
-    plan = calibrate_linear(model, BATCHES)["0.up"]
-    assert (plan.low, plan.high) == (float(inputs.min()), float(inputs.max()))
-
-
 def test_what_costs_too_much_stays_in_float() -> None:
     model, layer = (found := compressed()), found.encoder.layer[0]
-    with torch.no_grad():  # one input far beyond the others, which counts for nothing: its step loses the others
-        layer.intermediate.dense.bias[3], layer.output.dense.weight[:, 3] = 400.0, 0.0
+    with torch.no_grad():  # one input far beyond the others, which counts for nothing: its steps lose the others
+        layer.intermediate.dense.bias[3], layer.output.dense.weight[:, 3] = 4000.0, 0.0
     plan = calibrate_linear(model, BATCHES, tolerance=0.05)
     left = [name for name, product in plan.items() if not product.quantized]
     assert left == ["0.down"]
@@ -191,7 +183,7 @@ def test_what_costs_too_much_stays_in_float() -> None:
         deploy(model, "reference", linear="int8")
         assert type(layer.output.dense) is torch.nn.Linear
         assert isinstance(layer.intermediate.dense, Int8Linear)
-        assert layer.intermediate.dense.output is None
+        assert not layer.intermediate.dense.activated
 
 
 @needs_vnni
@@ -199,7 +191,7 @@ def test_every_mixture_of_float_and_int8_runs() -> None:
     expected = real(hidden(planned()))
     for name in getattr(planned(), PLAN):
         model = planned()
-        plan = {key: ProductPlan(p.low, p.high, p.error, key != name) for key, p in getattr(model, PLAN).items()}
+        plan = {key: ProductPlan(quantized=key != name) for key in getattr(model, PLAN)}
         setattr(model, PLAN, plan)
         found = real(hidden(deploy(model, "reference", linear="int8")))
         assert float((found - expected).norm() / expected.norm()) < 0.1, name
@@ -216,29 +208,72 @@ def test_saved_then_loaded_then_deployed_gives_the_same_bits(tmp_path: Path) -> 
 
 
 @needs_vnni
-def test_an_int8_model_says_what_it_cannot_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: str, tmp_path: Path) -> None:
+    model = planned(name)
+    setattr(model, PLAN, {**getattr(model, PLAN), "1.down": ProductPlan(quantized=False)})
+    expected = hidden(deploy(model, "reference", linear="int8"))
+    model.save_pretrained(tmp_path / "one")
+    with safe_open(tmp_path / "one" / "model.safetensors", "pt") as file:
+        stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - not a mapping
+    assert stored["encoder.layer.0.attention.self.product.codes"] == "I8"
+    assert "encoder.layer.0.attention.self.query.weight" not in stored
+    assert stored["encoder.layer.1.output.dense.weight"] == "F32"
+    loaded = AutoModel.from_pretrained(tmp_path / "one")
+    readable = hidden(loaded)
+    assert float((real(readable) - real(expected)).norm() / real(expected).norm()) < 1e-3
+    assert torch.equal(hidden(deploy(loaded, "reference")), expected)
+    assert all(module.codes is None for module in loaded.modules() if isinstance(module, Int8Linear))
+    loaded.save_pretrained(tmp_path / "two")
+    assert torch.equal(hidden(deploy(AutoModel.from_pretrained(tmp_path / "two"), "reference")), expected)
+
+
+@needs_vnni
+def test_without_vnni_what_was_saved_in_8_bits_runs_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    linear.say_slow.cache_clear()
     model = deploy(planned(), "reference", linear="int8")
-    with pytest.raises(ModelError, match="save the model before deploy"):
-        model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path)
+    expected = real(hidden(model))
+    monkeypatch.setattr(deployment, "is_supported", lambda: False)
+    found = real(hidden(deploy(AutoModel.from_pretrained(tmp_path), "reference")))
+    assert float((found - expected).norm() / expected.norm()) < 1e-3
+    assert "very slowly" in str(recwarn.pop().message)
+
+
+@needs_vnni
+def test_an_int8_model_says_what_it_cannot_do() -> None:
+    model = deploy(planned(), "reference", linear="int8")
     with pytest.raises(ValueError, match="load the model again"):
         undeploy(model)
     with pytest.raises(ValueError, match="load the model again"):
         calibrate_linear(model, BATCHES)
 
 
+@needs_vnni
+def test_a_damaged_deployed_form_is_refused(tmp_path: Path) -> None:
+    deploy(planned(), "reference", linear="int8").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["quantization_config"]["linear"]["1.up"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="its int8 layers are not those of this model"):
+        AutoModel.from_pretrained(tmp_path)
+
+
 def test_damaged_plans_are_refused(tmp_path: Path) -> None:
     planned().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    config["quantization_config"]["linear"]["0.up"]["low"] = "much"
+    config["quantization_config"]["linear"]["0.up"]["error"] = "much"
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"damaged: low.*much"):
+    with pytest.raises(ModelError, match=r"damaged: error.*much"):
         AutoModel.from_pretrained(tmp_path)
 
 
 @needs_vnni
-def test_a_plan_is_asked_for_and_goes_with_its_binding() -> None:
-    with pytest.raises(ValueError, match=r"run calibrate_linear\(model, batches\) first"):
-        deploy(compressed(), "reference", linear="int8")
+def test_without_a_plan_all_products_are_int8_and_a_plan_goes_with_its_binding() -> None:
+    deployed = deploy(compressed(), "reference", linear="int8")
+    assert sum(isinstance(module, Int8Linear) for module in deployed.modules()) == 8
     model = planned()
     assert not hasattr(unbind(model), PLAN)
     with pytest.raises(ValueError, match="at least one batch"):

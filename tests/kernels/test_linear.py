@@ -1,6 +1,8 @@
-"""oneDNN's product of bytes: the integers of core.linear, and what is fused into it."""
+"""oneDNN's product of bytes: the integers of core.linear, and what is done around it in one pass."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -9,75 +11,110 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnpress.core.linear import Step, input_codes, linear, step_of, weight_codes
-from attnpress.kernels.linear import Int8Linear, is_supported, quantize
+from attnpress.core import linear as reference
+from attnpress.core.linear import Coded, decode, linear, weight_codes
+from attnpress.kernels import linear as compiled
+from attnpress.kernels.linear import ROWS, PackedProduct, is_supported, token_codes
+from tests.kernels.factories import needs_kernel
 
 needs_vnni = pytest.mark.skipif(not is_supported(), reason="this processor has no VNNI")
+BUILT = [pytest.param(True, marks=needs_kernel), False]
 
 
-def operands(rows: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Step]:
+def operands(rows: int, inputs: int, outputs: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, inputs, generator=generator) * 3 + 1
-    weight, bias = torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
-    return x, weight, bias, step_of(float(x.min()), float(x.max()))
+    return x, torch.randn(outputs, inputs, generator=generator), torch.randn(outputs, generator=generator)
 
 
-@given(st.floats(-40, 40, width=32), st.integers(0, 255), st.floats(2.0**-10, 2.0, width=32))
-def test_inputs_get_the_codes_of_the_definition(value: float, zero_point: int, scale: float) -> None:
-    x, step = torch.tensor([value, -value, 0.0, 0.5 * scale, 1.5 * scale]), Step(scale, zero_point)
-    assert torch.equal(quantize(x, step), input_codes(x, step))
+def packed(weight: Tensor, bias: Tensor | None) -> Any:
+    return PackedProduct(*weight_codes(weight), bias)
+
+
+@given(st.integers(0, 5), st.integers(1, 200), st.floats(2.0**-20, 2.0**20, width=32), st.integers(0, 2**31))
+def test_tokens_get_the_codes_of_the_definition(rows: int, width: int, scale: float, seed: int) -> None:
+    x = operands(rows, width, 1, seed)[0] * scale
+    for found, expected in zip(token_codes(x), reference.token_codes(x), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("odd", [torch.nan, torch.inf, -torch.inf, 0.0, 1e-45, 3e38, -3e38])
+def test_odd_numbers_get_the_codes_of_the_definition(odd: float) -> None:
+    x = torch.tensor([[1.0, odd, -2.0], [odd] * 3, [-odd, odd, 0.0], [0.5, 1.5, 255.0]])
+    for found, expected in zip(token_codes(x), reference.token_codes(x), strict=True):
+        assert torch.equal(found, expected)
 
 
 @needs_vnni
-@given(st.integers(1, 70), st.integers(1, 200), st.integers(1, 100), st.booleans(), st.integers(0, 2**31))
+@given(st.integers(0, 70), st.integers(1, 200), st.integers(1, 100), st.booleans(), st.integers(0, 2**31))
 def test_the_product_is_that_of_the_definition(
     rows: int, inputs: int, outputs: int, with_bias: bool, seed: int
 ) -> None:
-    x, weight, bias, step = operands(rows, inputs, outputs, seed)
+    x, weight, bias = operands(rows, inputs, outputs, seed)
     added = bias if with_bias else None
-    expected = linear(input_codes(x, step), step, *weight_codes(weight), added)
-    found = Int8Linear(weight, added, step)(x)
+    expected = linear(token_codes(x), *weight_codes(weight), added)
+    found = packed(weight, added)(x, False)
     assert found.dtype == torch.float32
-    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) if rows else 0)
 
 
 @needs_vnni
 def test_sums_of_the_largest_products_do_not_saturate() -> None:
-    step, weight = Step(1.0, 0), torch.full((8, 4096), 127.0)
+    weight = torch.full((8, 4096), 127.0)
     assert torch.equal(
-        Int8Linear(weight, None, step)(torch.full((3, 4096), 255.0)), torch.full((3, 8), 255.0 * 127 * 4096)
+        packed(weight, None)(torch.full((3, 4096), 255.0), False), torch.full((3, 8), 255.0 * 127 * 4096)
     )
 
 
 @needs_vnni
-@pytest.mark.parametrize(
-    ("name", "function"),
-    [("relu", F.relu), ("gelu", F.gelu), ("gelu_new", lambda x: F.gelu(x, approximate="tanh"))],
-)
-def test_activations_are_fused(name: str, function: torch.nn.Module) -> None:
-    x, weight, bias, step = operands(33, 64, 48, 0)
-    plain = Int8Linear(weight, bias, step)(x)
-    fused = Int8Linear(weight, bias, step, name)(x)
-    assert torch.allclose(fused, function(plain), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("built", BUILT)
+def test_codes_after_the_gelu_are_those_of_its_output(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
+    x, weight, bias = operands(ROWS + 33, 64, 48, 0)
+    layer = packed(weight * 0.05, bias)
+    expected = F.gelu(layer(x, False))
+    found = layer(x, True)
+    assert isinstance(found, Coded)
+    assert found.codes.dtype == torch.uint8
+    assert torch.allclose(found.scale, reference.token_codes(expected).scale, rtol=1e-5)
+    half = found.scale.unsqueeze(-1) * 0.501
+    assert bool(((decode(found) - expected).abs() <= half).all())
+    last = packed(torch.randn(16, 48), None)
+    assert torch.allclose(last(found, False), last(decode(found), False), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+@needs_vnni
+def test_the_gelu_is_the_framework_s() -> None:
+    x = torch.linspace(-12, 12, 4801).unsqueeze(1)
+    found = Coded(torch.empty(4801, 1, dtype=torch.uint8), torch.empty(4801), torch.empty(4801))
+    compiled.finish_codes(x, torch.ones(4801), torch.zeros(4801), torch.zeros(1), None, *found)
+    assert torch.allclose(decode(found), F.gelu(x), rtol=1e-5, atol=1e-6)
 
 
 @needs_vnni
-def test_codes_pass_from_one_product_to_the_next_without_a_float_between() -> None:
-    x, weight, bias, step = operands(33, 64, 48, 0)
-    between = Int8Linear(weight, bias, step, "gelu")(x)
-    after = step_of(float(between.min()), float(between.max()))
-    codes = Int8Linear(weight, bias, step, "gelu", after)(x)
-    assert codes.dtype == torch.uint8
-    difference = codes.int() - input_codes(between, after).int()
-    assert int(difference.abs().max()) <= 1
-    assert int(difference.count_nonzero()) <= codes.numel() // 100
-    last = Int8Linear(torch.randn(16, 48), None, after)
-    assert torch.equal(last(codes), last((codes.float() - after.zero_point) * after.scale))
+@pytest.mark.parametrize("built", BUILT)
+def test_a_row_does_not_depend_on_the_rows_around_it(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
+    x, weight, bias = operands(ROWS + 67, 96, 48, 1)
+    layer = packed(weight, bias)
+    whole = layer(x, False)
+    assert torch.equal(whole[ROWS + 20 : ROWS + 21], layer(x[ROWS + 20 : ROWS + 21], False))
+    assert torch.equal(layer(x.view(1, ROWS + 67, 96), False)[0, :9], layer(x[:9], False))
 
 
 @needs_vnni
-def test_a_row_does_not_depend_on_the_rows_around_it() -> None:
-    x, weight, bias, step = operands(67, 96, 48, 1)
-    layer = Int8Linear(weight, bias, step, "gelu")
-    assert torch.equal(layer(x)[20:21], layer(x[20:21]))
-    assert torch.equal(layer(x.view(1, 67, 96))[0, :9], layer(x[:9]))
+def test_the_codes_of_the_weight_come_back_from_its_packing() -> None:
+    codes, scale = weight_codes(torch.randn(50, 70))
+    assert torch.equal(PackedProduct(codes, scale, None).weight(), codes)
+
+
+@needs_kernel
+def test_operators_refuse_what_does_not_fit() -> None:
+    ops, ones = torch.ops.attnpress, torch.ones(2)
+    with pytest.raises(RuntimeError, match="float32, contiguous"):
+        ops.token_codes(torch.ones(2, 2, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="a product of 2 rows and 3 columns"):
+        ops.finish_product(torch.ones(2, 2), ones, ones, torch.ones(3), None, torch.ones(2, 3))
+    with pytest.raises(RuntimeError, match="of 6 numbers"):
+        ops.finish_product(torch.ones(2, 3), ones, ones, torch.ones(3), None, torch.ones(2, 2))

@@ -28,7 +28,6 @@ from attnpress.calibration import REFITS, calibrate, outputs, watching
 from attnpress.config import AttentionSpec
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu, ops
-from attnpress.linear import calibrate_linear
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.stock import STOCK, attention_seconds, longest_input, make_stock
@@ -141,7 +140,6 @@ def prepare(
     if name == "ours":
         facts["sparsity"] = _deploy(stock, inputs, sparsity)
         if linear == "int8":
-            calibrate_linear(stock, [inputs], tolerance=None)
             deploy(stock, "cpu", linear="int8")
     run = _forward(stock, inputs)
     facts["peak_mb"] = peak_megabytes(run)

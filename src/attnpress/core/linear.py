@@ -1,8 +1,9 @@
 """Linear layers in 8 bits: what their integers are, and the product in full view.
 
-    codes = clamp(round_half_to_even(x * (1 / scale)) + zero_point, 0, 255)         uint8, one step for the whole tensor
-    w_codes = clamp(round_half_to_even(w * (1 / w_scale)), -127, 127)               int8, one scale for each output
-    out = ((codes - zero_point) . w_codes) * scale * w_scale + bias                 the sum in int32, exact
+    scale = (high - low) / 255      zero = round(-low / scale)                       for each token; low <= 0 <= high
+    codes = clamp(round_half_to_even(x * (1 / scale)) + zero, 0, 255)                uint8
+    w_codes = clamp(round_half_to_even(w * (1 / w_scale)), -127, 127)                int8, one scale for each output
+    out = (codes . w_codes - zero * sum(w_codes)) * scale * w_scale + bias           the sums in int32, exact
 
 Inputs are unsigned with a zero point because what comes out of a GELU hardly goes below zero: symmetric codes would
 leave half of the range empty. Processors with VNNI multiply exactly such a pair, bytes without and with a sign.
@@ -10,8 +11,8 @@ leave half of the range empty. Processors with VNNI multiply exactly such a pair
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,52 +24,47 @@ LEVELS = 255
 WEIGHT_QMAX = 127
 
 
-@dataclass(frozen=True)
-class Step:
-    """How a tensor becomes uint8: one step and the code of zero."""
+class Coded(NamedTuple):
+    """Tokens as a product of codes takes them.
 
-    scale: float
-    zero_point: int
+    Attributes:
+        codes: uint8 [..., K].
+        scale, zero: float32 [...], of each token; the code of zero is a whole number.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
 
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """One product of an encoder layer, as calibration found it.
+    """One product of an encoder layer, as `calibrate_linear` judged it.
 
     Attributes:
-        low, high: smallest and largest input, over real tokens.
         error: relative change of the model's output where this product alone is in 8 bits; None if nobody looked.
         quantized: False if it stays in float.
     """
 
-    low: float
-    high: float
     error: float | None = None
     quantized: bool = True
 
-    @property
-    def step(self) -> Step:
-        """Of the product's input."""
-        return step_of(self.low, self.high)
+
+def token_codes(x: Tensor) -> Coded:
+    """Codes of a layer's input [..., K]; each token's range is widened to hold zero. NaN becomes the code of zero."""
+    x = x.float()
+    seen = x.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+    low, high = (bound.unsqueeze(-1) for bound in (seen.amin(-1).clamp(max=0), seen.amax(-1).clamp(min=0)))
+    scale = positive_scale((high - low) / LEVELS)
+    inverse = 1.0 / scale
+    zero = -(low * inverse).clamp(min=-LEVELS).round()
+    codes = torch.maximum(torch.minimum((x * inverse).nan_to_num(nan=0.0), LEVELS - zero), -zero).round() + zero
+    return Coded(codes.to(torch.uint8), scale.squeeze(-1), zero.squeeze(-1).abs())
 
 
-def step_of(low: float, high: float) -> Step:
-    """The step that covers [low, high], widened to hold zero, which then has a code of its own.
-
-    Raises:
-        ValueError: a bound is not finite, or they are in the wrong order.
-    """
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise ValueError(f"inputs of a linear layer range from {low} to {high}: no step covers that")
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = float(positive_scale(torch.tensor((high - low) / LEVELS)))
-    return Step(scale, max(0, min(LEVELS, round(-low / scale))))
-
-
-def input_codes(x: Tensor, step: Step) -> Tensor:
-    """Codes of a layer's input: uint8, the shape of `x`; NaN becomes the code of zero."""
-    codes = (x.float() * (1.0 / torch.tensor(step.scale))).round_().nan_to_num_(nan=0.0)
-    return (codes + step.zero_point).clamp_(0, LEVELS).to(torch.uint8)
+def decode(coded: Coded) -> Tensor:
+    """What codes stand for: float32 [..., K]."""
+    return (coded.codes.float() - coded.zero.unsqueeze(-1)) * coded.scale.unsqueeze(-1)
 
 
 def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,11 +73,11 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantize(weight.detach(), scale, WEIGHT_QMAX).to(torch.int8), scale.squeeze(1)
 
 
-def linear(codes: Tensor, step: Step, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def linear(coded: Coded, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product, readable: exact integers, then float32.
 
     Args:
-        codes: uint8 [..., K], from `input_codes`.
+        coded: tokens [..., K].
         weight, weight_scale: from `weight_codes`.
         bias: float32 [N], or None.
 
@@ -89,12 +85,12 @@ def linear(codes: Tensor, step: Step, weight: Tensor, weight_scale: Tensor, bias
         float32 [..., N].
     """
     # A float64 product of integers this small is exact in any order of summation.
-    total = (codes.double() - step.zero_point) @ weight.double().mT
-    out = total.float() * (torch.tensor(step.scale) * weight_scale)
+    total = (coded.codes.double() - coded.zero.double().unsqueeze(-1)) @ weight.double().mT
+    out = total.float() * weight_scale * coded.scale.unsqueeze(-1)
     return out if bias is None else out + bias
 
 
-def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None, step: Step) -> Tensor:
+def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The same product in floating point, as fast as that of floats anywhere; in the dtype of `x`.
 
     Args:
@@ -102,5 +98,4 @@ def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None, step: S
         weight: [N, K], not yet coded.
     """
     codes, scale = weight_codes(weight)
-    seen = (input_codes(x, step).float() - step.zero_point) * step.scale
-    return F.linear(seen.to(x.dtype), (codes * scale.unsqueeze(1)).to(x.dtype), bias)
+    return F.linear(decode(token_codes(x)).to(x.dtype), (codes * scale.unsqueeze(1)).to(x.dtype), bias)

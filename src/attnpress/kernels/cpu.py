@@ -51,7 +51,6 @@ def load() -> None:
     torch.library.register_fake("attnpress::attention", _fake_attention)
     torch.library.register_fake("attnpress::attention_packed", _fake_attention)
     torch.library.register_fake("attnpress::attention_integers", _fake_integers)
-    torch.library.register_fake("attnpress::input_codes", lambda x, *_: torch.empty_like(x, dtype=torch.uint8))
 
 
 def supported_targets() -> list[str]:

@@ -1,26 +1,24 @@
-"""Linear layers in 8 bits on the CPU: oneDNN's product as torch carries it, with what follows fused into it.
+"""Linear layers in 8 bits on the CPU: oneDNN's product as torch carries it, and what stands around it in one pass each.
 
-The numbers are those of `core.linear`; the integer sums are exact, the float32 steps after them oneDNN's own.
+The numbers are those of `core.linear`; the integer sums are exact, the float32 steps after them may differ in the last
+bits.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+import torch.nn.functional as F
+from torch import Tensor
 
-from attnpress.core.linear import Step, input_codes, weight_codes
+from attnpress.core import linear as reference
+from attnpress.core.linear import Coded
 from attnpress.kernels import cpu
 
-ACTIVATIONS = {
-    "none": ("none", ""),
-    "relu": ("relu", ""),
-    "gelu": ("gelu", "none"),
-    "gelu_new": ("gelu", "tanh"),
-    "gelu_pytorch_tanh": ("gelu", "tanh"),
-}
-"""Names of activations as Transformers has them: oneDNN's post operation, and its algorithm."""
+ROWS = 256
+"""Tokens multiplied at once: enough for oneDNN's full speed, few enough that their sums are still cached afterwards."""
 
 
 @functools.cache
@@ -29,60 +27,96 @@ def is_supported() -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
 
 
-class Int8Linear(nn.Module):
-    """Stands where an `nn.Linear` stood, in evaluation mode, on float32 or on codes.
+class PackedProduct:
+    """A linear layer's product, with its weight as oneDNN wants it.
 
     Args:
-        weight: [N, K], any float dtype; only its codes are kept.
-        bias: [N], or None.
-        step: of the input.
-        activation: of ACTIVATIONS, applied to the product.
-        output: if given, the result is uint8 of this step, else float32.
+        codes, weight_scale: int8 [N, K] and float32 [N], from `core.linear.weight_codes`.
+        bias: float32 [N], or None.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, step: Step, activation: str = "none", output: Step | None = None
-    ) -> None:
-        super().__init__()
-        codes, self.weight_scale = weight_codes(weight)
-        # Plain attributes: a packed weight is opaque, and state_dict could not store it.
-        self.packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        self.weight_zero = torch.zeros(len(codes), dtype=torch.int32)
-        self.bias = None if bias is None else bias.detach().float().clone()
-        self.step, self.activation, self.output = step, activation, output
-        self.in_features, self.out_features = weight.shape[1], weight.shape[0]
+    def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
+        self._scale, self._bias = weight_scale, bias
+        self._zero = torch.zeros(len(codes), dtype=torch.int32)
+        self._column = codes.sum(1).float() * weight_scale
 
-    def forward(self, x: Tensor) -> Tensor:
+    @torch.compiler.disable
+    def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
         """The layer.
 
         Args:
-            x: float [..., K], or uint8 [..., K]: codes of this layer's own step.
+            x: float [..., K], or codes of such.
+            activated: apply GELU and hand out codes.
 
         Returns:
-            float32, or uint8 with `output`, [..., N].
+            float32 [..., N], or codes of such if `activated`.
         """
-        codes = x if x.dtype == torch.uint8 else quantize(x, self.step)
-        name, algorithm = ACTIVATIONS[self.activation]
-        scale, zero, dtype = 1.0, 0, torch.float32
-        if self.output is not None:
-            scale, zero, dtype = self.output.scale, self.output.zero_point, torch.uint8
-        out: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, self.step.scale, self.step.zero_point, self.packed, self.weight_scale, self.weight_zero, self.bias,
-            scale, zero, dtype, name, [], algorithm,
-        )  # fmt: skip
-        return out
+        coded = x if isinstance(x, Coded) else token_codes(x)
+        outer, width = coded.scale.shape, len(self._scale)
+        if activated:
+            out = Coded(torch.empty(*outer, width, dtype=torch.uint8), torch.empty(outer), torch.empty(outer))
+            self._by_rows(coded, finish_codes, [out.codes.view(-1, width), out.scale.view(-1), out.zero.view(-1)])
+            return out
+        floats = torch.empty(*outer, width)
+        self._by_rows(coded, finish_product, [floats.view(-1, width)])
+        return floats
 
-    def extra_repr(self) -> str:
-        """For people."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, activation={self.activation}"
+    def _by_rows(self, coded: Coded, finish: Callable[..., None], results: Sequence[Tensor]) -> None:
+        """Fill the results, some tokens at a time: their sums are finished before they leave the cache."""
+        tokens = (coded.codes.flatten(0, -2), coded.scale.flatten(), coded.zero.flatten())
+        for codes, scale, zero, *into in zip(*(part.split(ROWS) for part in (*tokens, *results)), strict=True):
+            finish(self._sums(codes), scale, zero, self._column, self._bias, *into)
+
+    def weight(self) -> Tensor:
+        """Codes of the weight: int8 [N, K]."""
+        return self._packed.to_dense().mT.contiguous()
+
+    def _sums(self, codes: Tensor) -> Tensor:
+        """Products of the codes times the scale of the output: float32."""
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, self._packed, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return sums
 
 
-def quantize(x: Tensor, step: Step) -> Tensor:
-    """`core.linear.input_codes`: the compiled one where it is built."""
+def token_codes(x: Tensor) -> Coded:
+    """`core.linear.token_codes`: the compiled one where it is built."""
     if not _is_compiled():
-        return input_codes(x, step)
-    codes: Tensor = torch.ops.attnpress.input_codes(x.float().contiguous(), step.scale, step.zero_point)
-    return codes
+        return reference.token_codes(x)
+    return Coded(*torch.ops.attnpress.token_codes(x.float().contiguous()))
+
+
+def finish_product(sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Make products of codes the layer's output.
+
+    Args:
+        sums: float32 [rows, N], the scale of the output already in them.
+        scale, zero: float32 [rows], of the tokens.
+        column: float32 [N], sums of the codes of the weight, times their scale.
+        bias: float32 [N], or None.
+        out: float32 [rows, N], filled.
+    """
+    if _is_compiled():
+        torch.ops.attnpress.finish_product(sums, scale, zero, column, bias, out)
+        return
+    torch.mul(sums - zero.unsqueeze(1) * column, scale.unsqueeze(1), out=out)
+    if bias is not None:
+        out += bias
+
+
+def finish_codes(
+    sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None,
+    codes: Tensor, code_scale: Tensor, code_zero: Tensor,
+) -> None:  # fmt: skip
+    """`finish_product`, then GELU, and codes of that: uint8 [rows, N], float32 [rows] twice, filled."""
+    if _is_compiled():
+        torch.ops.attnpress.finish_codes(sums, scale, zero, column, bias, codes, code_scale, code_zero)
+        return
+    floats = torch.empty_like(sums)
+    finish_product(sums, scale, zero, column, bias, floats)
+    for target, found in zip((codes, code_scale, code_zero), reference.token_codes(F.gelu(floats)), strict=True):
+        target.copy_(found)
 
 
 @functools.cache

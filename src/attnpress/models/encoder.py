@@ -7,17 +7,20 @@ names; nothing here holds for other families, which `find_encoder` does not find
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.activations import GELUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward  # noqa: F401 - models.forward asks for it
 
+from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.forward import attention_forward
+from attnpress.models.linear import Int8Linear
 
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 
@@ -56,30 +59,29 @@ def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
             yield f"{index}.{name}", [layer.get_submodule(place) for place in places]
 
 
-def activation_name(encoder: Any) -> str:
-    """Of the feed-forward part, as the configuration has it; empty if it is a function of somebody's own."""
-    name = encoder.config.hidden_act
-    return name if isinstance(name, str) else ""
+def place_int8(encoder: Any, plan: Mapping[str, ProductPlan]) -> Iterator[tuple[Int8Linear, list[nn.Linear]]]:
+    """Put empty int8 layers where the plan has them; each comes with the linear layers that it replaces.
 
-
-def place_product(encoder: Any, name: str, product: nn.Module) -> None:
-    """Put a product where its linear layers are.
-
-    Args:
-        name: of `products`.
-        product: takes the input of those layers, and gives their outputs side by side.
+    Where both products around a GELU are int8, the first applies it, and hands out codes.
     """
-    index, _, kind = name.partition(".")
-    layer = encoder.layer[int(index)]
-    if kind == "qkv":
-        layer.attention.self = MergedSelfAttention(layer.attention.self, product)
-    else:
-        layer.set_submodule(PRODUCTS[kind][0], product)
+    for name, layers in list(products(encoder)):
+        if not plan[name].quantized:
+            continue
+        index, _, kind = name.partition(".")
+        layer = encoder.layer[int(index)]
+        activated = kind == "up" and plan[f"{index}.down"].quantized and _has_gelu(layer)
+        product = Int8Linear.like(layers, activated)
+        if kind == "qkv":
+            layer.attention.self = MergedSelfAttention(layer.attention.self, product)
+        else:
+            layer.set_submodule(PRODUCTS[kind][0], product)
+        if activated:
+            layer.intermediate.intermediate_act_fn = nn.Identity()
+        yield product, layers
 
 
-def drop_activation(encoder: Any, index: int) -> None:
-    """Of a layer whose product "up" applies it already."""
-    encoder.layer[index].intermediate.intermediate_act_fn = nn.Identity()
+def _has_gelu(layer: Any) -> bool:
+    return type(layer.intermediate.intermediate_act_fn) is GELUActivation
 
 
 class MergedSelfAttention(nn.Module):

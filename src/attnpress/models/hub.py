@@ -67,6 +67,7 @@ class AttnPressConfig(QuantizationConfigMixin):
         attention: a whole spec, instead of these two.
         modules: by the name of the attention module; only checkpoints have them.
         linear: what `attnpress.calibrate_linear` found, by product; likewise.
+        int8: whether the linear layers that `linear` says so of are stored in 8 bits.
 
     Raises:
         ConfigError: `attention` together with `bits` or `sparsity`.
@@ -75,13 +76,13 @@ class AttnPressConfig(QuantizationConfigMixin):
     def __init__(
         self, bits: int | None = None, sparsity: float | None = None, *,
         attention: AttentionSpec | None = None, modules: Mapping[str, ModuleSpec] | None = None,
-        linear: Mapping[str, ProductPlan] | None = None,
+        linear: Mapping[str, ProductPlan] | None = None, int8: bool = False,
     ) -> None:  # fmt: skip
         if attention is not None and (bits, sparsity) != (None, None):
             raise ConfigError("AttnPressConfig: give either attention, or bits and sparsity")
         self.quant_method: Any = NAME  # Transformers declares its enumeration of built-in methods
         self.attention = attention or _uniform(8 if bits is None else bits, sparsity or 0.0)
-        self.modules, self.linear = dict(modules or {}), dict(linear or {})
+        self.modules, self.linear, self.int8 = dict(modules or {}), dict(linear or {}), int8
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as config.json holds it."""
@@ -90,6 +91,7 @@ class AttnPressConfig(QuantizationConfigMixin):
         attention = spec_to_dict(self.attention)
         return {
             "quant_method": NAME, "format": FORMAT, "attention": attention, "modules": modules, "linear": linear,
+            "int8": self.int8,
         }  # fmt: skip
 
     @classmethod
@@ -107,7 +109,11 @@ class AttnPressConfig(QuantizationConfigMixin):
         try:
             modules = {name: parse_spec(ModuleSpec, plain) for name, plain in config_dict["modules"].items()}
             linear = {name: parse_spec(ProductPlan, plain) for name, plain in config_dict.get("linear", {}).items()}
-            config = cls(attention=parse_spec(AttentionSpec, config_dict["attention"]), modules=modules, linear=linear)
+            attention, int8 = (
+                parse_spec(AttentionSpec, config_dict["attention"]),
+                config_dict.get("int8", False) is True,
+            )
+            config = cls(attention=attention, modules=modules, linear=linear, int8=int8)
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"quantization_config of attnpress is damaged: {error}") from None
         return (config, kwargs) if return_unused_kwargs else config
@@ -157,6 +163,18 @@ class AttnPressQuantizer(HfQuantizer):
             spec = shape.attention or self.quantization_config.attention
             child = CompressedAttention(spec, shape.heads, shape.kv_heads, shape.head_dim)
             _find(model, name).add_module(NAME, child)
+        if self.quantization_config.int8:
+            self._place_int8(model)
+
+    def _place_int8(self, model: Any) -> None:
+        from attnpress.models.encoder import find_encoder, place_int8, products
+
+        encoder, plan = find_encoder(model), self.quantization_config.linear
+        if encoder is None or {name for name, _ in products(encoder)} != set(plan):
+            raise ModelError("quantization_config of attnpress is damaged: its int8 layers are not those of this model")
+        for _ in place_int8(encoder, plan):
+            pass
+        setattr(model, INT8, True)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from attnpress.models.binding import attentions, bind
@@ -175,15 +193,7 @@ class AttnPressQuantizer(HfQuantizer):
         """Called first by `save_pretrained`: brings the configuration up to date with the modules.
 
         Histograms go with the weights, so that training can go on from them, unless there is nothing in them.
-
-        Raises:
-            ModelError: the linear layers are int8, so there are no float weights to save.
         """
-        if hasattr(model, INT8):
-            raise ModelError(
-                "the linear layers are int8: save the model before deploy(model, linear='int8'), which "
-                "gives the same bits after loading"
-            )
         model.config.quantization_config = self.quantization_config = config_of(model)
         # A loader that does not know attnpress stops at this name, rather than run the model dense.
         model.config.attn_implementation = NAME
@@ -201,7 +211,9 @@ def config_of(model: nn.Module) -> AttnPressConfig:
         name: ModuleSpec(state.heads, state.kv_heads, state.head_dim, None if state.spec == common else state.spec)
         for name, state in states.items()
     }
-    return AttnPressConfig(attention=common, modules=modules, linear=getattr(model, PLAN, None))
+    return AttnPressConfig(
+        attention=common, modules=modules, linear=getattr(model, PLAN, None), int8=hasattr(model, INT8)
+    )
 
 
 def check_compressed(folder: Path) -> None:

@@ -1,0 +1,86 @@
+"""The int8 linear layer of a deployed model: codes and scales as buffers, and a product that is in force."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnpress.core.linear import Coded, linear, token_codes, weight_codes
+
+
+class Product(Protocol):
+    """What may compute the layer in place of the readable product; the codes of the weight are then its own."""
+
+    def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
+        """The layer's output; see `Int8Linear`."""
+
+    def weight(self) -> Tensor:
+        """Codes of the weight: int8 [N, K]."""
+
+
+class Int8Linear(nn.Module):
+    """Stands where an `nn.Linear` stood, for inference, or where several did that have one input.
+
+    Args:
+        in_features, out_features: K, N.
+        bias: whether there is one.
+        activated: apply GELU, and hand out codes for the next layer instead of floats.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, activated: bool = False) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.activated = in_features, out_features, activated
+        self.product: Product | None = None
+        self.codes: Tensor | None
+        self.weight_scale: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("codes", torch.zeros(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(out_features))
+        self.register_buffer("bias", torch.zeros(out_features) if bias else None)
+
+    @classmethod
+    def like(cls, layers: Sequence[nn.Linear], activated: bool = False) -> Int8Linear:
+        """A layer with the outputs of all these side by side, and nothing in it yet."""
+        bias = all(layer.bias is not None for layer in layers)
+        return cls(layers[0].in_features, sum(layer.out_features for layer in layers), bias, activated)
+
+    def take(self, layers: Sequence[nn.Linear]) -> None:
+        """Take over what these layers hold, in 8 bits."""
+        self.codes, self.weight_scale = weight_codes(torch.cat([layer.weight.detach() for layer in layers]))
+        if self.bias is not None:
+            self.bias = torch.cat([layer.bias.detach().float() for layer in layers])
+
+    def use(self, make: Callable[[Tensor, Tensor, Tensor | None], Product]) -> None:
+        """Have another product compute the layer from now on, made of codes, scales and bias; its codes are let go."""
+        if self.codes is not None:
+            self.product = make(self.codes, self.weight_scale, self.bias)
+            self.codes = None
+
+    def forward(self, x: Tensor | Coded) -> Tensor | Coded:
+        """The layer.
+
+        Args:
+            x: float [..., K], or codes of such.
+
+        Returns:
+            float32 [..., N], or codes of such if `activated`.
+        """
+        if self.product is not None:
+            return self.product(x, self.activated)
+        assert self.codes is not None
+        coded = x if isinstance(x, Coded) else token_codes(x)
+        out = linear(coded, self.codes, self.weight_scale, self.bias)
+        return token_codes(F.gelu(out)) if self.activated else out
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.product is not None:
+            destination[f"{prefix}codes"] = self.product.weight()
+
+    def extra_repr(self) -> str:
+        """For people."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, activated={self.activated}"
