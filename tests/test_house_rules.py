@@ -90,7 +90,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "matplotlib": ("report.plots",),
     "optuna": ("sweep",),
     "triton": ("kernels.triton",),
-    "onnxruntime": ("export",),
+    "nncf": ("benchmark",),
+    "onnxruntime": ("export", "benchmark"),
     "openvino": ("export", "benchmark"),
 }
 """The only places that may know a library."""

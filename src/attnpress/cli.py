@@ -202,7 +202,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
         "--peers", nargs="+", metavar="PEER",
-        help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both); "
+        help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
+        "onnxruntime-int8, openvino-int8; "
         "ATTNPRESS_CPU_TARGET=avx2 in the environment holds all sides to AVX2",
     )  # fmt: skip
     inputs = parser.add_mutually_exclusive_group()

@@ -142,9 +142,17 @@ def check_peers(names: Sequence[str], known: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown or not names:
         raise BenchmarkError(f"no peer called {', '.join(unknown)!r}; use some of {', '.join(known)}")
-    if "openvino" in names and importlib.util.find_spec("openvino") is None:
+    if "openvino" in names:
+        require("openvino", "openvino", "openvino")
+
+
+def require(peer: str, extra: str, *packages: str) -> None:
+    """Raise BenchmarkError, which names the extra, where a package that a peer needs is not installed."""
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
         raise BenchmarkError(
-            "peer openvino: the package is not installed; pip install 'attnpress[openvino]', or leave this peer out"
+            f"peer {peer}: {', '.join(missing)} not installed here; pip install 'attnpress[{extra}]', or leave this "
+            "peer out"
         )
 
 

@@ -13,7 +13,11 @@ from typing import Any
 
 def provenance(*packages: str) -> dict[str, Any]:
     """Versions of attnpress, torch and those of `packages` that have one to tell, the machine, and how busy it is."""
-    named = ["attnpress", "torch", *(name for name in packages if name in ("openvino", "transformers"))]
+    named = [
+        "attnpress",
+        "torch",
+        *(name for name in packages if name in ("nncf", "onnxruntime", "openvino", "transformers")),
+    ]
     return {
         "versions": {"python": platform.python_version(), **{name: version(name) for name in named}},
         "machine": {
@@ -25,16 +29,25 @@ def provenance(*packages: str) -> dict[str, Any]:
     }
 
 
+def resident_megabytes() -> float:
+    """Resident memory of this process, in MB; 0 where /proc does not tell (Linux does)."""
+    return _status("VmRSS") if Path("/proc/self/status").exists() else 0.0
+
+
 def peak_megabytes(run: Callable[[], object]) -> float:
     """Largest resident memory of this process during one call, in MB; 0 where /proc does not tell (Linux does)."""
-    status, forget = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    forget = Path("/proc/self/clear_refs")
     if not forget.exists():
         return 0.0
     gc.collect()
     forget.write_text("5", encoding="ascii")  # the peak counts from here
     run()
-    line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) / 1e3
+    return _status("VmHWM")
+
+
+def _status(name: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return int(next(line for line in lines if line.startswith(f"{name}:")).split()[1]) / 1e3
 
 
 def processor() -> str:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from attnpress.benchmark.attention import (
@@ -20,9 +23,11 @@ from attnpress.benchmark.attention import (
     check_sparsity,
     compared,
     held,
+    require,
 )
 from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
-from attnpress.benchmark.machine import peak_megabytes, provenance
+from attnpress.benchmark.machine import peak_megabytes, provenance, resident_megabytes
+from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.calibration import REFITS, calibrate, outputs, watching
 from attnpress.config import AttentionSpec
@@ -30,10 +35,14 @@ from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu, ops
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
-from attnpress.models.stock import STOCK, attention_seconds, longest_input, make_stock
+from attnpress.models.stock import STOCK, attention_seconds, load_stock, longest_input, make_stock
 
-PEERS = ("sdpa", "eager")
+TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
+"""Peers by Transformers: its implementation of attention, and the dtype of everything."""
+PEERS = (*TORCH, *RUNTIMES)
+USUAL_PEERS = ("sdpa", "eager")
 SECONDS = 4.0
+INPUTS = "inputs.safetensors"
 SHARE_CALLS = 3
 CALIBRATION_TOKENS = 512
 """Scales are taken from this much of the input: calibration holds S x S matrices. Thresholds see all of it."""
@@ -52,23 +61,31 @@ class ModelTiming(Comparison):
         linear: "float" (float32 but for attention), or "int8" for our linear layers too, all of them, without padding.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
-        ours_peak_mb, peer_peak_mb: largest memory of the side's whole process in a forward pass, libraries included;
-            0 where the system does not tell.
+            None where the peer's runtime does not show its own.
+        ours_peak_mb, peer_peak_mb: largest resident memory of the side's whole process in a forward pass, libraries
+            included; 0 where the system does not tell.
+        ours_model_mb, peer_model_mb: the same, less what the process held before it loaded the model: weights,
+            activations, and libraries that only running the model loads. The model is made in another process.
+        ours_file_mb, peer_file_mb: size of the files that the side loads.
     """
 
     model: str
     ours_attention: float
-    peer_attention: float
-    ceiling: float
+    peer_attention: float | None
+    ceiling: float | None
     ragged: str | None
     linear: Linear
     ours_peak_mb: float
     peer_peak_mb: float
+    ours_model_mb: float
+    peer_model_mb: float
+    ours_file_mb: float
+    peer_file_mb: float
 
 
 def bench_models(
     models: Iterable[str], seq_lens: Iterable[int], *, sparsity: float = 0.95, batch: int = 1, threads: int = 1,
-    peers: Iterable[str] = PEERS, seconds: float = SECONDS, linear: Linear = "float", ragged: Iterable[str] = (),
+    peers: Iterable[str] = USUAL_PEERS, seconds: float = SECONDS, linear: Linear = "float", ragged: Iterable[str] = (),
 ) -> list[ModelTiming]:  # fmt: skip
     """Time whole models, deployed against stock.
 
@@ -96,6 +113,9 @@ def bench_models(
     if unknown or not chosen:
         raise BenchmarkError(f"no model called {', '.join(unknown)!r}; use some of {', '.join(STOCK)}")
     check_peers(names, PEERS)
+    for name in names:
+        if name in RUNTIMES:
+            require(name, RUNTIMES[name].extra, *RUNTIMES[name].packages)
     check_counts(lengths=lengths, threads=[threads], batch=[batch])
     check_sparsity(sparsity)
     cpu.load()
@@ -105,46 +125,91 @@ def bench_models(
          "ragged": source}
         for name in chosen for length, source in zip(lengths, sources, strict=True)
     ]  # fmt: skip
+    return [timing for case in cases for timing in _timings(case, names, seconds)]
+
+
+def _timings(case: dict[str, Any], peers: Sequence[str], seconds: float) -> Iterator[ModelTiming]:
+    """Processes are new for each case: memory that an earlier model left behind would count."""
+    names, shape = ("ours", *dict.fromkeys(peers)), {key: case[key] for key in ("model", "length", "batch", "ragged")}
     with ExitStack() as stack:
-        sides = [stack.enter_context(Side(name, held())) for name in ("ours", *dict.fromkeys(names))]
-        return [timing for case in cases for timing in _timings(case, sides, names, seconds)]
-
-
-def _timings(
-    case: dict[str, Any], sides: Sequence[Side], peers: Sequence[str], seconds: float
-) -> Iterator[ModelTiming]:
-    facts = {side.name: side.prepare(f"{__name__}:prepare", name=side.name, **case) for side in sides}
-    times = in_turns(sides, seconds)
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        facts: dict[str, dict[str, Any]] = {name: _build(name, f"{folder}/{name}", shape, case) for name in names}
+        sides = [stack.enter_context(Side(name, held())) for name in names]
+        for side in sides:
+            place = {"name": side.name, "folder": f"{folder}/{side.name}", "threads": case["threads"]}
+            facts[side.name] |= side.prepare(f"{__name__}:prepare", **place)
+        times = in_turns(sides, seconds)
     for peer in peers:
-        share = facts[peer]["attention"]
-        yield ModelTiming(
-            model=case["model"], seq_len=case["length"], batch=case["batch"], threads=case["threads"],
-            sparsity=round(facts["ours"]["sparsity"], 4), ragged=case["ragged"], linear=case["linear"],
-            **compared(times, peer), ours_attention=facts["ours"]["attention"], peer_attention=share,
-            ceiling=1 / (1 - share), ours_peak_mb=facts["ours"]["peak_mb"], peer_peak_mb=facts[peer]["peak_mb"],
-            provenance={**provenance("transformers"), "peer": {"instructions": facts[peer]["instructions"]}},
-        )  # fmt: skip
+        yield _timing(case, peer, times, facts)
 
 
-def prepare(
-    name: str, model: str, length: int, batch: int, sparsity: float, threads: int, linear: Linear = "float",
+def _build(name: str, folder: str, shape: dict[str, Any], case: dict[str, Any]) -> dict[str, Any]:
+    with Side(name, held()) as side:
+        extra = {key: case[key] for key in ("sparsity", "linear")}
+        return side.prepare(f"{__name__}:build", name=name, folder=folder, **shape, **extra)
+
+
+def _timing(
+    case: dict[str, Any], peer: str, times: Mapping[str, Sequence[Sequence[float]]], facts: dict[str, dict[str, Any]]
+) -> ModelTiming:
+    ours, theirs, told = facts["ours"], facts[peer], ("peak_mb", "model_mb", "file_mb", "attention")
+    share = theirs["attention"]
+    known = {key: value for key, value in theirs.items() if key not in told}
+    return ModelTiming(
+        model=case["model"], seq_len=case["length"], batch=case["batch"], threads=case["threads"],
+        sparsity=round(ours["sparsity"], 4), ragged=case["ragged"], linear=case["linear"], **compared(times, peer),
+        ceiling=None if share is None else 1 / (1 - share), **{f"ours_{key}": ours[key] for key in told},
+        **{f"peer_{key}": theirs[key] for key in told},
+        provenance={**provenance("transformers", *_packages(peer)), "peer": known},
+    )  # fmt: skip
+
+
+def _packages(peer: str) -> tuple[str, ...]:
+    return RUNTIMES[peer].packages if peer in RUNTIMES else ()
+
+
+def build(
+    name: str, folder: str, model: str, length: int, batch: int, sparsity: float, linear: Linear = "float",
     ragged: str | None = None,
 ) -> Prepared:  # fmt: skip
-    """A side by its name, in its own process: a peer of `PEERS`, or "ours"."""
-    torch.set_num_threads(threads)
-    stock = make_stock(model, "eager" if name == "ours" else name)
+    """Write what a side loads, in a process that is not timed; nothing is to be run."""
+    stock, place = make_stock(model, "eager" if name == "ours" else "sdpa"), Path(folder)
     if length > longest_input(stock):
         raise BenchmarkError(f"{model} has positions for {longest_input(stock)} tokens, not {length}")
     inputs = _tokens(stock.config.vocab_size, ragged_lengths(ragged, batch) if ragged else [length] * batch)
-    facts: dict[str, Any] = {"instructions": torch.backends.cpu.get_cpu_capability()}
-    if name == "ours":
-        facts["sparsity"] = _deploy(stock, inputs, sparsity)
-        if linear == "int8":
-            deploy(stock, "cpu", linear="int8")
-    run = _forward(stock, inputs)
+    place.mkdir(parents=True)
+    facts: dict[str, Any] = {}
+    if name in RUNTIMES:
+        RUNTIMES[name].write(stock, inputs, place / RUNTIMES[name].file)
+    else:
+        if name == "ours":
+            facts["sparsity"] = _deploy(stock, inputs, sparsity)
+            if linear == "int8":
+                deploy(stock, "cpu", linear="int8")
+        stock.save_pretrained(place)
+    facts["file_mb"] = sum(file.stat().st_size for file in place.iterdir()) / 1e6
+    save_file(inputs, place / INPUTS)
+    return Prepared(lambda: None, facts)
+
+
+def prepare(name: str, folder: str, threads: int) -> Prepared:
+    """A side by its name, in its own process, from what `build` wrote: a peer of `PEERS`, or "ours"."""
+    torch.set_num_threads(threads)
+    place, before = Path(folder), resident_megabytes()
+    inputs = load_file(place / INPUTS)
+    facts: dict[str, Any] = {"instructions": torch.backends.cpu.get_cpu_capability(), "attention": None}
+    if name in RUNTIMES:
+        served = RUNTIMES[name].serve(place / RUNTIMES[name].file, inputs, threads)
+        run = served.run
+        facts |= served.facts
+    else:
+        stock = deploy(load_stock(place), "cpu") if name == "ours" else load_stock(place, *TORCH[name])
+        run = _forward(stock, inputs)
     facts["peak_mb"] = peak_megabytes(run)
-    with attention_seconds(stock) as seconds:
-        facts["attention"] = _share(run, seconds)
+    facts["model_mb"] = facts["peak_mb"] - before
+    if name not in RUNTIMES:
+        with attention_seconds(stock) as seconds:
+            facts["attention"] = _share(run, seconds)
     return Prepared(run, facts)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,14 @@ def make_stock(name: str, attention: str, seed: int = 0) -> PreTrainedModel:
         model: PreTrainedModel = AutoModel.from_pretrained(source, attn_implementation=attention)
     else:
         model = AutoModel.from_config(source, attn_implementation=attention)
+    model.eval()
+    return model
+
+
+def load_stock(folder: Path, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """An encoder that was saved, in evaluation mode; `attention` None leaves the one it was saved with."""
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=dtype, **chosen)
     model.eval()
     return model
 

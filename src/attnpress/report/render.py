@@ -59,12 +59,30 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     table = Table(
         title=f"one forward pass, {linear} linear layers, {_conditions(records)}; ceiling: attention in no time"
     )
-    _columns(table, "model", "tokens", "batch", "sparsity", "peer", *TIMES, "attention ours", "peer's", "ceiling")
+    _columns(
+        table,
+        "model",
+        "tokens",
+        "batch",
+        "sparsity",
+        "peer",
+        *TIMES,
+        "attention ours",
+        "peer's",
+        "ceiling",
+        "MB ours",
+        "peer's",
+    )
     for record in records:
-        shares = [f"{record[name]:.1%}" for name in ("ours_attention", "peer_attention")]
+        shares = [_known(record[name], ".1%") for name in ("ours_attention", "peer_attention")]
+        memory = [_known(record.get(name), ".0f") for name in ("ours_model_mb", "peer_model_mb")]
         name = " ".join(filter(None, (record["model"], record.get("ragged"))))
-        table.add_row(name, *_case(record), *_times(record), *shares, f"{record['ceiling']:.2f}")
+        table.add_row(name, *_case(record), *_times(record), *shares, _known(record["ceiling"], ".2f"), *memory)
     return table
+
+
+def _known(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
 
 
 TIMES = ("ours ms", "spread", "peer ms", "spread", "ratio")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from transformers import BertConfig, ModernBertConfig
 
 from attnpress.benchmark import whole_model
 from attnpress.benchmark.attention import BenchmarkError
 from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
-from attnpress.benchmark.whole_model import bench_models, prepare
+from attnpress.benchmark.runtimes import RUNTIMES
+from attnpress.benchmark.turns import Prepared
+from attnpress.benchmark.whole_model import bench_models, build, prepare
 from attnpress.models import stock
 from attnpress.models.stock import attention_seconds, make_stock
 from tests.kernels.factories import needs_kernel
@@ -37,10 +41,18 @@ def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(stock.STOCK, "modernbert-base", lambda: ModernBertConfig(**SMALL, **local, **tokens))
 
 
+def side(folder: Path, name: str, model: str, length: int, batch: int, sparsity: float, *rest: Any) -> Prepared:
+    """Built and prepared, both in this process."""
+    facts = build(name, str(folder / name), model, length, batch, sparsity, *rest).facts
+    prepared = prepare(name, str(folder / name), torch.get_num_threads())
+    prepared.facts.update(facts)
+    return prepared
+
+
 @pytest.mark.parametrize("model", ["bert-base", "modernbert-base"])
-@pytest.mark.parametrize("name", ["sdpa", "eager", pytest.param("ours", marks=needs_kernel)])
-def test_each_side_runs_a_whole_model_and_knows_its_share_of_attention(model: str, name: str) -> None:
-    prepared = prepare(name, model, 48, 2, 0.8, torch.get_num_threads())
+@pytest.mark.parametrize("name", ["sdpa", "sdpa-bf16", "eager", pytest.param("ours", marks=needs_kernel)])
+def test_each_side_runs_a_whole_model_and_knows_its_share_of_attention(tmp_path: Path, model: str, name: str) -> None:
+    prepared = side(tmp_path, name, model, 48, 2, 0.8)
     prepared.run()
     assert 0 < prepared.facts["attention"] < 1
     if name == "ours":
@@ -48,28 +60,55 @@ def test_each_side_runs_a_whole_model_and_knows_its_share_of_attention(model: st
 
 
 @needs_kernel
-def test_thresholds_fit_inputs_longer_than_those_that_scales_are_taken_from(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thresholds_fit_inputs_longer_than_those_that_scales_are_taken_from(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 16)
     monkeypatch.setattr(whole_model, "ROWS", 128)
-    facts = prepare("ours", "bert-base", 256, 1, 0.9, torch.get_num_threads()).facts
+    facts = side(tmp_path, "ours", "bert-base", 256, 1, 0.9).facts
     assert facts["sparsity"] == pytest.approx(0.9, abs=0.02)
 
 
 @needs_kernel
-def test_sparsity_is_counted_over_the_pairs_that_a_window_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sparsity_is_counted_over_the_pairs_that_a_window_allows(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(whole_model, "CALIBRATION_TOKENS", 32)
-    facts = prepare("ours", "modernbert-base", 48, 1, 0.0, torch.get_num_threads()).facts
+    facts = side(tmp_path, "ours", "modernbert-base", 48, 1, 0.0).facts
     assert facts["sparsity"] < 0.1, "nothing is pruned: what a window hides is no zero"
 
 
 @needs_kernel
-def test_ragged_batches_and_int8_layers() -> None:
-    padded = prepare("ours", "bert-base", 86, 4, 0.8, 1, "float", "mrpc")
-    packed = prepare("ours", "bert-base", 86, 4, 0.8, 1, "int8", "mrpc")
-    for side in (padded, packed):
-        side.run()
-        assert side.facts["sparsity"] == pytest.approx(0.8, abs=0.05)
-        assert side.facts["peak_mb"] > 10
+def test_ragged_batches_and_int8_layers(tmp_path: Path) -> None:
+    padded = side(tmp_path / "float", "ours", "bert-base", 86, 4, 0.8, "float", "mrpc")
+    packed = side(tmp_path / "int8", "ours", "bert-base", 86, 4, 0.8, "int8", "mrpc")
+    for prepared in (padded, packed):
+        prepared.run()
+        assert prepared.facts["sparsity"] == pytest.approx(0.8, abs=0.05)
+        assert prepared.facts["peak_mb"] > prepared.facts["model_mb"]
+    assert packed.facts["file_mb"] < padded.facts["file_mb"]
+
+
+@pytest.mark.parametrize("name", list(RUNTIMES))
+def test_other_runtimes_multiply_bytes_and_take_any_shape(tmp_path: Path, name: str) -> None:
+    for package in RUNTIMES[name].packages:
+        pytest.importorskip(package)
+    prepared = side(tmp_path, name, "bert-base", 86, 2, 0.8, "float", "mrpc")
+    stock = make_stock("bert-base", "sdpa")
+    with safe_open(tmp_path / name / "inputs.safetensors", "pt") as file:
+        inputs = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+    expected = stock(**inputs).last_hidden_state.detach()
+    found: Any = prepared.run()
+    hidden = torch.as_tensor(found[0])
+    real = inputs["attention_mask"].bool()
+    change = (hidden - expected)[real].norm() / expected[real].norm()
+    assert 1e-4 < change < 0.1, "rounded, but the same model"
+
+
+def test_a_peer_whose_packages_are_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(BenchmarkError, match=r"peer openvino-int8: nncf.*attnpress\[openvino\]"):
+        bench_models(["minilm"], [16], peers=["openvino-int8"])
 
 
 def test_ragged_lengths_are_those_of_the_task() -> None:
@@ -96,9 +135,9 @@ def test_attention_is_timed_call_by_call_and_left_as_it_was() -> None:
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_a_length_without_positions_is_refused() -> None:
+def test_a_length_without_positions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkError, match="bert-base has positions for 512 tokens, not 513"):
-        prepare("sdpa", "bert-base", 513, 1, 0.9, 1)
+        side(tmp_path, "sdpa", "bert-base", 513, 1, 0.9)
 
 
 @needs_kernel

@@ -1,0 +1,113 @@
+"""Whole models in int8 by other runtimes: ONNX Runtime with dynamic ranges, OpenVINO quantized by NNCF after training.
+
+Files are written in one process and timed in another, so that what making them took does not count as memory.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attnpress.benchmark.turns import Prepared
+
+OPSET = 21
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A peer that runs a file.
+
+    Attributes:
+        extra: of attnpress, which brings `packages`.
+        file: below the folder of the side.
+        write: writes that file for a float32 model and inputs to take ranges from.
+        serve: gets the file, the inputs and the number of threads.
+    """
+
+    extra: str
+    packages: tuple[str, ...]
+    file: str
+    write: Callable[[nn.Module, Mapping[str, Tensor], Path], None]
+    serve: Callable[[Path, Mapping[str, Tensor], int], Prepared]
+
+
+def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+    """Write a model as ONNX for any batch size and length; `inputs` give the names and dtypes of its arguments."""
+    example = {name: torch.ones(2, 8, dtype=x.dtype) for name, x in inputs.items()}  # 1 would become a constant
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        program = torch.onnx.export(
+            model, (), kwargs=example, dynamo=True, opset_version=OPSET, verbose=False, input_names=list(example),
+            dynamic_shapes={name: {0: "batch", 1: "length"} for name in example},
+        )  # fmt: skip
+    assert program is not None
+    program.save(file)
+
+
+def _write_onnxruntime(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+    """Weights in int8 for each output, activations as they come: the recipe of the runtime's own documentation."""
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as scratch:
+        export(model, inputs, Path(scratch) / "model.onnx")
+        quantize_dynamic(Path(scratch) / "model.onnx", file, per_channel=True, weight_type=QuantType.QInt8)
+
+
+def _serve_onnxruntime(file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # no thread awake in the others' turns
+    session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    arrays = {name: x.numpy() for name, x in inputs.items()}
+    return Prepared(lambda: session.run(None, arrays), {"threads": threads})
+
+
+def _write_openvino(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+    """NNCF's post-training quantization for transformers, with ranges from the inputs themselves."""
+    _keep_to_ourselves()
+    import nncf
+    import openvino
+
+    with tempfile.TemporaryDirectory() as scratch:
+        export(model, inputs, Path(scratch) / "model.onnx")
+        graph = openvino.Core().read_model(Path(scratch) / "model.onnx")
+        shown = nncf.Dataset([{name: x.numpy() for name, x in inputs.items()}])
+        quantized = nncf.quantize(graph, shown, model_type=nncf.ModelType.TRANSFORMER)
+        openvino.save_model(quantized, file)
+
+
+def _serve_openvino(file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
+    """With the plugin's own choice of precision for what is not int8, and memory shared with the caller."""
+    _keep_to_ourselves()
+    import openvino
+
+    compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_NUM_THREADS": threads})
+    request = compiled.create_infer_request()
+    arrays = {name: x.numpy() for name, x in inputs.items()}
+    facts = {name: str(compiled.get_property(name)) for name in ("INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT")}
+    return Prepared(lambda: request.infer(arrays, share_inputs=True, share_outputs=True), facts)
+
+
+def _keep_to_ourselves() -> None:
+    os.environ.setdefault("CI", "true")  # or else importing it reports to its makers, over the network
+    os.environ.setdefault("NNCF_CI", "1")
+
+
+RUNTIMES = {
+    "onnxruntime-int8": Runtime(
+        "onnx", ("onnx", "onnxruntime", "onnxscript"), "model.onnx", _write_onnxruntime, _serve_onnxruntime
+    ),
+    "openvino-int8": Runtime(
+        "openvino", ("nncf", "onnx", "onnxscript", "openvino"), "model.xml", _write_openvino, _serve_openvino
+    ),
+}
+"""Peers of whole models, by name."""
