@@ -41,7 +41,7 @@ class PackedProduct:
         self._zero = torch.zeros(len(codes), dtype=torch.int32)
         self._column = codes.sum(1).float() * weight_scale
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
         """The layer.
 
@@ -70,7 +70,8 @@ class PackedProduct:
 
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
-        return self._packed.to_dense().mT.contiguous()
+        codes: Tensor = self._packed.to_dense().mT.contiguous()
+        return codes
 
     def _sums(self, codes: Tensor) -> Tensor:
         """Products of the codes times the scale of the output: float32."""

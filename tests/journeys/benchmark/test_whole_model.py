@@ -147,5 +147,6 @@ def test_models_are_timed_against_each_peer() -> None:
     assert [(t.model, t.seq_len, t.batch, t.peer) for t in timings] == [("minilm", 16, 1, p) for p in ("sdpa", "eager")]
     for timing in timings:
         assert timing.ratio > 0
+        assert timing.peer_attention is not None
         assert timing.ceiling == pytest.approx(1 / (1 - timing.peer_attention))
         assert timing.sparsity == pytest.approx(0.5, abs=0.05)
