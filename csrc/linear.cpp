@@ -1,11 +1,12 @@
-// torch.ops.attnpress.token_codes, finish_product and finish_codes: what core/linear.py defines around the product of codes,
-// each in one pass over memory. The product itself is oneDNN's.
+// torch.ops.attnpress.token_codes, finish_product, finish_normed and finish_codes: what core/linear.py defines around the product of
+// codes, each in one pass over memory. The product itself is oneDNN's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -107,6 +108,47 @@ void gelu(float* x, int64_t count) {
     }
 }
 
+// Sum in lanes, as a compiler may not reorder it by itself.
+FOR_EACH_PROCESSOR
+float sum_of(const float* x, int64_t count) {
+    float sums[LANES] = {}, total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        for (int64_t j = 0; j < LANES; ++j) sums[j] += x[i + j];
+    }
+    for (; i < count; ++i) total += x[i];
+    for (int64_t j = 0; j < LANES; ++j) total += sums[j];
+    return total;
+}
+
+// What a layer norm divides by, once its input is centred: the variance is not the difference of two large numbers.
+FOR_EACH_PROCESSOR
+float centre(float* x, int64_t count) {
+    const float mean = sum_of(x, count) / static_cast<float>(count);
+    float squares[LANES] = {}, total = 0;
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+        for (int64_t j = 0; j < LANES; ++j) x[i + j] -= mean;
+        for (int64_t j = 0; j < LANES; ++j) squares[j] += x[i + j] * x[i + j];
+    }
+    for (; i < count; ++i) {
+        x[i] -= mean;
+        total += x[i] * x[i];
+    }
+    for (int64_t j = 0; j < LANES; ++j) total += squares[j];
+    return total / static_cast<float>(count);
+}
+
+FOR_EACH_PROCESSOR
+void add(float* x, const float* other, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) x[i] += other[i];
+}
+
+FOR_EACH_PROCESSOR
+void stretch(float* x, float factor, const float* weight, const float* bias, int64_t count) {
+    for (int64_t i = 0; i < count; ++i) x[i] = x[i] * factor * weight[i] + bias[i];
+}
+
 // A product's rows as oneDNN left them, and what makes them the layer's output.
 struct Product {
     const float *sums, *scale, *zero, *column, *bias;
@@ -166,6 +208,23 @@ void finish_product(Tensor product, Tensor scale, Tensor zero, Tensor column, st
     });
 }
 
+void finish_normed(Tensor product, Tensor scale, Tensor zero, Tensor column, std::optional<Tensor> bias, Tensor residual,
+                   Tensor norm_weight, Tensor norm_bias, double epsilon, Tensor out) {
+    const Product p(product, scale, zero, column, bias);
+    const float *added = Product::floats(residual, p.rows * p.width), *weight = Product::floats(norm_weight, p.width),
+                *shift = Product::floats(norm_bias, p.width);
+    float* to = writable(out, p.rows * p.width);
+    torch::stable::parallel_for(0, p.rows, p.grain(), [&](int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            float* line = to + row * p.width;
+            p.finish_row(row, line);
+            add(line, added + row * p.width, p.width);
+            const float factor = 1.0f / std::sqrt(centre(line, p.width) + static_cast<float>(epsilon));
+            stretch(line, factor, weight, shift, p.width);
+        }
+    });
+}
+
 void finish_codes(Tensor product, Tensor scale, Tensor zero, Tensor column, std::optional<Tensor> bias, Tensor codes, Tensor code_scale,
                   Tensor code_zero) {
     const Product p(product, scale, zero, column, bias);
@@ -187,6 +246,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnpress, m) {
     m.def("token_codes(Tensor x) -> (Tensor, Tensor, Tensor)");
     m.def("finish_product(Tensor product, Tensor scale, Tensor zero, Tensor column, Tensor? bias, Tensor(a!) out) -> ()");
     m.def(
+        "finish_normed(Tensor product, Tensor scale, Tensor zero, Tensor column, Tensor? bias, Tensor residual, "
+        "Tensor norm_weight, Tensor norm_bias, float epsilon, Tensor(a!) out) -> ()");
+    m.def(
         "finish_codes(Tensor product, Tensor scale, Tensor zero, Tensor column, Tensor? bias, Tensor(a!) codes, "
         "Tensor(b!) code_scale, Tensor(c!) code_zero) -> ()");
 }
@@ -194,5 +256,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(attnpress, m) {
 STABLE_TORCH_LIBRARY_IMPL(attnpress, CPU, m) {
     m.impl("token_codes", TORCH_BOX(&token_codes));
     m.impl("finish_product", TORCH_BOX(&finish_product));
+    m.impl("finish_normed", TORCH_BOX(&finish_normed));
     m.impl("finish_codes", TORCH_BOX(&finish_codes));
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnpress.core import linear as reference
 from attnpress.core.linear import Coded
@@ -62,11 +62,20 @@ class PackedProduct:
         self._by_rows(coded, finish_product, [floats.view(-1, width)])
         return floats
 
-    def _by_rows(self, coded: Coded, finish: Callable[..., None], results: Sequence[Tensor]) -> None:
-        """Fill the results, some tokens at a time: their sums are finished before they leave the cache."""
+    @torch.compiler.disable
+    def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The layer without activation, added to float32 `residual` [..., N] and normalized: float32 [..., N]."""
+        coded = x if isinstance(x, Coded) else token_codes(x)
+        floats = torch.empty(residual.shape)
+        flat = [part.reshape(-1, len(self._scale)) for part in (residual, floats)]
+        self._by_rows(coded, functools.partial(finish_normed, norm), flat)
+        return floats
+
+    def _by_rows(self, coded: Coded, finish: Callable[..., None], rows: Sequence[Tensor]) -> None:
+        """Fill results, some tokens at a time: their sums are finished before they leave the cache."""
         tokens = (coded.codes.flatten(0, -2), coded.scale.flatten(), coded.zero.flatten())
-        for codes, scale, zero, *into in zip(*(part.split(ROWS) for part in (*tokens, *results)), strict=True):
-            finish(self._sums(codes), scale, zero, self._column, self._bias, *into)
+        for codes, scale, zero, *others in zip(*(part.split(ROWS) for part in (*tokens, *rows)), strict=True):
+            finish(self._sums(codes), scale, zero, self._column, self._bias, *others)
 
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
@@ -104,6 +113,20 @@ def finish_product(sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bi
     torch.mul(sums - zero.unsqueeze(1) * column, scale.unsqueeze(1), out=out)
     if bias is not None:
         out += bias
+
+
+def finish_normed(
+    norm: nn.LayerNorm, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None,
+    residual: Tensor, out: Tensor,
+) -> None:  # fmt: skip
+    """`finish_product`, then add `residual`, float32 [rows, N], then normalize over N: `out`, float32 [rows, N], filled."""
+    if _is_compiled():
+        torch.ops.attnpress.finish_normed(
+            sums, scale, zero, column, bias, residual, norm.weight, norm.bias, norm.eps, out
+        )
+        return
+    finish_product(sums, scale, zero, column, bias, out)
+    out.copy_(norm(out + residual))
 
 
 def finish_codes(

@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward  # no
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.forward import attention_forward
-from attnpress.models.linear import Int8Linear
+from attnpress.models.linear import Int8Linear, Int8Output
 
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 
@@ -73,8 +73,11 @@ def place_int8(encoder: Any, plan: Mapping[str, ProductPlan]) -> Iterator[tuple[
         product = Int8Linear.like(layers, activated)
         if kind == "qkv":
             layer.attention.self = MergedSelfAttention(layer.attention.self, product)
+        elif kind == "up":
+            layer.intermediate.dense = product
         else:
-            layer.set_submodule(PRODUCTS[kind][0], product)
+            parent = PRODUCTS[kind][0].removesuffix(".dense")
+            layer.set_submodule(parent, Int8Output(layer.get_submodule(parent), product))
         if activated:
             layer.intermediate.intermediate_act_fn = nn.Identity()
         yield product, layers

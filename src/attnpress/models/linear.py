@@ -18,6 +18,9 @@ class Product(Protocol):
     def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
         """The layer's output; see `Int8Linear`."""
 
+    def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
+        """The layer's output added to `residual` and normalized; see `Int8Output`."""
+
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
 
@@ -84,3 +87,23 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """For people."""
         return f"in_features={self.in_features}, out_features={self.out_features}, activated={self.activated}"
+
+
+class Int8Output(nn.Module):
+    """Stands where an encoder layer's output module stood: product, residual and layer norm in one pass.
+
+    Args:
+        replaced: with `dense`, a dropout that has nothing to do in inference, and `LayerNorm` over the last dimension.
+        product: for `dense`.
+    """
+
+    def __init__(self, replaced: Any, product: Int8Linear) -> None:
+        super().__init__()
+        self.dense, self.LayerNorm = product, replaced.LayerNorm
+
+    def forward(self, hidden_states: Tensor | Coded, input_tensor: Tensor) -> Tensor:
+        """Product of the hidden states [..., K], added to the input [..., N] and normalized: float32 [..., N]."""
+        if self.dense.product is not None:
+            return self.dense.product.normed(hidden_states, input_tensor, self.LayerNorm)
+        normed: Tensor = self.LayerNorm(self.dense(hidden_states) + input_tensor)
+        return normed
