@@ -104,6 +104,25 @@ def test_a_row_does_not_depend_on_the_rows_around_it(built: bool, monkeypatch: p
 
 
 @needs_vnni
+@pytest.mark.parametrize("built", BUILT)
+def test_the_residual_and_the_norm_are_those_of_the_framework(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
+    x, weight, bias = operands(ROWS + 33, 64, 50, 2)
+    residual = torch.randn(1, ROWS + 33, 50) * 4 + 100
+    norm = torch.nn.LayerNorm(50, eps=1e-12)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+        layer = packed(weight, bias)
+        expected = norm(layer(x, False) + residual)
+        found = layer.normed(x.unsqueeze(0), residual, norm)
+        assert found.shape == residual.shape
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-4)
+        apart = residual.transpose(1, 2).contiguous().transpose(1, 2)
+        assert torch.equal(layer.normed(token_codes(x.unsqueeze(0)), apart, norm), found)
+
+
+@needs_vnni
 def test_the_codes_of_the_weight_come_back_from_its_packing() -> None:
     codes, scale = weight_codes(torch.randn(50, 70))
     assert torch.equal(PackedProduct(codes, scale, None).weight(), codes)
@@ -118,3 +137,8 @@ def test_operators_refuse_what_does_not_fit() -> None:
         ops.finish_product(torch.ones(2, 2), ones, ones, torch.ones(3), None, torch.ones(2, 3))
     with pytest.raises(RuntimeError, match="of 6 numbers"):
         ops.finish_product(torch.ones(2, 3), ones, ones, torch.ones(3), None, torch.ones(2, 2))
+    with pytest.raises(RuntimeError, match="of 6 numbers"):
+        ops.finish_normed(
+            torch.ones(2, 3), ones, ones, torch.ones(3), None, torch.ones(2, 2), torch.ones(3), torch.ones(3), 1e-5,
+            torch.ones(2, 3),
+        )  # fmt: skip

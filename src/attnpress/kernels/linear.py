@@ -62,12 +62,12 @@ class PackedProduct:
         self._by_rows(coded, finish_product, [floats.view(-1, width)])
         return floats
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The layer without activation, added to float32 `residual` [..., N] and normalized: float32 [..., N]."""
         coded = x if isinstance(x, Coded) else token_codes(x)
         floats = torch.empty(residual.shape)
-        flat = [part.reshape(-1, len(self._scale)) for part in (residual, floats)]
+        flat = [part.reshape(-1, len(self._scale)).contiguous() for part in (residual, floats)]
         self._by_rows(coded, functools.partial(finish_normed, norm), flat)
         return floats
 
@@ -119,7 +119,7 @@ def finish_normed(
     norm: nn.LayerNorm, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None,
     residual: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """`finish_product`, then add `residual`, float32 [rows, N], then normalize over N: `out`, float32 [rows, N], filled."""
+    """`finish_product`, then add `residual`, then normalize over N: `out` and `residual` are float32 [rows, N]."""
     if _is_compiled():
         torch.ops.attnpress.finish_normed(
             sums, scale, zero, column, bias, residual, norm.weight, norm.bias, norm.eps, out
