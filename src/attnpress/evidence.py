@@ -1,6 +1,7 @@
 """evidence: the cells of a table, each a recipe with something changed, run for its seeds; once each.
 
-The dense model of a seed is trained once, with its control, and every cell of that seed begins from it.
+The dense model of a seed is trained once, and every cell of that seed begins from it. Its control, trained on for as
+many steps as a cell is compressed, is run once for each number of epochs.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ class EvidenceSpec:
     Attributes:
         name: of the row; records are called NAME-CELL-seedN.json.
         recipe: what all its cells share.
-        cells: by name; "dense" is kept for the dense models.
+        cells: by name; names that begin with "dense" are kept for the dense models.
     """
 
     name: str
@@ -52,8 +53,8 @@ class EvidenceSpec:
     @field_validator("cells")
     @classmethod
     def _free_names(cls, cells: dict[str, CellSpec]) -> dict[str, CellSpec]:
-        if DENSE_CELL in cells:
-            raise ValueError(f"{DENSE_CELL!r} is the name of the dense models; call the cell otherwise")
+        if taken := [cell for cell in cells if cell.startswith(DENSE_CELL)]:
+            raise ValueError(f"{taken[0]!r} begins as the names of dense models do; call the cell otherwise")
         return cells
 
 
@@ -75,7 +76,10 @@ class Item:
 
 
 def plan(spec: EvidenceSpec, output: Path, records: Path) -> list[Item]:
-    """All runs, in the order of the cells; before the first cell of a seed its dense model.
+    """All runs, in the order of the cells.
+
+    Before the first cell of a seed comes its dense model, and before the first that is trained for another number of
+    epochs than the recipe says, a control of that many.
 
     Raises:
         ConfigError: a cell's change is not valid; the message names the cell.
@@ -127,17 +131,27 @@ def _run(item: Item, notify: Callable[[str], None]) -> None:
 
 
 def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
-    begun: set[int] = set()
+    begun: set[tuple[int, str]] = set()
     for cell, found in spec.cells.items():
         for seed in found.seeds:
-            if seed not in begun:
-                begun.add(seed)
-                config = dataclasses.replace(spec.recipe, seed=seed, dense_control=True)
-                yield _item(spec, DENSE_CELL, config, ("dense", "dense_control"), output, records)
-            change = {**found.change, "seed": seed, "dense_control": False}
-            change["checkpoint"] = str(output / f"{DENSE_CELL}-seed{seed}" / "dense")
+            checkpoint = output / f"{DENSE_CELL}-seed{seed}" / "dense"
+            change = {**found.change, "seed": seed, "dense_control": False, "checkpoint": str(checkpoint)}
             config = _changed(spec.recipe, change, cell)
+            for name, control in _controls(spec.recipe, config):
+                if (seed, name) not in begun:
+                    begun.add((seed, name))
+                    yield _item(spec, name, control, ("dense", "dense_control"), output, records)
             yield _item(spec, cell, config, ("dense", "quantized", "one_shot", "progressive"), output, records)
+
+
+def _controls(recipe: RunConfig, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
+    """The dense model that a cell begins from, and what it is compared with if it is trained for longer or shorter."""
+    control = dataclasses.replace(recipe, seed=config.seed, dense_control=True)
+    yield DENSE_CELL, control
+    if (epochs := config.compress.epochs) != recipe.compress.epochs:
+        compress = dataclasses.replace(recipe.compress, epochs=epochs)
+        control = dataclasses.replace(control, checkpoint=config.checkpoint, compress=compress)
+        yield f"{DENSE_CELL}-{epochs:g}epochs", control
 
 
 def _item(

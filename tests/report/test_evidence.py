@@ -18,9 +18,9 @@ def stage(name: str, score: float, sparsity: float = 0.95, keys: float = 2.0) ->
     return StageRecord(name, {"f1": score}, sparsity, sparsity, 0.96, 64, 0.0, keys, BITS, 200, 105, WORK, [], 1.0)
 
 
-def record(seed: int, *stages: StageRecord) -> Record:
+def record(seed: int, *stages: StageRecord, epochs: float = 3.0) -> Record:
     provenance = {"rows": {"train": 4000, "eval": 408}, "seed": seed, "weights": {"dense": f"hash {seed}"}}
-    return Record({}, "f1", 81.22, provenance, list(stages))
+    return Record({"compress": {"epochs": epochs}}, "f1", 81.22, provenance, list(stages))
 
 
 @pytest.fixture
@@ -45,6 +45,19 @@ def test_each_seed_is_compared_with_its_dense_model_trained_as_long(cells: dict[
     assert sum("8/8/8/8" in line for line in lines) == 3, "quantized, at once, progressively"
     assert "| float | dense, trained as long | 85.00 ± 1.41 | +0.00 |" in "\n".join(lines)
     assert lines[-1].startswith("| 4/4/4/4, 0.90 | pruned progressively | 83.00 | +3.00 | 0.900 |"), "its own dense: 80"
+
+
+def test_a_cell_trained_for_longer_is_compared_with_a_dense_model_trained_for_longer(
+    cells: dict[str, list[Record]],
+) -> None:
+    longer = [
+        record(seed, stage("dense", 80.0, 0, 50), stage("dense_control", 83.0, 0, 50), epochs=6.0) for seed in (0, 1)
+    ]
+    four = [record(seed, stage("dense", 80.0), stage("progressive", 82.5), epochs=6.0) for seed in (0, 1)]
+    lines = evidence_markdown("mrpc", {**cells, "dense-6epochs": longer, "4444-0.95": four}).splitlines()
+    assert any(line.startswith("| float, 6 epochs | dense, trained as long | 83.00 ± 0.00 | +0.00 |") for line in lines)
+    assert any(line.startswith("| 4/4/4/4, 0.95 | pruned progressively | 82.50 ± 0.00 | -0.50 |") for line in lines)
+    assert any(line.startswith("| 8/8/8/8, 0.95 | pruned progressively | 84.50 ± 0.71 | -0.50 |") for line in lines)
 
 
 def test_the_figure_has_a_point_for_each_cell(cells: dict[str, list[Record]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
-from attnpress.report.render import TITLES, control_scores, reference_score
+from attnpress.report.render import TITLES, Start, control_scores, reference_score
 from attnpress.results import Record, StageRecord, read_record
 
 Cells = Mapping[str, Sequence[Record]]
@@ -38,7 +38,7 @@ def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
 
 def _place(cell: str) -> tuple[bool, int, str]:
     bits, _, asked = cell.partition("-")
-    return cell != DENSE_CELL, -int(bits) if bits.isdigit() else 0, asked
+    return bits != DENSE_CELL, -int(bits) if bits.isdigit() else 0, asked
 
 
 def padded_to(stage: StageRecord, length: int) -> float:
@@ -52,7 +52,8 @@ def evidence_markdown(task: str, cells: Cells) -> str:
     Args:
         task: its name.
         cells: "against dense" compares each record with the dense model that was trained equally long from the same
-            weights, or as it was before that where no record of it is given.
+            weights, or as it was before that where no record of it is given. A dense cell of another length than the
+            recipe's shows that control alone.
     """
     every = [record for records in cells.values() for record in records]
     length = PADDED.get(task, 128)
@@ -107,7 +108,7 @@ def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line
     return by_sparsity, by_keys
 
 
-def _points(records: Sequence[Record], known: Mapping[str, float]) -> Iterable[tuple[float, float, float]]:
+def _points(records: Sequence[Record], known: Mapping[Start, float]) -> Iterable[tuple[float, float, float]]:
     found = [(record, stage) for record in records if (stage := record.stage("progressive"))]
     if found:
         yield (
@@ -117,20 +118,21 @@ def _points(records: Sequence[Record], known: Mapping[str, float]) -> Iterable[t
         )
 
 
-def _lost(record: Record, stage: StageRecord, known: Mapping[str, float]) -> float:
+def _lost(record: Record, stage: StageRecord, known: Mapping[Start, float]) -> float:
     return stage.metrics[record.headline] - reference_score(record, known)
 
 
 def _stages(cell: str, records: Sequence[Record]) -> list[tuple[str, str]]:
-    if cell == DENSE_CELL:
-        return [("float", stage.name) for stage in records[0].stages]
     bits, _, asked = cell.partition("-")
+    if bits == DENSE_CELL:
+        longer = [(f"float, {records[0].recipe['compress']['epochs']:g} epochs", "dense_control")]
+        return longer if asked else [("float", stage.name) for stage in records[0].stages]
     label = f"{'/'.join(bits)}, {asked}"
     names = ("quantized", "one_shot", "progressive") if asked == DETAILED else ("progressive",)
     return [(label, name) for name in names if records[0].stage(name)]
 
 
-def _row(label: str, name: str, records: Sequence[Record], known: Mapping[str, float], length: int) -> list[str]:
+def _row(label: str, name: str, records: Sequence[Record], known: Mapping[Start, float], length: int) -> list[str]:
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]

@@ -205,7 +205,7 @@ def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple
     return [_seeds_row(stage.name, records, controls) for stage in records[0].stages]
 
 
-def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[str, float]) -> tuple[str, ...]:
+def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[Start, float]) -> tuple[str, ...]:
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
@@ -219,13 +219,17 @@ def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[str, floa
     )  # fmt: skip
 
 
-def control_scores(records: Iterable[Record]) -> dict[str, float]:
-    """Score of the dense model trained as long as the compressed one, by the hash of its first dense weights."""
+Start = tuple[str, float]
+"""Where and how long training went: the hash of the first dense weights, and epochs of compression."""
+
+
+def control_scores(records: Iterable[Record]) -> dict[Start, float]:
+    """Score of the dense model trained as long as the compressed one, by what both began from and for how long."""
     found = [(record, record.stage("dense_control")) for record in records]
-    return {record.provenance["weights"]["dense"]: stage.metrics[record.headline] for record, stage in found if stage}
+    return {_start(record): stage.metrics[record.headline] for record, stage in found if stage}
 
 
-def reference_score(record: Record, controls: Mapping[str, float]) -> float:
+def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
     """What a record is compared with: its dense model trained as long where `controls` has it, or else as it was.
 
     Raises:
@@ -234,7 +238,11 @@ def reference_score(record: Record, controls: Mapping[str, float]) -> float:
     dense = record.stage("dense")
     if dense is None:
         raise ValueError("the record has no dense stage to compare with")
-    return controls.get(record.provenance["weights"]["dense"], dense.metrics[record.headline])
+    return controls.get(_start(record), dense.metrics[record.headline])
+
+
+def _start(record: Record) -> Start:
+    return record.provenance["weights"]["dense"], record.recipe["compress"]["epochs"]
 
 
 def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
