@@ -23,7 +23,7 @@ constexpr int64_t LANES = 64;
 constexpr int64_t GRAIN = 1 << 15;
 
 #if defined(__x86_64__) && defined(__GNUC__) && defined(__linux__)
-#define FOR_EACH_PROCESSOR __attribute__((target_clones("avx512f", "avx2", "default")))
+#define FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #else
 #define FOR_EACH_PROCESSOR
 #endif

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModel, PreTrainedModel, pipeline
+from transformers import AutoModel, BertForMaskedLM, PreTrainedModel, pipeline
 
 from attnpress import deployment, linear
 from attnpress.calibration import calibrate, watching
@@ -226,6 +226,20 @@ def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: st
     assert all(module.codes is None for module in loaded.modules() if isinstance(module, Int8Linear))
     loaded.save_pretrained(tmp_path / "two")
     assert torch.equal(hidden(deploy(AutoModel.from_pretrained(tmp_path / "two"), "reference")), expected)
+
+
+@needs_vnni
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_the_file_of_the_deployed_form_does_not_stay_in_memory(tmp_path: Path) -> None:
+    """Else its codes would be there twice: as the file has them, and packed."""
+    model: Any = BertForMaskedLM(cast(Any, make_model("BERT").config)).eval()
+    calibrate(bind(model, PRUNED), BATCHES)
+    deploy(model, "reference", linear="int8").save_pretrained(tmp_path)
+    loaded = deploy(BertForMaskedLM.from_pretrained(tmp_path), "reference")
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="ascii")
+    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight, "tied ones stay tied"
+    with torch.no_grad():
+        assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
 
 
 @needs_vnni

@@ -14,7 +14,7 @@ from torch import Tensor
 from attnpress.core import linear as reference
 from attnpress.core.linear import Coded, decode, linear, weight_codes
 from attnpress.kernels import linear as compiled
-from attnpress.kernels.linear import ROWS, PackedProduct, is_supported, token_codes
+from attnpress.kernels.linear import PackedProduct, is_supported, token_codes
 from tests.kernels.factories import needs_kernel
 
 needs_vnni = pytest.mark.skipif(not is_supported(), reason="this processor has no VNNI")
@@ -70,7 +70,7 @@ def test_sums_of_the_largest_products_do_not_saturate() -> None:
 @pytest.mark.parametrize("built", BUILT)
 def test_codes_after_the_gelu_are_those_of_its_output(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
-    x, weight, bias = operands(ROWS + 33, 64, 48, 0)
+    x, weight, bias = operands(113, 64, 48, 0)
     layer = packed(weight * 0.05, bias)
     expected = F.gelu(layer(x, False))
     found = layer(x, True)
@@ -94,21 +94,32 @@ def test_the_gelu_is_the_framework_s() -> None:
 
 @needs_vnni
 @pytest.mark.parametrize("built", BUILT)
-def test_a_row_does_not_depend_on_the_rows_around_it(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tokens_get_the_same_bits_in_whatever_company(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
-    x, weight, bias = operands(ROWS + 67, 96, 48, 1)
+    x, weight, bias = operands(167, 96, 48, 1)
+    residual, norm = torch.randn(167, 48), torch.nn.LayerNorm(48)
     layer = packed(weight, bias)
-    whole = layer(x, False)
-    assert torch.equal(whole[ROWS + 20 : ROWS + 21], layer(x[ROWS + 20 : ROWS + 21], False))
-    assert torch.equal(layer(x.view(1, ROWS + 67, 96), False)[0, :9], layer(x[:9], False))
+
+    def found(first: int, end: int) -> list[Tensor]:
+        part = x[first:end].unsqueeze(0)
+        with torch.no_grad():
+            coded, normed = layer(part, True), layer.normed(part, residual[first:end].unsqueeze(0), norm)
+        assert isinstance(coded, Coded)
+        return [out[0] for out in (layer(part, False), normed, *coded)]
+
+    whole, one = found(0, 167), found(150, 151)
+    monkeypatch.setattr(compiled, "_rows_at_once", lambda: 20)
+    for at_once, by_rows, alone in zip(whole, found(0, 167), one, strict=True):
+        assert torch.equal(by_rows, at_once)
+        assert torch.equal(alone, at_once[150:151])
 
 
 @needs_vnni
 @pytest.mark.parametrize("built", BUILT)
 def test_the_residual_and_the_norm_are_those_of_the_framework(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
-    x, weight, bias = operands(ROWS + 33, 64, 50, 2)
-    residual = torch.randn(1, ROWS + 33, 50) * 4 + 100
+    x, weight, bias = operands(113, 64, 50, 2)
+    residual = torch.randn(1, 113, 50) * 4 + 100
     norm = torch.nn.LayerNorm(50, eps=1e-12)
     with torch.no_grad():
         norm.weight.normal_()

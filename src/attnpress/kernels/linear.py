@@ -17,8 +17,8 @@ from attnpress.core import linear as reference
 from attnpress.core.linear import Coded
 from attnpress.kernels import cpu
 
-ROWS = 256
-"""Tokens multiplied at once: enough for oneDNN's full speed, few enough that their sums are still cached afterwards."""
+ROWS = 512
+"""Tokens multiplied at once, for each thread: enough for oneDNN's full speed, without sums that take much memory."""
 
 
 @functools.cache
@@ -39,7 +39,8 @@ class PackedProduct:
         self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
         self._scale, self._bias = weight_scale, bias
         self._zero = torch.zeros(len(codes), dtype=torch.int32)
-        self._column = codes.sum(1).float() * weight_scale
+        # Some rows at a time: torch adds bytes in a copy of them that is eight times as large.
+        self._column = torch.cat([rows.sum(1) for rows in codes.split(128)]).float() * weight_scale
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
@@ -58,23 +59,30 @@ class PackedProduct:
             out = Coded(torch.empty(*outer, width, dtype=torch.uint8), torch.empty(outer), torch.empty(outer))
             self._by_rows(coded, finish_codes, [out.codes.view(-1, width), out.scale.view(-1), out.zero.view(-1)])
             return out
-        floats = torch.empty(*outer, width)
-        self._by_rows(coded, finish_product, [floats.view(-1, width)])
-        return floats
+        return self._floats(coded, finish_product).view(*outer, width)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The layer without activation, added to float32 `residual` [..., N] and normalized: float32 [..., N]."""
         coded = x if isinstance(x, Coded) else token_codes(x)
-        floats = torch.empty(residual.shape)
-        flat = [part.reshape(-1, len(self._scale)).contiguous() for part in (residual, floats)]
-        self._by_rows(coded, functools.partial(finish_normed, norm), flat)
+        flat = residual.reshape(-1, len(self._scale)).contiguous()
+        return self._floats(coded, functools.partial(finish_normed, norm), flat).view(residual.shape)
+
+    def _floats(self, coded: Coded, finish: Callable[..., None], *rows: Tensor) -> Tensor:
+        """What `finish` makes of the product, float32 [tokens, N]: in its own memory, where there is one product."""
+        flat = _flat(coded)
+        if len(flat.codes) <= _rows_at_once():
+            sums = self._sums(flat.codes)
+            finish(sums, flat.scale, flat.zero, self._column, self._bias, *rows, sums)
+            return sums
+        floats = torch.empty(len(flat.codes), len(self._scale))
+        self._by_rows(coded, finish, [*rows, floats])
         return floats
 
     def _by_rows(self, coded: Coded, finish: Callable[..., None], rows: Sequence[Tensor]) -> None:
-        """Fill results, some tokens at a time: their sums are finished before they leave the cache."""
-        tokens = (coded.codes.flatten(0, -2), coded.scale.flatten(), coded.zero.flatten())
-        for codes, scale, zero, *others in zip(*(part.split(ROWS) for part in (*tokens, *rows)), strict=True):
+        """Fill results, some tokens at a time."""
+        parts = (part.split(_rows_at_once()) for part in (*_flat(coded), *rows))
+        for codes, scale, zero, *others in zip(*parts, strict=True):
             finish(self._sums(codes), scale, zero, self._column, self._bias, *others)
 
     def weight(self) -> Tensor:
@@ -88,6 +96,14 @@ class PackedProduct:
             codes, 1.0, 0, self._packed, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
         )
         return sums
+
+
+def _flat(coded: Coded) -> Coded:
+    return Coded(coded.codes.flatten(0, -2), coded.scale.flatten(), coded.zero.flatten())
+
+
+def _rows_at_once() -> int:
+    return ROWS * torch.get_num_threads()
 
 
 def token_codes(x: Tensor) -> Coded:
@@ -105,7 +121,7 @@ def finish_product(sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bi
         scale, zero: float32 [rows], of the tokens.
         column: float32 [N], sums of the codes of the weight, times their scale.
         bias: float32 [N], or None.
-        out: float32 [rows, N], filled.
+        out: float32 [rows, N], filled; may be `sums`.
     """
     if _is_compiled():
         torch.ops.attnpress.finish_product(sums, scale, zero, column, bias, out)
