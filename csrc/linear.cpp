@@ -28,6 +28,16 @@ constexpr int64_t GRAIN = 1 << 15;
 #define FOR_EACH_PROCESSOR
 #endif
 
+// Lanes made one in few steps: one after the other, they would wait for each other.
+template <typename Join>
+inline __attribute__((always_inline)) float folded(float* lanes, Join join) {
+    for (int64_t j = 0; j < 32; ++j) lanes[j] = join(lanes[j], lanes[j + 32]);
+    for (int64_t j = 0; j < 16; ++j) lanes[j] = join(lanes[j], lanes[j + 16]);
+    for (int64_t j = 0; j < 8; ++j) lanes[j] = join(lanes[j], lanes[j + 8]);
+    for (int64_t j = 0; j < 4; ++j) lanes[j] = join(lanes[j], lanes[j + 4]);
+    return join(join(lanes[0], lanes[1]), join(lanes[2], lanes[3]));
+}
+
 // Smallest and largest value of a row, and zero. Arrays of lanes, since a compiler may not reorder a reduction by itself.
 FOR_EACH_PROCESSOR
 void range_of(const float* x, int64_t count, float* lowest, float* highest) {
@@ -41,12 +51,8 @@ void range_of(const float* x, int64_t count, float* lowest, float* highest) {
         low[0] = x[i] < low[0] ? x[i] : low[0];
         high[0] = x[i] > high[0] ? x[i] : high[0];
     }
-    for (int64_t j = 1; j < LANES; ++j) {
-        low[0] = low[j] < low[0] ? low[j] : low[0];
-        high[0] = high[j] > high[0] ? high[j] : high[0];
-    }
-    *lowest = low[0];
-    *highest = high[0];
+    *lowest = folded(low, [](float a, float b) { return b < a ? b : a; });
+    *highest = folded(high, [](float a, float b) { return b > a ? b : a; });
 }
 
 FOR_EACH_PROCESSOR
@@ -117,8 +123,7 @@ float sum_of(const float* x, int64_t count) {
         for (int64_t j = 0; j < LANES; ++j) sums[j] += x[i + j];
     }
     for (; i < count; ++i) total += x[i];
-    for (int64_t j = 0; j < LANES; ++j) total += sums[j];
-    return total;
+    return total + folded(sums, [](float a, float b) { return a + b; });
 }
 
 // What a layer norm divides by, once its input is centred: the variance is not the difference of two large numbers.
@@ -135,7 +140,7 @@ float centre(float* x, int64_t count) {
         x[i] -= mean;
         total += x[i] * x[i];
     }
-    for (int64_t j = 0; j < LANES; ++j) total += squares[j];
+    total += folded(squares, [](float a, float b) { return a + b; });
     return total / static_cast<float>(count);
 }
 

@@ -98,7 +98,7 @@ def pack_int8(model: nn.Module) -> None:
 
 
 def _copy_all_but_codes(model: nn.Module) -> None:
-    """Leave the file that the model was loaded from: mapped, it stays, codes and all, as long as one tensor is in it."""
+    """Leave the file that the model was loaded from: mapped, it stays, codes and all, while one tensor is in it."""
     copies: dict[int, Tensor] = {}
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
