@@ -13,6 +13,7 @@ from typing import Any
 from attnpress.board_record import BoardRecord, read_board
 from attnpress.evidence import EvidenceSpec, missing, plan
 from attnpress.recipe import load_spec
+from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
 from attnpress.report.evidence import Cells, caption, evidence_markdown, losses, read_cells
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
@@ -24,9 +25,13 @@ EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
-PAGES = ("README.md", "docs/results.md", "docs/leaderboard.md")
+PAGES = ("README.md", "docs/results.md", "docs/leaderboard.md", "docs/benchmarks.md")
 README_CELLS = ("dense", "dense-6epochs", "8888-0.95", "4444-0.95")
 BITS = "8888"
+WHOLE = (
+    "whole-int8-bert-1thread", "whole-int8-bert-2threads", "whole-int8-minilm-1thread", "whole-int8-1row-1thread",
+    "whole-1thread", "whole-modernbert-1thread",
+)  # fmt: skip
 MINILM_WIDTH = 384
 
 
@@ -44,10 +49,35 @@ def tables() -> dict[str, str]:
         "missing": missing_in_words(),
         **{f"evidence_{task}": evidence(tasks.get(task), task) for task in ("mrpc", "sst2", "cola", "rte", "squad")},
         "families": families_markdown(rows),
+        **speeds(),
         "board": board_markdown(board()),
         "boardpicture": f"![{figure_words(board())}]({Path(BOARD_PICTURE).relative_to('docs')})",
         "boardrules": board_rules_markdown(board()),
     }
+
+
+def speeds() -> dict[str, str]:
+    """Tables of benchmarks by name."""
+    models = [each for file in WHOLE for each in timings(file)]
+    batched = [each for each in models if (each["model"], each["linear"], each["batch"]) == ("bert-base", "int8", 8)]
+    return {
+        "speed_attention": attention_markdown([*timings("attention-1thread"), *timings("attention-2threads")]),
+        "speed_settings": settings_markdown(
+            {
+                "nothing pruned, AVX-512 VNNI": timings("attention-dense-1thread"),
+                "0.95, both sides held to AVX2": timings("attention-avx2-1thread"),
+            }
+        ),
+        "speed_layers": layers_markdown(timings("attention-trained-1thread")),
+        "speed_models": models_markdown([each for each in models if each["peer"] != "eager"]),
+        "speed_readme": models_markdown([each for each in batched if each["threads"] == 1]),
+    }
+
+
+def timings(name: str) -> list[dict[str, Any]]:
+    """A committed record of `attnpress bench`."""
+    found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))
+    return found
 
 
 def board() -> BoardRecord:
