@@ -12,8 +12,8 @@ def timing(peer: str, ratio: float, length: int = 128, **more: Any) -> dict[str,
 
 
 def whole(peer: str, ratio: float, ragged: str | None = None) -> dict[str, Any]:
-    facts = {"model": "bert-base", "linear": "int8", "ragged": ragged, "ours_attention": 0.07}
-    sizes = {"ours_model_mb": 50.0, "peer_model_mb": 100.0, "ours_file_mb": 43.0, "peer_file_mb": 100.0}
+    facts: dict[str, Any] = {"model": "bert-base", "linear": "int8", "ragged": ragged, "ours_attention": 0.07}
+    sizes: dict[str, Any] = {"ours_model_mb": 50.0, "peer_model_mb": 100.0, "ours_file_mb": 43.0, "peer_file_mb": 100.0}
     return timing(peer, ratio, **facts, peer_attention=0.041 if peer == "sdpa" else None, **sizes)
 
 
