@@ -157,7 +157,10 @@ WRONG_BENCHES: list[tuple[list[str], str]] = [
     (["--from", "runs/mrpc"], "drop --seq-len and --sparsity"),
     (["--layer", "2"], "--layer chooses among the layers of --from"),
     (["--whole-model", "bert-huge"], "no model called 'bert-huge'; use some of minilm, bert-base, modernbert-base"),
-    (["--whole-model", "minilm", "--peers", "openvino"], "no peer called 'openvino'; use some of sdpa, sdpa-bf16, eager"),
+    (
+        ["--whole-model", "minilm", "--peers", "openvino"],
+        "no peer called 'openvino'; use some of sdpa, sdpa-bf16, eager",
+    ),
 ]
 
 
