@@ -6,13 +6,15 @@ dense (fine-tuned here, or a checkpoint), dense_control (optional), quantized, o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from attnpress.calibration import calibrate, fit_thresholds, this_process, training_batches
@@ -93,7 +95,7 @@ def compress(
     tokenizer = load_tokenizer(base)
     run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base, callbacks)
     claim_folder(config, output)
-    tell = notify if this_process().is_main_process else _say_nothing
+    tell = notify if this_process().is_main_process else (lambda _: None)
     with hold_folder(output):
         record = _open_record(run)
         for name in STAGES:
@@ -119,10 +121,6 @@ def _checkpoint_folder(config: RunConfig) -> Path | None:
             f"checkpoint: no folder {config.checkpoint}; give one that save_pretrained wrote, or remove it"
         )
     return config.checkpoint
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _run_stage(run: Run, record: Record, name: str) -> Record:
@@ -236,13 +234,25 @@ def _train(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> None:  # fmt: skip
     folder, config = run.output / "checkpoints" / name, run.config
-    history = train(
-        model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks, config.report_to
-    )
+    with _matmul_precision(config.matmul_precision):
+        history = train(
+            model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks, config.report_to
+        )
     if this_process().is_main_process:
         # On disk before the weights are: a run killed between the two, or before its record, still has its history.
         write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))
     this_process().wait_for_everyone()
+
+
+@contextlib.contextmanager
+def _matmul_precision(precision: str) -> Iterator[None]:
+    """Inside the `with` block torch multiplies float32 so; what is evaluated and recorded stays in full precision."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _log(run: Run, name: str) -> Path:

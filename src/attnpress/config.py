@@ -159,7 +159,6 @@ class ScheduleSpec:
     Attributes:
         kind: "constant", "linear", "cubic" (Zhu and Gupta 2017), "step", or "fixed": constant, never refitted.
         begin, end: fractions of training between which sparsity rises from `start` to its target.
-        start: sparsity at `begin`.
         steps: number of equal rises of kind "step".
     """
 
@@ -184,8 +183,7 @@ class DataSpec:
         task: a name that `attnpress ls tasks` prints, or "custom" for files of your own.
         data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
         train_file, eval_file: CSV, TSV or JSON-lines files of your own; they replace the task's data.
-        text, text_pair, label: column names in those files.
-        metric: metric of task "custom", by the names of `attnpress ls tasks`.
+        text, text_pair, label, metric: their column names, and the metric, one that `attnpress ls tasks` names.
         max_length: longest input in tokens; longer ones are truncated, or windowed in extractive QA.
         train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
     """
@@ -209,10 +207,9 @@ class TrainSpec:
 
     Attributes:
         epochs: passes over the training set (fractions allowed).
-        learning_rate: peak of a linear schedule with warm-up.
+        learning_rate, weight_decay: of AdamW; the rate is the peak of a linear schedule with warm-up.
         batch_size: examples per step and process.
         warmup: fraction of the steps in which the rate rises.
-        weight_decay: of AdamW.
         checkpoints: how many resumable checkpoints are written during the stage, evenly spaced.
     """
 
@@ -257,6 +254,8 @@ class RunConfig:
         layers: attention modules with a spec of their own, by index from 0 or by a pattern of their names; what plain
             data (YAML, --set) does not say is as in `attention`. Where several keys name a module, the last counts.
         dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
+        matmul_precision: of float32 products while training, by the names of `torch.set_float32_matmul_precision`:
+            "high" (TF32) and "medium" (bfloat16) are faster where the hardware has them. Products of codes stay exact.
         report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
@@ -271,6 +270,7 @@ class RunConfig:
     compress: TrainSpec = TrainSpec()
     distillation: DistillationSpec = DistillationSpec()
     dense_control: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
     report_to: tuple[str, ...] = ()
     seed: int = 0
 

@@ -38,6 +38,20 @@ def test_every_probability_code_is_that_of_the_reference(call: Call) -> None:
     assert torch.equal(weights_of(call), found.p_codes.float() / divisor.float())
 
 
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_codes_multiply_exactly_at_any_matmul_precision(precision: str, mode: ProbsMode) -> None:
+    call = make_call(
+        make_spec(8, "relative", 0.5, p=ProbsSpec(mode=mode)), seed=0, batch=4, heads=12, rows=128, keys=128, dim=64
+    )
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = call.fake()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, call.integer().output)
+
+
 def weights_of(call: Call, dropout: float = 0.0) -> Tensor:
     """The weight that each query gives to each key [B, Hq, Sq, Sk], seen from outside: the values are unit vectors."""
     batch, kv_heads, keys, _ = call.key.shape

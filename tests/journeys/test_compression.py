@@ -56,6 +56,21 @@ def with_attention(config: RunConfig, **changes: Any) -> RunConfig:
     return dataclasses.replace(config, attention=dataclasses.replace(config.attention, **changes))
 
 
+def test_the_precision_of_products_is_the_recipes_while_training_alone(
+    tiny_recipe: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def train(*_: Any) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attnpress.compression.train", train)
+    with pytest.raises(KeyboardInterrupt):
+        quietly(dataclasses.replace(tiny_recipe, matmul_precision="medium"), tmp_path / "run")
+    assert [*seen, torch.get_float32_matmul_precision()] == ["medium", "highest"]
+
+
 def test_four_stages_with_every_figure(record: Record) -> None:
     assert [stage.name for stage in record.stages] == ["dense", "quantized", "one_shot", "progressive"]
     for stage in record.stages:
