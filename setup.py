@@ -41,6 +41,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS["csrc/isa_avx2.cpp"] = AVX2
     # g++ 12 warns about its own headers: GCC bug 105593.
     FLAGS["csrc/isa_avx512vnni.cpp"] = [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    FLAGS["csrc/isa_amx.cpp"] = [*FLAGS["csrc/isa_avx512vnni.cpp"], "-mamx-tile", "-mamx-int8"]
 
 
 class BuildKernel(build_ext):

@@ -83,5 +83,6 @@ const Target& active_target();
 void attention_scalar(const Attention&);
 void attention_avx2(const Attention&);
 void attention_avx512vnni(const Attention&);
+void attention_amx(const Attention&);
 
 }  // namespace attnpress

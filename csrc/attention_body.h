@@ -12,26 +12,17 @@
 // never be the copy that the linker picks for another.
 #pragma once
 
+#include "attention_blocks.h"
 #include "attention_pack.h"
-#include "attention_stream.h"
 #include "attention_thorough.h"
 
 namespace attnpress {
 namespace {
 
-// Calls f with R = rows as a compile-time number.
-template <int R, class F> ATTN_INLINE void with_rows(int64_t rows, F f) {
-    if constexpr (R > 0) {
-        if (rows == R) return f(std::integral_constant<int, R>{});
-        with_rows<R - 1>(rows, f);
-    }
-}
-
-// Calls f(R, first) for each group of R rows.
-template <class I, class F> ATTN_INLINE void in_groups(int64_t count, F f) {
-    for (int64_t r = 0; r < count; r += I::ROWS) {
-        with_rows<I::ROWS>(least<int64_t>(I::ROWS, count - r), [&](auto R) { f(R, r); });
-    }
+// Calls f(R, first) for each group of rows, R a compile-time number: I::ROWS, and for what is left of them less.
+template <class I, int R = I::ROWS, class F> ATTN_INLINE void in_groups(int64_t count, F f, int64_t first = 0) {
+    for (; first + R <= count; first += R) f(std::integral_constant<int, R>{}, first);
+    if constexpr (R > 1) in_groups<I, I::BLOCK == 1 ? R - 1 : R / 2>(count, f, first);
 }
 
 template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_t index, Row& row, Scratch<I>& scratch) {
@@ -63,7 +54,6 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
     const int64_t room = unit.padded + 64;
     auto* lists = scratch.keys.template get<uint16_t>(job.PASS * room);
     auto* slack = scratch.slack.template get<uint16_t>(job.PASS * room);
-    Range ranges[4];
     for (int64_t r = 0; r < count; ++r) {
         rows[r].keys = lists + r * room;
         rows[r].slack = slack + r * room;
@@ -71,11 +61,16 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
         I::store_short(rows[r].top, I::set1_short(0));
         ask_output(rows[r], job.a.dim);
     }
-    in_groups<I>(count, [&](auto R, int64_t r) { ranges[r / I::ROWS] = range_of<R.value>(rows + r); });
-    for (int64_t tile = 0; tile < unit.padded / job.W; ++tile) {
-        in_groups<I>(count, [&](auto R, int64_t r) {
-            stream<I, R.value>(job, unit, codes + r * job.width, rows + r, ranges[r / I::ROWS], tile);
-        });
+    if constexpr (I::BLOCK > 1) {
+        stream_blocks(job, unit, codes, rows, count, scratch);
+    } else {
+        Range ranges[Job<I>::PASS];
+        in_groups<I>(count, [&](auto R, int64_t r) { ranges[r] = range_of(rows + r, R.value); });
+        for (int64_t base = 0; base < unit.padded; base += job.W) {
+            in_groups<I>(count, [&](auto R, int64_t r) {
+                stream<I, R.value>(job, unit, codes + r * job.width, rows + r, ranges[r], base);
+            });
+        }
     }
     for (int64_t r = 0; r < count; ++r) {
         Row& row = rows[r];
@@ -88,14 +83,31 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
     }
 }
 
+template <class I>
+void survive_short_rows(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch, Survivors<I>& survivors) {
+    auto* slack = scratch.slack.template get<uint16_t>(I::ROWS * unit.padded);
+    for (int64_t r = 0; r < count; ++r) rows[r].slack = slack + r % I::ROWS * unit.padded;
+    if constexpr (I::BLOCK > 1) {
+        for (int64_t r = 0; r < count; r += I::BLOCK) {
+            survive_short_block(job, unit, codes + r * job.width, rows + r, least<int64_t>(I::BLOCK, count - r), scratch, survivors);
+        }
+    } else {
+        in_groups<I>(count, [&](auto R, int64_t r) {
+            const Range range = range_of(rows + r, R.value);
+            const auto* of_group = codes + r * job.width;
+            survive_short<I>(job, rows + r, R.value, range, survivors,
+                             [&](bool based) { sweep<I, R.value>(job, unit, of_group, rows + r, range, based); },
+                             [&] { find_bases<I, R.value>(job, unit, of_group, rows + r, range); });
+        });
+    }
+}
+
 // All lists first, then all codes, then all sums of values: what one row waits for, another fills.
 template <class I>
 void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
     Survivors<I> survivors(unit, scratch);
     if (unit.padded <= SHORT) {
-        auto* slack = scratch.slack.template get<uint16_t>(I::ROWS * unit.padded);
-        for (int64_t r = 0; r < count; ++r) rows[r].slack = slack + r % I::ROWS * unit.padded;
-        in_groups<I>(count, [&](auto R, int64_t r) { survive_short<I, R.value>(job, unit, codes + r * job.width, rows + r, survivors); });
+        survive_short_rows(job, unit, codes, rows, count, scratch, survivors);
     } else {
         survive_long(job, unit, codes, rows, count, scratch, survivors);
     }
@@ -195,6 +207,7 @@ template <class I> void run(const Attention& a) {
         parallel(a, a.batch, [&](int64_t begin, int64_t end) {
             auto& batch = kept<Batch<I>>();
             auto& scratch = kept<Scratch<I>>();
+            const typename I::Session session(a.dim);
             for (int64_t index = begin; index < end; ++index) {
                 attend_batch(job, index, batch, [&](int64_t count, auto f) { f(0, count, scratch); });
             }
@@ -204,7 +217,10 @@ template <class I> void run(const Attention& a) {
     auto& batch = kept<Batch<I>>();
     for (int64_t index = 0; index < a.batch; ++index) {
         attend_batch(job, index, batch, [&](int64_t count, auto f) {
-            parallel(a, count, [&](int64_t begin, int64_t end) { f(begin, end, kept<Scratch<I>>()); });
+            parallel(a, count, [&](int64_t begin, int64_t end) {
+                const typename I::Session session(a.dim);
+                f(begin, end, kept<Scratch<I>>());
+            });
         });
     }
 }

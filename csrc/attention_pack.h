@@ -139,7 +139,7 @@ template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batc
     batch.mask = &a.keys[index];
     batch.count = batch.mask->packed_count;
     batch.padded = round_up(batch.count, job.W);
-    batch.queries = batch.query_buffer.template get<typename I::Query>(a.q_heads * a.q_rows * job.width);
+    batch.queries = batch.query_buffer.template get<typename I::Query>((a.q_heads * a.q_rows + I::BLOCK - 1) * job.width);
     batch.q_scales = batch.scale_buffer.template get<float>(a.q_heads * a.q_rows);
     batch.keys = batch.key_buffer.template get<typename I::Key>(a.kv_heads * batch.padded * a.dim);
     batch.values = batch.value_buffer.template get<typename I::Value>(a.kv_heads * batch.padded * job.width);

@@ -116,12 +116,13 @@ template <class I> ATTN_INLINE typename I::I32 largest(const typename I::I32 (&a
 struct Range {
     int64_t begin, end;          // keys that some row of the group may attend to
     int64_t all_begin, all_end;  // keys that all rows may attend to
+    bool has_whole(int64_t base, int64_t width) const { return base >= all_begin && base + width <= all_end; }
 };
 
-template <int R> ATTN_INLINE Range range_of(const Row* rows) {
+ATTN_INLINE Range range_of(const Row* rows, int64_t count) {
     Range range{rows[0].begin, rows[0].end, rows[0].begin, rows[0].end};
     bool bytes = false;
-    for (int r = 0; r < R; ++r) {
+    for (int64_t r = 0; r < count; ++r) {
         const Row& row = rows[r];
         bytes |= row.bytes != nullptr;
         range.all_begin = most<int64_t>(range.all_begin, row.begin);
@@ -138,7 +139,7 @@ template <int R> ATTN_INLINE Range range_of(const Row* rows) {
 template <class I, int R>
 ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
     product<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
-    if (base >= range.all_begin && base + job.W <= range.all_end) return;
+    if (range.has_whole(base, job.W)) return;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
 }

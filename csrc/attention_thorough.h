@@ -144,8 +144,13 @@ void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs
     if (dense) {
         const auto* tiles = panel(job, unit, scratch);
         for (int64_t d = 0; d < job.width; d += job.W) {
+            const auto* panel_at = tiles + d * unit.padded + begin * job.W;
+            if constexpr (I::BLOCK > 1) {
+                I::value_block(probs + begin, unit.padded, panel_at, (end - begin) / I::GROUP, weighted + d, job.width * sizeof(int32_t));
+                continue;
+            }
             typename I::I32 acc[R][I::COLS];
-            product<I, ValueDot, R>(probs + begin, unit.padded, tiles + d * unit.padded + begin * job.W, (end - begin) / I::GROUP, acc);
+            product<I, ValueDot, R>(probs + begin, unit.padded, panel_at, (end - begin) / I::GROUP, acc);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -172,16 +177,21 @@ void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs
 template <class I, int R>
 void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, Scratch<I>& scratch) {
     const Attention& a = job.a;
-    const Range range = range_of<R>(rows);
+    const Range range = range_of(rows, R);
     for (int r = 0; r < R; ++r) ask_output(rows[r], a.dim);
     const int64_t begin = range.begin / job.W * job.W, end = round_up(range.end, job.W);
-    auto* scores = scratch.scores.template get<int32_t>(R * unit.padded);
-    auto* probs = scratch.probs.template get<typename I::Prob>(R * unit.padded);
+    auto* scores = scratch.scores.template get<int32_t>(I::ROWS * unit.padded);
+    auto* probs = scratch.probs.template get<typename I::Prob>(I::ROWS * unit.padded);
     auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
     for (int64_t base = begin; base < end; base += job.W) {
+        const bool whole = range.has_whole(base, job.W);
+        if constexpr (I::BLOCK > 1) {
+            I::score_block(codes, job.width, unit.keys + base * a.dim, job.steps, scores + base, unit.padded * sizeof(int32_t));
+            for (int r = 0; r < R && !whole; ++r) mask<I>(rows[r], base, *reinterpret_cast<typename I::I32(*)[I::COLS]>(scores + r * unit.padded + base));
+            continue;
+        }
         typename I::I32 acc[R][I::COLS];
         product<I, ScoreDot, R>(codes, job.width, unit.keys + base * a.dim, job.steps, acc);
-        const bool whole = base >= range.all_begin && base + job.W <= range.all_end;
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             if (!whole) mask<I>(rows[r], base, acc[r]);

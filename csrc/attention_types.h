@@ -51,6 +51,16 @@ class Buffer {
     int64_t size_ = 0;
 };
 
+// What a target has whose products are those of its vector instructions, their sums in registers. Others take BLOCK rows at
+// once and leave the sums in memory (attention_blocks.h).
+struct VectorProducts {
+    static constexpr int BLOCK = 1;
+    // Lives while a thread multiplies.
+    struct Session {
+        explicit Session(int64_t) {}
+    };
+};
+
 // One query row on its way.
 struct Row {
     const float* scale;  // of V
@@ -90,7 +100,7 @@ template <class I> struct Head {
 };
 
 template <class I> struct Scratch {
-    Buffer floats, codes, keys, slack, scores, probs, listed, list_keys, list_slack, panel, weighted, wide;
+    Buffer floats, codes, keys, slack, blocks, scores, probs, listed, list_keys, list_slack, panel, weighted, wide;
     int64_t panel_of = -1;  // which head the panel holds
     bool many = false;      // what the last rows were like
     int64_t cut_of = -1;    // which head, and which step alpha, the cut belongs to
@@ -105,7 +115,7 @@ ATTN_INLINE float scale_of(const Scale& scale, int64_t head, int64_t channel = 0
 // Shapes and factors that all steps share.
 template <class I> struct Job {
     static constexpr int W = I::COLS * I::LANES;
-    static constexpr int PASS = I::ROWS * 4;  // query rows that share one sweep over the keys
+    static constexpr int PASS = I::BLOCK == 1 ? I::ROWS * 4 : I::ROWS * 2;  // query rows that share one sweep over the keys
     const Attention& a;
     int64_t steps, width, group;
     int32_t last_exponent;  // beyond it all codes are 0

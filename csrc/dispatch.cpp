@@ -3,6 +3,14 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 #include "attention.h"
 
 namespace attnpress {
@@ -21,6 +29,20 @@ bool has_avx512vnni() {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
+}
+
+// The registers of AMX are so large that Linux hands them out to those who ask. Elsewhere nobody was there to try.
+bool has_amx() {
+#if defined(__linux__)
+    constexpr int REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;
+    constexpr unsigned TILE = 1u << 24, INT8 = 1u << 25;
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    static const bool granted = has_avx512vnni() && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & TILE) != 0 &&
+                                (edx & INT8) != 0 && syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+    return granted;
+#else
+    return false;
+#endif
 }
 #endif
 
@@ -49,6 +71,7 @@ const Target& choose(const char* wanted) {
 const Target* targets() {
     static const Target table[] = {
 #if defined(__x86_64__)
+        {"amx", attention_amx, has_amx},
         {"avx512vnni", attention_avx512vnni, has_avx512vnni},
         {"avx2", attention_avx2, has_avx2},
 #endif

@@ -26,7 +26,7 @@ struct Compress {
 };
 constexpr Compress COMPRESS;
 
-struct Avx2 {
+struct Avx2 : VectorProducts {
     static constexpr int LANES = 8, GROUP = 2, ROWS = 6, COLS = 2, KEY_OFFSET = 0;
     using I32 = __m256i;
     using F32 = __m256;
