@@ -91,29 +91,9 @@ def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPla
 
 def pack_int8(model: nn.Module) -> None:
     """Let oneDNN compute the int8 layers of a model that was loaded with them."""
-    _copy_all_but_codes(model)
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.use(PackedProduct)
-
-
-def _copy_all_but_codes(model: nn.Module) -> None:
-    """Leave the file that the model was loaded from: mapped, it stays, codes and all, while one tensor is in it."""
-    copies: dict[int, Tensor] = {}
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for held in tables:
-            for name, tensor in held.items():
-                if tensor is not None and tensor.dtype != torch.int8:
-                    if id(tensor) not in copies:  # tied ones stay tied
-                        copies[id(tensor)] = _copy(tensor)
-                    held[name] = copies[id(tensor)]
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    """A parameter or buffer anew: with new data alone, a view would still hold on to the tensor that it looks at."""
-    copied = tensor.detach().clone()
-    return nn.Parameter(copied, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copied
 
 
 @functools.cache

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from pathlib import Path
 from typing import Any, cast
 
@@ -229,17 +230,44 @@ def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: st
 
 
 @needs_vnni
-@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
-def test_the_file_of_the_deployed_form_does_not_stay_in_memory(tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is in memory of a mapped file")
+def test_of_the_deployed_forms_file_only_embeddings_in_use_stay_in_memory(tmp_path: Path) -> None:
     """Else its codes would be there twice: as the file has them, and packed."""
+    config = copy.deepcopy(cast(Any, make_model("BERT").config))
+    config.vocab_size = 200_000
+    model: Any = BertForMaskedLM(config).eval()
+    calibrate(bind(model, PRUNED), BATCHES)
+    deploy(model, "reference", linear="int8").save_pretrained(tmp_path)
+    loaded: Any = deploy(BertForMaskedLM.from_pretrained(tmp_path), "reference")
+    table = loaded.get_input_embeddings().weight
+    assert loaded.get_output_embeddings().weight is table, "tied ones stay tied"
+    with torch.no_grad():
+        hidden(loaded.bert)
+        assert 0 < resident(tmp_path) < table.nbytes / 10
+        assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+
+
+def resident(folder: Path) -> int:
+    """Bytes in memory of the files of a folder that this process has mapped."""
+    lines, inside, size = Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines(), False, 0
+    for line in lines:
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            inside = str(folder) in line
+        elif inside and line.startswith("Rss:"):
+            size += int(line.split()[1]) * 1024
+    return size
+
+
+@needs_vnni
+@pytest.mark.parametrize("loader", [AutoModel, BertForMaskedLM], ids=["without the head", "as saved"])
+def test_embeddings_are_found_in_the_file_whatever_head_the_model_has(loader: Any, tmp_path: Path) -> None:
     model: Any = BertForMaskedLM(cast(Any, make_model("BERT").config)).eval()
     calibrate(bind(model, PRUNED), BATCHES)
     deploy(model, "reference", linear="int8").save_pretrained(tmp_path)
-    loaded = deploy(BertForMaskedLM.from_pretrained(tmp_path), "reference")
-    assert str(tmp_path) not in Path("/proc/self/maps").read_text(encoding="ascii")
-    assert loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight, "tied ones stay tied"
+    loaded: Any = deploy(loader.from_pretrained(tmp_path), "reference")
+    assert torch.equal(loaded.get_input_embeddings().weight, model.get_input_embeddings().weight)
     with torch.no_grad():
-        assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+        assert torch.equal(hidden(loaded.base_model), hidden(model.bert))
 
 
 @needs_vnni

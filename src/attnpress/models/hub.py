@@ -26,6 +26,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
+from attnpress.models.mapping import leave_files
 from attnpress.recipe import parse_spec, spec_to_dict
 
 FORMAT = 1
@@ -153,7 +154,8 @@ class AttnPressQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return
-        _check_files(checkpoint_files or ())
+        self._files = tuple(checkpoint_files or ())
+        _check_files(self._files)
         if not self.quantization_config.modules:
             raise ModelError(
                 "quantization_config of attnpress names no attention modules: it is damaged, or a part of a bound "
@@ -188,6 +190,8 @@ class AttnPressQuantizer(HfQuantizer):
         for name, module in attentions(model).items():
             _check_state(name, module)
         model._attnpress_before = "eager"
+        if hasattr(model, INT8):
+            leave_files(model, self._files)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Called first by `save_pretrained`: brings the configuration up to date with the modules.
