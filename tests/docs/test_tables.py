@@ -15,7 +15,9 @@ ROOT = Path(__file__).parents[2]
 RECORDS = sorted(path for path in (ROOT / "records").rglob("*.json") if path.parent.name != "leaderboard")
 
 
-@pytest.mark.parametrize(("page", "count"), [("README.md", 5), ("docs/results.md", 6), ("docs/benchmarks.md", 4)])
+@pytest.mark.parametrize(
+    ("page", "count"), [("README.md", 5), ("docs/results.md", 6), ("docs/method.md", 1), ("docs/benchmarks.md", 4)]
+)
 def test_tables_are_made_from_records(page: str, count: int) -> None:
     fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))["filled"]
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from attnpress.report.evidence import caption, evidence_markdown, losses, padded_to, read_cells
+from attnpress.report.evidence import ablation_markdown, caption, evidence_markdown, losses, padded_to, read_cells
 from attnpress.results import Record, StageRecord, to_json
 
 WORK = {f"{kind}_{side}": 10 if side == "remaining" else 100 for kind in ("bit_operations", "bytes") for side in ("dense", "remaining")}  # fmt: skip # noqa: E501
@@ -45,6 +45,15 @@ def test_each_seed_is_compared_with_its_dense_model_trained_as_long(cells: dict[
     assert sum("8/8/8/8" in line for line in lines) == 3, "quantized, at once, progressively"
     assert "| float | dense, trained as long | 85.00 ± 1.41 | +0.00 |" in "\n".join(lines)
     assert lines[-1].startswith("| 4/4/4/4, 0.90 | pruned progressively | 83.00 | +3.00 | 0.900 |"), "its own dense: 80"
+
+
+def test_choices_are_shown_beside_the_dense_model_trained_as_long(cells: dict[str, list[Record]]) -> None:
+    lines = ablation_markdown({"dense": cells["dense"], "cubic-to-0.5": cells["8888-0.95"]}).splitlines()
+    assert lines[0] == "| choice | f1 | against dense | sparsity | keys a row | seeds |"
+    assert lines[2:] == [
+        "| dense | 85.00 ± 1.41 | +0.00 | 0.000 | 50.00 | 2 |",
+        "| cubic to 0.5 | 84.50 ± 0.71 | -0.50 | 0.950 | 2.00 | 2 |",
+    ]
 
 
 def test_a_cell_trained_for_longer_is_compared_with_a_dense_model_trained_for_longer(

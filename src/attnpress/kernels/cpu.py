@@ -1,6 +1,6 @@
 """The compiled CPU kernel: loads the library that csrc/ builds, and names the targets of this machine.
 
-A target is the instruction set a kernel is written for: "avx512vnni", "avx2" or "scalar". The best one that the
+A target is the instruction set a kernel is written for: "amx", "avx512vnni", "avx2" or "scalar". The best one that the
 processor supports runs; the environment variable ATTNPRESS_CPU_TARGET forces another by name, and is read at each call.
 """
 

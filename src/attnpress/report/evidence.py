@@ -67,6 +67,19 @@ def evidence_markdown(task: str, cells: Cells) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
+def ablation_markdown(cells: Cells) -> str:
+    """What each choice is worth: the last stage of each cell beside the dense model, by the names of the cells."""
+    every = [record for records in cells.values() for record in records]
+    header = ["choice", every[0].headline, "against dense", "sparsity", "keys a row", "seeds"]
+    rows = []
+    for cell, records in cells.items():
+        name = "dense_control" if cell == DENSE_CELL else "progressive"
+        row = _row(cell.replace("-", " "), name, records, control_scores(every), 128)
+        rows.append([row[0], *row[2:5], row[6], row[-1]])
+    rule = ["---", *("---:" for _ in header[1:])]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+
+
 def caption(cells: Cells, hidden: int) -> str:
     """What the table was measured on, the floor, and how much of the whole model attention is.
 
