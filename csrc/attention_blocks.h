@@ -23,6 +23,16 @@ template <class I> class Blocks {
 
     void no_more() { turn_ ^= SIZE; }
 
+    // Like `multiply`, for a block whose turn comes later: by then it is done, and `begin` has nothing to do.
+    ATTN_INLINE void ahead(const typename I::Query* codes, int64_t base) {
+        multiply(codes, base);
+        begun_ = codes;
+    }
+    ATTN_INLINE void begin(const typename I::Query* codes, int64_t base) {
+        if (begun_ != codes) multiply(codes, base);
+        begun_ = nullptr;
+    }
+
     // f(R, first, sums) for SLICE rows at a time, or one; sums are of those rows, of the block before the last multiplied, or of the last if there
     // are no more.
     // Pairs that are not valid are masked.
@@ -46,24 +56,25 @@ template <class I> class Blocks {
     const Head<I>& unit_;
     int32_t* sums_;
     int64_t turn_ = 0;
+    const typename I::Query* begun_ = nullptr;
 };
 
 // f(base, R, first, sums) for all tiles that a block of rows meets.
 template <class I, class F>
 ATTN_INLINE void for_tiles(Blocks<I>& blocks, const typename I::Query* codes, const Row* rows, int64_t count, const Range& range, F f) {
     const int64_t first = range.begin / Job<I>::W * Job<I>::W;
-    if (first < range.end) blocks.multiply(codes, first);
+    if (first < range.end) blocks.begin(codes, first);
     for (int64_t base = first; base < range.end; base += Job<I>::W) {
         if (base + Job<I>::W < range.end) blocks.multiply(codes, base + Job<I>::W); else blocks.no_more();
         blocks.read(rows, count, range, base, [&](auto R, int64_t r, auto& sums) __attribute__((always_inline)) { f(base, R, r, sums); });
     }
 }
 
-template <class I>
-void survive_short_block(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch, Survivors<I>& survivors) {
+// One block of rows; `then` is called when its sums have been read.
+template <class I, class Then>
+void survive_short_block(const Job<I>& job, Blocks<I>& blocks, const typename I::Query* codes, Row* rows, int64_t count, Survivors<I>& survivors, Then then) {
     const Range range = range_of(rows, count);
     const int64_t first = range.begin / job.W * job.W;
-    Blocks<I> blocks(job, unit, scratch);
     survive_short<I>(job, rows, count, range, survivors, [&](bool based) {
         for_tiles<I>(blocks, codes, rows, count, range, [&](int64_t base, auto R, int64_t from, auto& sums) __attribute__((always_inline)) {
             for (int r = 0; r < R.value; ++r) {
@@ -72,6 +83,7 @@ void survive_short_block(const Job<I>& job, const Head<I>& unit, const typename 
                 I::store_slack(row.slack + base, I::narrow(sums[r], row.base));
             }
         });
+        then();
     }, [&] {
         for (int64_t r = 0; r < count; ++r) rows[r].base = LOW;
         for_tiles<I>(blocks, codes, rows, count, range, [&](int64_t, auto R, int64_t from, auto& sums) {

@@ -88,8 +88,14 @@ void survive_short_rows(const Job<I>& job, const Head<I>& unit, const typename I
     auto* slack = scratch.slack.template get<uint16_t>(I::ROWS * unit.padded);
     for (int64_t r = 0; r < count; ++r) rows[r].slack = slack + r % I::ROWS * unit.padded;
     if constexpr (I::BLOCK > 1) {
+        Blocks<I> blocks(job, unit, scratch);
         for (int64_t r = 0; r < count; r += I::BLOCK) {
-            survive_short_block(job, unit, codes + r * job.width, rows + r, least<int64_t>(I::BLOCK, count - r), scratch, survivors);
+            const int64_t next = r + I::BLOCK;
+            survive_short_block(job, blocks, codes + r * job.width, rows + r, least<int64_t>(I::BLOCK, count - r), survivors, [&] {
+                if (next >= count) return;
+                const Range range = range_of(rows + next, least<int64_t>(I::BLOCK, count - next));
+                if (range.begin < range.end) blocks.ahead(codes + next * job.width, range.begin / job.W * job.W);
+            });
         }
     } else {
         in_groups<I>(count, [&](auto R, int64_t r) {
