@@ -9,10 +9,12 @@ from __future__ import annotations
 import importlib.util
 import platform
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 SHARED = [
     "-std=c++17",
@@ -27,6 +29,7 @@ SHARED = [
 # The headers of torch 2.10: one binary for it and every later version.
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-unused-parameter"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
+AMX = ["-mamx-tile", "-mamx-int8"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512vbmi2"]
 
 FLAGS = {
@@ -41,7 +44,7 @@ if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS["csrc/isa_avx2.cpp"] = AVX2
     # g++ 12 warns about its own headers: GCC bug 105593.
     FLAGS["csrc/isa_avx512vnni.cpp"] = [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
-    FLAGS["csrc/isa_amx.cpp"] = [*FLAGS["csrc/isa_avx512vnni.cpp"], "-mamx-tile", "-mamx-int8"]
+    FLAGS["csrc/isa_amx.cpp"] = [*FLAGS["csrc/isa_avx512vnni.cpp"], *AMX]
 
 
 class BuildKernel(build_ext):
@@ -62,19 +65,35 @@ class BuildKernel(build_ext):
             raise RuntimeError("torch is not installed where the build runs; try pip install --no-build-isolation")
         torch = Path(spec.origin).parent
         include = [str(torch / "include")]
+        flags = dict(FLAGS)
+        if "csrc/isa_amx.cpp" in flags and not self._accepts(AMX):
+            print("attnpress: this compiler does not know AMX; its target is left out", file=sys.stderr)
+            del flags["csrc/isa_amx.cpp"]
+        if "csrc/isa_amx.cpp" in flags:
+            flags["csrc/dispatch.cpp"] = ["-DATTN_AMX"]
         objects = []
-        for source in ext.sources:
+        for source in flags:
             objects += self.compiler.compile(
                 [source],
                 self.build_temp,
                 include_dirs=include,
-                extra_postargs=[*SHARED, *FLAGS[source]],
+                extra_postargs=[*SHARED, *flags[source]],
                 depends=ext.depends,
             )
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
             target_lang="c++", extra_postargs=["-Wl,--no-undefined"],
         )  # fmt: skip
+
+    def _accepts(self, flags: list[str]) -> bool:
+        with tempfile.TemporaryDirectory() as scratch:
+            source = Path(scratch) / "empty.cpp"
+            source.touch()
+            try:
+                self.compiler.compile([str(source)], output_dir=scratch, extra_postargs=flags)
+            except CompileError:
+                return False
+        return True
 
 
 setup(

@@ -31,6 +31,7 @@ bool has_avx512vnni() {
            __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi2");
 }
 
+#if defined(ATTN_AMX)
 // The registers of AMX are so large that Linux hands them out to those who ask. Elsewhere nobody was there to try.
 bool has_amx() {
 #if defined(__linux__)
@@ -44,6 +45,7 @@ bool has_amx() {
     return false;
 #endif
 }
+#endif
 #endif
 
 std::string supported_names() {
@@ -71,7 +73,9 @@ const Target& choose(const char* wanted) {
 const Target* targets() {
     static const Target table[] = {
 #if defined(__x86_64__)
+#if defined(ATTN_AMX)
         {"amx", attention_amx, has_amx},
+#endif
         {"avx512vnni", attention_avx512vnni, has_avx512vnni},
         {"avx2", attention_avx2, has_avx2},
 #endif
