@@ -64,6 +64,8 @@ def speeds() -> dict[str, str]:
     batched = [each for each in models if (each["model"], each["linear"], each["batch"]) == ("bert-base", "int8", 8)]
     return {
         "speed_attention": attention_markdown([*timings("attention-1thread"), *timings("attention-2threads")]),
+        "speed_amx": attention_markdown([*timings("attention-amx-1thread"), *timings("attention-amx-2threads")]),
+        "speed_models_amx": models_markdown(timings("whole-int8-bert-amx-1thread")),
         "speed_settings": settings_markdown(
             {
                 "nothing pruned, AVX-512 VNNI": timings("attention-dense-1thread"),
