@@ -14,7 +14,7 @@ from torch import Tensor, nn
 def leave_files(model: nn.Module, files: Iterable[str]) -> None:
     """Take a model with int8 layers out of the files it was loaded from, but for the codes, which are packed soon.
 
-    Embeddings are mapped again, by themselves: then only the blocks of rows that are used come into memory. The rest is copied.
+    Embeddings are mapped again, by themselves: then only blocks of rows in use come into memory. The rest is copied.
 
     Args:
         model: just loaded; what is not on the CPU stays as it is.
