@@ -7,9 +7,11 @@ Without them the package installs all the same and runs through its reference; t
 from __future__ import annotations
 
 import importlib.util
+import os
 import platform
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -71,15 +73,19 @@ class BuildKernel(build_ext):
             del flags["csrc/isa_amx.cpp"]
         if "csrc/isa_amx.cpp" in flags:
             flags["csrc/dispatch.cpp"] = ["-DATTN_AMX"]
-        objects = []
-        for source in flags:
-            objects += self.compiler.compile(
+
+        def compiled(source: str) -> list[str]:
+            objects: list[str] = self.compiler.compile(
                 [source],
                 self.build_temp,
                 include_dirs=include,
                 extra_postargs=[*SHARED, *flags[source]],
                 depends=ext.depends,
             )
+            return objects
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:  # each waits for a compiler: a process of its own
+            objects = [each for found in pool.map(compiled, flags) for each in found]
         self.compiler.link_shared_object(
             objects, self.get_ext_fullpath(ext.name), libraries=["torch_cpu"], library_dirs=[str(torch / "lib")],
             target_lang="c++", extra_postargs=["-Wl,--no-undefined"],
