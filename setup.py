@@ -68,11 +68,10 @@ class BuildKernel(build_ext):
         torch = Path(spec.origin).parent
         include = [str(torch / "include")]
         flags = dict(FLAGS)
-        if "csrc/isa_amx.cpp" in flags and not self._accepts(AMX):
-            print("attnpress: this compiler does not know AMX; its target is left out", file=sys.stderr)
-            del flags["csrc/isa_amx.cpp"]
-        if "csrc/isa_amx.cpp" in flags:
+        if self._accepts(AMX):
             flags["csrc/dispatch.cpp"] = ["-DATTN_AMX"]
+        elif flags.pop("csrc/isa_amx.cpp", None):
+            print("attnpress: this compiler does not know AMX; its target is left out", file=sys.stderr)
 
         def compiled(source: str) -> list[str]:
             objects: list[str] = self.compiler.compile(

@@ -33,9 +33,8 @@ template <class I> class Blocks {
         begun_ = nullptr;
     }
 
-    // f(R, first, sums) for SLICE rows at a time, or one; sums are of those rows, of the block before the last multiplied, or of the last if there
-    // are no more.
-    // Pairs that are not valid are masked.
+    // f(R, first, sums) for SLICE rows at a time, or one; sums are of those rows, of the block before the last multiplied, or
+    // of the last if there are no more. Pairs that are not valid are masked.
     template <class F> ATTN_INLINE void read(const Row* rows, int64_t count, const Range& range, int64_t base, F f) {
         int32_t* sums = sums_ + (turn_ ^ SIZE);
         if (!range.has_whole(base, job_.W)) {

@@ -183,7 +183,7 @@ class DataSpec:
         task: a name that `attnpress ls tasks` prints, or "custom" for files of your own.
         data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
         train_file, eval_file: CSV, TSV or JSON-lines files of your own; they replace the task's data.
-        text, text_pair, label, metric: their column names, and the metric, one that `attnpress ls tasks` names.
+        text, text_pair, label, metric: their columns, and the metric of task "custom", one of `attnpress ls tasks`.
         max_length: longest input in tokens; longer ones are truncated, or windowed in extractive QA.
         train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
     """

@@ -63,8 +63,7 @@ def evidence_markdown(task: str, cells: Cells) -> str:
         for cell, records in cells.items()
         for label, stage in _stages(cell, records)
     ]
-    rule = ["---", "---", *("---:" for _ in header[2:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    return _table(header, rows, words=2)
 
 
 def ablation_markdown(cells: Cells) -> str:
@@ -76,7 +75,12 @@ def ablation_markdown(cells: Cells) -> str:
         name = "dense_control" if cell == DENSE_CELL else "progressive"
         row = _row(cell.replace("-", " "), name, records, control_scores(every), 128)
         rows.append([row[0], *row[2:5], row[6], row[-1]])
-    rule = ["---", *("---:" for _ in header[1:])]
+    return _table(header, rows, words=1)
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
+    """Markdown; all columns but the first few hold numbers."""
+    rule = ["---:" if column >= words else "---" for column in range(len(header))]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
