@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from attnpress.report.render import markdown_table
+
 Comparison = Mapping[str, Any]
 """One entry of the JSON: a shape, ours and a peer's median time, and the ratio of turns taken side by side."""
 
@@ -87,5 +89,4 @@ def _threads(count: int) -> str:
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    rule = ["---", *("---:" for _ in header[1:])]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    return markdown_table(header, rows, header[:1])

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
-from attnpress.report.render import TITLES, Start, control_scores, reference_score
+from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score
 from attnpress.results import Record, StageRecord, read_record
 
 Cells = Mapping[str, Sequence[Record]]
@@ -63,7 +63,7 @@ def evidence_markdown(task: str, cells: Cells) -> str:
         for cell, records in cells.items()
         for label, stage in _stages(cell, records)
     ]
-    return _table(header, rows, words=2)
+    return markdown_table(header, rows, header[:2])
 
 
 def ablation_markdown(cells: Cells) -> str:
@@ -75,13 +75,7 @@ def ablation_markdown(cells: Cells) -> str:
         name = "dense_control" if cell == DENSE_CELL else "progressive"
         row = _row(cell.replace("-", " "), name, records, control_scores(every), 128)
         rows.append([row[0], *row[2:5], row[6], row[-1]])
-    return _table(header, rows, words=1)
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
-    """Markdown; all columns but the first few hold numbers."""
-    rule = ["---:" if column >= words else "---" for column in range(len(header))]
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
+    return markdown_table(header, rows, header[:1])
 
 
 def caption(cells: Cells, hidden: int) -> str:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from attnpress.board_record import BoardRecord, CellRecord
 from attnpress.report import plots
+from attnpress.report.render import markdown_table
 
 COLUMNS = (
     "task", "asked", "rule", "metric", "score", "against dense", "sparsity", "keys a row", "QK^T skipped",
@@ -87,9 +88,8 @@ def board_markdown(record: BoardRecord) -> str:
     """The leaderboard as Markdown: the cells that were run, and a sentence that names the others."""
     header, *rows = board_rows(record)
     shown = [row for row in rows if row[COLUMNS.index("metric")] != MISSING]
-    rule = tuple("---" if column in ("task", "rule", "metric") else "---:" for column in header)
-    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *shown)] if shown else []
-    return "\n\n".join(part for part in ("\n".join(lines), board_caption(record), missing_words(record)) if part)
+    table = markdown_table(header, shown, ("task", "rule", "metric")) if shown else ""
+    return "\n\n".join(part for part in (table, board_caption(record), missing_words(record)) if part)
 
 
 def board_caption(record: BoardRecord) -> str:

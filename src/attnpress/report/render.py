@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -183,9 +183,13 @@ def front_table(record: SweepRecord) -> Table:
 def stages_markdown(record: Record) -> str:
     """The closing table as Markdown."""
     header, *rows = stage_rows(record)
-    rule = ("---", *("---:" for _ in header[1:]))
-    lines = ["| " + " | ".join(row) + " |" for row in (header, rule, *rows)]
-    return "\n".join([*lines, "", caption(record)])
+    return f"{markdown_table(header, rows, header[:1])}\n\n{caption(record)}"
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str]) -> str:
+    """A table as Markdown; all columns but those named in `words` hold numbers."""
+    rule = ["---" if column in words else "---:" for column in header]
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
 SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys a row", "seeds")
