@@ -80,7 +80,9 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
         [rows, 1, classes], or [rows, 2, length] with the start and end logits of "qa".
     """
     state, rows, outcomes = this_process(), len(data.eval), 2 if data.task.kind == "qa" else 1
-    mine = range(state.process_index, rows, state.num_processes)
+    # Rows of like length together are padded the least.
+    by_length = sorted(range(rows), key=[len(ids) for ids in data.eval["input_ids"]].__getitem__)
+    mine = by_length[state.process_index :: state.num_processes]
     loader = DataLoader(data.eval.select(mine), batch_size, collate_fn=data.collate)
     shown = tqdm(loader, desc="evaluate", leave=False, delay=3, disable=not sys.stderr.isatty())
     parts = [
@@ -91,7 +93,7 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
     # Each rank fills in its own rows, so that the sum over ranks is the whole: no row is padded in, none is doubled.
     logits = torch.zeros(rows, outcomes, widest, device=model.device)
     padded = [F.pad(part.float(), (0, widest - part.shape[-1])) for part in parts]
-    logits[mine.start :: mine.step] = torch.cat([logits[:0], *padded])
+    logits[mine] = torch.cat([logits[:0], *padded])
     return reduce_over_ranks(logits, "sum")
 
 

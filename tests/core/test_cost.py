@@ -18,15 +18,15 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 def make_batch(seed: int, batch: int = 2, heads: int = 3, rows: int = 5, keys: int = 7, density: float = 0.6) -> Batch:
-    """Codes, keep mask and mask of valid pairs; codes are zero where pruned, and sometimes elsewhere."""
+    """Codes, what is pruned, and mask of valid pairs; codes are zero where pruned, and sometimes elsewhere."""
     shape = (batch, heads, rows, keys)
     draws = [torch.rand(shape, generator=generator(seed + i)) for i in range(3)]
     valid, keep = draws[0] < 0.8, draws[1] < density
     codes = torch.randint(0, 4, shape, generator=generator(seed + 3)) * keep
-    return codes.float(), keep & valid, valid
+    return codes.float(), ~keep, valid
 
 
-def brute_force(codes: Tensor, keep: Tensor, valid: Tensor) -> dict[str, list[float]]:
+def brute_force(codes: Tensor, pruned: Tensor, valid: Tensor) -> dict[str, list[float]]:
     """Every count, pair by pair and tile by tile."""
     batch, heads, rows, keys = codes.shape
     found = {field.name: [0.0] * heads for field in fields(PairCounts)}
@@ -40,7 +40,7 @@ def brute_force(codes: Tensor, keep: Tensor, valid: Tensor) -> dict[str, list[fl
                 survives, tile = bool(codes[b, h, i, j] != 0), (i // TILE_ROWS, j // TILE_KEYS)
                 found["pairs"][h] += 1
                 found["zeros"][h] += not survives
-                found["pruned"][h] += not keep[b, h, i, j]
+                found["pruned"][h] += bool(pruned[b, h, i, j])
                 tiles[tile] = tiles.get(tile, False) or survives
         found["tiles"][h] += len(tiles)
         found["empty_tiles"][h] += sum(not survives for survives in tiles.values())
@@ -70,7 +70,7 @@ def test_a_tile_counts_only_where_it_has_a_valid_pair() -> None:
     codes = torch.zeros(1, 1, 32, 128)
     codes[..., 3, 70] = 5
     codes[..., 20, 70] = 5  # not valid, so it is no survivor
-    counts = count_pairs(codes, valid, valid)
+    counts = count_pairs(codes, None, valid)
     assert (counts.tiles.item(), counts.empty_tiles.item()) == (2, 1)
     assert counts.tile_sparsity().item() == 0.5
 
@@ -94,7 +94,7 @@ def test_the_four_figures_of_a_known_case() -> None:
     keep[0, 0, 0, 1] = keep[0, 0, 0, 2] = keep[0, 0, 1, 2] = False
     codes = keep * 3.0
     codes[0, 0, 2, 0] = 0  # kept, but rounded to zero
-    counts = count_pairs(codes, keep, valid)
+    counts = count_pairs(codes, ~keep, valid)
     assert counts.sparsity().item() == pytest.approx(4 / 10)
     assert counts.pruned_fraction().item() == pytest.approx(3 / 10)
     assert counts.padded_sparsity(4).item() == pytest.approx(1 - 6 / 32)
@@ -104,9 +104,9 @@ def test_the_four_figures_of_a_known_case() -> None:
 
 @given(SEEDS, st.integers(7, 50))
 def test_padding_raises_padded_sparsity_alone(seed: int, length: int) -> None:
-    codes, keep, valid = make_batch(seed)
-    padded = [torch.nn.functional.pad(x, (0, length - 7, 0, length - 5)) for x in (codes, keep, valid)]
-    plain, wide = count_pairs(codes, keep, valid), count_pairs(*padded)
+    codes, pruned, valid = make_batch(seed)
+    padded = [torch.nn.functional.pad(x, (0, length - 7, 0, length - 5)) for x in (codes, pruned, valid)]
+    plain, wide = count_pairs(codes, pruned, valid), count_pairs(*padded)
     assert torch.equal(plain.sparsity(), wide.sparsity())
     assert torch.equal(plain.keys_per_row(), wide.keys_per_row())
     figures = [float(plain.padded_sparsity(size)[0]) for size in (7, length, 2 * length)]
@@ -120,7 +120,7 @@ def test_nothing_counted_yet_gives_figures_all_the_same() -> None:
     figures = (counts.sparsity(), counts.pruned_fraction(), counts.tile_sparsity(), counts.keys_per_row())
     assert all(figure.tolist() == [0, 0] for figure in figures)
     empty = torch.zeros(0, 2, 3, 4, dtype=torch.bool)
-    assert as_lists(count_pairs(empty, empty, empty)) == as_lists(counts)
+    assert as_lists(count_pairs(empty, None, empty)) == as_lists(counts)
 
 
 BITS = {"q": 8, "k": 8, "v": 4, "p": 8}

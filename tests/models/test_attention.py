@@ -272,7 +272,7 @@ def test_counts_are_those_of_the_reference(rule: RuleName) -> None:
     query, key, value, valid, real = inputs
     found = integer_attention(query, key, value, valid, state.scales(), state.active_cutoff(), state.spec, DIM**-0.5)
     counted = (valid & real).expand(found.keep.shape)
-    expected = count_pairs(found.p_codes.float(), found.keep, counted)
+    expected = count_pairs(found.p_codes.float(), ~found.keep, counted)
     counts = counts_of(state, inputs)
     for ours, theirs in zip(counts.tensors(), expected.tensors(), strict=True):
         assert torch.equal(ours, theirs)

@@ -71,36 +71,44 @@ class PairCounts:
         return (self.pairs - self.zeros) / self.rows.clamp(min=1)
 
 
-def count_pairs(codes: Tensor, keep: Tensor, valid: Tensor) -> PairCounts:
+def count_pairs(codes: Tensor, pruned: Tensor | None, valid: Tensor) -> PairCounts:
     """Counts of one batch.
 
     Args:
-        codes: P codes [B, H, Sq, Sk]; keep, valid: bool, same shape.
+        codes: P codes, not negative, [B, H, Sq, Sk].
+        pruned: positive (or True) where the rule removes a pair, same shape; None removes none.
+        valid: bool [B or 1, 1 or H, Sq, Sk].
     """
-    survivor = (codes != 0) & valid
-    occupied, tiles = _tiles(survivor), _tiles(valid)
-    sequences = torch.full((codes.shape[1],), float(len(codes)), dtype=torch.float64, device=codes.device)
-    return PairCounts(
-        pairs=_per_head(valid),
-        zeros=_per_head(valid & ~survivor),
-        pruned=_per_head(valid & ~keep),
-        rows=_per_head(valid.any(-1, keepdim=True)),
-        tiles=_per_head(tiles),
-        empty_tiles=_per_head(tiles & ~occupied),
-        sequences=sequences,
+    batch, heads = codes.shape[:2]
+    counted = valid.expand(batch, -1, -1, -1).float()
+    allowed, survivors = _strips(counted), _strips(codes.sign() * counted)
+    pairs, tiles, occupied = _per_head(allowed), _tiles(allowed), _tiles(survivors)
+    counts = (
+        pairs,
+        pairs - _per_head(survivors),
+        pairs.new_zeros(1) if pruned is None else _per_head(_strips(pruned.sign() * counted)),
+        _per_head(allowed.sum(-1, keepdim=True) > 0),
+        _per_head(tiles),
+        _per_head(tiles & ~occupied),
+        pairs.new_full((1,), float(batch)),
     )
+    return PairCounts(*(count.expand(heads) for count in counts))
 
 
-def _per_head(mask: Tensor) -> Tensor:
-    counts: Tensor = mask.sum((0, 2, 3)).double()
-    return counts
+def _per_head(counts: Tensor) -> Tensor:
+    return counts.sum((0, 2, 3), dtype=torch.float64)
 
 
-def _tiles(mask: Tensor) -> Tensor:
-    rows, keys = mask.shape[-2:]
-    padded = F.pad(mask, (0, -keys % TILE_KEYS, 0, -rows % TILE_ROWS))
-    tiled = padded.unflatten(-1, (-1, TILE_KEYS)).unflatten(-3, (-1, TILE_ROWS))
-    occupied: Tensor = tiled.any(-1).any(-2)
+def _strips(mask: Tensor) -> Tensor:
+    """How many pairs of each row lie in each tile: float32 [.., Sq, tiles]; a product, since reducing bool is slow."""
+    keys = torch.arange(mask.shape[-1], device=mask.device)
+    tiles = torch.arange(-(-len(keys) // TILE_KEYS), device=mask.device)
+    return mask @ (keys.unsqueeze(1) // TILE_KEYS == tiles).float()
+
+
+def _tiles(strips: Tensor) -> Tensor:
+    padded = F.pad(strips, (0, 0, 0, -strips.shape[-2] % TILE_ROWS))
+    occupied: Tensor = padded.unflatten(-2, (-1, TILE_ROWS)).sum(-2) > 0
     return occupied
 
 

@@ -129,7 +129,7 @@ class _Attend(torch.autograd.Function):
         bias = None if valid is None else additive_mask(valid)
         for part in batch_slices(codes.shape):
             masks = batch_part(valid, part), batch_part(bias, part)
-            weights, divisor[part] = _codes(q[part], k[part], *masks, batch_part(alpha, part), cutoff, spec)
+            weights, divisor[part], _ = code_pairs(q[part], k[part], *masks, batch_part(alpha, part), cutoff, spec)
             codes[part] = weights
             if kept is not None:
                 weights = weights * kept[part].float() / keep_share
@@ -165,14 +165,24 @@ class _Attend(torch.autograd.Function):
         return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, None, None, None, None
 
 
-def _codes(
+def code_pairs(
     q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, cutoff: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """From codes of Q and K to those of P, as `attention.prune_and_code` gives them.
+
+    Args:
+        q, k, alpha: from `scores_operands`, each query head with its key head.
+        valid: bool, broadcastable, and bias, its `additive_mask`; None allows all pairs.
+        cutoff: float32 [Hq]; None prunes nothing.
+
+    Returns:
+        Codes [B, Hq, Sq, Sk], divisor [B, Hq, Sq, 1], and what is positive where the rule prunes; None if it does not.
+    """
     acc = q @ k.mT
     if spec.rule != "relative" or spec.p.mode != "row" or None in spec.bits.values():
         pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
-        return pairs.codes, pairs.divisor
+        return pairs.codes, pairs.divisor, (~pairs.keep).float()
     # The default rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
     # that is not valid is at infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
     if bias is not None:
@@ -187,7 +197,7 @@ def _codes(
     t = exponent(distance, exponent_rate(alpha), beyond)
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
     wide = torch.float64 if codes.shape[-1] * spec.p.qmax >= EXACT else torch.float32
-    return codes, codes.sum(-1, keepdim=True, dtype=wide).float().clamp_(min=1)
+    return codes, codes.sum(-1, keepdim=True, dtype=wide).float().clamp_(min=1), beyond
 
 
 def additive_mask(valid: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from attnpress.config import AttentionSpec, TensorSpec
 from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
-from attnpress.core.fake_quantize import batch_part, batch_slices, fake_quantize_attention, scores_operands
+from attnpress.core.fake_quantize import (
+    additive_mask,
+    batch_part,
+    batch_slices,
+    code_pairs,
+    fake_quantize_attention,
+    scores_operands,
+)
 from attnpress.core.observer import Observer, Reduce, alone
 from attnpress.core.probe import AttentionCall
 from attnpress.core.pruner import (
@@ -160,12 +167,9 @@ class CompressedAttention(nn.Module):
 
     def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Count the valid pairs of a call that nothing is taken from."""
-        shape = (*query.shape[:3], key.shape[2])
-        counted = torch.ones(shape, dtype=torch.bool, device=query.device)
-        for mask in (valid, real):
-            counted = counted if mask is None else counted & mask
         if self.counts is not None:
-            self.counts += count_pairs(counted, counted, counted)
+            pairs = _counted((*query.shape[:3], key.shape[2]), valid, real, query.device)
+            self.counts += count_pairs(pairs, None, pairs)
 
     def take_seen(self, decay: float, reduce: Reduce = alone) -> Tensor:
         """histogram = decay * histogram + what all ranks have seen since the last time.
@@ -196,12 +200,11 @@ class CompressedAttention(nn.Module):
         watched = not _recomputing()
         with torch.no_grad():
             if self.rows is not None and watched:
-                for pairs, counted in self._pairs(query, key, valid, real, scaling, self.rows, None):
+                for pairs, counted in self._pairs(query, key, valid, real, scaling, self.rows):
                     bins = pair_bins(self.spec, pairs.exponent, pairs.probability, pairs.distance)
                     self.seen += pair_histogram(bins, counted)
             if self.counts is not None and watched:
-                for pairs, counted in self._pairs(query, key, valid, real, scaling, slice(None), self.active_cutoff()):
-                    self.counts += count_pairs(pairs.codes, pairs.keep, counted)
+                self.counts += self._count(query, key, valid, real, scaling)
         cutoff, scales = self.active_cutoff(), self.scales()
         if self.training and self.spec.threshold_penalty is not None and cutoff is not None:
             trained = self.trained_cutoff * GAIN
@@ -210,6 +213,20 @@ class CompressedAttention(nn.Module):
             )
             return output
         return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout)
+
+    def _count(
+        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
+    ) -> PairCounts:
+        q, k, alpha = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
+        k, bias = repeat_heads(k, self.heads), None if valid is None else additive_mask(valid)
+        shape = (*query.shape[:3], key.shape[2])
+        counted, counts = _counted(shape, valid, real, query.device), PairCounts.none_yet(self.heads)
+        for part in batch_slices(shape):
+            masks = batch_part(valid, part), batch_part(bias, part)
+            step = batch_part(alpha, part)
+            codes, _, beyond = code_pairs(q[part], k[part], *masks, step, self.active_cutoff(), self.spec)
+            counts += count_pairs(codes, beyond, counted[part])
+        return counts
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Show the tensors of one call to the observers."""
@@ -229,16 +246,16 @@ class CompressedAttention(nn.Module):
 
     def _pairs(
         self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float,
-        rows: slice, cutoff: Tensor | None,
+        rows: slice,
     ) -> Iterator[tuple[Pairs, Tensor]]:  # fmt: skip
-        """The pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
+        """Unpruned pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
         shown = query[:, :, rows]
         q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
         k = repeat_heads(k, self.heads)
         for part in batch_slices((*shown.shape[:3], key.shape[2])):
             acc = q[part] @ k[part].mT
             allowed = _rows(batch_part(valid, part), rows)
-            pairs = prune_and_code(acc, allowed, batch_part(alpha, part), cutoff, self.spec)
+            pairs = prune_and_code(acc, allowed, batch_part(alpha, part), None, self.spec)
             yield pairs, pairs.valid if real is None else pairs.valid & _rows(batch_part(real, part), rows)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedAttention:
@@ -254,6 +271,14 @@ class CompressedAttention(nn.Module):
 def _recomputing() -> bool:
     """True in the second forward of gradient checkpointing, inside the backward pass: its pairs were seen before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _counted(shape: Sequence[int], valid: Tensor | None, real: Tensor | None, device: torch.device) -> Tensor:
+    """Pairs of real rows with keys that they may attend to: bool [B, 1 or Hq, Sq, Sk]; `shape` is [B, Hq, Sq, Sk]."""
+    pairs = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool, device=device)
+    for mask in (valid, real):
+        pairs = pairs if mask is None else pairs & mask
+    return pairs
 
 
 def _rows(x: Any, rows: slice) -> Any:
