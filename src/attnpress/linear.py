@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.calibration import Batch, outputs
-from attnpress.core.linear import ProductPlan, fake_quantize_linear
+from attnpress.core.linear import ProductPlan, fake_quantize_linear, fake_quantize_rows
 from attnpress.kernels.linear import PackedProduct
 from attnpress.models.attention import INT8, PLAN
-from attnpress.models.encoder import find_encoder, place_int8, products
+from attnpress.models.encoder import (
+    EMBEDDING,
+    find_embedding,
+    find_encoder,
+    place_int8,
+    place_int8_embedding,
+    products,
+)
 from attnpress.models.linear import Int8Linear
 
 TOLERANCE = 0.25
@@ -35,8 +42,9 @@ def calibrate_linear(
 ) -> dict[str, ProductPlan]:
     """Find what has to stay in float under `deploy(model, linear="int8")`; `save_pretrained` stores what was found.
 
-    Each product of the encoder is put into 8 bits alone, which shows what it changes, and as long as all of them
-    together change the output by more than `tolerance`, the worst goes back to float. Padding is never counted.
+    Each product of the encoder, and the word embedding, is put into 8 bits alone, which shows what it changes, and as
+    long as all of them together change the output by more than `tolerance`, the worst goes back to float. Padding is
+    never counted.
 
     Args:
         model: after `calibrate`, not deployed with int8 layers. Unchanged but for its plan.
@@ -44,8 +52,9 @@ def calibrate_linear(
         tolerance: of the relative change, in norm, of the model's first output: logits, or hidden states.
 
     Returns:
-        The plan, by product: "0.qkv", "0.attention", "0.up", "0.down" for layer 0. Empty, with a warning, where
-        linear layers have to stay in float: another family than BERT's, or weights that are not float32.
+        The plan, by product: "0.qkv", "0.attention", "0.up", "0.down" for layer 0, "embedding" for that of words,
+        unless its weight serves another layer too. Empty, with a warning, where all have to stay in float: another
+        family than BERT's, or weights that are not float32.
 
     Raises:
         ValueError: no batches, or a model with int8 layers already.
@@ -81,7 +90,10 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
 
 def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPlan]) -> None:
     """Put int8 layers where the plan has them, all of them if it is empty; float32 weights of those are let go."""
-    entire = dict(plan) or {name: ProductPlan() for name, _ in products(encoder)}
+    entire = dict(plan) or {name: ProductPlan() for name in _layers(model, encoder)}
+    words = find_embedding(model, encoder)
+    if words is not None and EMBEDDING in entire and entire[EMBEDDING].quantized:
+        place_int8_embedding(model, words).take(words)
     for layer, replaced in place_int8(encoder, entire):
         layer.take(replaced)
         layer.use(PackedProduct)
@@ -120,7 +132,7 @@ def real_tokens(batch: Batch) -> Tensor | None:
 
 def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], tolerance: float) -> dict[str, ProductPlan]:
     """The plan with the error of each product alone, and without those that together would change too much."""
-    layers = dict(products(encoder))
+    layers = _layers(model, encoder)
     expected = _answer(model, batches)
 
     def error(chosen: Iterable[str]) -> float:
@@ -136,8 +148,15 @@ def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], toler
     return judged
 
 
+def _layers(model: nn.Module, encoder: nn.Module) -> dict[str, list[nn.Module]]:
+    """The layers of each entry of a plan."""
+    words = find_embedding(model, encoder)
+    layers: dict[str, list[nn.Module]] = {} if words is None else {EMBEDDING: [words]}
+    return layers | {name: list(found) for name, found in products(encoder)}
+
+
 @contextlib.contextmanager
-def _fake_quantized(layers: Iterable[nn.Linear]) -> Iterator[None]:
+def _fake_quantized(layers: Iterable[nn.Module]) -> Iterator[None]:
     """Inside the `with` block, these layers give what 8 bits would."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
@@ -146,6 +165,8 @@ def _fake_quantized(layers: Iterable[nn.Linear]) -> Iterator[None]:
 
 
 def _in_8_bits(layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+    if isinstance(layer, nn.Embedding):
+        return fake_quantize_rows(output)
     return fake_quantize_linear(args[0], layer.weight, layer.bias)
 
 

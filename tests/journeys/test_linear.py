@@ -231,20 +231,33 @@ def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: st
 
 @needs_vnni
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is in memory of a mapped file")
-def test_of_the_deployed_forms_file_only_embeddings_in_use_stay_in_memory(tmp_path: Path) -> None:
+def test_nothing_of_the_deployed_forms_file_stays_in_memory(tmp_path: Path) -> None:
     """Else its codes would be there twice: as the file has them, and packed."""
-    config = copy.deepcopy(cast(Any, make_model("BERT").config))
-    config.vocab_size = 200_000
-    model: Any = BertForMaskedLM(config).eval()
+    model: Any = BertForMaskedLM(copy.deepcopy(cast(Any, make_model("BERT").config))).eval()
     calibrate(bind(model, PRUNED), BATCHES)
     deploy(model, "reference", linear="int8").save_pretrained(tmp_path)
     loaded: Any = deploy(BertForMaskedLM.from_pretrained(tmp_path), "reference")
     table = loaded.get_input_embeddings().weight
-    assert loaded.get_output_embeddings().weight is table, "tied ones stay tied"
+    assert loaded.get_output_embeddings().weight is table, "tied ones stay tied, and in float"
+    assert resident(tmp_path) == 0
     with torch.no_grad():
-        hidden(loaded.bert)
-        assert 0 < resident(tmp_path) < table.nbytes / 10
         assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
+
+
+@needs_vnni
+@pytest.mark.parametrize("name", FAMILY)
+def test_the_word_embedding_is_in_8_bits_where_the_plan_has_it(name: str) -> None:
+    model = planned(name)
+    words = model.get_input_embeddings().weight.detach()
+    plan = getattr(model, PLAN)
+    assert plan["embedding"].quantized
+    assert plan["embedding"].error > 0
+    deploy(model, "reference", linear="int8")
+    found = model.get_input_embeddings()(torch.arange(VOCABULARY))
+    assert 0 < float((found - words).abs().max()) <= float(words.abs().max()) / 254 * 1.001
+    older = planned(name)
+    setattr(older, PLAN, {key: entry for key, entry in plan.items() if key != "embedding"})
+    assert deploy(older, "reference", linear="int8").get_input_embeddings().weight.dtype == torch.float32
 
 
 def resident(folder: Path) -> int:

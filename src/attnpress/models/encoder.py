@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward  # no
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.forward import attention_forward
-from attnpress.models.linear import Int8Linear, Int8Output
+from attnpress.models.linear import Int8Embedding, Int8Linear, Int8Output
 
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 
@@ -31,6 +31,9 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "down": ("output.dense",),
 }
 """The linear layers of an encoder layer, by the product that computes them: those with one input are one product."""
+
+EMBEDDING = "embedding"
+"""The word embedding, in plans; a lookup, but in 8 bits like the products."""
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
@@ -45,6 +48,16 @@ def find_encoder(model: nn.Module) -> nn.Module | None:
 def _is_encoder_layer(layer: nn.Module) -> bool:
     plain = not (getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False))
     return type(layer).__name__ in LAYERS and plain
+
+
+def find_embedding(model: nn.Module, encoder: nn.Module) -> nn.Embedding | None:
+    """The word embedding that feeds the encoder; None where another layer shares its weight."""
+    parents: list[Any] = [module for module in model.modules() if getattr(module, "encoder", None) is encoder]
+    if not parents:
+        return None
+    words: nn.Embedding = parents[0].embeddings.word_embeddings
+    sharing = [module for module in model.modules() if getattr(module, "weight", None) is words.weight]
+    return words if isinstance(words, nn.Embedding) and len(sharing) == 1 else None
 
 
 def states(encoder: nn.Module) -> list[CompressedAttention]:
@@ -81,6 +94,13 @@ def place_int8(encoder: Any, plan: Mapping[str, ProductPlan]) -> Iterator[tuple[
         if activated:
             layer.intermediate.intermediate_act_fn = nn.Identity()
         yield product, layers
+
+
+def place_int8_embedding(model: nn.Module, words: nn.Embedding) -> Int8Embedding:
+    """Put an empty int8 embedding in the place of the word embedding."""
+    embedding = Int8Embedding(words.num_embeddings, words.embedding_dim)
+    model.set_submodule(next(name for name, module in model.named_modules() if module is words), embedding)
+    return embedding
 
 
 def _has_gelu(layer: Any) -> bool:

@@ -154,8 +154,7 @@ class AttnPressQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return
-        self._files = tuple(checkpoint_files or ())
-        _check_files(self._files)
+        _check_files(checkpoint_files or ())
         if not self.quantization_config.modules:
             raise ModelError(
                 "quantization_config of attnpress names no attention modules: it is damaged, or a part of a bound "
@@ -169,11 +168,25 @@ class AttnPressQuantizer(HfQuantizer):
             self._place_int8(model)
 
     def _place_int8(self, model: Any) -> None:
-        from attnpress.models.encoder import find_encoder, place_int8, products
+        from attnpress.models.encoder import (
+            EMBEDDING,
+            find_embedding,
+            find_encoder,
+            place_int8,
+            place_int8_embedding,
+            products,
+        )
 
         encoder, plan = find_encoder(model), self.quantization_config.linear
-        if encoder is None or {name for name, _ in products(encoder)} != set(plan):
+        if encoder is None or {name for name, _ in products(encoder)} != set(plan) - {EMBEDDING}:
             raise ModelError("quantization_config of attnpress is damaged: its int8 layers are not those of this model")
+        if EMBEDDING in plan and plan[EMBEDDING].quantized:
+            words = find_embedding(model, encoder)
+            if words is None:
+                raise ModelError(
+                    f"{type(model).__name__} shares its word embedding, which this checkpoint has in 8 bits"
+                )
+            place_int8_embedding(model, words)
         for _ in place_int8(encoder, plan):
             pass
         setattr(model, INT8, True)
@@ -191,7 +204,7 @@ class AttnPressQuantizer(HfQuantizer):
             _check_state(name, module)
         model._attnpress_before = "eager"
         if hasattr(model, INT8):
-            leave_files(model, self._files)
+            leave_files(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Called first by `save_pretrained`: brings the configuration up to date with the modules.

@@ -1,4 +1,4 @@
-"""The int8 linear layer of a deployed model: codes and scales as buffers, and a product that is in force."""
+"""The int8 layers of a deployed model: codes and scales as buffers, and the product that is in force."""
 
 from __future__ import annotations
 
@@ -87,6 +87,34 @@ class Int8Linear(nn.Module):
     def extra_repr(self) -> str:
         """For people."""
         return f"in_features={self.in_features}, out_features={self.out_features}, activated={self.activated}"
+
+
+class Int8Embedding(nn.Module):
+    """Stands where a word embedding stood, for inference: codes, and a scale for each token.
+
+    Args:
+        num_embeddings, embedding_dim: N, K.
+    """
+
+    def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.codes: Tensor
+        self.weight_scale: Tensor
+        self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.ones(num_embeddings))
+
+    def take(self, embedding: nn.Embedding) -> None:
+        """Take over what this embedding holds, in 8 bits."""
+        self.codes, self.weight_scale = weight_codes(embedding.weight)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """float32 [..., K] of tokens [...]."""
+        return self.codes[ids] * self.weight_scale[ids].unsqueeze(-1)
+
+    def extra_repr(self) -> str:
+        """For people."""
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
 
 class Int8Output(nn.Module):
