@@ -78,17 +78,19 @@ void survive_short_block(const Job<I>& job, Blocks<I>& blocks, const typename I:
         for_tiles<I>(blocks, codes, rows, count, range, [&](int64_t base, auto R, int64_t from, auto& sums) __attribute__((always_inline)) {
             for (int r = 0; r < R.value; ++r) {
                 Row& row = rows[from + r];
-                if (base == first && !based) row.base = I::highest(largest<I>(sums[r])) - row.cut;
-                I::store_slack(row.slack + base, I::narrow(sums[r], row.base));
+                if (base == first && !based) row.start = row.cut - I::highest(largest<I>(sums[r]));
+                typename I::I32 over[I::COLS];
+                raise<I>(sums[r], row.start, over);
+                I::store_slack(row.slack + base, I::narrow(over));
             }
         });
         then();
     }, [&] {
-        for (int64_t r = 0; r < count; ++r) rows[r].base = LOW;
+        for (int64_t r = 0; r < count; ++r) rows[r].start = LOW;
         for_tiles<I>(blocks, codes, rows, count, range, [&](int64_t, auto R, int64_t from, auto& sums) {
-            for (int r = 0; r < R.value; ++r) rows[from + r].base = most(rows[from + r].base, I::highest(largest<I>(sums[r])));
+            for (int r = 0; r < R.value; ++r) rows[from + r].start = most(rows[from + r].start, I::highest(largest<I>(sums[r])));
         });
-        for (int64_t r = 0; r < count; ++r) rows[r].base -= rows[r].cut;
+        for (int64_t r = 0; r < count; ++r) rows[r].start = rows[r].cut - rows[r].start;
     });
 }
 
@@ -104,7 +106,12 @@ void stream_blocks(const Job<I>& job, const Head<I>& unit, const typename I::Que
         const Range& range = ranges[last / I::BLOCK];
         blocks.read(rows + last, least<int64_t>(I::BLOCK, count - last), range, last_base, [&](auto R, int64_t r, auto& sums) __attribute__((always_inline)) {
             take<I, R.value>(rows + last + r, (last_base - range.begin / job.W * job.W) / job.W, last_base,
-                             [&](auto use) __attribute__((always_inline)) { use(sums); });
+                             [&](auto use) __attribute__((always_inline)) {
+                                 typename I::I32 over[R.value][I::COLS];
+#pragma GCC unroll 8
+                                 for (int i = 0; i < R.value; ++i) raise<I>(sums[i], rows[last + r + i].start, over[i]);
+                                 use(over);
+                             });
         });
     };
     for (int64_t base = 0; base < unit.padded; base += job.W) {

@@ -57,7 +57,7 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
     for (int64_t r = 0; r < count; ++r) {
         rows[r].keys = lists + r * room;
         rows[r].slack = slack + r * room;
-        rows[r].count = rows[r].floor = 0;
+        rows[r].count = rows[r].floor = rows[r].start = 0;
         I::store_short(rows[r].top, I::set1_short(0));
         ask_output(rows[r], job.a.dim);
     }
@@ -75,7 +75,7 @@ void survive_long(const Job<I>& job, const Head<I>& unit, const typename I::Quer
     for (int64_t r = 0; r < count; ++r) {
         Row& row = rows[r];
         const int32_t top = row.begin < row.end ? I::highest_short(I::load_short_top(row.top)) : 0;
-        row.max = row.begin < row.end ? row.base + top : LOW;
+        row.max = row.begin < row.end ? top - row.start : LOW;
         survivors.add(row, [&](uint16_t* keys, uint16_t* to) {
             // Without a valid key the list holds pairs that are not valid.
             return row.max == LOW ? 0 : I::sift(row.keys, row.slack, row.count, top - row.cut, keys, to);

@@ -72,12 +72,7 @@ struct ValueDot {
 };
 
 template <class I, class Dot, int R, class Left, class Right>
-ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::set1(0);
-    }
+ATTN_INLINE void accumulate(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
     for (int64_t step = 0; step < steps; ++step) {
         typename I::I32 columns[I::COLS];
 #pragma GCC unroll 4
@@ -89,6 +84,16 @@ ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, in
             for (int c = 0; c < I::COLS; ++c) acc[r][c] = Dot::template dot<I>(acc[r][c], columns[c], group);
         }
     }
+}
+
+template <class I, class Dot, int R, class Left, class Right>
+ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::set1(0);
+    }
+    accumulate<I, Dot, R>(rows, stride, tile, steps, acc);
 }
 
 // Bit i: the row may attend to packed key base + i.
@@ -104,6 +109,11 @@ template <class I> ATTN_INLINE void mask(const Row& row, int64_t base, typename 
     const uint64_t bits = valid_bits<I>(row, base);
 #pragma GCC unroll 4
     for (int c = 0; c < I::COLS; ++c) acc[c] = I::where(bits >> (c * I::LANES), acc[c], LOW);
+}
+
+template <class I> ATTN_INLINE void raise(const typename I::I32 (&acc)[I::COLS], int32_t by, typename I::I32 (&to)[I::COLS]) {
+#pragma GCC unroll 4
+    for (int c = 0; c < I::COLS; ++c) to[c] = I::add(acc[c], I::set1(by));
 }
 
 template <class I> ATTN_INLINE typename I::I32 largest(const typename I::I32 (&acc)[I::COLS]) {
@@ -139,6 +149,20 @@ ATTN_INLINE Range range_of(const Row* rows, int64_t count) {
 template <class I, int R>
 ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
     product<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
+    if (range.has_whole(base, job.W)) return;
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
+}
+
+// The same, but sums begin at each row's start: no addition afterwards makes slack of them.
+template <class I, int R>
+ATTN_INLINE void slacks(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::set1(rows[r].start);
+    }
+    accumulate<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
     if (range.has_whole(base, job.W)) return;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);

@@ -18,10 +18,13 @@ ATTN_INLINE void sweep(const Job<I>& job, const Head<I>& unit, const typename I:
         scores<I, R>(job, unit, codes, rows, range, base, acc);
         if (base == first && !based) {
 #pragma GCC unroll 8
-            for (int r = 0; r < R; ++r) rows[r].base = I::highest(largest<I>(acc[r])) - rows[r].cut;
+            for (int r = 0; r < R; ++r) rows[r].start = rows[r].cut - I::highest(largest<I>(acc[r]));
         }
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) I::store_slack(rows[r].slack + base, I::narrow(acc[r], rows[r].base));
+        for (int r = 0; r < R; ++r) {
+            raise<I>(acc[r], rows[r].start, acc[r]);
+            I::store_slack(rows[r].slack + base, I::narrow(acc[r]));
+        }
     }
 }
 
@@ -34,7 +37,7 @@ __attribute__((noinline)) void find_bases(const Job<I>& job, const Head<I>& unit
         scores<I, R>(job, unit, codes, rows, range, base, acc);
         for (int r = 0; r < R; ++r) top[r] = I::max(top[r], largest<I>(acc[r]));
     }
-    for (int r = 0; r < R; ++r) rows[r].base = I::highest(top[r]) - rows[r].cut;
+    for (int r = 0; r < R; ++r) rows[r].start = rows[r].cut - I::highest(top[r]);
 }
 
 template <class I> ATTN_INLINE int32_t highest_slack(const Row& row, int64_t begin, int64_t end) {
@@ -61,7 +64,7 @@ ATTN_INLINE void survive_short(const Job<I>& job, Row* rows, int64_t count, cons
     for (int64_t r = 0; r < count; ++r) {
         Row& row = rows[r];
         ask_output(row, job.a.dim);
-        row.max = row.begin < row.end ? row.base + top[r] : LOW;
+        row.max = row.begin < row.end ? top[r] - row.start : LOW;
         const int64_t last = row.max == LOW ? begin : end;
         const int32_t floor = top[r] - row.cut;
         const uint16_t* slack = row.slack;
@@ -80,32 +83,35 @@ ATTN_INLINE void survive_short(const Job<I>& job, Row* rows, int64_t count, cons
 template <class I, int R, class With> __attribute__((noinline)) void rebase(Row* rows, With with_sums) {
     with_sums([&](const typename I::I32(&acc)[R][I::COLS]) {
         for (int r = 0; r < R; ++r) {
-            const int32_t top = I::highest(largest<I>(acc[r])) - rows[r].cut, drop = top - rows[r].base;
+            const int32_t drop = I::highest(largest<I>(acc[r])) - rows[r].cut;
             if (drop + rows[r].cut <= MAX_CUT) continue;
             rows[r].count = drop > MAX_CUT ? 0 : I::sift(rows[r].keys, rows[r].slack, rows[r].count, drop, rows[r].keys, rows[r].slack);
-            rows[r].base = top;
+            rows[r].start -= drop;
             rows[r].floor = 0;
             I::store_short(rows[r].top, I::set1_short(0));  // this tile holds the row's maximum, and is about to be taken
         }
     });
 }
 
-// One tile of keys meets R rows; `with_sums(f)` calls f with their scores. A row's base is its maximum over the first tile
-// (turn 0), less the cut. Slack is what a score has above the base; what has at least the floor is listed. The floor rises now
-// and then with the largest slack so far, on a fixed schedule, since a branch for each new maximum would be mispredicted; a
-// last sift makes the list exact.
+// One tile of keys meets R rows; `with_sums(f)` calls f with sums that begin at the rows' starts, 0 at first. A row's base is
+// its maximum over the first tile (turn 0), less the cut, and its start the negative of that, so that sums are slack: what
+// a score has above the base. What has at least the floor is listed. The floor rises now and then with the largest slack so
+// far, on a fixed schedule, since a branch for each new maximum would be mispredicted; a last sift makes the list exact.
 template <class I, int R, class With> ATTN_INLINE void take(Row* rows, int64_t turn, int64_t base, With with_sums) {
     typename I::Slack slack[R];
     for (;;) {
         typename I::Short peak = I::set1_short(0);
-        with_sums([&](const typename I::I32(&acc)[R][I::COLS]) __attribute__((always_inline)) {
+        with_sums([&](typename I::I32(&acc)[R][I::COLS]) __attribute__((always_inline)) {
             if (turn == 0) {
 #pragma GCC unroll 8
-                for (int r = 0; r < R; ++r) rows[r].base = I::highest(largest<I>(acc[r])) - rows[r].cut;
+                for (int r = 0; r < R; ++r) {
+                    rows[r].start = rows[r].cut - I::highest(largest<I>(acc[r]));
+                    raise<I>(acc[r], rows[r].start, acc[r]);
+                }
             }
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
-                slack[r] = I::narrow(acc[r], rows[r].base);
+                slack[r] = I::narrow(acc[r]);
                 const typename I::Short most_of = I::max_slack(slack[r]);
                 peak = I::max_short(peak, most_of);
                 I::store_short(rows[r].top, I::max_short(I::load_short_top(rows[r].top), most_of));
@@ -135,7 +141,7 @@ void stream(const Job<I>& job, const Head<I>& unit, const typename I::Query* cod
     if (!meets<I>(range, base)) return;
     take<I, R>(rows, (base - range.begin / job.W * job.W) / job.W, base, [&](auto use) __attribute__((always_inline)) {
         typename I::I32 acc[R][I::COLS];
-        scores<I, R>(job, unit, codes, rows, range, base, acc);
+        slacks<I, R>(job, unit, codes, rows, range, base, acc);
         use(acc);
     });
 }

@@ -70,7 +70,7 @@ struct Row {
     uint16_t *keys, *slack;  // survivors: index, and cut minus distance
     float rate;
     int32_t begin, end, cut, max, count, query_sum;
-    int32_t base;             // slack counts from here
+    int32_t start;            // a score and this make slack
     int32_t floor;            // slack below it cannot survive
     int64_t first;            // where its survivors begin
     int64_t place;            // (batch, head, row) as one index, for the trace

@@ -177,9 +177,7 @@ struct Avx2 : VectorProducts {
         const __m128i top = _mm_set1_epi16(0x7fff);
         return 0x7fff - _mm_extract_epi16(_mm_minpos_epu16(_mm_sub_epi16(top, a)), 0);
     }
-    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS], int32_t base) {
-        return _mm256_packs_epi32(sub(acc[0], set1(base)), sub(acc[1], set1(base)));
-    }
+    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS]) { return _mm256_packs_epi32(acc[0], acc[1]); }
     static ATTN_INLINE Short max_slack(Slack slack) { return slack; }
     static ATTN_INLINE void store_slack(uint16_t* where, Slack slack) { to(where, slack); }
     static ATTN_INLINE Slack load_slack(const uint16_t* from) { return at(from); }

@@ -182,9 +182,8 @@ struct Avx512Vnni : VectorProducts {
         const __m128i quarter = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
         return 0x7fff - _mm_extract_epi16(_mm_minpos_epu16(_mm_sub_epi16(_mm_set1_epi16(0x7fff), quarter)), 0);
     }
-    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS], int32_t base) {
-        const I32 from = set1(base);
-        return {_mm512_packs_epi32(sub(acc[0], from), sub(acc[1], from)), _mm512_packs_epi32(sub(acc[2], from), sub(acc[3], from))};
+    static ATTN_INLINE Slack narrow(const I32 (&acc)[COLS]) {
+        return {_mm512_packs_epi32(acc[0], acc[1]), _mm512_packs_epi32(acc[2], acc[3])};
     }
     static ATTN_INLINE Short max_slack(const Slack& slack) { return _mm512_max_epi16(slack.low, slack.high); }
     static ATTN_INLINE void store_slack(uint16_t* to, const Slack& slack) {

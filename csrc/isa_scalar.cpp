@@ -85,9 +85,9 @@ struct Scalar : VectorProducts {
     static Short max_short(Short a, Short b) { return most(a, b); }
     static bool any_above(Short a, int32_t limit) { return a > limit; }
     static int32_t highest_short(Short a) { return a; }
-    static Slack narrow(const I32 (&acc)[COLS], int32_t base) {
+    static Slack narrow(const I32 (&acc)[COLS]) {
         Slack slack;
-        for (int c = 0; c < COLS; ++c) slack.of[c] = static_cast<int16_t>(least(most(acc[c] - base, -32768), 32767));
+        for (int c = 0; c < COLS; ++c) slack.of[c] = static_cast<int16_t>(least(most(acc[c], -32768), 32767));
         return slack;
     }
     static Short max_slack(const Slack& slack) { return most(most(slack.of[0], slack.of[1]), most(slack.of[2], slack.of[3])); }
