@@ -39,10 +39,10 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
         model: after `bind` and `calibrate`, or loaded from a compressed checkpoint; put into evaluation mode.
         backend: "cpu" (the compiled kernel) or "reference"; "auto" takes the kernel where it is built and says once,
             as a warning, where it is not.
-        linear: "int8" also puts the encoder's linear layers and its word embedding into 8 bits, but for what
-            `calibrate_linear` left in float; their float32 weights are let go, so such a model cannot be undeployed. `save_pretrained` stores it
-            as it is; loaded again, it has int8 layers whatever is said here. Families other than BERT's keep float
-            layers, said once in a warning.
+        linear: "int8" also puts the encoder's linear layers into 8 bits and its word embedding into 16, but for what
+            `calibrate_linear` left in float. Their float32 weights are let go, so such a model cannot be undeployed.
+            `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. Families
+            other than BERT's keep float layers, said once in a warning.
         padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
             padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
 

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.calibration import Batch, outputs
-from attnpress.core.linear import ProductPlan, fake_quantize_linear, fake_quantize_rows
+from attnpress.core.linear import ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PackedProduct
 from attnpress.models.attention import INT8, PLAN
 from attnpress.models.encoder import (
     EMBEDDING,
     find_embedding,
     find_encoder,
+    place_half_embedding,
     place_int8,
-    place_int8_embedding,
     products,
 )
 from attnpress.models.linear import Int8Linear
@@ -42,9 +42,9 @@ def calibrate_linear(
 ) -> dict[str, ProductPlan]:
     """Find what has to stay in float under `deploy(model, linear="int8")`; `save_pretrained` stores what was found.
 
-    Each product of the encoder, and the word embedding, is put into 8 bits alone, which shows what it changes, and as
-    long as all of them together change the output by more than `tolerance`, the worst goes back to float. Padding is
-    never counted.
+    Each product of the encoder is put into 8 bits alone, and the word embedding into 16, which shows what it changes.
+    As long as all of them together change the output by more than `tolerance`, the worst goes back to float. Padding
+    is never counted.
 
     Args:
         model: after `calibrate`, not deployed with int8 layers. Unchanged but for its plan.
@@ -93,7 +93,7 @@ def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPla
     entire = dict(plan) or {name: ProductPlan() for name in _layers(model, encoder)}
     words = find_embedding(model, encoder)
     if words is not None and EMBEDDING in entire and entire[EMBEDDING].quantized:
-        place_int8_embedding(model, words).take(words)
+        place_half_embedding(model, words).take(words)
     for layer, replaced in place_int8(encoder, entire):
         layer.take(replaced)
         layer.use(PackedProduct)
@@ -157,16 +157,16 @@ def _layers(model: nn.Module, encoder: nn.Module) -> dict[str, list[nn.Module]]:
 
 @contextlib.contextmanager
 def _fake_quantized(layers: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside the `with` block, these layers give what 8 bits would."""
+    """Inside the `with` block, these layers give what they would in few bits."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(_in_8_bits).remove)
+            stack.callback(layer.register_forward_hook(_in_few_bits).remove)
         yield
 
 
-def _in_8_bits(layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+def _in_few_bits(layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
-        return fake_quantize_rows(output)
+        return output.half().float()
     return fake_quantize_linear(args[0], layer.weight, layer.bias)
 
 

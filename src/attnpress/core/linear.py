@@ -97,10 +97,5 @@ def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
         x: [..., K], not yet coded.
         weight: [N, K], not yet coded.
     """
-    return F.linear(decode(token_codes(x)).to(x.dtype), fake_quantize_rows(weight).to(x.dtype), bias)
-
-
-def fake_quantize_rows(weight: Tensor) -> Tensor:
-    """What the codes of a weight stand for, each row [K] of [..., K] with its own scale: the words of an embedding."""
-    codes, scale = weight_codes(weight.flatten(0, -2))
-    return (codes * scale.unsqueeze(1)).view_as(weight)
+    codes, scale = weight_codes(weight)
+    return F.linear(decode(token_codes(x)).to(x.dtype), (codes * scale.unsqueeze(1)).to(x.dtype), bias)

@@ -20,7 +20,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward  # no
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.forward import attention_forward
-from attnpress.models.linear import Int8Embedding, Int8Linear, Int8Output
+from attnpress.models.linear import HalfEmbedding, Int8Linear, Int8Output
 
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
 
@@ -33,7 +33,7 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 """The linear layers of an encoder layer, by the product that computes them: those with one input are one product."""
 
 EMBEDDING = "embedding"
-"""The word embedding, in plans; a lookup, but in 8 bits like the products."""
+"""The word embedding, in plans: not a product, but it goes to half precision with them."""
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
@@ -96,9 +96,9 @@ def place_int8(encoder: Any, plan: Mapping[str, ProductPlan]) -> Iterator[tuple[
         yield product, layers
 
 
-def place_int8_embedding(model: nn.Module, words: nn.Embedding) -> Int8Embedding:
-    """Put an empty int8 embedding in the place of the word embedding."""
-    embedding = Int8Embedding(words.num_embeddings, words.embedding_dim)
+def place_half_embedding(model: nn.Module, words: nn.Embedding) -> HalfEmbedding:
+    """Put an empty half-precision embedding in the place of the word embedding."""
+    embedding = HalfEmbedding(words.num_embeddings, words.embedding_dim)
     model.set_submodule(next(name for name, module in model.named_modules() if module is words), embedding)
     return embedding
 

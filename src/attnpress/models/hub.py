@@ -172,8 +172,8 @@ class AttnPressQuantizer(HfQuantizer):
             EMBEDDING,
             find_embedding,
             find_encoder,
+            place_half_embedding,
             place_int8,
-            place_int8_embedding,
             products,
         )
 
@@ -184,9 +184,9 @@ class AttnPressQuantizer(HfQuantizer):
             words = find_embedding(model, encoder)
             if words is None:
                 raise ModelError(
-                    f"{type(model).__name__} shares its word embedding, which this checkpoint has in 8 bits"
+                    f"{type(model).__name__} shares its word embedding, which this checkpoint has in halves"
                 )
-            place_int8_embedding(model, words)
+            place_half_embedding(model, words)
         for _ in place_int8(encoder, plan):
             pass
         setattr(model, INT8, True)

@@ -1,4 +1,4 @@
-"""The int8 layers of a deployed model: codes and scales as buffers, and the product that is in force."""
+"""The small layers of a deployed model: codes and scales as buffers, and the product that is in force."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ class Int8Linear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, activated={self.activated}"
 
 
-class Int8Embedding(nn.Module):
-    """Stands where a word embedding stood, for inference: codes, and a scale for each token.
+class HalfEmbedding(nn.Module):
+    """Stands where a word embedding stood, for inference: its float16 values, kept as int16 lest anybody cast them.
 
     Args:
         num_embeddings, embedding_dim: N, K.
@@ -99,18 +99,16 @@ class Int8Embedding(nn.Module):
     def __init__(self, num_embeddings: int, embedding_dim: int) -> None:
         super().__init__()
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
-        self.codes: Tensor
-        self.weight_scale: Tensor
-        self.register_buffer("codes", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.ones(num_embeddings))
+        self.halves: Tensor
+        self.register_buffer("halves", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int16))
 
     def take(self, embedding: nn.Embedding) -> None:
-        """Take over what this embedding holds, in 8 bits."""
-        self.codes, self.weight_scale = weight_codes(embedding.weight)
+        """Take over what this embedding holds, in half precision."""
+        self.halves = embedding.weight.detach().half().view(torch.int16)
 
     def forward(self, ids: Tensor) -> Tensor:
         """float32 [..., K] of tokens [...]."""
-        return self.codes[ids] * self.weight_scale[ids].unsqueeze(-1)
+        return self.halves[ids].view(torch.float16).float()
 
     def extra_repr(self) -> str:
         """For people."""
