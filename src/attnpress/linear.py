@@ -16,14 +16,7 @@ from attnpress.calibration import Batch, outputs
 from attnpress.core.linear import ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PackedProduct
 from attnpress.models.attention import INT8, PLAN
-from attnpress.models.encoder import (
-    EMBEDDING,
-    find_embedding,
-    find_encoder,
-    place_half_embedding,
-    place_int8,
-    products,
-)
+from attnpress.models.encoder import entries, find_encoder, place_int8
 from attnpress.models.linear import Int8Linear
 
 TOLERANCE = 0.25
@@ -90,13 +83,11 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
 
 def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPlan]) -> None:
     """Put int8 layers where the plan has them, all of them if it is empty; float32 weights of those are let go."""
-    entire = dict(plan) or {name: ProductPlan() for name in _layers(model, encoder)}
-    words = find_embedding(model, encoder)
-    if words is not None and EMBEDDING in entire and entire[EMBEDDING].quantized:
-        place_half_embedding(model, words).take(words)
-    for layer, replaced in place_int8(encoder, entire):
+    entire = dict(plan) or {name: ProductPlan() for name in entries(model, encoder)}
+    for layer, replaced in place_int8(model, encoder, entire):
         layer.take(replaced)
-        layer.use(PackedProduct)
+        if isinstance(layer, Int8Linear):
+            layer.use(PackedProduct)
     setattr(model, PLAN, entire)
     setattr(model, INT8, True)
 
@@ -132,7 +123,7 @@ def real_tokens(batch: Batch) -> Tensor | None:
 
 def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], tolerance: float) -> dict[str, ProductPlan]:
     """The plan with the error of each product alone, and without those that together would change too much."""
-    layers = _layers(model, encoder)
+    layers = entries(model, encoder)
     expected = _answer(model, batches)
 
     def error(chosen: Iterable[str]) -> float:
@@ -146,13 +137,6 @@ def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], toler
         worst = quantized.pop()
         judged[worst] = dataclasses.replace(judged[worst], quantized=False)
     return judged
-
-
-def _layers(model: nn.Module, encoder: nn.Module) -> dict[str, list[nn.Module]]:
-    """The layers of each entry of a plan."""
-    words = find_embedding(model, encoder)
-    layers: dict[str, list[nn.Module]] = {} if words is None else {EMBEDDING: [words]}
-    return layers | {name: list(found) for name, found in products(encoder)}
 
 
 @contextlib.contextmanager

@@ -72,13 +72,27 @@ def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
             yield f"{index}.{name}", [layer.get_submodule(place) for place in places]
 
 
-def place_int8(encoder: Any, plan: Mapping[str, ProductPlan]) -> Iterator[tuple[Int8Linear, list[nn.Linear]]]:
-    """Put empty int8 layers where the plan has them; each comes with the linear layers that it replaces.
+def entries(model: nn.Module, encoder: nn.Module) -> dict[str, list[Any]]:
+    """All that a plan has a word on, by its name: the word embedding, where it is nobody else's, and every product."""
+    words = find_embedding(model, encoder)
+    return ({} if words is None else {EMBEDDING: [words]}) | dict(products(encoder))
 
-    Where both products around a GELU are int8, the first applies it, and hands out codes.
+
+def place_int8(
+    model: nn.Module, encoder: Any, plan: Mapping[str, ProductPlan]
+) -> Iterator[tuple[Int8Linear | HalfEmbedding, list[Any]]]:
+    """Put empty int8 layers where the plan has them; each comes with the layers that it replaces.
+
+    Where both products around a GELU are int8, the first applies it, and hands out codes. Plans from before word
+    embeddings were in them leave that one in float.
     """
-    for name, layers in list(products(encoder)):
-        if not plan[name].quantized:
+    for name, layers in entries(model, encoder).items():
+        if name not in plan or not plan[name].quantized:
+            continue
+        if name == EMBEDDING:
+            embedding = HalfEmbedding(layers[0].num_embeddings, layers[0].embedding_dim)
+            model.set_submodule(next(path for path, module in model.named_modules() if module is layers[0]), embedding)
+            yield embedding, layers
             continue
         index, _, kind = name.partition(".")
         layer = encoder.layer[int(index)]
@@ -94,13 +108,6 @@ def place_int8(encoder: Any, plan: Mapping[str, ProductPlan]) -> Iterator[tuple[
         if activated:
             layer.intermediate.intermediate_act_fn = nn.Identity()
         yield product, layers
-
-
-def place_half_embedding(model: nn.Module, words: nn.Embedding) -> HalfEmbedding:
-    """Put an empty half-precision embedding in the place of the word embedding."""
-    embedding = HalfEmbedding(words.num_embeddings, words.embedding_dim)
-    model.set_submodule(next(name for name, module in model.named_modules() if module is words), embedding)
-    return embedding
 
 
 def _has_gelu(layer: Any) -> bool:

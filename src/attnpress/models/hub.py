@@ -168,26 +168,13 @@ class AttnPressQuantizer(HfQuantizer):
             self._place_int8(model)
 
     def _place_int8(self, model: Any) -> None:
-        from attnpress.models.encoder import (
-            EMBEDDING,
-            find_embedding,
-            find_encoder,
-            place_half_embedding,
-            place_int8,
-            products,
-        )
+        from attnpress.models.encoder import EMBEDDING, entries, find_encoder, place_int8
 
         encoder, plan = find_encoder(model), self.quantization_config.linear
-        if encoder is None or {name for name, _ in products(encoder)} != set(plan) - {EMBEDDING}:
+        known = set() if encoder is None else set(entries(model, encoder))
+        if encoder is None or not known - {EMBEDDING} <= set(plan) <= known:
             raise ModelError("quantization_config of attnpress is damaged: its int8 layers are not those of this model")
-        if EMBEDDING in plan and plan[EMBEDDING].quantized:
-            words = find_embedding(model, encoder)
-            if words is None:
-                raise ModelError(
-                    f"{type(model).__name__} shares its word embedding, which this checkpoint has in halves"
-                )
-            place_half_embedding(model, words)
-        for _ in place_int8(encoder, plan):
+        for _ in place_int8(model, encoder, plan):
             pass
         setattr(model, INT8, True)
 

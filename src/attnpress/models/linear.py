@@ -102,8 +102,9 @@ class HalfEmbedding(nn.Module):
         self.halves: Tensor
         self.register_buffer("halves", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int16))
 
-    def take(self, embedding: nn.Embedding) -> None:
-        """Take over what this embedding holds, in half precision."""
+    def take(self, embeddings: Sequence[nn.Embedding]) -> None:
+        """Take over what this one embedding holds, in half precision."""
+        (embedding,) = embeddings
         self.halves = embedding.weight.detach().half().view(torch.int16)
 
     def forward(self, ids: Tensor) -> Tensor:
