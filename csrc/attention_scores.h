@@ -86,13 +86,15 @@ ATTN_INLINE void accumulate(const Left* rows, int64_t stride, const Right* tile,
     }
 }
 
+template <class I> ATTN_INLINE void fill(typename I::I32 (&acc)[I::COLS], int32_t x) {
+#pragma GCC unroll 4
+    for (int c = 0; c < I::COLS; ++c) acc[c] = I::set1(x);
+}
+
 template <class I, class Dot, int R, class Left, class Right>
 ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::set1(0);
-    }
+    for (int r = 0; r < R; ++r) fill<I>(acc[r], 0);
     accumulate<I, Dot, R>(rows, stride, tile, steps, acc);
 }
 
@@ -147,25 +149,26 @@ ATTN_INLINE Range range_of(const Row* rows, int64_t count) {
 }
 
 template <class I, int R>
-ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
-    product<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
+ATTN_INLINE void add_scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
+    accumulate<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
     if (range.has_whole(base, job.W)) return;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
+}
+
+template <class I, int R>
+ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) fill<I>(acc[r], 0);
+    add_scores<I, R>(job, unit, codes, rows, range, base, acc);
 }
 
 // The same, but sums begin at each row's start: no addition afterwards makes slack of them.
 template <class I, int R>
 ATTN_INLINE void slacks(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-        for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::set1(rows[r].start);
-    }
-    accumulate<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
-    if (range.has_whole(base, job.W)) return;
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
+    for (int r = 0; r < R; ++r) fill<I>(acc[r], rows[r].start);
+    add_scores<I, R>(job, unit, codes, rows, range, base, acc);
 }
 
 }  // namespace
