@@ -219,6 +219,8 @@ def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: st
         stored = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118 - not a mapping
     assert stored["encoder.layer.0.attention.self.product.codes"] == "I8"
     assert "encoder.layer.0.attention.self.query.weight" not in stored
+    assert stored["embeddings.word_embeddings.halves"] == "I16"
+    assert "embeddings.word_embeddings.weight" not in stored
     assert stored["encoder.layer.1.output.dense.weight"] == "F32"
     loaded = AutoModel.from_pretrained(tmp_path / "one")
     readable = hidden(loaded)
