@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
@@ -30,10 +30,12 @@ class CellSpec:
     Attributes:
         seeds: one run for each.
         change: what differs from the recipe, as plain data of a recipe.
+        stage: the last to run; "one_shot" prunes without training.
     """
 
     seeds: Annotated[tuple[int, ...], Field(min_length=1)]
     change: dict[str, Any] = Field(default_factory=dict)
+    stage: Literal["progressive", "one_shot"] = "progressive"
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -42,7 +44,7 @@ class EvidenceSpec:
 
     Attributes:
         name: of the row; records are called NAME-CELL-seedN.json.
-        recipe: what all its cells share.
+        recipe: what all its cells share. With a `checkpoint`, that is the dense model of every seed.
         cells: by name; names that begin with "dense" are kept for the dense models.
     """
 
@@ -79,7 +81,7 @@ def plan(spec: EvidenceSpec, output: Path, records: Path) -> list[Item]:
     """All runs, in the order of the cells.
 
     Before the first cell of a seed comes its dense model, and before the first that is trained for another number of
-    epochs than the recipe says, a control of that many.
+    epochs than the recipe says, a control of that many. A table that trains no cell has no control.
 
     Raises:
         ConfigError: a cell's change is not valid; the message names the cell.
@@ -132,16 +134,19 @@ def _run(item: Item, notify: Callable[[str], None]) -> None:
 
 def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
     begun: set[tuple[int, str]] = set()
+    trained = any(found.stage == "progressive" for found in spec.cells.values())
     for cell, found in spec.cells.items():
         for seed in found.seeds:
-            checkpoint = output / f"{DENSE_CELL}-seed{seed}" / "dense"
+            checkpoint = spec.recipe.checkpoint or output / f"{DENSE_CELL}-seed{seed}" / "dense"
             change = {**found.change, "seed": seed, "dense_control": False, "checkpoint": str(checkpoint)}
             config = _changed(spec.recipe, change, cell)
             for name, control in _controls(spec.recipe, config):
                 if (seed, name) not in begun:
                     begun.add((seed, name))
-                    yield _item(spec, name, control, ("dense", "dense_control"), output, records)
-            yield _item(spec, cell, config, ("dense", "quantized", "one_shot", "progressive"), output, records)
+                    stages = ("dense", "dense_control") if trained else ("dense",)
+                    yield _item(spec, name, control, stages, output, records)
+            stages = ("dense", "quantized", "one_shot", "progressive") if found.stage == "progressive" else ("one_shot",)
+            yield _item(spec, cell, config, stages, output, records)
 
 
 def _controls(recipe: RunConfig, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -13,6 +13,7 @@ from attnpress.cli import main
 from attnpress.config import ConfigError, RunConfig
 from attnpress.evidence import CellSpec, EvidenceSpec, choose, missing, plan
 from attnpress.recipe import dump_config, load_spec, parse_spec
+from attnpress.report.evidence import ablation_markdown
 from attnpress.results import read_record
 
 ROOT = Path(__file__).parents[2]
@@ -70,6 +71,20 @@ def test_the_dense_model_of_a_cell_is_trained_first_and_shared(done: Path) -> No
     assert [stage.name for stage in cell.stages] == ["dense", "quantized", "one_shot", "progressive"]
     assert cell.provenance["weights"]["dense"] == dense.provenance["weights"]["dense"]
     assert dense.training["dense_control"][-1]["step"] == cell.training["progressive"][-1]["step"], "trained as long"
+
+
+def test_a_table_without_training_prunes_a_given_dense_model_at_once(from_dense: RunConfig, tmp_path: Path) -> None:
+    cells = {"half": CellSpec((0,), {"attention": {"sparsity": 0.5}}, "one_shot")}
+    (tmp_path / "table.yaml").write_text(dump_config(EvidenceSpec("tiny", from_dense, cells)), encoding="utf-8")
+    assert main(command(tmp_path)) == 0
+    dense, half = (read_record(tmp_path / "records" / f"tiny-{name}-seed0.json") for name in ("dense", "half"))
+    assert [stage.name for stage in dense.stages] == ["dense"], "a control would be trained, and nothing else is"
+    assert [stage.name for stage in half.stages] == ["one_shot"]
+    assert half.provenance["weights"]["dense"] == dense.provenance["weights"]["dense"]
+    assert not list((tmp_path / "runs").glob("*/dense")), "the given one is used where it lies"
+    rows = ablation_markdown({"dense": [dense], "half": [half]}).splitlines()
+    lost = half.stages[0].metrics[half.headline] - dense.stages[0].metrics[dense.headline]
+    assert rows[-1].split("|")[3].strip() == f"{lost:+.2f}"
 
 
 def test_what_has_a_record_is_not_run_again(done: Path, spec: EvidenceSpec, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,13 +67,13 @@ def evidence_markdown(task: str, cells: Cells) -> str:
 
 
 def ablation_markdown(cells: Cells) -> str:
-    """What each choice is worth: the last stage of each cell beside the dense model, by the names of the cells."""
+    """What each choice is worth: the last stage of each cell beside the last of the dense model, by the cells' names."""
     every = [record for records in cells.values() for record in records]
+    known = control_scores(every) or control_scores(every, "dense")
     header = ["choice", every[0].headline, "against dense", "sparsity", "keys a row", "seeds"]
     rows = []
     for cell, records in cells.items():
-        name = "dense_control" if cell == DENSE_CELL else "progressive"
-        row = _row(cell.replace("-", " "), name, records, control_scores(every), 128)
+        row = _row(cell.replace("-", " "), records[0].stages[-1].name, records, known, 128)
         rows.append([row[0], *row[2:5], row[6], row[-1]])
     return markdown_table(header, rows, header[:1])
 

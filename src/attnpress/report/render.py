@@ -227,10 +227,15 @@ Start = tuple[str, float]
 """Where and how long training went: the hash of the first dense weights, and epochs of compression."""
 
 
-def control_scores(records: Iterable[Record]) -> dict[Start, float]:
-    """Score of the dense model trained as long as the compressed one, by what both began from and for how long."""
-    found = [(record, record.stage("dense_control")) for record in records]
-    return {_start(record): stage.metrics[record.headline] for record, stage in found if stage}
+def control_scores(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, float]:
+    """Score of the dense model trained as long as the compressed one, by what both began from and for how long.
+
+    Args:
+        records: those without the stage are passed over.
+        stage: "dense" where nothing was trained, which compares with the dense model as it was.
+    """
+    found = [(record, record.stage(stage)) for record in records]
+    return {_start(record): known.metrics[record.headline] for record, known in found if known}
 
 
 def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
@@ -239,10 +244,12 @@ def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
     Raises:
         ValueError: the record has no dense stage.
     """
+    if (control := controls.get(_start(record))) is not None:
+        return control
     dense = record.stage("dense")
     if dense is None:
         raise ValueError("the record has no dense stage to compare with")
-    return controls.get(_start(record), dense.metrics[record.headline])
+    return dense.metrics[record.headline]
 
 
 def _start(record: Record) -> Start:
