@@ -21,6 +21,8 @@ from attnpress.recipe import parse_spec, spec_to_dict
 
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"
+CELL_STAGES = {"progressive": ("dense", "quantized", "one_shot", "progressive"), "one_shot": ("one_shot",)}
+"""What is run for a cell, by the last of it."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -145,8 +147,7 @@ def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
                     begun.add((seed, name))
                     stages = ("dense", "dense_control") if trained else ("dense",)
                     yield _item(spec, name, control, stages, output, records)
-            stages = ("dense", "quantized", "one_shot", "progressive") if found.stage == "progressive" else ("one_shot",)
-            yield _item(spec, cell, config, stages, output, records)
+            yield _item(spec, cell, config, CELL_STAGES[found.stage], output, records)
 
 
 def _controls(recipe: RunConfig, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:

@@ -67,7 +67,7 @@ def evidence_markdown(task: str, cells: Cells) -> str:
 
 
 def ablation_markdown(cells: Cells) -> str:
-    """What each choice is worth: the last stage of each cell beside the last of the dense model, by the cells' names."""
+    """What each choice is worth: the last stage of each cell beside the last of the dense model."""
     every = [record for records in cells.values() for record in records]
     known = control_scores(every) or control_scores(every, "dense")
     header = ["choice", every[0].headline, "against dense", "sparsity", "keys a row", "seeds"]
