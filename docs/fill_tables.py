@@ -14,7 +14,15 @@ from attnpress.board_record import BoardRecord, read_board
 from attnpress.evidence import EvidenceSpec, missing, plan
 from attnpress.recipe import load_spec
 from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
-from attnpress.report.evidence import Cells, ablation_markdown, caption, evidence_markdown, losses, read_cells
+from attnpress.report.evidence import (
+    Cells,
+    ablation_markdown,
+    caption,
+    errors_markdown,
+    evidence_markdown,
+    losses,
+    read_cells,
+)
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, stages_markdown
@@ -38,7 +46,7 @@ MINILM_WIDTH = 384
 def tables() -> dict[str, str]:
     """Markdown by the name in the markers."""
     tasks = read_cells(ROOT / "records" / "evidence")
-    choices = read_cells(ROOT / "records" / "ablations").get("schedules")
+    choices = read_cells(ROOT / "records" / "ablations")
     demo = demo_record()
     rows = json.loads((ROOT / "docs" / "families.json").read_text(encoding="utf-8"))
     return {
@@ -48,7 +56,11 @@ def tables() -> dict[str, str]:
             "mrpc", {cell: records for cell, records in tasks["mrpc"].items() if cell in README_CELLS}
         ),
         "missing": missing_in_words(),
-        "schedules": ablation_markdown(choices) if choices else "No record yet.",
+        "errors": errors_markdown(tasks, BITS),
+        **{
+            name: ablation_markdown(choices[name]) if name in choices else "No record yet."
+            for name in ("schedules", "squad")
+        },
         **{f"evidence_{task}": evidence(tasks.get(task), task) for task in ("mrpc", "sst2", "cola", "rte", "squad")},
         "families": families_markdown(rows),
         **speeds(),

@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from attnpress.report.evidence import ablation_markdown, caption, evidence_markdown, losses, padded_to, read_cells
-from attnpress.results import Record, StageRecord, to_json
+from attnpress.report.evidence import (
+    ablation_markdown,
+    caption,
+    errors_markdown,
+    evidence_markdown,
+    losses,
+    padded_to,
+    read_cells,
+)
+from attnpress.results import HeadRecord, LayerRecord, Record, StageRecord, to_json
 
 WORK = {f"{kind}_{side}": 10 if side == "remaining" else 100 for kind in ("bit_operations", "bytes") for side in ("dense", "remaining")}  # fmt: skip # noqa: E501
 BITS = dict.fromkeys("qkvp", 8)
@@ -74,6 +82,26 @@ def test_the_figure_has_a_point_for_each_cell(cells: dict[str, list[Record]]) ->
     assert [(line.label, line.x, line.y) for line in lines] == [
         ("mrpc", [0.95], [-0.5]), ("mrpc", [2.0], [-0.5]), ("mrpc", [0.9], [3.0]), ("mrpc", [5.0], [3.0]),
     ]  # fmt: skip
+
+
+def test_errors_of_layers_are_means_over_heads_and_seeds() -> None:
+    def layer(*errors: float) -> LayerRecord:
+        heads = [HeadRecord(0.9, 0.9, 0.0, 2.0, 0.1, {"output": error}) for error in errors]
+        return LayerRecord("attention", 0.9, 0.9, 0.9, 0.0, 2.0, {}, heads)
+
+    def pruned(keys: float, *layers: LayerRecord) -> StageRecord:
+        return dataclasses.replace(stage("one_shot", 80.0, 0.9, keys), layers=list(layers))
+
+    two = [record(seed, pruned(2.0, layer(0.2, error), layer(1.0, 1.0))) for seed, error in enumerate([0.4, 0.6])]
+    other = [record(0, pruned(1.5, layer(0.7), layer(0.8)))]
+    old = [record(0, pruned(1.0, LayerRecord("attention", 0.9, 0.9, 0.9, 0.0, 2.0, {}, [HeadRecord(0, 0, 0, 2, 0)])))]
+    lines = errors_markdown(
+        {"rte": {"8888-0.90": two, "4444-0.90": other}, "mrpc": {"8888-0.95": other, "8888-0.90": old}}, "8888"
+    ).splitlines()
+    assert lines[0] == "| task | asked | keys a row | of | layer 0 | layer 1 |"
+    assert lines[2:] == [
+        "| mrpc | 0.95 | 1.5 | 15 | 0.70 | 0.80 |", "| rte | 0.90 | 2.0 | 20 | 0.35 | 1.00 |"
+    ], "fewest keys first; other bits, and records made before errors were, are left out"  # fmt: skip
 
 
 def test_survivors_stay_when_padding_grows() -> None:
