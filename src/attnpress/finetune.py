@@ -66,7 +66,7 @@ class SparsityDriver:
         targets = target if isinstance(target, Mapping) else dict.fromkeys(modules, target)
         self.modules = list(modules.values())
         self.targets = [targets[name] for name in modules]
-        self.schedule, self.total = schedule, total
+        self.schedule, self.total, self.achieved = schedule, total, 0.0
 
     def begin(self, step: int) -> float:
         """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean asked."""
@@ -81,14 +81,15 @@ class SparsityDriver:
         """Add the pairs that all ranks have seen in this step to the running histogram.
 
         Returns:
-            The fraction of those pairs that the thresholds of this step pruned, achieved of what was asked.
+            The fraction of those pairs that this step's thresholds pruned; the last known where no row was watched.
         """
         counts = []
         for module in self.modules:
             module.rows = None
             counts.append(module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks))
         pruned, pairs = torch.stack(counts).sum(0).tolist()
-        return float(pruned / max(pairs, 1.0))
+        self.achieved = float(pruned / pairs) if pairs else self.achieved
+        return self.achieved
 
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""

@@ -113,6 +113,19 @@ def test_freezing_asks_for_the_target_whatever_was_asked_last(dense: PreTrainedM
     assert {module.spec.sparsity for module in attentions(model).values()} == {TARGET}
 
 
+def test_a_step_whose_texts_are_too_short_to_be_watched_says_what_the_last_one_achieved(
+    dense: PreTrainedModel, data: TaskData
+) -> None:
+    model = bound(dense, data)
+    driver = SparsityDriver(model.train(), ScheduleSpec("constant"), TARGET, total=8)
+    achieved = []
+    for step in (0, 7):  # row 7 of the second step's texts would be watched, and they have four
+        driver.begin(step)
+        model(**{name: rows[:, :4] if rows.ndim == 2 else rows for name, rows in make_batches(data, 1)[0].items()})
+        achieved.append(driver.end())
+    assert 0 < achieved[0] == achieved[1]
+
+
 def test_fixed_thresholds_stay_as_calibration_has_fitted_them(dense: PreTrainedModel, data: TaskData) -> None:
     model = bind(dense, AttentionSpec(rule="threshold", sparsity=TARGET))
     calibrate(model, make_batches(data, 4))
