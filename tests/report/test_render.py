@@ -19,7 +19,7 @@ PROGRESSIVE = StageRecord("progressive", {"f1": 84.5, "accuracy": 79.0}, 0.9514,
 
 
 def make_record(seed: int = 0, *stages: StageRecord) -> Record:
-    recipe = {"data": {"task": "mrpc"}, "model": "tiny"}
+    recipe = {"data": {"task": "mrpc"}, "model": "tiny", "compress": {"epochs": 3.0}}
     provenance = {"rows": {"eval": 408}, "seed": seed, "weights": {"dense": f"hash {seed}"}}
     return Record(recipe, "f1", 81.22, provenance, list(stages) or [DENSE, PROGRESSIVE])
 
