@@ -137,6 +137,7 @@ def _run(item: Item, notify: Callable[[str], None]) -> None:
 def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
     begun: set[tuple[int, str]] = set()
     trained = any(found.stage == "progressive" for found in spec.cells.values())
+    dense_stages = ("dense", "dense_control") if trained else ("dense",)
     for cell, found in spec.cells.items():
         for seed in found.seeds:
             checkpoint = spec.recipe.checkpoint or output / f"{DENSE_CELL}-seed{seed}" / "dense"
@@ -145,8 +146,7 @@ def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
             for name, control in _controls(spec.recipe, config):
                 if (seed, name) not in begun:
                     begun.add((seed, name))
-                    stages = ("dense", "dense_control") if trained else ("dense",)
-                    yield _item(spec, name, control, stages, output, records)
+                    yield _item(spec, name, control, dense_stages, output, records)
             yield _item(spec, cell, config, CELL_STAGES[found.stage], output, records)
 
 

@@ -108,7 +108,7 @@ class SparsityCallback(TrainerCallback):
 
     def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target) -> None:
         self.driver = SparsityDriver(model, schedule, target, total=1)
-        self.asked = self.achieved = 0.0
+        self.asked = 0.0
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Ask for the sparsity of this step."""
@@ -117,7 +117,7 @@ class SparsityCallback(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Collect what the step has seen, before any checkpoint is written."""
-        self.achieved = self.driver.end()
+        self.driver.end()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Leave the model at its target, also when training was resumed from its very last checkpoint."""
@@ -127,7 +127,7 @@ class SparsityCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Put the sparsity asked and achieved in the last step beside the loss."""
-        add_to_log(state, logs, {"sparsity_asked": self.asked, "sparsity_achieved": self.achieved})
+        add_to_log(state, logs, {"sparsity_asked": self.asked, "sparsity_achieved": self.driver.achieved})
 
 
 class CheckpointCallback(TrainerCallback):

@@ -16,12 +16,12 @@ from attnpress.results import Record, read_record
 ROOT = Path(__file__).parents[2]
 RECORDS = sorted(path for path in (ROOT / "records").rglob("*.json") if path.parent.name != "leaderboard")
 ASKED = {
-    item.record.stem: item.stages
+    item.record: item.stages
     for kind in ("evidence", "ablations")
     for file in sorted((ROOT / "recipes" / kind).glob("*.yaml"))
     for item in plan_evidence(load_spec(EvidenceSpec, file), ROOT / "runs", ROOT / "records" / kind)
 }
-"""Stages of each run that a recipe plans, by the name of its record."""
+"""Stages of each run that a recipe plans, by the place of its record."""
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_a_table_changed_by_hand_is_made_anew() -> None:
 def test_committed_records_are_whole(path: Path) -> None:
     record: Record = read_record(path)
     trained = "dense_control" if "-dense-" in path.stem else "progressive"
-    assert set(ASKED.get(path.stem, ("dense", trained))) <= {stage.name for stage in record.stages}
+    assert set(ASKED.get(path, ("dense", trained))) <= {stage.name for stage in record.stages}
     assert record.provenance["weights"].keys() >= {"base", "dense"}
     for stage in record.stages:
         assert 0 <= stage.pruned <= stage.sparsity <= stage.padded_sparsity <= 1

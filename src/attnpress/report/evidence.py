@@ -78,25 +78,23 @@ def ablation_markdown(cells: Cells) -> str:
     return markdown_table(header, rows, header[:1])
 
 
-def errors_markdown(tasks: Mapping[str, Cells], bits: str, stage: str = "one_shot") -> str:
-    """How far the attention outputs of each layer move, beside the keys that are left, fewest first.
+def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
+    """How far pruning at once moves the attention outputs of each layer, beside the keys that are left, fewest first.
 
     Args:
-        tasks: cells by task.
+        tasks: cells by task; records of no such stage, or without errors, are left out.
         bits: of the cells that are shown, as their names begin.
-        stage: that of a record; records without it, or without errors, are left out.
 
     Returns:
         A table: of each layer, the mean over heads and records of the relative root-mean-square error of its output.
     """
     rows: list[tuple[float, list[str]]] = []
-    depth = 0
     for task, cells in tasks.items():
         for cell, records in cells.items():
             found = [
                 known
                 for record in records
-                if (known := record.stage(stage)) and known.layers and known.layers[0].heads[0].errors
+                if (known := record.stage("one_shot")) and known.layers and known.layers[0].heads[0].errors
             ]
             if not found or not cell.startswith(f"{bits}-"):
                 continue
@@ -104,16 +102,14 @@ def errors_markdown(tasks: Mapping[str, Cells], bits: str, stage: str = "one_sho
                 statistics.mean(head.errors["output"] for layer in layers for head in layer.heads)
                 for layers in zip(*(known.layers for known in found), strict=True)
             ]
-            keys, valid = (statistics.mean(numbers) for numbers in zip(*map(_keys, found), strict=True))
-            depth = max(depth, len(errors))
+            keys = statistics.mean(known.keys_per_row for known in found)
+            valid = statistics.mean(known.keys_per_row / (1 - known.sparsity) for known in found)
             asked = cell.removeprefix(f"{bits}-")
             rows.append((keys, [task, asked, f"{keys:.1f}", f"{valid:.0f}", *(f"{error:.2f}" for error in errors)]))
-    header = ["task", "asked", "keys a row", "of", *(f"layer {layer}" for layer in range(depth))]
+    names = ["task", "asked", "keys a row", "of"]
+    depth = max((len(row) for _, row in rows), default=len(names)) - len(names)
+    header = [*names, *(f"layer {layer}" for layer in range(depth))]
     return markdown_table(header, [row for _, row in sorted(rows)], header[:1])
-
-
-def _keys(stage: StageRecord) -> tuple[float, float]:
-    return stage.keys_per_row, stage.keys_per_row / (1 - stage.sparsity)
 
 
 def caption(cells: Cells, hidden: int) -> str:
