@@ -2,7 +2,7 @@
 
 Codes are small integers, so float32 products of them are exact and any hardware trains on the very integers that a
 kernel computes. What is kept for the backward pass is one byte a pair (the P code), not the float matrices of eager
-attention; batches are worked through in slices that fit the cache.
+attention; batches are worked through in slices that fit a processor's cache.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ SATURATION = 2.0**56
 """Where Q and K in floating point stop, so that their products stay finite."""
 
 SLICE = 2**18
-"""Pairs worked on at a time: about a megabyte of float32."""
+"""Pairs that a processor works on at a time: about a megabyte of float32, which stays in its cache."""
+
+ACCELERATOR_SLICE = 2**26
+"""And an accelerator, where each pass costs a launch and only memory sets a limit: 256 MiB of float32."""
 
 
 def fake_quantize_attention(
@@ -127,7 +130,7 @@ class _Attend(torch.autograd.Function):
         divisor = torch.empty(batch, heads, rows, 1, device=q.device)
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
         bias = None if valid is None else additive_mask(valid)
-        for part in batch_slices(codes.shape):
+        for part in batch_slices(codes.shape, q.device):
             masks = batch_part(valid, part), batch_part(bias, part)
             weights, divisor[part], _ = code_pairs(q[part], k[part], *masks, batch_part(alpha, part), cutoff, spec)
             codes[part] = weights
@@ -143,7 +146,7 @@ class _Attend(torch.autograd.Function):
         q, k, v, alpha, v_scale, codes, kept, divisor, output = ctx.saved_tensors
         grad = grads[0].float()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for part in batch_slices(codes.shape):
+        for part in batch_slices(codes.shape, q.device):
             scaled = grad[part] * v_scale
             weights = codes[part].float() / divisor[part]
             inner = scaled @ v[part].mT
@@ -226,10 +229,11 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def batch_slices(shape: Sequence[int]) -> list[slice]:
-    """Slices of the batch of about `SLICE` pairs each, of `shape` [B, H, Sq, Sk]: passes then stay in the cache."""
+def batch_slices(shape: Sequence[int], device: torch.device) -> list[slice]:
+    """Slices of the batch, of `shape` [B, H, Sq, Sk], with about as many pairs each as suit the device."""
     batch, heads, rows, keys = shape
-    step = max(1, SLICE // max(1, heads * rows * keys))
+    pairs = SLICE if device.type == "cpu" else ACCELERATOR_SLICE
+    step = max(1, pairs // max(1, heads * rows * keys))
     return [slice(start, start + step) for start in range(0, batch, step)]
 
 

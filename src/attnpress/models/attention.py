@@ -221,7 +221,7 @@ class CompressedAttention(nn.Module):
         k, bias = repeat_heads(k, self.heads), None if valid is None else additive_mask(valid)
         shape = (*query.shape[:3], key.shape[2])
         counted, counts = _counted(shape, valid, real, query.device), PairCounts.none_yet(self.heads)
-        for part in batch_slices(shape):
+        for part in batch_slices(shape, query.device):
             masks = batch_part(valid, part), batch_part(bias, part)
             step = batch_part(alpha, part)
             codes, _, beyond = code_pairs(q[part], k[part], *masks, step, self.active_cutoff(), self.spec)
@@ -252,7 +252,7 @@ class CompressedAttention(nn.Module):
         shown = query[:, :, rows]
         q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
         k = repeat_heads(k, self.heads)
-        for part in batch_slices((*shown.shape[:3], key.shape[2])):
+        for part in batch_slices((*shown.shape[:3], key.shape[2]), query.device):
             acc = q[part] @ k[part].mT
             allowed = _rows(batch_part(valid, part), rows)
             pairs = prune_and_code(acc, allowed, batch_part(alpha, part), None, self.spec)
