@@ -21,6 +21,12 @@ def test_attention_loss_is_relative_and_blind_to_padding() -> None:
     assert attention_loss(wild, teacher, tokens) == 0
 
 
+def test_attention_loss_is_finite_where_the_teacher_gives_only_zeros() -> None:
+    silent, tokens = torch.zeros(1, 2, 1, 3), torch.ones(1, 2)
+    assert attention_loss([silent], [silent], tokens) == 0
+    assert attention_loss([silent + 1], [silent], tokens) == 6
+
+
 def test_logits_loss_is_a_divergence_of_softened_predictions() -> None:
     tokens = torch.ones(2, 3)
     student = SimpleNamespace(logits=torch.tensor([[1.0, 2.0], [0.0, 0.0]]))

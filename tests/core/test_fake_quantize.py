@@ -14,7 +14,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsMode, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import Scales, dense_attention
-from attnpress.core.fake_quantize import EXACT, SLICE, batch_part, batch_slices, dropout_mask
+from attnpress.core.fake_quantize import ACCELERATOR_SLICE, EXACT, SLICE, batch_part, batch_slices, dropout_mask
 from tests.core.factories import MASKS, RULES, SEEDS, Call, calls, make_call, make_spec, normal
 
 FLOAT32 = torch.finfo(torch.float32)
@@ -132,7 +132,7 @@ def test_inputs_are_left_alone(call: Call) -> None:
 def test_batches_larger_than_a_slice_are_worked_through_whole(rule: RuleName, mask: str) -> None:
     call = make_call(make_spec(8, rule, 0.7), batch=9, heads=2, rows=130, keys=140, dim=4, mask=mask)
     call = differentiable(call)
-    assert len(batch_slices((9, 2, 130, 140))) > 1
+    assert len(batch_slices((9, 2, 130, 140), torch.device("cpu"))) > 1
     output = call.fake()
     assert torch.equal(output, call.integer().output)
     upstream = normal(7, *output.shape)
@@ -147,12 +147,13 @@ def test_batches_larger_than_a_slice_are_worked_through_whole(rule: RuleName, ma
             torch.testing.assert_close(found[b], part[b])
 
 
-@given(st.integers(0, 40), st.integers(1, 8), st.integers(1, 300), st.integers(1, 300))
-def test_slices_cover_the_batch_once_and_stay_small(batch: int, heads: int, rows: int, keys: int) -> None:
-    slices = batch_slices((batch, heads, rows, keys))
+@given(st.sampled_from(["cpu", "cuda"]), st.integers(0, 40), st.integers(1, 8), st.integers(1, 300), st.integers(1, 300))
+def test_slices_cover_the_batch_once_and_stay_small(kind: str, batch: int, heads: int, rows: int, keys: int) -> None:
+    limit = SLICE if kind == "cpu" else ACCELERATOR_SLICE
+    slices = batch_slices((batch, heads, rows, keys), torch.device(kind))
     assert [i for part in slices for i in range(batch)[part]] == list(range(batch))
     sizes = [len(range(batch)[part]) for part in slices]
-    assert all(size == 1 or size * heads * rows * keys <= SLICE for size in sizes)
+    assert all(size == 1 or size * heads * rows * keys <= limit for size in sizes)
 
 
 # Gradients.

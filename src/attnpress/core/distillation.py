@@ -15,12 +15,17 @@ from attnpress.config import ConfigError, DistillationSpec
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
     """Mean squared error of attention outputs over real tokens, relative to the teacher's power, averaged over layers.
 
+    A layer whose attention gives nothing but zeros in the teacher counts by its error alone.
+
     Args:
         student, teacher: per layer [B, S, H, D].
         tokens: 1 for real tokens, [B, S].
     """
     weight = tokens.view(*tokens.shape, 1, 1).to(teacher[0].dtype)
-    errors = [((s - t) ** 2 * weight).sum() / (t**2 * weight).sum() for s, t in zip(student, teacher, strict=True)]
+    errors = []
+    for s, t in zip(student, teacher, strict=True):
+        power = (t**2 * weight).sum()
+        errors.append(((s - t) ** 2 * weight).sum() / torch.where(power > 0, power, 1.0))
     return torch.stack(errors).mean()
 
 

@@ -37,8 +37,8 @@ SATURATION = 2.0**56
 SLICE = 2**18
 """Pairs that a processor works on at a time: about a megabyte of float32, which stays in its cache."""
 
-ACCELERATOR_SLICE = 2**26
-"""And an accelerator, where each pass costs a launch and only memory sets a limit: 256 MiB of float32."""
+ACCELERATOR_SLICE = 2**24
+"""And an accelerator, where each pass costs a launch: 64 MiB of float32."""
 
 
 def fake_quantize_attention(
