@@ -113,7 +113,8 @@ def _add_many_runs(subparsers: Commands) -> None:
     search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
     table = _command(
         subparsers, "evidence", commands.evidence,
-        "run the cells of a table that have no record yet; the same command goes on after a kill",
+        "run the cells of a table that have no record yet; the same command goes on after a kill, and helps where it "
+        "is started again while it runs",
     )  # fmt: skip
     table.add_argument("table", type=Path, metavar="TABLE.yaml")
     _set_argument(table)

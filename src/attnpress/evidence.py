@@ -7,7 +7,7 @@ many steps as a cell is compressed, is run once for each number of epochs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from attnpress.compression import compress
 from attnpress.config import ConfigError, RunConfig, merged
 from attnpress.files import write_text
 from attnpress.recipe import parse_spec, spec_to_dict
+from attnpress.teacher import alone, check_one_process, is_held
 
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"
@@ -111,6 +112,8 @@ def missing(items: Sequence[Item]) -> list[Item]:
 def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[[str], None] = print) -> None:
     """Run what has no record, and the dense models that it needs; a run that was interrupted goes on.
 
+    Any number of processes may do so at once: each takes what no other is at work on, and waits where nothing is left.
+
     Args:
         items: of `plan`.
         chosen: those of them to run.
@@ -119,19 +122,34 @@ def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[
     Raises:
         ConfigError, TaskError, ModelError, DivergedError: as `compress` does; runs before it stay recorded.
     """
+    check_one_process()
     dense = {item.seed: item for item in items if item.cell == DENSE_CELL}
     left = missing(chosen)
-    for number, item in enumerate(left, start=1):
-        notify(f"run {number} of {len(left)}: {item.record.stem}")
-        if item.config.checkpoint is not None and not item.config.checkpoint.is_dir():
-            _run(dense[item.seed], notify)
-        _run(item, notify)
+    total = len(left)
+    while left:
+        item = next((one for one in left if not _is_taken(one, dense)), left[0])
+        left.remove(item)
+        notify(f"run {total - len(left)} of {total}: {item.record.stem}")
+        if _lacks_dense(item):
+            _run(dense[item.seed], notify, lambda item=item: _lacks_dense(item))
+        _run(item, notify, lambda item=item: not item.record.is_file())
+        left = missing(left)
 
 
-def _run(item: Item, notify: Callable[[str], None]) -> None:
-    compress(item.config, item.folder, notify, stages=item.stages)
-    record = item.folder / "record.json"
-    write_text(item.record, record.read_text(encoding="utf-8"))
+def _lacks_dense(item: Item) -> bool:
+    return item.config.checkpoint is not None and not item.config.checkpoint.is_dir()
+
+
+def _is_taken(item: Item, dense: Mapping[int, Item]) -> bool:
+    """Whether another process is at work on it, or on the dense model that it needs."""
+    return is_held(item.folder) or (_lacks_dense(item) and is_held(dense[item.seed].folder))
+
+
+def _run(item: Item, notify: Callable[[str], None], is_needed: Callable[[], bool]) -> None:
+    with alone(item.folder, lambda: notify(f"waiting for the process that is at work on {item.name}")):
+        if is_needed():  # another process may have made it meanwhile
+            compress(item.config, item.folder, notify, stages=item.stages)
+            write_text(item.record, (item.folder / "record.json").read_text(encoding="utf-8"))
 
 
 def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:

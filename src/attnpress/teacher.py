@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +12,7 @@ from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
 from attnpress.compression import compress
-from attnpress.config import RunConfig
+from attnpress.config import ConfigError, RunConfig
 from attnpress.results import Record
 
 Notify = Callable[[str], None]
@@ -49,11 +50,20 @@ def train_student(
         return compress(config, folder, lambda _: None, stages=(stage,), callbacks=callbacks)
 
 
+def check_one_process() -> None:
+    """Refuse torchrun where several processes take a run each.
+
+    Raises:
+        ConfigError: this process is one of many.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("a run is trained by one process: instead of torchrun, start the command several times")
+
+
 @contextmanager
 def alone(folder: Path, tell: Callable[[], None]) -> Iterator[None]:
     """One process at a time works for a run folder; a process that dies lets go."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(folder.with_name(f".{folder.name}.lock"))
+    held = _lock(folder)
     try:
         held.acquire(timeout=0)
     except Timeout:
@@ -63,3 +73,17 @@ def alone(folder: Path, tell: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         held.release()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process works for a run folder, inside `alone`."""
+    try:
+        with _lock(folder).acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
+def _lock(folder: Path) -> FileLock:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(f".{folder.name}.lock"))

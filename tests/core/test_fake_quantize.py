@@ -127,6 +127,31 @@ def test_inputs_are_left_alone(call: Call) -> None:
         assert torch.equal(getattr(call, name).nan_to_num(), tensor.nan_to_num())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_gpu_gives_the_integers_of_the_reference(rule: RuleName, mode: ProbsMode, bits: int, precision: str) -> None:
+    spec = make_spec(bits, rule, 0.7, p=ProbsSpec(bits=bits, mode=mode), smooth_key=bits == 4)
+    call = make_call(spec, batch=4, heads=12, rows=200, keys=200, dim=32, mask="padding")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)  # TF32, too, holds every code exactly
+    try:
+        found = on("cuda", call).fake().cpu()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found, call.integer().output)
+
+
+def on(device: str, call: Call) -> Call:
+    """The call with its tensors on a device."""
+    scales = Scales(*(None if one is None else one.to(device) for one in (call.scales.q, call.scales.k, call.scales.v)))
+    names = ("query", "key", "value", "valid", "cutoff")
+    moved = {name: None if (one := getattr(call, name)) is None else one.to(device) for name in names}
+    return call.with_(scales=scales, **moved)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("mask", MASKS)
 def test_batches_larger_than_a_slice_are_worked_through_whole(rule: RuleName, mask: str) -> None:
@@ -147,7 +172,9 @@ def test_batches_larger_than_a_slice_are_worked_through_whole(rule: RuleName, ma
             torch.testing.assert_close(found[b], part[b])
 
 
-@given(st.sampled_from(["cpu", "cuda"]), st.integers(0, 40), st.integers(1, 8), st.integers(1, 300), st.integers(1, 300))
+@given(
+    st.sampled_from(["cpu", "cuda"]), st.integers(0, 40), st.integers(1, 8), st.integers(1, 300), st.integers(1, 300)
+)
 def test_slices_cover_the_batch_once_and_stay_small(kind: str, batch: int, heads: int, rows: int, keys: int) -> None:
     limit = SLICE if kind == "cpu" else ACCELERATOR_SLICE
     slices = batch_slices((batch, heads, rows, keys), torch.device(kind))

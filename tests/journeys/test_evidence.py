@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,11 @@ import pytest
 
 from attnpress.cli import main
 from attnpress.config import ConfigError, RunConfig
-from attnpress.evidence import CellSpec, EvidenceSpec, choose, missing, plan
+from attnpress.evidence import CellSpec, EvidenceSpec, choose, missing, plan, run_missing
 from attnpress.recipe import dump_config, load_spec, parse_spec
 from attnpress.report.evidence import ablation_markdown
 from attnpress.results import read_record
+from attnpress.teacher import alone
 
 ROOT = Path(__file__).parents[2]
 
@@ -105,6 +107,52 @@ def test_a_lost_record_is_taken_from_the_finished_run(done: Path, tmp_path: Path
     # The cell names its dense model by the folder it began in, so the copy stands for that folder.
     assert main([*command(done)[:-1], str(tmp_path / "records"), "--only", "8888-0.50"]) == 0
     assert read_record(record) == read_record(done / "records" / record.name)
+
+
+def test_processes_share_the_runs_of_a_table(
+    spec: EvidenceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = plan(spec, tmp_path / "runs", tmp_path / "records")
+    dense, eight, four = items
+    for item in items:
+        item.folder.mkdir(parents=True)
+    made, told, waits = [], [], threading.Event()
+
+    def compress(config: RunConfig, folder: Path, notify: Any, *, stages: Any) -> None:
+        made.append(folder.name)
+        (folder / "record.json").write_text("mine", encoding="utf-8")
+        (folder / "dense").mkdir()
+
+    def tell(line: str) -> None:
+        told.append(line)
+        if line.startswith("waiting"):
+            waits.set()
+
+    monkeypatch.setattr("attnpress.evidence.compress", compress)
+    here = threading.Thread(target=run_missing, args=(items, items, tell))
+    with alone(eight.folder, lambda: None):  # as another process would
+        here.start()
+        assert waits.wait(60)
+        assert made == [dense.name, four.name], "what is taken is passed over"
+        eight.record.write_text("theirs", encoding="utf-8")
+    here.join(60)
+    assert told[-1] == "waiting for the process that is at work on 8888-0.50-seed0"
+    assert (made, eight.record.read_text("utf-8")) == ([dense.name, four.name], "theirs")
+
+
+def test_a_cell_is_passed_over_while_another_process_trains_its_dense_model(
+    spec: EvidenceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    two = dataclasses.replace(spec, cells={"8888-0.50": CellSpec((0, 1), {"attention": {"sparsity": 0.5}})})
+    items = plan(two, tmp_path / "runs", tmp_path / "records")
+    first = []
+    monkeypatch.setattr("attnpress.evidence.compress", lambda config, *_, **__: first.append(config) or 1 / 0)
+    with alone(items[0].folder, lambda: None), pytest.raises(ZeroDivisionError):
+        run_missing(items, choose(items, ["8888-0.50"]))
+    assert [config.seed for config in first] == [1]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="instead of torchrun, start the command several times"):
+        run_missing(items, items)
 
 
 def test_unknown_cells_and_bad_changes_are_named(spec: EvidenceSpec, tmp_path: Path) -> None:

@@ -383,3 +383,24 @@ def test_a_threshold_that_prunes_nothing_stays_a_number() -> None:
     state = calibrated(AttentionSpec(threshold_penalty=2.0), make_inputs())
     state.fit()
     assert bool(state.trained_cutoff.isfinite().all())
+
+
+# Devices.
+
+
+@pytest.mark.parametrize(("rule", "penalty"), [*((rule, None) for rule in RULES), ("relative", 20.0)])
+def test_no_tensor_is_made_on_another_device(
+    rule: RuleName, penalty: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without data stand for those of an accelerator: they mix with none of the processor's."""
+    monkeypatch.setattr(torch, "bincount", lambda x, minlength: x.new_zeros(minlength))  # its size depends on data
+    state = make_state(AttentionSpec(rule=rule, sparsity=0.5, smooth_key=True, threshold_penalty=penalty))
+    state.to("meta").train()
+    query, key, value, valid, real = (one.to("meta") for one in make_inputs())
+    leaves = [one.requires_grad_() for one in (query, key, value)]
+    state.rows, state.counts = slice(0, None, 2), PairCounts.none_yet(HEADS)
+    output = state(*leaves, valid, real, scaling=DIM**-0.5, dropout=0.1)
+    output.sum().backward()
+    state.rows = None
+    found = [output, state.take_seen(0.9), *state.counts.tensors(), *(leaf.grad for leaf in leaves)]
+    assert {one.device.type for one in found} == {"meta"}

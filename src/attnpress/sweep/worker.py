@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import os
 import shutil
 import time
 import warnings
@@ -24,14 +23,13 @@ from attnpress.sweep.study import (
     ERROR,
     SPARSITY,
     WATCHED,
-    SweepError,
     WatchCallback,
     check_teacher,
     open_study,
 )
 from attnpress.sweep_record import SweepRecord
 from attnpress.tasks import check_data
-from attnpress.teacher import Notify, train_student, train_teacher
+from attnpress.teacher import Notify, check_one_process, train_student, train_teacher
 
 if TYPE_CHECKING:
     import optuna
@@ -51,8 +49,7 @@ def sweep(spec: SweepSpec, output: Path, notify: Notify = print) -> SweepRecord:
     Raises:
         SweepError, ConfigError, TaskError, ModelError: found before any training starts.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise SweepError("a trial is trained by one process: instead of torchrun, start the command several times")
+    check_one_process()
     check_data(spec.recipe.data)
     check_trackers(spec.recipe.report_to)
     base = resolve_model(str(spec.recipe.checkpoint or spec.recipe.model))
