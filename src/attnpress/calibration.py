@@ -85,6 +85,7 @@ def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
 def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
     fitted = [module for module in modules if not module.spec.is_dense]
     for _ in range(1 + REFITS if fitted else 0):
+        before = [_in_force(module) for module in fitted]
         with watching(fitted, slice(None)):
             for _ in outputs(model, batches):
                 pass
@@ -93,6 +94,13 @@ def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttenti
             if pairs == 0:  # whatever the rule: one that fits nothing would go on with scales of nothing
                 raise ValueError("the batches hold no valid pair of tokens, only padding: calibrate on real batches")
             module.fit()
+        if all(torch.equal(old, _in_force(module)) for old, module in zip(before, fitted, strict=True)):
+            break  # the model is what it was, so that it would show the same pairs again
+
+
+def _in_force(module: CompressedAttention) -> Tensor:
+    cutoff = module.active_cutoff()
+    return module.cutoff.new_empty(0) if cutoff is None else cutoff.clone()
 
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:

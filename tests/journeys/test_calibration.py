@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from attnpress.calibration import Batch, calibrate, fit_thresholds, outputs, watching
+from attnpress.calibration import REFITS, Batch, calibrate, fit_thresholds, outputs, watching
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.core.pruner import pruned_pairs
@@ -58,6 +58,21 @@ def measured(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> 
     """Fraction of valid pairs that the rule removes."""
     counts = seen_pairs(model, batches)
     return float(sum(one.pruned.sum() for one in counts) / sum(one.pairs.sum() for one in counts))
+
+
+@pytest.mark.parametrize(
+    ("rule", "sparsity", "passes"), [("relative", 0.0, 1), ("relative", 0.5, 1 + REFITS), ("topk", 0.5, 1)]
+)
+def test_batches_are_shown_again_only_where_thresholds_moved(rule: RuleName, sparsity: float, passes: int) -> None:
+    model, batches, seen = bind(make_model(), AttentionSpec(rule=rule, sparsity=sparsity)), make_batches(), 0
+
+    def count(*_: Any) -> None:
+        nonlocal seen
+        seen += 1
+
+    model.register_forward_hook(count)
+    calibrate(model, batches)
+    assert seen == len(batches) * (1 + passes), "scales take one pass more"
 
 
 @pytest.mark.parametrize("observer", ["absmax", "ema", "percentile", "mse"])
