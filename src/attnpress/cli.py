@@ -124,7 +124,8 @@ def _add_many_runs(subparsers: Commands) -> None:
     table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and stop")
     board = _command(
         subparsers, "leaderboard", commands.leaderboard,
-        "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing",
+        "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing "
+        "and helps where it is started again while it runs",
     )  # fmt: skip
     board.add_argument("board", type=Path, metavar="BOARD.yaml")
     board.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the board")

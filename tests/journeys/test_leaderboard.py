@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -12,9 +14,10 @@ from attnpress.cli import main
 from attnpress.compression import compress
 from attnpress.config import ConfigError, RunConfig, TrainSpec
 from attnpress.leaderboard import BoardSpec, EntrySpec, run_board
-from attnpress.leaderboard.spec import plan
+from attnpress.leaderboard.spec import Cell, plan, teacher_folder
 from attnpress.recipe import dump_config, load_spec
 from attnpress.results import read_record
+from attnpress.teacher import alone
 
 SHORT = TrainSpec(epochs=1, learning_rate=1e-3, batch_size=16, checkpoints=1)
 RULES = {
@@ -104,6 +107,25 @@ def test_a_finished_run_is_not_run_again_and_the_command_ends_the_rest(
     rules = [name for name in trained if name != "short-seed0"]
     assert rules == [f"short-{rule}-{0.5 if rule == 'two-of-four' else 0.7}-seed0" for rule in list(RULES)[1:]]
     assert all(cell.measured is not None for cell in read_board(folder).cells)
+
+
+def test_what_another_process_is_at_work_on_comes_last(
+    board: BoardSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, *rest = plan(board)
+    begun: list[str] = []
+
+    def run_cell(_: BoardSpec, cell: Cell, *__: Any) -> Any:
+        begun.append(cell.name)
+        return SimpleNamespace(metrics={"f1": 0.0}, sparsity=0.0)
+
+    monkeypatch.setattr("attnpress.leaderboard.run.run_cell", run_cell)
+    with alone(tmp_path / "runs" / first.name, lambda: None):
+        run_board(board, tmp_path)
+    assert begun == [*(cell.name for cell in rest), first.name]
+    with alone(teacher_folder(tmp_path, first.task, first.seed), lambda: None):
+        run_board(board, tmp_path)
+    assert begun[len(rest) + 1] == next(cell.name for cell in rest if cell.task != first.task), "nor its dense model"
 
 
 def test_a_changed_board_is_refused_rather_than_mixed(board: BoardSpec, folder: Path, record: BoardRecord) -> None:

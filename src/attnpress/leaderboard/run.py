@@ -13,11 +13,11 @@ from attnpress.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, te
 from attnpress.recipe import spec_to_dict
 from attnpress.results import Record, RecordError, StageRecord, read_record, to_json
 from attnpress.tasks import check_data
-from attnpress.teacher import Notify, train_student, train_teacher
+from attnpress.teacher import Notify, check_one_process, is_held, train_student, train_teacher
 
 
 def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRecord:
-    """Run what is missing of a leaderboard.
+    """Run what is missing of a leaderboard; any number of processes may do so at once.
 
     Args:
         board: what to compare.
@@ -30,17 +30,25 @@ def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRe
     Raises:
         ConfigError, TaskError, ModelError: found before any training starts, or a folder of another recipe is met.
     """
+    check_one_process()
     cells = plan(board)
     for task in board.tasks:
         check_data(teacher_recipe(board, task, board.seeds[0]).data)
     publish(board, cells, output)
-    for number, cell in enumerate(cells, start=1):
-        if _measured(board, cell, output) is None:
-            notify(f"run {number} of {len(cells)}: {cell.name}")
-            stage = run_cell(board, cell, output, notify)
-            notify(f"{cell.name}: {next(iter(stage.metrics.values())):.2f} at sparsity {stage.sparsity:.3f}")
-            publish(board, cells, output)
+    left = list(cells)
+    while left := [cell for cell in left if _measured(board, cell, output) is None]:
+        cell = next((one for one in left if not _is_taken(one, output)), left[0])
+        left.remove(cell)
+        notify(f"run {cells.index(cell) + 1} of {len(cells)}: {cell.name}")
+        stage = run_cell(board, cell, output, notify)
+        notify(f"{cell.name}: {next(iter(stage.metrics.values())):.2f} at sparsity {stage.sparsity:.3f}")
+        publish(board, cells, output)
     return publish(board, cells, output)
+
+
+def _is_taken(cell: Cell, output: Path) -> bool:
+    """Whether another process is at work on it, or on its dense model."""
+    return is_held(output / "runs" / cell.name) or is_held(teacher_folder(output, cell.task, cell.seed))
 
 
 def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> StageRecord:
