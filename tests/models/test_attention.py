@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from attnpress.config import DENSE, AttentionSpec, Granularity, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import dense_attention, integer_attention
+from attnpress.core.attention import dense_attention, integer_attention, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
-from attnpress.core.pruner import BINS, COUNTED
+from attnpress.core.fake_quantize import scores_operands
+from attnpress.core.pruner import BINS, COUNTED, pair_bins, pair_histogram
 from attnpress.models.attention import CompressedAttention
 
 RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
@@ -383,6 +384,19 @@ def test_a_threshold_that_prunes_nothing_stays_a_number() -> None:
     state = calibrated(AttentionSpec(threshold_penalty=2.0), make_inputs())
     state.fit()
     assert bool(state.trained_cutoff.isfinite().all())
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rows", [slice(None), slice(1, None, 3)])
+def test_the_histogram_holds_the_pairs_of_the_reference_before_pruning(rule: RuleName, rows: slice) -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(rule=rule, sparsity=0.5), inputs)
+    watch(state, inputs, rows)
+    query, key, _, valid, real = inputs
+    q, k, alpha = scores_operands(query, key, valid, state.scales(), state.spec, DIM**-0.5)
+    pairs = prune_and_code(q @ repeat_heads(k, HEADS).mT, valid, alpha, None, state.spec)
+    bins = pair_bins(state.spec, pairs.exponent, pairs.probability, pairs.distance)
+    assert torch.equal(state.seen, pair_histogram(bins[:, :, rows], (pairs.valid & real)[:, :, rows]))
 
 
 # Devices.

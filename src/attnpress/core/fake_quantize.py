@@ -23,7 +23,7 @@ from attnpress.core.attention import (
     score_step,
 )
 from attnpress.core.exponential import code_table, exponent, exponent_rate
-from attnpress.core.pruner import relative_cut
+from attnpress.core.pruner import BIN_WIDTH, pair_bins, relative_cut
 from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
 
 EXACT = 2**24
@@ -188,12 +188,7 @@ def code_pairs(
         return pairs.codes, pairs.divisor, (~pairs.keep).float()
     # The default rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
     # that is not valid is at infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
-    if bias is not None:
-        acc.add_(bias)
-    row_max = acc.amax(-1, keepdim=True)
-    row_max.masked_fill_(row_max == -torch.inf, 0.0)
-    distance = torch.sub(row_max, acc, out=acc)
-    beyond = None
+    distance, beyond = _distance(acc, bias), None
     if cutoff is not None:
         cut = relative_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
         beyond = (distance - cut).clamp_(min=0)
@@ -201,6 +196,30 @@ def code_pairs(
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
     wide = torch.float64 if codes.shape[-1] * spec.p.qmax >= EXACT else torch.float32
     return codes, codes.sum(-1, keepdim=True, dtype=wide).float().clamp_(min=1), beyond
+
+
+def unpruned_bins(
+    q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, spec: AttentionSpec
+) -> Tensor:
+    """Histogram bins of the pairs, as `pruner.pair_bins` gives them, while nothing is pruned; see `code_pairs`.
+
+    Returns:
+        Integers [B, Hq, Sq, Sk]; any where a pair is not valid.
+    """
+    acc = q @ k.mT
+    if spec.rule in ("threshold", "mass"):
+        pairs = prune_and_code(acc, valid, alpha, None, spec)
+        return pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance)
+    return exponent(_distance(acc, bias), exponent_rate(alpha)) // BIN_WIDTH
+
+
+def _distance(acc: Tensor, bias: Tensor | None) -> Tensor:
+    """Scores below their row maximum, in place; infinite where `bias` forbids a pair."""
+    if bias is not None:
+        acc.add_(bias)
+    row_max = acc.amax(-1, keepdim=True)
+    row_max.masked_fill_(row_max == -torch.inf, 0.0)
+    return torch.sub(row_max, acc, out=acc)
 
 
 def additive_mask(valid: Tensor) -> Tensor:

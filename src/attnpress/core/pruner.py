@@ -172,14 +172,14 @@ def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
     """Counts of valid pairs per head and bin.
 
     Args:
-        bins: from `pair_bins`, [B, H, Sq, Sk].
-        valid: bool, same shape.
+        bins: from `pair_bins`, integers [B, H, Sq, Sk].
+        valid: bool, broadcastable.
 
     Returns:
         float64 [H, BINS], whole numbers, so that sums over batches and ranks are exact.
     """
     heads = bins.shape[1]
-    offset = torch.arange(heads, device=bins.device).view(1, heads, 1, 1) * (BINS + 1)
+    offset = torch.arange(heads, dtype=bins.dtype, device=bins.device).view(1, heads, 1, 1) * (BINS + 1)
     # What does not count goes to a bin of its own, which is cheaper than to pick out what does.
     placed = torch.where(valid, bins, BINS) + offset
     return torch.bincount(placed.flatten(), minlength=heads * (BINS + 1)).view(heads, BINS + 1)[:, :BINS].double()

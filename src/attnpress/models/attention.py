@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
-from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, repeat_heads
+from attnpress.core.attention import Scales, key_validity, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.fake_quantize import (
     additive_mask,
@@ -19,6 +19,7 @@ from attnpress.core.fake_quantize import (
     code_pairs,
     fake_quantize_attention,
     scores_operands,
+    unpruned_bins,
 )
 from attnpress.core.observer import Observer, Reduce, alone
 from attnpress.core.probe import AttentionCall
@@ -28,7 +29,6 @@ from attnpress.core.pruner import (
     NATS_PER_BIN,
     fit_cutoff,
     fixed_cutoff,
-    pair_bins,
     pair_histogram,
     pruned_pairs,
 )
@@ -200,9 +200,7 @@ class CompressedAttention(nn.Module):
         watched = not _recomputing()
         with torch.no_grad():
             if self.rows is not None and watched:
-                for pairs, counted in self._pairs(query, key, valid, real, scaling, self.rows):
-                    bins = pair_bins(self.spec, pairs.exponent, pairs.probability, pairs.distance)
-                    self.seen += pair_histogram(bins, counted)
+                self._watch(query, key, valid, real, scaling, self.rows)
             if self.counts is not None and watched:
                 self.counts += self._count(query, key, valid, real, scaling)
         cutoff, scales = self.active_cutoff(), self.scales()
@@ -244,19 +242,19 @@ class CompressedAttention(nn.Module):
             for name, spec in self.quantized().items()
         }
 
-    def _pairs(
-        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float,
-        rows: slice,
-    ) -> Iterator[tuple[Pairs, Tensor]]:  # fmt: skip
-        """Unpruned pairs of the chosen rows, a slice of the batch at a time, each with its mask of valid pairs."""
+    def _watch(
+        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float, rows: slice
+    ) -> None:
+        """Add the valid pairs of the chosen rows, unpruned, to `seen`."""
         shown = query[:, :, rows]
         q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
-        k = repeat_heads(k, self.heads)
-        for part in batch_slices((*shown.shape[:3], key.shape[2]), query.device):
-            acc = q[part] @ k[part].mT
-            allowed = _rows(batch_part(valid, part), rows)
-            pairs = prune_and_code(acc, allowed, batch_part(alpha, part), None, self.spec)
-            yield pairs, pairs.valid if real is None else pairs.valid & _rows(batch_part(real, part), rows)
+        k, valid, real = repeat_heads(k, self.heads), _rows(valid, rows), _rows(real, rows)
+        bias, shape = None if valid is None else additive_mask(valid), (*shown.shape[:3], key.shape[2])
+        counted = _counted(shape, valid, real, query.device)
+        for part in batch_slices(shape, query.device):
+            masks = batch_part(valid, part), batch_part(bias, part)
+            bins = unpruned_bins(q[part], k[part], *masks, batch_part(alpha, part), self.spec)
+            self.seen += pair_histogram(bins, counted[part])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedAttention:
         # model.half() must not round scales, thresholds and counts: only their device may change.
