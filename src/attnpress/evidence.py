@@ -7,6 +7,7 @@ many steps as a cell is compressed, is run once for each number of epochs.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -106,7 +107,7 @@ def choose(items: Sequence[Item], names: Collection[str] | None) -> list[Item]:
 
 def missing(items: Sequence[Item]) -> list[Item]:
     """Those without a record."""
-    return [item for item in items if not item.record.is_file()]
+    return [item for item in items if _lacks_record(item)]
 
 
 def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[[str], None] = print) -> None:
@@ -131,9 +132,13 @@ def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[
         left.remove(item)
         notify(f"run {total - len(left)} of {total}: {item.record.stem}")
         if _lacks_dense(item):
-            _run(dense[item.seed], notify, lambda item=item: _lacks_dense(item))
-        _run(item, notify, lambda item=item: not item.record.is_file())
+            _run(dense[item.seed], notify, functools.partial(_lacks_dense, item))
+        _run(item, notify, functools.partial(_lacks_record, item))
         left = missing(left)
+
+
+def _lacks_record(item: Item) -> bool:
+    return not item.record.is_file()
 
 
 def _lacks_dense(item: Item) -> bool:

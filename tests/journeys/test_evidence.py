@@ -145,9 +145,14 @@ def test_a_cell_is_passed_over_while_another_process_trains_its_dense_model(
 ) -> None:
     two = dataclasses.replace(spec, cells={"8888-0.50": CellSpec((0, 1), {"attention": {"sparsity": 0.5}})})
     items = plan(two, tmp_path / "runs", tmp_path / "records")
-    first = []
-    monkeypatch.setattr("attnpress.evidence.compress", lambda config, *_, **__: first.append(config) or 1 / 0)
-    with alone(items[0].folder, lambda: None), pytest.raises(ZeroDivisionError):
+    first: list[RunConfig] = []
+
+    def stop(config: RunConfig, *_: Any, **__: Any) -> None:
+        first.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("attnpress.evidence.compress", stop)
+    with alone(items[0].folder, lambda: None), pytest.raises(KeyboardInterrupt):
         run_missing(items, choose(items, ["8888-0.50"]))
     assert [config.seed for config in first] == [1]
     monkeypatch.setenv("WORLD_SIZE", "2")
