@@ -4,7 +4,8 @@
 
 MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Three kinds of step are timed in turn in
 one process: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with the dense teacher.
-Peak memory is taken in a fresh process each, as growth of the resident set over the loaded model.
+Peak memory is growth over the loaded model: of the resident set, in a fresh process each; on a GPU, where the steps run
+if there is one, of what PyTorch allocated there.
 """
 
 from __future__ import annotations
@@ -78,27 +79,43 @@ def time_steps(rounds: int, batch: dict[str, Any]) -> dict[str, list[float]]:
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for number in range(rounds + 2):
         for kind, step in steps.items():
+            synchronize()
             begin = time.perf_counter()
             step()
+            synchronize()
             if number >= 2:
                 seconds[kind].append(time.perf_counter() - begin)
         print(f"round {number + 1}/{rounds + 2}", file=sys.stderr)
     return seconds
 
 
-def peak_growth(kind: str, size: int, length: int) -> int:
-    """Bytes by which the peak resident set of a fresh process grows over three steps."""
-    command = [sys.executable, __file__, "--memory-of", kind, "--batch", str(size), "--length", str(length)]
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak_growth(kind: str, options: argparse.Namespace) -> int:
+    """Bytes by which the memory of a fresh process grows over three steps."""
+    command = [sys.executable, __file__, "--memory-of", kind, "--batch", str(options.batch)]
+    command += ["--length", str(options.length), "--precision", options.precision]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def peak() -> int:
+    """Bytes at most in use so far: allocated on the GPU, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def grow(kind: str, batch: dict[str, Any]) -> int:
     """Body of the fresh process."""
     step = make_step(kind, batch)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     for _ in range(3):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+    return peak() - before
 
 
 def summary(seconds: dict[str, list[float]], memory: dict[str, int], size: int, length: int) -> dict[str, Any]:
@@ -112,6 +129,8 @@ def summary(seconds: dict[str, list[float]], memory: dict[str, int], size: int, 
         "batch": size,
         "length": length,
         "threads": torch.get_num_threads(),
+        "precision": torch.get_float32_matmul_precision(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
@@ -138,15 +157,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest", help="of products")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     quiet()
+    torch.set_float32_matmul_precision(options.precision)
     batch = make_batch(options.batch, options.length)
     if options.memory_of:
         print(grow(options.memory_of, batch))
         return
-    memory = {kind: peak_growth(kind, options.batch, options.length) for kind in KINDS}
+    memory = {kind: peak_growth(kind, options) for kind in KINDS}
     result = summary(time_steps(options.rounds, batch), memory, options.batch, options.length)
     text = json.dumps(result, indent=1)
     print(text)
