@@ -120,7 +120,9 @@ def _add_many_runs(subparsers: Commands) -> None:
     _set_argument(table)
     table.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="run folders, made if needed")
     table.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="records of finished cells")
-    table.add_argument("--only", nargs="+", metavar="CELL", help="these cells only, by the names that --list prints")
+    table.add_argument(
+        "--only", nargs="+", action="extend", metavar="CELL", help="these cells only, by the names that --list prints"
+    )
     table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and stop")
     board = _command(
         subparsers, "leaderboard", commands.leaderboard,
@@ -139,12 +141,16 @@ def _add_looks(subparsers: Commands) -> None:
         "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html",
         help="default: report.html; its figures go to FILE-figures beside it",
     )  # fmt: skip
-    report.add_argument("--bench", type=Path, nargs="+", default=[], metavar="FILE", help="timings of `bench --json`")
+    report.add_argument(
+        "--bench", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="timings of `bench --json`"
+    )
     look = _command(
         subparsers, "inspect", commands.inspect, "look at each head of a model, and suggest a spec to begin with"
     )
     look.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
-    look.add_argument("--text", nargs="+", required=True, help="texts such as the model will see; several are better")
+    look.add_argument(
+        "--text", nargs="+", action="extend", required=True, help="texts such as the model will see; several are better"
+    )
     look.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     listing = _command(subparsers, "ls", commands.ls, "list what recipes can name, and the backends of this machine")
     listing.add_argument("what", choices=["tasks", "rules", "schedules", "observers", "backends"])
@@ -198,12 +204,14 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq-len", type=int, nargs="+", metavar="N", help="tokens a row (default: 128 512 2048)")
+    parser.add_argument(
+        "--seq-len", type=int, nargs="+", action="extend", metavar="N", help="tokens a row (default: 128 512 2048)"
+    )
     parser.add_argument("--sparsity", type=float, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
     parser.add_argument("--batch", type=int, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
     parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
-        "--peers", nargs="+", metavar="PEER",
+        "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
         "onnxruntime-int8, openvino-int8; "
         "ATTNPRESS_CPU_TARGET=avx2 in the environment holds all sides to AVX2",
@@ -215,17 +223,24 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--sparsity, which are the run's own",
     )  # fmt: skip
     inputs.add_argument(
-        "--whole-model", nargs="+", metavar="MODEL", help="whole models instead: minilm, bert-base, modernbert-base"
+        "--whole-model",
+        nargs="+",
+        action="extend",
+        metavar="MODEL",
+        help="whole models instead: minilm, bert-base, modernbert-base",
     )
     _linear_argument(parser)
     parser.add_argument(
         "--ragged",
         nargs="+",
+        action="extend",
         default=[],
         metavar="TASK",
         help="whole models: also batches with the lengths of mrpc, sst2",
     )
-    parser.add_argument("--layer", type=int, nargs="+", metavar="N", help="with --from: these layers only, from 0")
+    parser.add_argument(
+        "--layer", type=int, nargs="+", action="extend", metavar="N", help="with --from: these layers only, from 0"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
 
 

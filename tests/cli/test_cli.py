@@ -15,7 +15,7 @@ from typing import Any, get_args
 import pytest
 
 from attnpress.benchmark.turns import Side
-from attnpress.cli import main
+from attnpress.cli import build_parser, main
 from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName
 from attnpress.kernels import ops
 from attnpress.models.loading import PINNED_WEIGHTS
@@ -68,6 +68,19 @@ def test_help_waits_for_no_heavy_library() -> None:
     fresh = subprocess.run([sys.executable, "-c", HELP], capture_output=True, text=True)
     assert "examples:" in fresh.stdout
     assert fresh.stderr.strip() == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "name", "expected"),
+    [
+        ("evidence t.yaml --output o --records r --only a b --only c", "only", ["a", "b", "c"]),
+        ("inspect m --text a --text b", "text", ["a", "b"]),
+        ("bench --seq-len 128 --seq-len 512", "seq_len", [128, 512]),
+        ("bench --peers sdpa --peers eager", "peers", ["sdpa", "eager"]),
+    ],
+)
+def test_an_option_of_several_values_adds_up_when_repeated(words: str, name: str, expected: list[Any]) -> None:
+    assert getattr(build_parser().parse_args(words.split()), name) == expected
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from attnpress.report.evidence import (
     caption,
     errors_markdown,
     evidence_markdown,
+    goals_markdown,
     losses,
     padded_to,
     read_cells,
@@ -104,6 +105,23 @@ def test_errors_of_layers_are_means_over_heads_and_seeds() -> None:
     ], "fewest keys first; other bits, and records made before errors were, are left out"  # fmt: skip
 
 
+def test_goals_are_judged_by_both_dense_models(cells: dict[str, list[Record]]) -> None:
+    wanted = [
+        ("mrpc", "8888-0.95", 0.5),
+        ("mrpc", "8888-0.95", 0.4),
+        ("mrpc", "4444-0.90", 0.7),
+        ("mrpc", "4444-0.99", 0.7),
+    ]
+    cells["dense-6epochs"] = [record(seed, stage("dense_control", 86.0, 0, 50), epochs=6.0) for seed in (0, 1)]
+    lines = goals_markdown({"mrpc": cells}, wanted).splitlines()
+    assert lines[2:] == [
+        "| mrpc | 8/8/8/8, 0.95 | 2.0 | 0.5 | -0.50 ± 2.12: met | -1.50: not met |",
+        "| mrpc | 8/8/8/8, 0.95 | 2.0 | 0.4 | -0.50 ± 2.12: not met | -1.50: not met |",
+        "| mrpc | 4/4/4/4, 0.90 | 5.0 | 0.7 | 3.00: met | -3.00: not met |",
+        "| mrpc | 4/4/4/4, 0.99 |  | 0.7 | not run | not run |",
+    ]  # fmt: skip
+
+
 def test_survivors_stay_when_padding_grows() -> None:
     # Two sequences of 64, 4 % of 64 x 64 pairs left: of 128 x 128 it is a quarter of that.
     assert padded_to(stage("progressive", 1), 128) == pytest.approx(0.99)
@@ -117,6 +135,10 @@ def test_the_caption_says_what_attention_weighs(cells: dict[str, list[Record]]) 
     assert "81.22" in said
     one = {"dense": [dataclasses.replace(cells["dense"][0], majority=None)]}
     assert "commonest" not in caption(one, 100)
+    assert "Run on" not in said
+    first = cells["dense"][0]
+    on_gpu = dataclasses.replace(first, provenance={**first.provenance, "machine": {"accelerator": "NVIDIA H100"}})
+    assert caption({"dense": [on_gpu]}, 100).endswith("Run on one NVIDIA H100.")
 
 
 def test_records_are_found_by_their_names(cells: dict[str, list[Record]], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Cells = Mapping[str, Sequence[Record]]
 DENSE_CELL = "dense"
 DETAILED = "0.95"
 """Cells of this sparsity also show what quantizing and pruning do without training."""
-PADDED = {"squad": 384}
+PADDED = {"squad": 384, "squadpart": 384}
 """Customary padded length, where it is not 128."""
 COLUMNS = (
     "bits, asked", "stage", "{metric}", "against dense", "sparsity", "padded to {length}", "keys a row",
@@ -112,8 +112,62 @@ def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
     return markdown_table(header, [row for _, row in sorted(rows)], header[:1])
 
 
+def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, float]]) -> str:
+    """What was aimed at and what was reached.
+
+    Args:
+        tasks: cells by task.
+        goals: task, cell, and the points that it may lose.
+
+    Returns:
+        A table. Losses are against the dense model trained as long, seed by seed (mean and standard deviation), and
+        against the best mean that any dense model of the task has, before or after training on.
+    """
+    header = [
+        "task",
+        "bits, asked",
+        "keys a row",
+        "may lose",
+        "against dense, trained as long",
+        "against the best dense",
+    ]
+    rows = []
+    for task, cell, allowed in goals:
+        bits, _, asked = cell.partition("-")
+        named = [task, f"{'/'.join(bits)}, {asked}"]
+        found = [(one, stage) for one in tasks[task].get(cell, ()) if (stage := one.stage("progressive"))]
+        if not found:
+            rows.append([*named, "", f"{allowed:.1f}", "not run", "not run"])
+            continue
+        every = [record for records in tasks[task].values() for record in records]
+        lost = [_lost(record, stage, control_scores(every)) for record, stage in found]
+        below_best = statistics.mean(stage.metrics[record.headline] for record, stage in found) - _best_dense(
+            tasks[task]
+        )
+        keys = statistics.mean(stage.keys_per_row for _, stage in found)
+        rows.append([
+            *named, f"{keys:.1f}", f"{allowed:.1f}",
+            f"{mean_and_spread(lost)}: {_verdict(statistics.mean(lost), allowed)}",
+            f"{below_best:.2f}: {_verdict(below_best, allowed)}",
+        ])  # fmt: skip
+    return markdown_table(header, rows, ("task", "bits, asked"))
+
+
+def _verdict(change: float, allowed: float) -> str:
+    return "met" if change >= -allowed else "not met"
+
+
+def _best_dense(cells: Cells) -> float:
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for cell, records in cells.items():
+        for record in records if cell.startswith(DENSE_CELL) else ():
+            for stage in record.stages:
+                scores[cell, stage.name].append(stage.metrics[record.headline])
+    return max(statistics.mean(found) for found in scores.values())
+
+
 def caption(cells: Cells, hidden: int) -> str:
-    """What the table was measured on, the floor, and how much of the whole model attention is.
+    """What the table was measured on and where, the floor, and how much of the whole model attention is.
 
     Args:
         cells: of one task.
@@ -124,9 +178,11 @@ def caption(cells: Cells, hidden: int) -> str:
     keys = record.stages[0].keys_per_row
     share = keys / (keys + 6 * hidden)
     floor = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    gpu = record.provenance.get("machine", {}).get("accelerator")
+    machine = f" Run on one {gpu}." if gpu else ""
     return (
         f"Trained on {rows['train']:,} rows, evaluated on {rows['eval']:,}; a query has {keys:.1f} valid keys, so "
-        f"attention is {share:.1%} of the model's multiply-accumulates.{floor}"
+        f"attention is {share:.1%} of the model's multiply-accumulates.{floor}{machine}"
     )
 
 
