@@ -109,9 +109,7 @@ def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, f
     figure = _figure(0.9 + 2.4 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, lines) in zip(rows, panels.items(), strict=True):
-        for line in lines:
-            color, mark = COLORS[line.series % len(COLORS)], MARKERS[line.series % len(MARKERS)]
-            axes.plot(line.x, line.y, ls="-", lw=1.3, marker=mark, ms=5.5, color=color, label=line.label)
+        _marked(axes, lines)
         if name in references:
             axes.axhline(references[name], ls=":", color=THEME["ink"], lw=1, label="dense model")
         axes.set_ylabel(name)
@@ -126,9 +124,7 @@ def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False) -> F
     figure, axes = _axes(2.7)
     for line in lines:
         style: dict[str, Any] = {"color": COLORS[line.series % len(COLORS)], "lw": 1.6, "label": line.label}
-        axes.plot(
-            line.x, line.y, ls="--" if line.dashed else "-", marker="o" if len(line.x) < 9 else None, ms=3, **style
-        )
+        axes.plot(line.x, line.y, "--" if line.dashed else "-", marker="o" if len(line.x) < 9 else None, ms=3, **style)
     axes.set(xlabel="step", ylabel=ylabel)
     if unit_range:
         axes.set_ylim(-0.03, 1.03)
@@ -245,13 +241,19 @@ def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: 
     figure = _figure(3.2)
     figure.set_figwidth(2 * WIDTH)
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
-        for line in lines:
-            axes.plot(line.x, line.y, "o-", ms=5, lw=1.4, color=COLORS[line.series % len(COLORS)], label=line.label)
+        _marked(axes, lines)
         axes.axhline(0, ls=":", color=THEME["ink"], lw=1)
         axes.set(xlabel=quantity, xscale="log" if quantity in logarithmic else "linear")
     figure.axes[0].set_ylabel(ylabel)
     figure.axes[0].legend()
     return figure
+
+
+def _marked(axes: Axes, lines: Sequence[Line]) -> None:
+    """Each line with a marker of its own: there are more of these than colours."""
+    for line in lines:
+        color, mark = COLORS[line.series % len(COLORS)], MARKERS[line.series % len(MARKERS)]
+        axes.plot(line.x, line.y, ls="-", lw=1.3, marker=mark, ms=5.5, color=color, label=line.label)
 
 
 def to_svg(figure: Figure, name: str) -> str:
