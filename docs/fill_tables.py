@@ -64,10 +64,9 @@ def tables() -> dict[str, str]:
         "missing": missing_in_words(),
         "errors": errors_markdown(tasks, BITS),
         "goals": goals_markdown(tasks, GOALS),
-        **{
-            name: ablation_markdown(choices[name]) if name in choices else "No record yet."
-            for name in ("schedules", "squad", "squadpart")
-        },
+        **{name: ablation_markdown(choices[name]) for name in ("schedules", "squad")},
+        "choices_mrpc": choices_markdown(tasks["mrpc"], choices["mrpc"]),
+        "choices_squad": choices_markdown(tasks["squadpart"], choices.get("squadpart", {})),
         **{f"evidence_{task}": evidence(tasks.get(task), task) for task in TASKS},
         "families": families_markdown(rows),
         **speeds(),
@@ -151,6 +150,17 @@ def picture_in_words(record: Record) -> str:
 def evidence(cells: Cells | None, task: str) -> str:
     """The table of one task and what it was measured on."""
     return f"{evidence_markdown(task, cells)}\n\n{caption(cells, MINILM_WIDTH)}" if cells else "No record yet."
+
+
+def choices_markdown(cells: Cells, choices: Cells) -> str:
+    """What was tried at 0.98 while training, beside that cell of the task's table and its dense model."""
+    asked = f"{BITS}-0.98"
+    tried = {
+        cell.removeprefix(f"{asked}-"): records
+        for cell, records in choices.items()
+        if records[0].recipe["attention"]["sparsity"] == 0.98
+    }
+    return ablation_markdown({"dense": cells["dense"], "defaults": cells[asked], **tried})
 
 
 def evidence_picture(records: Path) -> str:
