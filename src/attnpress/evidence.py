@@ -114,6 +114,7 @@ def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[
     """Run what has no record, and the dense models that it needs; a run that was interrupted goes on.
 
     Any number of processes may do so at once: each takes what no other is at work on, and waits where nothing is left.
+    A dense model that has a record but is not there is trained again, without its control; its record stays.
 
     Args:
         items: of `plan`.
@@ -153,8 +154,10 @@ def _is_taken(item: Item, dense: Mapping[int, Item]) -> bool:
 def _run(item: Item, notify: Callable[[str], None], is_needed: Callable[[], bool]) -> None:
     with alone(item.folder, lambda: notify(f"waiting for the process that is at work on {item.name}")):
         if is_needed():  # another process may have made it meanwhile
-            compress(item.config, item.folder, notify, stages=item.stages)
-            write_text(item.record, (item.folder / "record.json").read_text(encoding="utf-8"))
+            known = item.record.is_file()
+            compress(item.config, item.folder, notify, stages=item.stages[:1] if known else item.stages)
+            if not known:
+                write_text(item.record, (item.folder / "record.json").read_text(encoding="utf-8"))
 
 
 def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:

@@ -109,6 +109,25 @@ def test_a_lost_record_is_taken_from_the_finished_run(done: Path, tmp_path: Path
     assert read_record(record) == read_record(done / "records" / record.name)
 
 
+def test_a_dense_model_made_anew_leaves_its_record_alone(
+    spec: EvidenceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = plan(spec, tmp_path / "runs", tmp_path / "records")
+    made: list[tuple[str, tuple[str, ...]]] = []
+
+    def compress(config: RunConfig, folder: Path, notify: Any, *, stages: Any) -> None:
+        made.append((folder.name, stages))
+        (folder / "dense").mkdir(parents=True)
+        (folder / "record.json").write_text("new", encoding="utf-8")
+
+    monkeypatch.setattr("attnpress.evidence.compress", compress)
+    items[0].record.parent.mkdir()
+    items[0].record.write_text("committed", encoding="utf-8")
+    run_missing(items, items)
+    assert made[0] == ("dense-seed0", ("dense",)), "its control is known"
+    assert [item.record.read_text("utf-8") for item in items] == ["committed", "new", "new"]
+
+
 def test_processes_share_the_runs_of_a_table(
     spec: EvidenceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,13 @@ def test_a_cell_trained_for_longer_is_compared_with_a_dense_model_trained_for_lo
     assert any(line.startswith("| 8/8/8/8, 0.95 | pruned progressively | 84.50 ± 0.71 | -0.50 |") for line in lines)
 
 
+def test_a_cell_from_a_dense_model_made_anew_is_compared_with_that_of_its_seed(cells: dict[str, list[Record]]) -> None:
+    elsewhere = record(1, stage("dense", 70.0), stage("progressive", 83.0))
+    elsewhere.provenance["weights"] = {"dense": "another hash"}
+    last = evidence_markdown("mrpc", {"dense": cells["dense"], "4444-0.90": [elsewhere]}).splitlines()[-1]
+    assert last.startswith("| 4/4/4/4, 0.90 | pruned progressively | 83.00 | -3.00 |"), "86 of seed 1"
+
+
 def test_the_figure_has_a_point_for_each_cell(cells: dict[str, list[Record]]) -> None:
     lines = [line for bits in ("8888", "4444") for panel in losses({"mrpc": cells}, bits) for line in panel]
     assert [(line.label, line.x, line.y) for line in lines] == [

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
-from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score
+from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score, start_of
 from attnpress.results import Record, StageRecord, read_record
 
 Cells = Mapping[str, Sequence[Record]]
@@ -52,14 +52,14 @@ def evidence_markdown(task: str, cells: Cells) -> str:
     Args:
         task: its name.
         cells: "against dense" compares each record with the dense model that was trained equally long from the same
-            weights, or as it was before that where no record of it is given. A dense cell of another length than the
-            recipe's shows that control alone.
+            weights; where those had to be made anew, with the one of its seed; or as it was before that where no
+            record of either is given. A dense cell of another length than the recipe's shows that control alone.
     """
     every = [record for records in cells.values() for record in records]
     length = PADDED.get(task, 128)
     header = [column.format(metric=every[0].headline, length=length) for column in COLUMNS]
     rows = [
-        _row(label, stage, records, control_scores(every), length)
+        _row(label, stage, records, _controls(every), length)
         for cell, records in cells.items()
         for label, stage in _stages(cell, records)
     ]
@@ -140,7 +140,7 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
             rows.append([*named, "", f"{allowed:.1f}", "not run", "not run"])
             continue
         every = [record for records in tasks[task].values() for record in records]
-        lost = [_lost(record, stage, control_scores(every)) for record, stage in found]
+        lost = [_lost(record, stage, _controls(every)) for record, stage in found]
         below_best = statistics.mean(stage.metrics[record.headline] for record, stage in found) - _best_dense(
             tasks[task]
         )
@@ -200,13 +200,23 @@ def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line
             point
             for cell, records in cells.items()
             if cell.startswith(bits)
-            for point in _points(records, control_scores(every))
+            for point in _points(records, _controls(every))
         )
         if points:
             lost, sparsity, keys = ([point[index] for point in points] for index in (2, 0, 1))
             by_sparsity.append(Line(task, sparsity, lost, series))
             by_keys.append(Line(task, keys, lost, series))
     return by_sparsity, by_keys
+
+
+def _controls(records: Sequence[Record]) -> dict[Start, float]:
+    seeds = {
+        (record.provenance["seed"], start_of(record)[1]): control.metrics[record.headline]
+        for record in records
+        if (control := record.stage("dense_control"))
+    }
+    named = {start_of(record): (record.provenance["seed"], start_of(record)[1]) for record in records}
+    return {start: seeds[seed] for start, seed in named.items() if seed in seeds} | control_scores(records)
 
 
 def _points(records: Sequence[Record], known: Mapping[Start, float]) -> Iterable[tuple[float, float, float]]:

@@ -235,7 +235,7 @@ def control_scores(records: Iterable[Record], stage: str = "dense_control") -> d
         stage: "dense" where nothing was trained, which compares with the dense model as it was.
     """
     found = [(record, record.stage(stage)) for record in records]
-    return {_start(record): known.metrics[record.headline] for record, known in found if known}
+    return {start_of(record): known.metrics[record.headline] for record, known in found if known}
 
 
 def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
@@ -244,7 +244,7 @@ def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
     Raises:
         ValueError: the record has no dense stage.
     """
-    if (control := controls.get(_start(record))) is not None:
+    if (control := controls.get(start_of(record))) is not None:
         return control
     dense = record.stage("dense")
     if dense is None:
@@ -252,7 +252,8 @@ def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
     return dense.metrics[record.headline]
 
 
-def _start(record: Record) -> Start:
+def start_of(record: Record) -> Start:
+    """What a record's training began from and how many epochs it took."""
     return record.provenance["weights"]["dense"], record.recipe["compress"]["epochs"]
 
 
