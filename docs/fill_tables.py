@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,8 +66,8 @@ def tables() -> dict[str, str]:
         "errors": errors_markdown(tasks, BITS),
         "goals": goals_markdown(tasks, GOALS),
         **{name: ablation_markdown(choices[name]) for name in ("schedules", "squad")},
-        "choices_mrpc": choices_markdown(tasks["mrpc"], choices["mrpc"]),
-        "choices_squad": choices_markdown(tasks["squadpart"], choices.get("squadpart", {})),
+        "choices_mrpc": choices_markdown(tasks["mrpc"], choices["mrpc"], ["0.98"]),
+        "choices_squad": choices_markdown(tasks["squadpart"], choices["squadpart"], ["0.95", "0.98", "0.99"]),
         **{f"evidence_{task}": evidence(tasks.get(task), task) for task in TASKS},
         "families": families_markdown(rows),
         **speeds(),
@@ -152,15 +153,15 @@ def evidence(cells: Cells | None, task: str) -> str:
     return f"{evidence_markdown(task, cells)}\n\n{caption(cells, MINILM_WIDTH)}" if cells else "No record yet."
 
 
-def choices_markdown(cells: Cells, choices: Cells) -> str:
-    """What was tried at 0.98 while training, beside that cell of the task's table and its dense model."""
-    asked = f"{BITS}-0.98"
+def choices_markdown(cells: Cells, choices: Cells, asked: Sequence[str]) -> str:
+    """What was tried while training, beside the cells of the task's table that ask for as much, and the dense model."""
+    usual = {f"defaults, {each}": cells[f"{BITS}-{each}"] for each in asked}
     tried = {
-        cell.removeprefix(f"{asked}-"): records
+        cell.removeprefix(f"{BITS}-"): records
         for cell, records in choices.items()
-        if records[0].recipe["attention"]["sparsity"] == 0.98
+        if f"{records[0].recipe['attention']['sparsity']:.2f}" in asked and records[0].stage("progressive")
     }
-    return ablation_markdown({"dense": cells["dense"], "defaults": cells[asked], **tried})
+    return ablation_markdown({"dense": cells["dense"], **usual, **tried})
 
 
 def evidence_picture(records: Path) -> str:
