@@ -1,9 +1,8 @@
-"""What coding P as the paper does costs the kernel: mode `unit` beside `row`, the same inputs, in turns.
+"""What coding P as the paper does costs the kernel: mode `unit` beside `row`, by the clock of `attnpress bench`.
 
     python benchmarks/modes.py --json benchmarks/records/modes.json
 
-Inputs are those of `attnpress bench`: synthetic, 12 heads of 64, 0.95 of the pairs pruned, about 1,536
-tokens; one thread.
+Inputs are those of `attnpress bench`: synthetic, 12 heads of 64, about 1,536 tokens, 0.95 of the pairs pruned.
 """
 
 from __future__ import annotations
@@ -11,50 +10,43 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import statistics
-import time
+import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from attnpress.benchmark.attention import usual_batch
+from attnpress.benchmark.attention import SECONDS, compared, held, usual_batch
 from attnpress.benchmark.machine import provenance
-from attnpress.benchmark.problem import Problem, make_problem
-from attnpress.kernels import ops
+from attnpress.benchmark.problem import make_problem, save_problem
+from attnpress.benchmark.turns import Side, in_turns
 
-MODES = ("row", "unit")
+MODES = {"ours": "row", "unit": "unit"}
+"""By the name of the side."""
 
 
-def compare(problem: Problem, rounds: int) -> dict[str, Any]:
-    """Milliseconds of both modes (median), and the ratio of their turns (median, least, most)."""
-    spec = problem.spec
-    specs = [dataclasses.replace(spec, p=dataclasses.replace(spec.p, mode=mode)) for mode in MODES]
-    p, times = problem, []
-    for _ in range(rounds + 3):
-        times.append([])
-        for one in specs:
-            begin = time.perf_counter()
-            ops.attention(p.query, p.key, p.value, None, p.scales, p.cutoff, one, p.scaling)
-            times[-1].append(1000 * (time.perf_counter() - begin))
-    row, unit = zip(*times[3:], strict=True)
-    ratios = [theirs / ours for ours, theirs in zip(row, unit, strict=True)]
-    return {
-        "seq_len": p.query.shape[2], "batch": p.query.shape[0], "sparsity": round(p.sparsity, 4), "rounds": rounds,
-        "row_ms": statistics.median(row), "unit_ms": statistics.median(unit),
-        "ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios),
-    }  # fmt: skip
+def compare(sides: list[Side], length: int, threads: int, folder: Path) -> dict[str, Any]:
+    """Both modes at one length, in turns."""
+    problem = make_problem(length, usual_batch(length), heads=12, head_dim=64, sparsity=0.95)
+    for side in sides:
+        coding = dataclasses.replace(problem.spec.p, mode=MODES[side.name])
+        file = folder / f"{side.name}.safetensors"
+        save_problem(dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, p=coding)), file)
+        side.prepare("attnpress.benchmark.sides:prepare", name="ours", file=str(file), threads=threads)
+    measured = compared(in_turns(sides, SECONDS), "unit")
+    return {"seq_len": length, "batch": len(problem.query), "sparsity": round(problem.sparsity, 4), **measured}
 
 
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    problems = (make_problem(length, usual_batch(length), 12, 64, 0.95) for length in (128, 384, 1024, 4096))
-    found = {"timings": [compare(problem, options.rounds) for problem in problems], "provenance": provenance()}
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Side(name, held())) for name in MODES]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        timings = [compare(sides, length, options.threads, folder) for length in (128, 384, 1024, 4096)]
+    found = {"threads": options.threads, "timings": timings, "provenance": provenance()}
     text = json.dumps(found, indent=1)
     print(text)
     if options.json:

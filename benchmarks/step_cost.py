@@ -4,8 +4,8 @@
 
 MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Three kinds of step are timed in turn in
 one process: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with the dense teacher.
-Peak memory is growth over the loaded model: of the resident set, in a fresh process each; on a GPU, where the steps run
-if there is one, of what PyTorch allocated there.
+Peak memory is taken in a fresh process each, as growth over the loaded model: of the resident set, or, where there is a
+GPU and so the steps run on it, of what PyTorch allocated there.
 """
 
 from __future__ import annotations

@@ -25,6 +25,9 @@ COLUMNS = (
     "bits, asked", "stage", "{metric}", "against dense", "sparsity", "padded to {length}", "keys a row",
     "bit operations left", "bytes of P left", "seeds",
 )  # fmt: skip
+GOAL_COLUMNS = (
+    "task", "bits, asked", "keys a row", "may lose", "against dense, trained as long", "against the best dense",
+)  # fmt: skip
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
@@ -55,11 +58,11 @@ def evidence_markdown(task: str, cells: Cells) -> str:
             weights; where those had to be made anew, with the one of its seed; or as it was before that where no
             record of either is given. A dense cell of another length than the recipe's shows that control alone.
     """
-    every = [record for records in cells.values() for record in records]
+    known = _controls(cells)
     length = PADDED.get(task, 128)
-    header = [column.format(metric=every[0].headline, length=length) for column in COLUMNS]
+    header = [column.format(metric=_every(cells)[0].headline, length=length) for column in COLUMNS]
     rows = [
-        _row(label, stage, records, _controls(every), length)
+        _row(label, stage, records, known, length)
         for cell, records in cells.items()
         for label, stage in _stages(cell, records)
     ]
@@ -68,8 +71,8 @@ def evidence_markdown(task: str, cells: Cells) -> str:
 
 def ablation_markdown(cells: Cells) -> str:
     """What each choice is worth: the last stage of each cell beside the last of the dense model."""
-    every = [record for records in cells.values() for record in records]
-    known = control_scores(every) or control_scores(every, "dense")
+    every = _every(cells)
+    known = _controls(cells) or control_scores(every, "dense")
     header = ["choice", every[0].headline, "against dense", "sparsity", "keys a row", "seeds"]
     rows = []
     for cell, records in cells.items():
@@ -123,34 +126,25 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
         A table. Losses are against the dense model trained as long, seed by seed (mean and standard deviation), and
         against the best mean that any dense model of the task has, before or after training on.
     """
-    header = [
-        "task",
-        "bits, asked",
-        "keys a row",
-        "may lose",
-        "against dense, trained as long",
-        "against the best dense",
-    ]
     rows = []
     for task, cell, allowed in goals:
         bits, _, asked = cell.partition("-")
-        named = [task, f"{'/'.join(bits)}, {asked}"]
+        named, may = [task, f"{'/'.join(bits)}, {asked}"], f"{allowed:.1f}"
         found = [(one, stage) for one in tasks[task].get(cell, ()) if (stage := one.stage("progressive"))]
         if not found:
-            rows.append([*named, "", f"{allowed:.1f}", "not run", "not run"])
+            rows.append([*named, "", may, "not run", "not run"])
             continue
-        every = [record for records in tasks[task].values() for record in records]
-        lost = [_lost(record, stage, _controls(every)) for record, stage in found]
-        below_best = statistics.mean(stage.metrics[record.headline] for record, stage in found) - _best_dense(
-            tasks[task]
-        )
+        known = _controls(tasks[task])
+        lost = [_lost(record, stage, known) for record, stage in found]
+        score = statistics.mean(stage.metrics[record.headline] for record, stage in found)
+        below_best = score - _best_dense(tasks[task])
         keys = statistics.mean(stage.keys_per_row for _, stage in found)
         rows.append([
-            *named, f"{keys:.1f}", f"{allowed:.1f}",
+            *named, f"{keys:.1f}", may,
             f"{mean_and_spread(lost)}: {_verdict(statistics.mean(lost), allowed)}",
             f"{below_best:.2f}: {_verdict(below_best, allowed)}",
         ])  # fmt: skip
-    return markdown_table(header, rows, ("task", "bits, asked"))
+    return markdown_table(GOAL_COLUMNS, rows, GOAL_COLUMNS[:2])
 
 
 def _verdict(change: float, allowed: float) -> str:
@@ -178,8 +172,9 @@ def caption(cells: Cells, hidden: int) -> str:
     keys = record.stages[0].keys_per_row
     share = keys / (keys + 6 * hidden)
     floor = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
-    gpu = record.provenance.get("machine", {}).get("accelerator")
-    machine = f" Run on one {gpu}." if gpu else ""
+    gpus = {one.provenance.get("machine", {}).get("accelerator") for one in _every(cells)}
+    named = " and ".join(f"one {gpu}" if gpu else "processors" for gpu in sorted(gpus, key=str))
+    machine = f" Run on {named}." if any(gpus) else ""
     return (
         f"Trained on {rows['train']:,} rows, evaluated on {rows['eval']:,}; a query has {keys:.1f} valid keys, so "
         f"attention is {share:.1%} of the model's multiply-accumulates.{floor}{machine}"
@@ -195,12 +190,9 @@ def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line
     """
     by_sparsity, by_keys = [], []
     for series, (task, cells) in enumerate(tasks.items()):
-        every = [record for records in cells.values() for record in records]
+        known = _controls(cells)
         points = sorted(
-            point
-            for cell, records in cells.items()
-            if cell.startswith(bits)
-            for point in _points(records, _controls(every))
+            point for cell, records in cells.items() if cell.startswith(bits) for point in _points(records, known)
         )
         if points:
             lost, sparsity, keys = ([point[index] for point in points] for index in (2, 0, 1))
@@ -209,14 +201,23 @@ def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line
     return by_sparsity, by_keys
 
 
-def _controls(records: Sequence[Record]) -> dict[Start, float]:
-    seeds = {
-        (record.provenance["seed"], start_of(record)[1]): control.metrics[record.headline]
-        for record in records
+def _every(cells: Cells) -> list[Record]:
+    return [record for records in cells.values() for record in records]
+
+
+def _controls(cells: Cells) -> dict[Start, float]:
+    every = _every(cells)
+    of_seed = {
+        _seed(record): control.metrics[record.headline]
+        for record in every
         if (control := record.stage("dense_control"))
     }
-    named = {start_of(record): (record.provenance["seed"], start_of(record)[1]) for record in records}
-    return {start: seeds[seed] for start, seed in named.items() if seed in seeds} | control_scores(records)
+    made_anew = {start_of(record): of_seed[_seed(record)] for record in every if _seed(record) in of_seed}
+    return made_anew | control_scores(every)
+
+
+def _seed(record: Record) -> tuple[int, float]:
+    return record.provenance["seed"], start_of(record)[1]
 
 
 def _points(records: Sequence[Record], known: Mapping[Start, float]) -> Iterable[tuple[float, float, float]]:
