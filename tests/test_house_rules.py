@@ -99,7 +99,7 @@ FENCES: dict[str, tuple[str, ...]] = {
 EMPTY_NAMES = {"util", "common", "helper", "manager", "handler", "mixin"}
 UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 UNSAFE_LOADS = {"torch.load", "numpy.load", "pandas.read_pickle"}
-FILE_LINES, FUNCTION_LINES, USUAL_LINES, LONGISH_SHARE = 300, 60, 35, 0.1
+FUNCTION_LINES, USUAL_LINES, LONGISH_SHARE = 60, 35, 0.1
 
 Modules = Mapping[str, str]
 """Source by path below the package, dotted: "config", "core.pruner", "core.__init__"."""
@@ -193,11 +193,6 @@ def words(name: str) -> set[str]:
     return {word.lower().rstrip("s") for word in re.findall(r"[A-Z]?[a-z]+", name)}
 
 
-def long_files(modules: Modules) -> list[str]:
-    counts = {module: len(source.splitlines()) for module, source in modules.items()}
-    return [f"{module}: {count} lines, at most {FILE_LINES}" for module, count in counts.items() if count > FILE_LINES]
-
-
 def long_functions(modules: Modules) -> list[str]:
     lengths = function_lengths(modules)
     return [f"{name}: {count} lines, at most {FUNCTION_LINES}" for name, count in lengths if count > FUNCTION_LINES]
@@ -272,7 +267,6 @@ BREAKS: list[tuple[Rule, Modules]] = [
     (empty_names, {"core.attention_utils": ""}),
     (empty_names, {"helpers.text": ""}),
     (empty_names, {"finetune": "class RunManager: pass"}),
-    (long_files, {"tasks": "x = 1\n" * (FILE_LINES + 1)}),
     (long_functions, {"tasks": long_function(FUNCTION_LINES + 1)}),
     (too_many_longish_functions, {"tasks": long_function(USUAL_LINES + 1) + long_function(3) * 8}),
     (unsafe_loads, {"results": "import pickle\npickle.load(file)"}),
@@ -309,7 +303,6 @@ CODE_RULES: list[Rule] = [
     broken_fences,
     foreign_to_core,
     empty_names,
-    long_files,
     long_functions,
     too_many_longish_functions,
     unsafe_loads,
