@@ -7,6 +7,7 @@ processor supports runs; the environment variable ATTNPRESS_CPU_TARGET forces an
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,11 @@ import torch
 from torch import Tensor
 
 TARGET_VARIABLE = "ATTNPRESS_CPU_TARGET"
+TARGETS_WITHOUT_VNNI = ("scalar", "avx2")
+
+ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
+"""Values of oneDNN's variables that keep it from VNNI, in the spelling of its documentation; it ignores case."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -71,6 +77,19 @@ def active_target() -> str:
         return str(torch.ops.attnpress.active_target())
     except RuntimeError as error:
         raise BackendUnavailableError(str(error).splitlines()[0]) from None
+
+
+def has_vnni() -> bool:
+    """True where oneDNN's sums of products of 8-bit bytes are exact: with AVX-512 VNNI, and not held below it.
+
+    Without VNNI pairs of products are added in 16 bits, which saturate. ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA
+    count, so that a machine with VNNI can be held to what one without it does. Read at each call.
+    """
+    if os.environ.get(TARGET_VARIABLE) in TARGETS_WITHOUT_VNNI:
+        return False
+    if any(os.environ.get(name, "").upper() in ISAS_WITHOUT_VNNI for name in ONEDNN_VARIABLES):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:

@@ -21,10 +21,9 @@ ROWS = 512
 """Tokens multiplied at once, for each thread: enough for oneDNN's full speed, without sums that take much memory."""
 
 
-@functools.cache
 def is_supported() -> bool:
-    """True where products of bytes are exact: without VNNI, oneDNN adds pairs of them in 16 bits, which saturate."""
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+    """True where products of bytes are exact: see `attnpress.kernels.cpu.has_vnni`."""
+    return cpu.has_vnni()
 
 
 class PackedProduct:
