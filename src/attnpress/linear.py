@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpress.calibration import Batch, outputs
+from attnpress.calibration import outputs
 from attnpress.core.linear import ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PackedProduct
 from attnpress.models.attention import INT8, PLAN
 from attnpress.models.encoder import entries, find_encoder, place_int8
+from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
 
 TOLERANCE = 0.25
@@ -52,9 +53,7 @@ def calibrate_linear(
     Raises:
         ValueError: no batches, or a model with int8 layers already.
     """
-    kept = list(batches)
-    if not kept:
-        raise ValueError("calibrate_linear needs at least one batch of real data")
+    kept = [forward_inputs(model, batch, number) for number, batch in enumerate(listed(batches, "calibrate_linear"))]
     encoder = int8_encoder(model)
     if encoder is None:
         return {}
