@@ -29,7 +29,7 @@ from attnpress.kernels import cpu
 from attnpress.linear import calibrate_linear
 from attnpress.models.attention import PLAN, CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.loading import load_compressed, load_tokenizer, weights_hash
+from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
 from attnpress.tasks import TaskData, load_task
 
@@ -162,16 +162,22 @@ def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel
         ConfigError: the run has no compressed model yet, or one with other classes.
     """
     folder = _finished_folder(run_folder)
-    data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
+    data, names = load_task(config.data, load_tokenizer(str(folder)), config.seed), class_names(str(folder))
     saved = AutoConfig.from_pretrained(folder)
     answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
     classes = max(1, len(data.label_names))
-    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
+    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(names) != classes):
         raise ConfigError(
             f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
             f"{run_folder} was trained for another; choose a task that its head fits"
         )
-    return load_compressed(folder, data.task.kind, data.label_names), data
+    numbered = data.numbered_as(names) if data.task.kind == "classification" else data
+    if numbered is None:
+        raise ConfigError(
+            f"--task {data.task.name}: its labels are {', '.join(data.label_names)}, those of the model of "
+            f"{run_folder} are {', '.join(names)}; choose a task with the labels that it was trained for"
+        )
+    return load_compressed(folder, data.task.kind, numbered.label_names), numbered
 
 
 def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
@@ -267,7 +273,7 @@ def finished_classifier(run_folder: Path) -> tuple[PreTrainedModel, PreTrainedTo
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
         raise ConfigError(f"{run_folder}: answers questions; only models that classify or score texts can be run")
     kind, folder = "regression" if saved.problem_type == "regression" else "classification", run_folder / "progressive"
-    return load_compressed(folder, kind, tuple(saved.id2label.values())), load_tokenizer(str(folder))
+    return load_compressed(folder, kind, class_names(str(folder))), load_tokenizer(str(folder))
 
 
 def _finished_folder(run_folder: Path) -> Path:
