@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from attnpress.calibration import calibrate, fit_thresholds, this_process, training_batches
@@ -237,7 +238,7 @@ def _progressive(run: Run) -> PreTrainedModel:
         teacher = bind(run.load(run.dense), DENSE)
         _train(run, model, "progressive", config.compress, teacher, [callback, *run.callbacks])
         if config.save_dtype == "original":  # before thresholds are fitted, so that they are those of what is saved
-            model.to(stored_dtype(run.base))
+            nn.Module.to(model, stored_dtype(run.base))
         if not fixed:
             fit_thresholds(model, run.calibration_batches())
         for module in attentions(model).values():

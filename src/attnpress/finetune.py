@@ -134,7 +134,8 @@ class SparsityDriver:
 def _checked_target(target: Target) -> Target:
     if isinstance(target, Mapping):
         return {name: checked(Sparsity, own, f"target of {name}") for name, own in target.items()}
-    return checked(Sparsity, target, "target")
+    number: float = checked(Sparsity, target, "target")
+    return number
 
 
 class SparsityCallback(TrainerCallback):

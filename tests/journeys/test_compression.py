@@ -393,8 +393,9 @@ def test_labels_that_are_numbers_are_those_of_the_checkpoint(
     rows = [json.loads(line) for line in (reviews / "eval.jsonl").read_text(encoding="utf-8").splitlines()]
     numbered = "".join(json.dumps(row | {"verdict": int(row["verdict"] == "no")}) + "\n" for row in rows)
     (tmp_path / "eval.jsonl").write_text(numbered, encoding="utf-8")
-    files = {"train_file": tmp_path / "eval.jsonl", "eval_file": tmp_path / "eval.jsonl"}
-    config = dataclasses.replace(from_dense, checkpoint=checkpoint, data=dataclasses.replace(from_dense.data, **files))
+    held_out = tmp_path / "eval.jsonl"
+    data = dataclasses.replace(from_dense.data, train_file=held_out, eval_file=held_out)
+    config = dataclasses.replace(from_dense, checkpoint=checkpoint, data=data)
     found = compress(config, tmp_path / "run", notify=lambda _: None, stages=("dense",))
     assert staged(found, "dense").metrics == staged(record, "dense").metrics
 

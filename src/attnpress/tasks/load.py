@@ -106,7 +106,8 @@ def _of_task(metrics: Metrics, ids: Sequence[int]) -> Metrics:
         from transformers import EvalPrediction
 
         logits = first_output(prediction.predictions)[..., list(ids)]
-        return metrics(EvalPrediction(logits, np.array([task_class[label] for label in prediction.label_ids.tolist()])))
+        labels = np.array([task_class[label] for label in first_output(prediction.label_ids).tolist()])
+        return metrics(EvalPrediction(logits, labels))
 
     return compute
 
