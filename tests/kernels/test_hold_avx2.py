@@ -33,7 +33,9 @@ def held(script: Path, program: str, **variables: str) -> subprocess.CompletedPr
 
 @needs_faulting
 def test_libraries_and_children_find_a_processor_without_vnni() -> None:
-    child = f"import faulthandler, subprocess, sys; faulthandler.enable(); subprocess.run([sys.executable, '-c', '{SAYS}'])"
+    child = (
+        f"import faulthandler, subprocess, sys; faulthandler.enable(); subprocess.run([sys.executable, '-c', '{SAYS}'])"
+    )
     assert held(CSRC / "hold_avx2.sh", f"{child}; {SAYS}").stdout == "AVX2 False\n" * 2
 
 
