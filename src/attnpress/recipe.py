@@ -29,6 +29,18 @@ def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
         raise ConfigError("\n".join(lines)) from None
 
 
+def checked(kind: Any, value: Any, name: str) -> Any:
+    """A single value of a type of `attnpress.config`, such as Count or Sparsity.
+
+    Raises:
+        ConfigError: out of its range, or not a number; in one line that begins with `name`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        raise ConfigError(f"{name}: {error.errors(include_url=False)[0]['msg']} (found {value!r})") from None
+
+
 def spec_to_dict(spec: Any) -> dict[str, Any]:
     """The spec as plain JSON-ready data; `parse_spec` reads it back."""
     plain = TypeAdapter(type(spec)).dump_python(spec, mode="json")
