@@ -86,7 +86,7 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     _run_arguments(_command(
         subparsers, "run", commands.run,
-        "what the model of a finished run says of each line of a file; the same command goes on after a kill",
+        "what the model of a finished run says of each row of a file; the same command goes on after a kill",
     ))  # fmt: skip
     export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
     _run_argument(export)
@@ -190,13 +190,17 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a folder that save_pretrained wrote")
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE.jsonl",
-        help='JSON lines with the texts under the names that the task gives them, {"text": ...} for instance',
+        "--input", type=Path, required=True, metavar="FILE",
+        help="CSV, tab-separated text (.tsv, .txt) or JSON lines, in UTF-8, with the texts under the names that the "
+        'task gives them, {"text": ...} for instance',
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
+    )
+    parser.add_argument(
+        "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
     )
     parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
