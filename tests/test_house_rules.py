@@ -47,6 +47,7 @@ BELOW_JOURNEYS = {
     "recipe",
     "files",
     "strict_json",
+    "strict_yaml",
     "results",
     "samples",
     "sweep_record",
@@ -57,7 +58,8 @@ BELOW_JOURNEYS = {
 }
 ARROWS: dict[str, set[str]] = {
     "config": set(),
-    "recipe": {"config"},
+    "strict_yaml": set(),
+    "recipe": {"config", "strict_yaml"},
     "files": set(),
     "strict_json": set(),
     "results": {"strict_json"},
@@ -70,7 +72,8 @@ ARROWS: dict[str, set[str]] = {
     "registration": {"models"},
     "report": {"strict_json", "results", "samples", "sweep_record", "board_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
-    "cli": {"commands"},
+    "option_types": set(),
+    "cli": {"commands", "option_types"},
     "commands": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
     "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from attnpress import commands
+from attnpress.option_types import share, whole
 
 EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
@@ -42,10 +43,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 refused or failed with a message, 2 wrong usage."""
-    options = build_parser().parse_args(arguments)
-    options.words = list(sys.argv[1:] if arguments is None else arguments)
-    command: Callable[[argparse.Namespace], int] = options.run
     try:
+        options = build_parser().parse_args(arguments)
+        options.words = list(sys.argv[1:] if arguments is None else arguments)
+        command: Callable[[argparse.Namespace], int] = options.run
         return command(options)
     except Exception as error:
         if not _is_ours(error):
@@ -94,7 +95,9 @@ def _add_one_run(subparsers: Commands) -> None:
         "--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers, layer by layer"
     )
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
-    export.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the batch traced (default: 4)")
+    export.add_argument(
+        "--rows", type=whole("--rows", 2, 4096), default=4, metavar="N", help="rows of the batch traced (default: 4)"
+    )
     _set_argument(export)
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
@@ -204,16 +207,24 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="rows at once (default: 32)")
+    parser.add_argument(
+        "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"
+    )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seq-len", type=int, nargs="+", action="extend", metavar="N", help="tokens a row (default: 128 512 2048)"
-    )
-    parser.add_argument("--sparsity", type=float, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
-    parser.add_argument("--batch", type=int, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
+        "--seq-len", type=whole("--seq-len", 1, 131072), nargs="+", action="extend", metavar="N",
+        help="tokens a row (default: 128 512 2048)",
+    )  # fmt: skip
+    sparsity = share("--sparsity", "sparsity is the fraction of pairs pruned")
+    parser.add_argument("--sparsity", type=sparsity, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
+    parser.add_argument(
+        "--batch", type=whole("--batch", 1, 65536), metavar="N",
+        help="rows (default: about 1,536 tokens; whole models: 1)",
+    )  # fmt: skip
+    threads = whole("--threads", 1, 1024)
+    parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
         "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
@@ -243,8 +254,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="whole models: also batches with the lengths of mrpc, sst2",
     )
     parser.add_argument(
-        "--layer", type=int, nargs="+", action="extend", metavar="N", help="with --from: these layers only, from 0"
-    )
+        "--layer", type=whole("--layer", 0, 65535), nargs="+", action="extend", metavar="N",
+        help="with --from: these layers only, from 0",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
 
 
