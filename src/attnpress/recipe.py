@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -138,8 +138,8 @@ def _type_at(kind: Any, keys: Iterable[str]) -> Any:
             kind = get_type_hints(RunConfig).get(key) if inside is Any else inside  # changes of a recipe
         else:
             return None
-        optional = [part for part in get_args(kind) if part is not type(None)]
-        kind = optional[0] if isinstance(kind, UnionType) and len(optional) == 1 else kind
+        if get_origin(kind) in (Union, UnionType):
+            kind = next(part for part in get_args(kind) if part is not type(None))
     return kind
 
 
