@@ -99,15 +99,18 @@ def check_values(
             sizes = ((1,), (1, heads if name == "q" else key.shape[1]), (1,), (1, value.shape[3] if name == "v" else 1))
             _check_scale(name, scale, sizes, query.device)
     if cutoff is not None:
-        if cutoff.dtype != torch.float32 or cutoff.shape != (heads,) or cutoff.device != query.device:
-            raise ValueError(f"cutoff: float32 [{heads}] on {query.device} is needed, found {_described(cutoff)}")
-        wrong = [x for x in _numbers(cutoff) if not x >= 0]
-        if wrong:
-            raise ValueError(
-                f"cutoff: thresholds are 0 or more, up to inf, found {wrong[0]}; calibrate the model again"
-            )
+        check_cutoff(cutoff, query)
     if not torch.compiler.is_compiling() and not SMALLEST_SCALING <= scaling <= LARGEST_SCALING:
         raise ValueError(f"scaling: a factor of the scores from 2^-32 to 2^32 is needed, found {scaling}")
+
+
+def check_cutoff(cutoff: Tensor, query: Tensor) -> None:
+    """Refuse thresholds with which not even the maximum of a row would be kept; see `check_values`."""
+    if cutoff.dtype != torch.float32 or cutoff.shape != (query.shape[1],) or cutoff.device != query.device:
+        raise ValueError(f"cutoff: float32 [{query.shape[1]}] on {query.device} is needed, found {_described(cutoff)}")
+    wrong = [x for x in _numbers(cutoff) if not x >= 0]
+    if wrong:
+        raise ValueError(f"cutoff: thresholds are 0 or more, up to inf, found {wrong[0]}; calibrate the model again")
 
 
 def _check_scale(name: str, scale: Tensor, sizes: Sequence[tuple[int, ...]], device: torch.device) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.arguments import check_tensors, misfit, pair_mask
+from attnpress.core.arguments import check_cutoff, check_tensors, misfit, pair_mask
 from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
@@ -211,9 +211,10 @@ def compiled_arguments(
     for name, tensor in {"k_scale": scales.k, "v_scale": scales.v, "q_scale": scales.q, "cutoff": cutoff}.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise ValueError(f"{name}: backend 'cpu' takes tensors on the CPU, found one on {tensor.device}")
-    if cutoff is not None:
-        # Another dtype stays what it is, and is refused.
-        cutoff = least_probability(cutoff).to(cutoff.dtype) if spec.rule == "threshold" else cutoff.contiguous()
+    if cutoff is not None and spec.rule == "threshold":
+        check_cutoff(cutoff, query)  # the operator sees theta, in which -1e-30 is like 0
+        cutoff = least_probability(cutoff)
+    cutoff = None if cutoff is None else cutoff.contiguous()
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
