@@ -96,7 +96,7 @@ def report(options: argparse.Namespace) -> int:
     foreign = [path.name for path in folder.glob("*") if path.suffix != ".svg"]
     if foreign:
         raise ReportError(f"{folder}: holds {foreign[0]}, which is no figure; choose another --output")
-    with whole_folder(folder) as scratch:
+    with whole_folder(folder, "figures") as scratch:
         for name, svg in made.figures.items():
             write_text(scratch / name, svg)
     write_text(options.output, made.html)
