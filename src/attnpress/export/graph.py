@@ -28,8 +28,7 @@ from attnpress.core.attention import (
     score_step,
 )
 from attnpress.core.exponential import ONE, power_table
-from attnpress.core.fake_quantize import EXACT
-from attnpress.core.quantizer import smooth_key
+from attnpress.core.quantizer import EXACT, smooth_key
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions
