@@ -210,6 +210,8 @@ def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
+    if spec.tail != "none":
+        raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
     static = {"q": scales.q, "k": scales.k, "v": scales.v}
     if spec.q.granularity == "token":
         del static["q"]
