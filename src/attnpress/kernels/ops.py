@@ -250,6 +250,8 @@ def _check_spec(spec: AttentionSpec) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
+    if spec.tail != "none":
+        raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
 
 
 def _check_scales(spec: AttentionSpec, scales: Scales) -> None:
