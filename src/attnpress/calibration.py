@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from attnpress.config import CalibrationSpec
 from attnpress.core.pruner import head_budgets
+from attnpress.core.tail import Moments
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.inputs import Batch, forward_inputs, listed
@@ -53,6 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
             module.observers = None
+    _fit_directions(model, kept, [module for module in modules if module.has_directions])
     _fit(model, kept, modules)
     spread = [module for module in modules if module.spec.budget == "sensitivity" and module.spec.sparsity > 0]
     if spread:
@@ -102,8 +104,22 @@ def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttenti
 
 
 def _in_force(module: CompressedAttention) -> Tensor:
-    cutoff = module.active_cutoff()
-    return module.cutoff.new_empty(0) if cutoff is None else cutoff.clone()
+    cutoff, tail = module.active_cutoff(), module.tail()
+    parts = ([] if cutoff is None else [cutoff]) + ([] if tail is None else [tail.lift])
+    return torch.cat([module.cutoff.new_empty(0), *parts])
+
+
+def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    for module in modules:
+        module.moments = Moments.none_yet(module.kv_heads, module.head_dim, module.cutoff.device)
+    try:
+        for _ in outputs(model, batches if modules else []):
+            pass
+        for module in modules:
+            module.fit_directions(reduce_over_ranks)
+    finally:  # a module that keeps its moments would go on adding to them
+        for module in modules:
+            module.moments = None
 
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:

@@ -13,10 +13,9 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import (
@@ -31,7 +30,7 @@ from transformers import (
 )
 
 from attnpress.calibration import reduce_over_ranks, this_process
-from attnpress.config import ConfigError, Count, DistillationSpec, ScheduleSpec, Sparsity, TrainSpec
+from attnpress.config import ConfigError, Count, DistillationSpec, ScheduleSpec, Seed, Sparsity, TrainSpec
 from attnpress.core.distillation import attention_loss, check_gradients, logits_loss
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
@@ -43,7 +42,6 @@ from attnpress.tasks.sampler import LengthSampler
 
 Target = float | Mapping[str, float]
 Autocast = Literal["none", "bfloat16", "float16"]
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 COMPLETE = "complete"
 """Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""

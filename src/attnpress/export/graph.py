@@ -28,8 +28,7 @@ from attnpress.core.attention import (
     score_step,
 )
 from attnpress.core.exponential import ONE, power_table
-from attnpress.core.fake_quantize import EXACT
-from attnpress.core.quantizer import smooth_key
+from attnpress.core.quantizer import EXACT, smooth_key
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions
@@ -142,6 +141,8 @@ def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
     spec = module.spec
     if None in spec.bits.values():
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
+    if spec.tail != "none":
+        return f"tail {spec.tail!r} has no operators in a graph yet; export a model with tail none, or use --to trace"
     if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
         return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
     if spec.q.granularity == "token" and spec.q.power_of_two:

@@ -58,7 +58,7 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
     make, notes, packages = KINDS[kind]
     require(kind, *packages)
     model, data = finished_model(run_folder, config)
-    with whole_folder(output or run_folder / "export" / kind) as folder:
+    with whole_folder(output or run_folder / "export" / kind, "export") as folder:
         made = make(model, data, example_batch(data, rows), folder)
         record = _record(kind, model, data, folder, packages) | made | {"notes": list(notes)}
         write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
