@@ -68,7 +68,8 @@ ARROWS: dict[str, set[str]] = {
     "registration": {"models"},
     "report": {"results", "samples", "sweep_record", "board_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
-    "cli": {"commands"},
+    "exit_status": {"files"},
+    "cli": {"commands", "exit_status", "files"},
     "commands": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
     "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
 }
