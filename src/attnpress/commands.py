@@ -65,14 +65,16 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Say what a finished run's model predicts for each line of a file, or go on with it."""
-    config = _run_config(options.run_dir)
+    """Say what a compressed model predicts for each row of a file, or go on with it."""
+    from attnpress.evaluate import is_saved_model
+
+    config = None if is_saved_model(options.run_dir) else _run_config(options.run_dir)
     _quiet_libraries()
     from attnpress.prediction import run_file
 
     done = run_file(
         options.run_dir, config, options.input, options.output, backend=options.backend, linear=options.linear,
-        batch_size=options.batch, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
+        batch_size=options.batch, columns=options.text, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
     )  # fmt: skip
     print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}", file=options.talk)
     return 0

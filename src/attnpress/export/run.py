@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnpress.calibration import LABELS
 from attnpress.config import RunConfig
 from attnpress.evaluate import finished_model
 from attnpress.export import onnx, openvino, trace
@@ -22,6 +21,7 @@ from attnpress.export.agreement import TOLERANCE, Agreement, compare
 from attnpress.export.errors import ExportError, require
 from attnpress.files import MARKER, check_folder, sha256_of, whole_folder, write_text
 from attnpress.models.binding import attentions
+from attnpress.models.inputs import LABELS
 from attnpress.recipe import spec_to_dict
 from attnpress.tasks import TaskData
 
