@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -205,11 +206,11 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seq-len", type=int, nargs="+", action="extend", metavar="N", help="tokens a row (default: 128 512 2048)"
+        "--seq-len", type=_count, nargs="+", action="extend", metavar="N", help="tokens a row (default: 128 512 2048)"
     )
-    parser.add_argument("--sparsity", type=float, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
-    parser.add_argument("--batch", type=int, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
+    parser.add_argument("--sparsity", type=_share, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
+    parser.add_argument("--batch", type=_count, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
+    parser.add_argument("--threads", type=_count, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
         "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
@@ -242,6 +243,21 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--layer", type=int, nargs="+", action="extend", metavar="N", help="with --from: these layers only, from 0"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+
+
+def _count(text: str) -> int:
+    """A whole number from 1, for argparse."""
+    if not text.strip().isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number that starts at 1, found {text}")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    """A number from 0 to below 1, for argparse."""
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"the fraction of pairs pruned, from 0 to below 1, found {text}")
 
 
 def _is_ours(error: Exception) -> bool:
