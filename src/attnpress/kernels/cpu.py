@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 TARGET_VARIABLE = "ATTNPRESS_CPU_TARGET"
-TARGETS_WITHOUT_VNNI = ("scalar", "avx2")
 
 ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-ISAS_WITHOUT_VNNI = ("SSE41", "AVX", "AVX2", "AVX512_CORE")
-"""Values of oneDNN's variables that keep it from VNNI, in the spelling of its documentation; it ignores case."""
+"""What hold oneDNN to an instruction set; it ignores case."""
+
+BELOW_AVX2 = ("scalar", "sse41", "avx")
+BELOW_VNNI = (*BELOW_AVX2, "avx2", "avx512_core")
+"""Values of these variables, and of ours, in lower case, that keep a process from an instruction set."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -79,17 +81,28 @@ def active_target() -> str:
         raise BackendUnavailableError(str(error).splitlines()[0]) from None
 
 
-def has_vnni() -> bool:
-    """True where oneDNN's sums of products of 8-bit bytes are exact: with AVX-512 VNNI, and not held below it.
+def has_avx2() -> bool:
+    """True where oneDNN's sums of products of 7-bit codes with signed bytes are exact.
 
-    Without VNNI pairs of products are added in 16 bits, which saturate. ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA
-    count, so that a machine with VNNI can be held to what one without it does. Read at each call.
+    That is on x86 with AVX2, and not held below it: ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA count, so that one
+    machine can be held to what another has. Read at each call.
     """
-    if os.environ.get(TARGET_VARIABLE) in TARGETS_WITHOUT_VNNI:
+    return _onednn_has("avx2", BELOW_AVX2)
+
+
+def has_vnni() -> bool:
+    """True where those of 8-bit codes are exact too: with AVX-512 VNNI, and not held below it.
+
+    Without VNNI pairs of products are added in 16 bits, which two of 8-bit codes can pass.
+    """
+    return _onednn_has("avx512_vnni", BELOW_VNNI)
+
+
+def _onednn_has(capability: str, below: tuple[str, ...]) -> bool:
+    held = [os.environ.get(name, "").lower() for name in (TARGET_VARIABLE, *ONEDNN_VARIABLES)]
+    if any(value in below for value in held):
         return False
-    if any(os.environ.get(name, "").upper() in ISAS_WITHOUT_VNNI for name in ONEDNN_VARIABLES):
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get(capability, False))
 
 
 def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:

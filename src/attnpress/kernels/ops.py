@@ -17,6 +17,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec
 from attnpress.core.attention import IntegerAttention, Scales, integer_attention
+from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
@@ -132,8 +133,8 @@ def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> N
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
     if backend == "cpu":
         cpu.load()
-        _check_spec(spec, scales)
-        _check_head(head_dim)
+        check_native(spec, head_dim)
+        _check_scales(spec, scales)
 
 
 def _reference(
@@ -141,7 +142,10 @@ def _reference(
     spec: AttentionSpec, scaling: float, causal: bool,
 ) -> Tensor:  # fmt: skip
     allowed = causal_pairs(query, key, valid) if causal else valid
-    output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
+    if None in spec.bits.values():  # no integers then: what is computed is the forward of training
+        output = fake_quantize_attention(query, key, value, allowed, scales, cutoff, spec, scaling).float()
+    else:
+        output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -182,7 +186,8 @@ def compiled_arguments(
     """
     if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
         cpu.load()
-    _check_spec(spec, scales)
+    _check_spec(spec)
+    _check_scales(spec, scales)
     _check_tensors(query, key, value)
     if cutoff is not None and spec.rule == "threshold":
         cutoff = least_probability(cutoff)
@@ -202,7 +207,13 @@ def causal_pairs(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
     return before if valid is None else valid & before
 
 
-def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
+def check_native(spec: AttentionSpec, head_dim: int) -> None:
+    """Raise ValueError, with the reason, if the compiled kernel is not made for a spec or a head size."""
+    _check_spec(spec)
+    _check_head(head_dim)
+
+
+def _check_spec(spec: AttentionSpec) -> None:
     if None in spec.bits.values():
         raise ValueError(f"backend 'cpu' multiplies integers: set bits for all of q, k, v and p; found {spec.bits}")
     if spec.rule not in NATIVE_RULES:
@@ -210,6 +221,9 @@ def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
+
+
+def _check_scales(spec: AttentionSpec, scales: Scales) -> None:
     static = {"q": scales.q, "k": scales.k, "v": scales.v}
     if spec.q.granularity == "token":
         del static["q"]

@@ -184,7 +184,7 @@ class CompressedAttention(nn.Module):
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
-        scaling: float, dropout: float,
+        scaling: float, dropout: float, bounds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compressed attention, in float32.
 
@@ -193,6 +193,7 @@ class CompressedAttention(nn.Module):
             valid: bool [B or 1, 1 or Hq, Sq, Sk]; None allows all pairs.
             real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are.
             dropout: probability of dropping a P code.
+            bounds: int64 [sequences + 1], where sequences begin and end that lie end to end; only where deployed.
 
         Returns:
             float32 [B, Hq, Sq, D].
@@ -210,7 +211,8 @@ class CompressedAttention(nn.Module):
                 query, key, value, valid, real, scales, trained, self.spec, scaling, dropout
             )
             return output
-        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout)
+        call = () if bounds is None else (bounds,)
+        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout, *call)
 
     def _count(
         self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float

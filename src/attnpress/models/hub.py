@@ -32,6 +32,9 @@ from attnpress.recipe import parse_spec, spec_to_dict
 FORMAT = 1
 """Version of what is stored. A reader refuses every other one by its number."""
 
+BEFORE_BITS = {"bits": 8}
+"""What products of checkpoints had that were saved before their plans said so."""
+
 Size = Annotated[int, Field(ge=1, le=2**16)]
 HeadSize = Annotated[int, Field(ge=1, le=LARGEST_HEAD)]
 
@@ -109,7 +112,10 @@ class AttnPressConfig(QuantizationConfigMixin):
             )
         try:
             modules = {name: parse_spec(ModuleSpec, plain) for name, plain in config_dict["modules"].items()}
-            linear = {name: parse_spec(ProductPlan, plain) for name, plain in config_dict.get("linear", {}).items()}
+            linear = {
+                name: parse_spec(ProductPlan, BEFORE_BITS | plain)
+                for name, plain in config_dict.get("linear", {}).items()
+            }
             attention, int8 = (
                 parse_spec(AttentionSpec, config_dict["attention"]),
                 config_dict.get("int8", False) is True,
