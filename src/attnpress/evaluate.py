@@ -22,7 +22,7 @@ from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrained
 
 from attnpress.calibration import outputs, reduce_over_ranks, this_process, training_batches
 from attnpress.config import BatchSize, ConfigError, Count, RunConfig
-from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, total_work
+from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu
@@ -123,8 +123,12 @@ def _stage_record(
     total = PairCounts(
         *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
     )
-    each = (_work(module, count) for module, count in zip(modules.values(), merged, strict=True))
-    work = dataclasses.asdict(total_work(each))
+    pairs = list(zip(modules.values(), merged, strict=True))
+    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (_work, _tail_work)]))
+    if any(module.spec.tail != "none" for module in modules.values()):
+        tail = total_work(_tail_work(*pair) for pair in pairs)
+        work |= {"macs_tail": tail.macs_remaining, "bit_operations_tail": tail.bit_operations_remaining}
+        work |= {"bytes_tail": tail.bytes_remaining}
     return StageRecord(
         name=name, metrics=metrics,
         sparsity=float(total.sparsity()), pruned=float(total.pruned_fraction()),
@@ -140,6 +144,13 @@ def _stage_record(
 def _work(module: CompressedAttention, count: PairCounts) -> Work:
     pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
     return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
+
+
+def _tail_work(module: CompressedAttention, count: PairCounts) -> Work:
+    # In attention of a sequence to itself there are as many keys as rows, for each key head.
+    rows, share = int(count.rows), module.kv_heads / module.heads
+    survivors, sequences = int(count.pairs - count.zeros), int(count.sequences * share)
+    return tail_work(rows, round(rows * share), survivors, sequences, module.spec, module.head_dim)
 
 
 def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:

@@ -124,6 +124,31 @@ def check_folder(path: Path, what: str) -> None:
         _check_room(path, target)
 
 
+def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _: False) -> None:
+    """Make a folder the place of `what`, which adds to it and removes only what it made in it.
+
+    Args:
+        is_own: whether a folder without a marker is one all the same, made before there were markers.
+
+    Raises:
+        OutputError: something else lies there.
+        OSError: nothing can be written there; the path is its `filename`.
+    """
+    with naming(path):
+        target = _real(path)
+        if is_stream(path) or (os.path.lexists(target) and not target.is_dir()):
+            raise OutputError(f"{path}: is a file; name a folder")
+        _check_room(path, target / MARKER)
+        target.mkdir(parents=True, exist_ok=True)
+        found = read_marker(target)
+        if found is not None and found.what == what:
+            return
+        held = next((entry.name for entry in target.iterdir()), None)
+        if held is not None and (found is not None or not is_own(target)):
+            raise OutputError(f"{path}: holds {held}, and is no folder of kind {what!r}; name another folder")
+        mark(target, what)
+
+
 def check_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
     """Ask whether a file may be written: before the work, so that it is not done in vain.
 
