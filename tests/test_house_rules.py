@@ -74,8 +74,9 @@ ARROWS: dict[str, set[str]] = {
     "registration": {"models"},
     "report": {"strict_json", "results", "samples", "sweep_record", "board_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
+    "exit_status": {"files"},
     "option_types": set(),
-    "cli": {"commands", "option_types"},
+    "cli": {"commands", "option_types", "exit_status", "files"},
     "commands": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
     "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
 }

@@ -65,6 +65,7 @@ RuleName = Literal["relative", "threshold", "topk", "mass", "nm"]
 BudgetName = Literal["uniform", "sensitivity"]
 ScheduleName = Literal["constant", "linear", "cubic", "step", "fixed"]
 ProbsMode = Literal["row", "unit"]
+TailName = Literal["none", "mean", "linear"]
 
 _STRICT = ConfigDict(extra="forbid")
 
@@ -146,6 +147,9 @@ class AttentionSpec:
         threshold_penalty: train a threshold for each module (`core.soft_gate`); weight of the loss of keeping too much.
         budget: "uniform" asks the same sparsity of every head, "sensitivity" less of those that pruning harms more.
         smooth_key: subtract from K its mean over valid keys before quantizing.
+        tail: what pairs without a P code of their own still add (numerics, section 8): "none", at one common level
+            a row ("mean"), or at a level that follows their score to first order ("linear").
+        tail_rank: directions in which "linear" sees the score; from the head's size on, the whole score.
     """
 
     q: TensorSpec = TensorSpec()
@@ -158,6 +162,8 @@ class AttentionSpec:
     threshold_penalty: Positive | None = None
     budget: BudgetName = "uniform"
     smooth_key: bool = False
+    tail: TailName = "none"
+    tail_rank: Annotated[int, Field(ge=1, le=512)] = 8
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
@@ -175,7 +181,17 @@ class AttentionSpec:
             raise ValueError("budget: it needs thresholds that are fitted: rule relative, threshold or mass")
         if (self.q.bits is None) != (self.k.bits is None):
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
+        if self.tail != "none":
+            self._check_tail()
         return self
+
+    def _check_tail(self) -> None:
+        if None in self.bits.values():
+            raise ValueError(f"tail: {self.tail!r} needs bits for all of q, k, v and p; set them, or tail none")
+        if self.p.mode != "row":
+            raise ValueError("tail: p.mode 'unit' keeps the mass of what is pruned in its own way; set p.mode row")
+        if self.threshold_penalty is not None:
+            raise ValueError("tail: trained thresholds (threshold_penalty) have no tail; set one of the two")
 
     @property
     def is_dense(self) -> bool:
@@ -296,6 +312,11 @@ class RunConfig:
         dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
         matmul_precision: of float32 products while training, by the names of `torch.set_float32_matmul_precision`:
             "high" (TF32) and "medium" (bfloat16) are faster where the hardware has them. Products of codes stay exact.
+        autocast: dtype of activations while training: "bfloat16" or "float16" (accelerators only) are faster, "none" is
+            float32. Weights are trained in float32 whatever the checkpoint's dtype, since in fewer bits small updates
+            are rounded away.
+        save_dtype: of the compressed model's weights: "float32", or "original" for that of the model that the run
+            begins with. Stage progressive is then that of the model as it was saved.
         report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
@@ -311,6 +332,8 @@ class RunConfig:
     distillation: DistillationSpec = DistillationSpec()
     dense_control: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    save_dtype: Literal["float32", "original"] = "float32"
     report_to: tuple[Text, ...] = ()
     seed: Seed = 0
 

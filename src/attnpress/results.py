@@ -74,7 +74,8 @@ class StageRecord:
         keys_per_row: mean number of surviving keys of a real query row.
         bits: of q, k, v, p; None is floating point. Where layers differ, their mean, floating point counted as 32.
         macs_dense, macs_remaining: multiply-accumulates of Q K^T and P V over valid pairs of the evaluation set.
-        work: bit operations and bytes, dense and remaining.
+        work: bit operations and bytes, dense and remaining; where there is a tail, also what it has of the remaining
+            ones, and its macs_tail of macs_remaining.
         layers: per attention module and head.
         seconds: wall time of the stage, training included.
     """
