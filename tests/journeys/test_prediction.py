@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -338,6 +339,23 @@ def test_a_finished_run_says_what_its_model_says(
             probs = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert line["label"] == ("no", "yes")[int(probs.argmax())]
         assert line["score"] == pytest.approx(float(probs.max()), abs=1e-5 if linear == "float" else 0.1)
+
+
+def test_a_saved_folder_says_what_its_run_says(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = shutil.copytree(finished / "progressive", tmp_path / "saved")
+    config = json.loads((saved / "config.json").read_text("utf-8"))
+    (tmp_path / "in.csv").write_text("review,text\n" + "".join(f"{text},{text}\n" for text in REVIEWS), "utf-8")
+    words = ["--input", str(tmp_path / "in.csv"), "--backend", "reference", "--output"]
+    assert main(["run", str(finished), *words, str(tmp_path / "run.jsonl")]) == 0
+    assert main(["run", str(saved), *words, str(tmp_path / "saved.jsonl")]) == 0
+    assert main(["run", str(saved), *words, str(tmp_path / "named.jsonl"), "--text", "review"]) == 0
+    assert read(tmp_path / "run.jsonl") == read(tmp_path / "saved.jsonl") == read(tmp_path / "named.jsonl")
+    assert {row["label"] for row in read(tmp_path / "saved.jsonl")} <= set(config["id2label"].values())
+    capsys.readouterr()
+    assert main(["run", str(saved), *words, str(tmp_path / "int8.jsonl"), "--linear", "int8"]) == 1
+    assert "has no plan for int8 layers" in capsys.readouterr().err
 
 
 def test_rows_of_a_length_go_together_and_answers_keep_their_order() -> None:
