@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -27,7 +28,7 @@ from filelock import FileLock, Timeout
 from attnpress.config import DataSpec, RunConfig
 from attnpress.deployment import Linear, deploy
 from attnpress.evaluate import finished_classifier, plan_linear
-from attnpress.files import sha256_of, sync, write_text
+from attnpress.files import is_stream, open_stream, sha256_of, sync, write_text
 from attnpress.models.attention import PLAN
 from attnpress.models.loading import weights_hash
 from attnpress.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -190,7 +191,7 @@ def predict_file(
         rows = Input(source, file, columns)
         if is_stream(output):
             _tell(rows, rows.survey(0), warn)
-            with _open_stream(output) as out:
+            with open_stream(output) as out:
                 return _answer_all(answer, rows, _Written(out), Progress(), lambda _: None, warn)
         _check_free(output)
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -364,15 +365,6 @@ def _check_free(output: Path) -> None:
         raise PredictionError(f"{output}: exists already; delete it, or choose another --output")
 
 
-def is_stream(path: Path) -> bool:
-    """Whether a path is a terminal, a pipe, /dev/null or such: what has no whole to be written or read."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
-
-
 @contextlib.contextmanager
 def _as_file(source: Path) -> Iterator[Path]:
     """A file that can be read twice: the source itself, or a copy of what flows from it."""
@@ -388,18 +380,11 @@ def _as_file(source: Path) -> Iterator[Path]:
         raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV or tab-separated text")
 
 
-@contextlib.contextmanager
-def _open_stream(output: Path) -> Iterator[BinaryIO]:
-    sys.stdout.flush()  # /dev/stdout: what was printed before stands before
-    with output.open("wb") as out:
-        yield out
-
-
 def _flush(file: BinaryIO) -> None:
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        sync(file)
-    else:
-        file.flush()
+    file.flush()
+    with contextlib.suppress(io.UnsupportedOperation):  # of what is no file of the system
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            sync(file)
 
 
 @contextlib.contextmanager
