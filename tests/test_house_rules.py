@@ -65,7 +65,7 @@ ARROWS: dict[str, set[str]] = {
     "strict_json": set(),
     "typed_json": set(),
     "results": {"strict_json", "typed_json"},
-    "samples": set(),
+    "samples": {"strict_json", "typed_json"},
     "sweep_record": {"results"},
     "board_record": {"results"},
     "core": {"config"},

@@ -249,9 +249,10 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _command_line(options: argparse.Namespace) -> str:
-    """The command as it can be typed again, with the variable that forces a target."""
+    """The command as it can be typed again, with the variable that forces a target, or what holds the processor."""
     forced = os.environ.get("ATTNPRESS_CPU_TARGET")
-    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join(["attnpress", *options.words])
+    held = ["csrc/hold_avx2.sh"] if "hold_avx2.so" in os.environ.get("LD_PRELOAD", "") else []
+    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join([*held, "attnpress", *options.words])
 
 
 def _timings(options: argparse.Namespace) -> Sequence[Any]:

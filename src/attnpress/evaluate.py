@@ -22,14 +22,14 @@ from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrained
 
 from attnpress.calibration import outputs, reduce_over_ranks, this_process, training_batches
 from attnpress.config import ConfigError, RunConfig
-from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, total_work
+from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu
 from attnpress.linear import calibrate_linear
 from attnpress.models.attention import PLAN, CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.loading import load_compressed, load_tokenizer, weights_hash
+from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
 from attnpress.tasks import TaskData, load_task
 
@@ -110,8 +110,12 @@ def _stage_record(
     total = PairCounts(
         *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
     )
-    each = (_work(module, count) for module, count in zip(modules.values(), merged, strict=True))
-    work = dataclasses.asdict(total_work(each))
+    pairs = list(zip(modules.values(), merged, strict=True))
+    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (_work, _tail_work)]))
+    if any(module.spec.tail != "none" for module in modules.values()):
+        tail = total_work(_tail_work(*pair) for pair in pairs)
+        work |= {"macs_tail": tail.macs_remaining, "bit_operations_tail": tail.bit_operations_remaining}
+        work |= {"bytes_tail": tail.bytes_remaining}
     return StageRecord(
         name=name, metrics=metrics,
         sparsity=float(total.sparsity()), pruned=float(total.pruned_fraction()),
@@ -127,6 +131,13 @@ def _stage_record(
 def _work(module: CompressedAttention, count: PairCounts) -> Work:
     pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
     return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
+
+
+def _tail_work(module: CompressedAttention, count: PairCounts) -> Work:
+    # In attention of a sequence to itself there are as many keys as rows, for each key head.
+    rows, share = int(count.rows), module.kv_heads / module.heads
+    survivors, sequences = int(count.pairs - count.zeros), int(count.sequences * share)
+    return tail_work(rows, round(rows * share), survivors, sequences, module.spec, module.head_dim)
 
 
 def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:
@@ -162,16 +173,22 @@ def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel
         ConfigError: the run has no compressed model yet, or one with other classes.
     """
     folder = _finished_folder(run_folder)
-    data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
+    data, names = load_task(config.data, load_tokenizer(str(folder)), config.seed), class_names(str(folder))
     saved = AutoConfig.from_pretrained(folder)
     answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
     classes = max(1, len(data.label_names))
-    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
+    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(names) != classes):
         raise ConfigError(
             f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
             f"{run_folder} was trained for another; choose a task that its head fits"
         )
-    return load_compressed(folder, data.task.kind, data.label_names), data
+    numbered = data.numbered_as(names) if data.task.kind == "classification" else data
+    if numbered is None:
+        raise ConfigError(
+            f"--task {data.task.name}: its labels are {', '.join(data.label_names)}, those of the model of "
+            f"{run_folder} are {', '.join(names)}; choose a task with the labels that it was trained for"
+        )
+    return load_compressed(folder, data.task.kind, numbered.label_names), numbered
 
 
 def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
@@ -264,19 +281,17 @@ def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
         folder: of the run, or one that `save_pretrained` wrote.
 
     Raises:
-        ConfigError: no finished model, or one that answers questions, or has classes that are not numbered from 0.
-        ModelError: the model or its tokenizer cannot be loaded.
+        ConfigError: no finished model, or one that answers questions.
+        ModelError: the model or its tokenizer cannot be loaded, or its classes are not numbered from 0.
     """
     place = _finished_folder(folder)
     saved = AutoConfig.from_pretrained(place)
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
         raise ConfigError(f"{folder}: answers questions; only models that classify or score texts can be run")
-    names = saved.id2label
-    if sorted(names) != list(range(len(names))):
-        raise ConfigError(f"{place}: id2label of its config.json does not number the classes from 0; mend it there")
+    names = class_names(str(place))
     regression = saved.problem_type == "regression" or (saved.problem_type is None and len(names) == 1)
-    kind, ordered = "regression" if regression else "classification", tuple(names[index] for index in sorted(names))
-    return load_compressed(place, kind, ordered), load_tokenizer(str(place))
+    kind = "regression" if regression else "classification"
+    return load_compressed(place, kind, names), load_tokenizer(str(place))
 
 
 def is_saved_model(folder: Path) -> bool:

@@ -8,18 +8,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import key_validity
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
+from tests.kernels.agreement import assert_same
 from tests.kernels.factories import Case, cases, make_case, needs_kernel
 
 pytestmark = needs_kernel
 
 TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
-NAMES = ("q_codes", "row_max", "p_codes", "code_sum", "weighted")
 DENSE = AttentionSpec()
 PRUNED = AttentionSpec(sparsity=0.9)
 
@@ -39,26 +37,6 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def ulps(left: Tensor, right: Tensor) -> int:
-    """Largest distance in float32 steps; NaN nowhere."""
-    ordered = [x.contiguous().view(torch.int32).long() for x in (left, right)]
-    ordered = [torch.where(x < 0, -(2**31) - x, x) for x in ordered]
-    return int((ordered[0] - ordered[1]).abs().amax()) if left.numel() else 0
-
-
-def assert_same(case: Case) -> None:
-    expected, found = case.integer(), ops.compiled_integers(*case.arguments, causal=case.causal)
-    for name in NAMES:
-        assert torch.equal(found[name], getattr(expected, name)), name
-    seen = key_validity(case.allowed())
-    assert seen is not None
-    for name in ("k_codes", "v_codes"):
-        assert torch.equal(found[name] * seen, getattr(expected, name) * seen), name
-    assert ulps(found["output"], expected.output) <= 1
-    plain = ops.attention(*case.arguments, causal=case.causal)
-    assert torch.equal(plain, found["output"])
 
 
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
