@@ -180,7 +180,7 @@ def _head_records(module: CompressedAttention, counts: PairCounts) -> list[HeadR
 
 
 def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
-    """The compressed model of a finished run, and the data of `config`.
+    """The compressed model of a finished run, or of a folder that `save_pretrained` wrote, and the data of `config`.
 
     Raises:
         ConfigError: the run has no compressed model yet, or one with other classes.
@@ -280,7 +280,7 @@ def compare_backends(
         ran, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
         int(identical.sum()), float((trained - deployed).abs().max()),
         metrics_of(trained, data), metrics_of(deployed, data),
-        weights_hash(str(run_folder / "progressive")), data.fingerprint.get("eval"),
+        weights_hash(str(_finished_folder(run_folder))), data.fingerprint.get("eval"),
     )  # fmt: skip
 
 
@@ -304,7 +304,7 @@ def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
         ConfigError: no finished model, or one that answers questions.
         ModelError: the model or its tokenizer cannot be loaded, or its classes are not numbered from 0.
     """
-    place = folder if is_saved_model(folder) else _finished_folder(folder)
+    place = _finished_folder(folder)
     saved = AutoConfig.from_pretrained(place)
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
         raise ConfigError(f"{folder}: answers questions; only models that classify or score texts can be run")
@@ -320,7 +320,7 @@ def is_saved_model(folder: Path) -> bool:
 
 
 def _finished_folder(run_folder: Path) -> Path:
-    folder = run_folder / "progressive"
+    folder = run_folder if is_saved_model(run_folder) else run_folder / "progressive"
     if not folder.is_dir():
         raise ConfigError(
             f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"
