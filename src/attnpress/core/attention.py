@@ -6,7 +6,7 @@ Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from attnpress.core.arguments import (
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
 from attnpress.core.pruner import keep_mask
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
+from attnpress.core.tail import Tail, TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
 """Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
@@ -29,11 +30,15 @@ FAR = 2**30
 
 @dataclass(frozen=True)
 class Scales:
-    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token)."""
+    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token).
+
+    With them goes what else calibration fits before thresholds: `tail`, None for one without a lift.
+    """
 
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,36 @@ class IntegerAttention:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class TailedAttention(IntegerAttention):
+    """The same where rows have a tail (numerics, section 8).
+
+    Attributes:
+        tail_count: int32 [B, Hq, Sq, 1], g; tail_distance: int64, T; tail_exponent: int32, t; all of that shape.
+        tail_level: float32, u, likewise.
+        tail_value: int64 [B, Hq, Sq, D], V_G.
+    """
+
+    tail_count: Tensor
+    tail_distance: Tensor
+    tail_exponent: Tensor
+    tail_level: Tensor
+    tail_value: Tensor
+
+
+@dataclass(frozen=True)
+class LinearTailedAttention(TailedAttention):
+    """The same with `linear`.
+
+    Attributes:
+        tail_score: int64 [B, Hq, Sq, 1], Y.
+        tail_slope: int64 [B, Hq, Sq, D], X.
+    """
+
+    tail_score: Tensor
+    tail_slope: Tensor
+
+
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
     """softmax(Q K^T * scaling) V in floating point; rows without a valid key give zeros. [B, Hq, Sq, D]."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
@@ -130,13 +165,29 @@ def integer_attention(
     alpha = score_step(q_scale, k_scale, scaling, heads)
     pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
-    output = (weighted.float() * repeat_heads(v_scale, heads)) / pairs.divisor
-    return IntegerAttention(
+    sums, numerator, divisor = None, weighted.float(), pairs.divisor
+    tail = active_tail(spec, scales.tail, cutoff, query)
+    if tail is not None:
+        scored, rate = scored_codes(q_codes, k_codes, spec, tail), exponent_rate(alpha)
+        rest = pairs.valid & (pairs.codes == 0)
+        sums = sum_tail(rest, pairs.distance, repeat_heads(v_codes, heads), scored, rate, tail.lift, spec.p.qmax)
+        numerator, divisor = with_tail(numerator, divisor, sums, score_steps(alpha, tail, heads))
+    output = (numerator * repeat_heads(v_scale, heads)) / divisor
+    found = IntegerAttention(
         q_codes.to(torch.int8), k_codes[:, :, keys].to(torch.int8), v_codes[:, :, keys].to(torch.int8),
-        acc[..., keys], _row_max(acc, pairs.valid), pairs.keep[..., keys],
+        acc[..., keys], row_maximum(acc, pairs.valid), pairs.keep[..., keys],
         pairs.codes[..., keys].to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
         weighted.long(), output,
     )  # fmt: skip
+    return found if sums is None else _tailed(found, sums)
+
+
+def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
+    whole = [getattr(found, field.name) for field in fields(found)]
+    tail = sums.count.int(), sums.distance.long(), sums.exponent, sums.level, sums.value.long()
+    if sums.score is None or sums.slope is None:
+        return TailedAttention(*whole, *tail)
+    return LinearTailedAttention(*whole, *tail, sums.score.long(), sums.slope.long())
 
 
 def checked_mask(
@@ -166,7 +217,7 @@ def prune_and_code(
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
     blocked = ~valid
-    distance = (_row_max(acc, valid) - acc).masked_fill_(blocked, FAR)
+    distance = (row_maximum(acc, valid) - acc).masked_fill_(blocked, FAR)
     rate = exponent_rate(alpha)
     t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
     probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
@@ -224,7 +275,8 @@ def key_validity(valid: Tensor | None) -> Tensor | None:
     return None if valid is None else four_dims(valid).any(-2, keepdim=True).any(1, keepdim=True).mT
 
 
-def _row_max(acc: Tensor, valid: Tensor) -> Tensor:
+def row_maximum(acc: Tensor, valid: Tensor) -> Tensor:
+    """The largest score of each row, [B, Hq, Sq, 1]; 0 where no key is valid."""
     lowest = -torch.inf if acc.is_floating_point() else -FAR
     return acc.masked_fill(~valid, lowest).amax(-1, keepdim=True).masked_fill(~valid.any(-1, keepdim=True), 0)
 

@@ -10,6 +10,9 @@ from torch import Tensor
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
 """Keep 1 / scale and products of scales well inside float32."""
 
+EXACT = 2**24
+"""Float32 holds every integer up to here."""
+
 _EDGE = 1 + 2.0**-21
 """Rounding of x * (1 / scale): the value that a scale was taken from counts as inside the range, not beyond it."""
 

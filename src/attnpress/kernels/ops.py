@@ -18,6 +18,7 @@ from torch import Tensor
 from attnpress.config import AttentionSpec
 from attnpress.core.arguments import check_cutoff, check_tensors, misfit, pair_mask
 from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention
+from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
@@ -135,8 +136,8 @@ def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> N
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
     if backend == "cpu":
         cpu.load()
-        _check_spec(spec, scales)
-        _check_head(head_dim)
+        check_native(spec, head_dim)
+        _check_scales(spec, scales)
 
 
 def _reference(
@@ -145,7 +146,10 @@ def _reference(
 ) -> Tensor:  # fmt: skip
     valid = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling)
     allowed = causal_pairs(query, key, valid) if causal else valid
-    output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
+    if None in spec.bits.values():  # no integers then: what is computed is the forward of training
+        output = fake_quantize_attention(query, key, value, allowed, scales, cutoff, spec, scaling).float()
+    else:
+        output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -239,7 +243,8 @@ def compiled_arguments(
     """
     if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
         cpu.load()
-    _check_spec(spec, scales)
+    _check_spec(spec)
+    _check_scales(spec, scales)
     _check_tensors(query, key, value)
     for name, tensor in {"k_scale": scales.k, "v_scale": scales.v, "q_scale": scales.q, "cutoff": cutoff}.items():
         if tensor is not None and tensor.device.type != "cpu":
@@ -263,7 +268,13 @@ def causal_pairs(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
     return before if valid is None else valid & before
 
 
-def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
+def check_native(spec: AttentionSpec, head_dim: int) -> None:
+    """Raise ValueError, with the reason, if the compiled kernel is not made for a spec or a head size."""
+    _check_spec(spec)
+    _check_head(head_dim)
+
+
+def _check_spec(spec: AttentionSpec) -> None:
     if None in spec.bits.values():
         raise ValueError(f"backend 'cpu' multiplies integers: set bits for all of q, k, v and p; found {spec.bits}")
     if spec.rule not in NATIVE_RULES:
@@ -271,6 +282,11 @@ def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
+    if spec.tail != "none":
+        raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
+
+
+def _check_scales(spec: AttentionSpec, scales: Scales) -> None:
     static = {"q": scales.q, "k": scales.k, "v": scales.v}
     if spec.q.granularity == "token":
         del static["q"]
