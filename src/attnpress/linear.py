@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpress.calibration import Batch, outputs
+from attnpress.calibration import outputs
 from attnpress.core.linear import ACTIVATION_BITS, Bits, ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PASSES, PackedProduct
 from attnpress.models.attention import INT8, PLAN
 from attnpress.models.encoder import entries, find_encoder, place_int8
+from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
 from attnpress.models.ordered import OrderedLinear, place_ordered
 
@@ -76,11 +77,9 @@ def calibrate_linear(
     Raises:
         ValueError: no batches, other bits, or a model with int8 layers already.
     """
-    kept = list(batches)
-    if not kept:
-        raise ValueError("calibrate_linear needs at least one batch of real data")
     if bits not in (7, 8):
         raise ValueError(f"bits {bits!r}: the inputs of int8 linear layers have 7 or 8")
+    kept = [forward_inputs(model, batch, number) for number, batch in enumerate(listed(batches, "calibrate_linear"))]
     encoder = int8_encoder(model)
     if encoder is None:
         return {}

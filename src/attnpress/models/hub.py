@@ -24,7 +24,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
+from attnpress.core.exponential import T_MAX
 from attnpress.core.linear import ProductPlan
+from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
 from attnpress.models.attention import INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
 from attnpress.models.mapping import leave_files
 from attnpress.recipe import parse_spec, spec_to_dict
@@ -34,6 +36,14 @@ FORMAT = 1
 
 BEFORE_BITS = {"bits": 8}
 """What products of checkpoints had that were saved before their plans said so."""
+
+WHOLE = {
+    "lift": (0, T_MAX),
+    "query_directions": (-DIRECTION_MAX, DIRECTION_MAX),
+    "key_directions": (-DIRECTION_MAX, DIRECTION_MAX),
+    "key_offset": (-OFFSET_MAX, OFFSET_MAX),
+}
+"""Whole numbers of the tail, and the bounds within which its sums fit."""
 
 Size = Annotated[int, Field(ge=1, le=2**16)]
 HeadSize = Annotated[int, Field(ge=1, le=LARGEST_HEAD)]
@@ -277,6 +287,8 @@ def _check_state(name: str, module: CompressedAttention) -> None:
         elif not _usable(part, tensor):
             raise ModelError(f"damaged: {name}.{NAME}.{part} holds values that it cannot have")
     module.seen.zero_()
+    if module.spec.tail != "none":
+        module.seen_masses.zero_()
 
 
 def _refuse_missing(name: str, part: str, tensor: Tensor) -> None:
@@ -288,4 +300,7 @@ def _refuse_missing(name: str, part: str, tensor: Tensor) -> None:
 def _usable(part: str, tensor: Tensor) -> bool:
     if part == "cutoff":  # +inf keeps every pair
         return not bool(tensor.isnan().any())
+    if part in WHOLE:
+        least, most = WHOLE[part]
+        return bool(((tensor >= least) & (tensor <= most) & (tensor == tensor.round())).all())
     return bool(tensor.isfinite().all())
