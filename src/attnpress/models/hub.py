@@ -24,8 +24,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import EXTRA, INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
+from attnpress.models.checkpoint import ModelError as ModelError
 from attnpress.models.checkpoint import (
-    ModelError,
     check_geometry,
     check_readable,
     check_tensors,
@@ -36,8 +36,6 @@ from attnpress.models.checkpoint import (
 from attnpress.models.mapping import leave_files
 from attnpress.models.state import parse_whole_spec, saving_call, unpack_extra
 from attnpress.recipe import parse_spec, spec_to_dict
-
-WEIGHTS = "model.safetensors"
 
 FORMAT = 1
 """Version of what is stored. A reader refuses every other one by its number."""
@@ -334,4 +332,4 @@ def _check_ordinary(model: Any) -> None:
         return
     lost = [name for name, tensor in model.named_parameters() if not getattr(tensor, "_is_hf_initialized", False)]
     if lost:
-        raise ModelError(f"damaged: {WEIGHTS} lacks {', '.join(lost[:3])}")
+        raise ModelError(f"damaged: the checkpoint lacks {', '.join(lost[:3])}")

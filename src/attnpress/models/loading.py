@@ -19,9 +19,10 @@ from transformers import (
 from transformers.utils import logging
 
 from attnpress.files import sha256_of
-from attnpress.models.hub import WEIGHTS, ModelError, check_compressed
+from attnpress.models.hub import ModelError, check_compressed
 
 PREFIX = "package:"
+WEIGHTS = "model.safetensors"
 
 
 PINNED_WEIGHTS = {
