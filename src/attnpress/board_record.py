@@ -82,9 +82,4 @@ def read_board(folder: Path) -> BoardRecord:
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
-
-    def build(data: dict[str, Any]) -> BoardRecord:
-        baselines = [BaselineRecord(**one) for one in data["baselines"]]
-        return BoardRecord(data["board"], baselines, [CellRecord(**cell) for cell in data["cells"]])
-
-    return read_json(folder / FILE, FORMAT, build)
+    return read_json(folder / FILE, FORMAT, BoardRecord)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -15,13 +15,12 @@ from torch.utils.data import DataLoader
 
 from attnpress.config import CalibrationSpec
 from attnpress.core.pruner import head_budgets
+from attnpress.core.tail import Moments
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.inputs import Batch, forward_inputs, listed
+from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
-
-Batch = Mapping[str, Any]
-
-LABELS = ("labels", "start_positions", "end_positions")
 
 SENSITIVITY_BATCHES = 2
 """Each head costs a forward pass over them."""
@@ -35,16 +34,16 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
     Args:
         model: after `bind`.
-        batches: keyword arguments of the model's forward (labels are ignored); a handful of real training batches.
-            Under torch.distributed, each rank gives its own share, the same number of batches everywhere.
+        batches: a handful of real training batches: mappings from names of forward's arguments to tensors, as a data
+            loader gives them; see `forward_inputs` for what else may be in them. Under torch.distributed, each rank
+            gives its own share, the same number of batches everywhere.
 
     Raises:
-        ValueError: no batches, or none with a real token; the model is not bound.
+        BatchError: no batches, or one that the model cannot be called with.
+        ValueError: none with a real token; the model is not bound.
     """
     modules = list(_bound(model).values())
-    kept = list(batches)
-    if not kept:
-        raise ValueError("calibrate needs at least one batch of real data")
+    kept = listed(batches, "calibrate")
     for module in modules:
         module.observers = module.make_observers()
     try:
@@ -55,6 +54,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
             module.observers = None
+    _fit_directions(model, kept, [module for module in modules if module.has_directions])
     _fit(model, kept, modules)
     spread = [module for module in modules if module.spec.budget == "sensitivity" and module.spec.sparsity > 0]
     if spread:
@@ -77,9 +77,14 @@ def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     Trained thresholds (`spec.threshold_penalty`) stay as they are.
 
     Raises:
+        BatchError: as `calibrate` raises it.
         ValueError: the batches hold nothing but padding; the model is not bound.
     """
-    _fit(model, list(batches), [module for module in _bound(model).values() if module.spec.threshold_penalty is None])
+    _fit(
+        model,
+        listed(batches, "fit_thresholds"),
+        [module for module in _bound(model).values() if module.spec.threshold_penalty is None],
+    )
 
 
 def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
@@ -99,30 +104,45 @@ def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttenti
 
 
 def _in_force(module: CompressedAttention) -> Tensor:
-    cutoff = module.active_cutoff()
-    return module.cutoff.new_empty(0) if cutoff is None else cutoff.clone()
+    cutoff, tail = module.active_cutoff(), module.tail()
+    parts = ([] if cutoff is None else [cutoff]) + ([] if tail is None else [tail.lift])
+    return torch.cat([module.cutoff.new_empty(0), *parts])
+
+
+def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    for module in modules:
+        module.moments = Moments.none_yet(module.kv_heads, module.head_dim, module.cutoff.device)
+    try:
+        for _ in outputs(model, batches if modules else []):
+            pass
+        for module in modules:
+            module.fit_directions(reduce_over_ranks)
+    finally:  # a module that keeps its moments would go on adding to them
+        for module in modules:
+            module.moments = None
 
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:
     """The model's first output for one batch, float32; where it has a row for each token, those of real tokens."""
-    (output,) = outputs(model, [batch])
+    inputs = forward_inputs(model, batch)
+    (output,) = outputs(model, [inputs])
     first: Tensor = output[0].float()
-    mask = batch.get("attention_mask")
+    mask = inputs.get("attention_mask")
     return first if mask is None or mask.shape != first.shape[:2] else first[mask.bool().to(first.device)]
 
 
 def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
-    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name not in LABELS}
+    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients.
+
+    Raises:
+        BatchError: see `forward_inputs`.
+    """
+    with evaluation_mode(model):
+        for number, batch in enumerate(batches):
+            inputs = forward_inputs(model, batch, number)
             with torch.no_grad():
                 output = model(**inputs)
             yield output
-    finally:
-        model.train(training)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from attnpress import commands
+from attnpress.option_types import share, whole
 
 EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
@@ -42,10 +43,10 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status: 0 done, 1 refused or failed with a message, 2 wrong usage."""
-    options = build_parser().parse_args(arguments)
-    options.words = list(sys.argv[1:] if arguments is None else arguments)
-    command: Callable[[argparse.Namespace], int] = options.run
     try:
+        options = build_parser().parse_args(arguments)
+        options.words = list(sys.argv[1:] if arguments is None else arguments)
+        command: Callable[[argparse.Namespace], int] = options.run
         return command(options)
     except Exception as error:
         if not _is_ours(error):
@@ -86,7 +87,7 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
     _run_arguments(_command(
         subparsers, "run", commands.run,
-        "what the model of a finished run says of each line of a file; the same command goes on after a kill",
+        "what the model of a finished run says of each row of a file; the same command goes on after a kill",
     ))  # fmt: skip
     export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
     _run_argument(export)
@@ -94,7 +95,9 @@ def _add_one_run(subparsers: Commands) -> None:
         "--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers, layer by layer"
     )
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
-    export.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the batch traced (default: 4)")
+    export.add_argument(
+        "--rows", type=whole("--rows", 2, 4096), default=4, metavar="N", help="rows of the batch traced (default: 4)"
+    )
     _set_argument(export)
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
@@ -190,26 +193,38 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a folder that save_pretrained wrote")
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE.jsonl",
-        help='JSON lines with the texts under the names that the task gives them, {"text": ...} for instance',
+        "--input", type=Path, required=True, metavar="FILE",
+        help="CSV, tab-separated text (.tsv, .txt) or JSON lines, in UTF-8, with the texts under the names that the "
+        'task gives them, {"text": ...} for instance',
     )  # fmt: skip
     parser.add_argument(
         "--output", type=Path, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
     )
+    parser.add_argument(
+        "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
+    )
     parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="rows at once (default: 32)")
+    parser.add_argument(
+        "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"
+    )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seq-len", type=int, nargs="+", action="extend", metavar="N", help="tokens a row (default: 128 512 2048)"
-    )
-    parser.add_argument("--sparsity", type=float, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
-    parser.add_argument("--batch", type=int, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
+        "--seq-len", type=whole("--seq-len", 1, 131072), nargs="+", action="extend", metavar="N",
+        help="tokens a row (default: 128 512 2048)",
+    )  # fmt: skip
+    sparsity = share("--sparsity", "sparsity is the fraction of pairs pruned")
+    parser.add_argument("--sparsity", type=sparsity, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
+    parser.add_argument(
+        "--batch", type=whole("--batch", 1, 65536), metavar="N",
+        help="rows (default: about 1,536 tokens; whole models: 1)",
+    )  # fmt: skip
+    threads = whole("--threads", 1, 1024)
+    parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
         "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
@@ -239,8 +254,9 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="whole models: also batches with the lengths of mrpc, sst2",
     )
     parser.add_argument(
-        "--layer", type=int, nargs="+", action="extend", metavar="N", help="with --from: these layers only, from 0"
-    )
+        "--layer", type=whole("--layer", 0, 65535), nargs="+", action="extend", metavar="N",
+        help="with --from: these layers only, from 0",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
 
 

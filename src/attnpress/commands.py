@@ -60,16 +60,19 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Say what a finished run's model predicts for each line of a file, or go on with it."""
-    config = _run_config(options.run_dir)
+    """Say what a compressed model predicts for each row of a file, or go on with it."""
+    from attnpress.evaluate import is_saved_model
+
+    config = None if is_saved_model(options.run_dir) else _run_config(options.run_dir)
     _quiet_libraries()
-    from attnpress.prediction import run_file
+    from attnpress.prediction import is_stream, run_file
 
     done = run_file(
         options.run_dir, config, options.input, options.output, backend=options.backend, linear=options.linear,
-        batch_size=options.batch, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
+        batch_size=options.batch, columns=options.text, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
     )  # fmt: skip
-    print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}")
+    told = sys.stderr if is_stream(options.output) else sys.stdout  # answers may be on their way there
+    print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}", file=told)
     return 0
 
 
@@ -93,7 +96,7 @@ def report(options: argparse.Namespace) -> int:
     foreign = [path.name for path in folder.glob("*") if path.suffix != ".svg"]
     if foreign:
         raise ReportError(f"{folder}: holds {foreign[0]}, which is no figure; choose another --output")
-    with whole_folder(folder) as scratch:
+    with whole_folder(folder, "figures") as scratch:
         for name, svg in made.figures.items():
             write_text(scratch / name, svg)
     write_text(options.output, made.html)

@@ -261,7 +261,7 @@ def _log(run: Run, name: str) -> Path:
 
 def _save(folder: Path, write: Callable[[Path], None]) -> None:
     if this_process().is_main_process:
-        with whole_folder(folder) as scratch:
+        with whole_folder(folder, "model") as scratch:
             write(scratch)
     this_process().wait_for_everyone()
 

@@ -257,17 +257,31 @@ def plan_linear(model: PreTrainedModel, data: Callable[[], TaskData], config: Ru
     return plan or calibrate_linear(model, training_batches(data(), config.calibration, config.seed))
 
 
-def finished_classifier(run_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The compressed model of a finished run and its tokenizer, without the data that it was trained on.
 
+    Args:
+        folder: of the run, or one that `save_pretrained` wrote.
+
     Raises:
-        ConfigError: no finished model, or one that answers questions.
+        ConfigError: no finished model, or one that answers questions, or has classes that are not numbered from 0.
+        ModelError: the model or its tokenizer cannot be loaded.
     """
-    saved = AutoConfig.from_pretrained(_finished_folder(run_folder))
+    place = folder if is_saved_model(folder) else _finished_folder(folder)
+    saved = AutoConfig.from_pretrained(place)
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
-        raise ConfigError(f"{run_folder}: answers questions; only models that classify or score texts can be run")
-    kind, folder = "regression" if saved.problem_type == "regression" else "classification", run_folder / "progressive"
-    return load_compressed(folder, kind, tuple(saved.id2label.values())), load_tokenizer(str(folder))
+        raise ConfigError(f"{folder}: answers questions; only models that classify or score texts can be run")
+    names = saved.id2label
+    if sorted(names) != list(range(len(names))):
+        raise ConfigError(f"{place}: id2label of its config.json does not number the classes from 0; mend it there")
+    regression = saved.problem_type == "regression" or (saved.problem_type is None and len(names) == 1)
+    kind, ordered = "regression" if regression else "classification", tuple(names[index] for index in sorted(names))
+    return load_compressed(place, kind, ordered), load_tokenizer(str(place))
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a folder is what `save_pretrained` writes, and no run folder."""
+    return (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file()
 
 
 def _finished_folder(run_folder: Path) -> Path:

@@ -10,6 +10,7 @@ import math
 import shutil
 import statistics
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,13 @@ from transformers import (
 )
 
 from attnpress.calibration import reduce_over_ranks, this_process
-from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
+from attnpress.config import ConfigError, Count, DistillationSpec, ScheduleSpec, Sparsity, TrainSpec
 from attnpress.core.distillation import attention_loss, check_gradients, logits_loss
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
-from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
+from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE, CompressedAttention
 from attnpress.models.binding import attentions, captured_outputs, threshold_penalty
+from attnpress.recipe import checked
 from attnpress.tasks import TaskData
 from attnpress.tasks.sampler import LengthSampler
 
@@ -51,29 +53,57 @@ class DivergedError(RuntimeError):
 class SparsityDriver:
     """Raises the sparsity of a bound model step by step; for any training loop.
 
-    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing else is kept here: the
-    thresholds and their histogram are buffers of the model, so a checkpoint holds all that a resumed run needs.
+    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing of the model is kept here:
+    its attention modules are looked up at each call, so that it may be bound anew; thresholds and their histogram are
+    buffers of theirs, so that a checkpoint holds all that a resumed run needs.
 
     Args:
         model: bound and calibrated.
         schedule: how sparsity grows.
-        target: sparsity to end at; or one for each attention module, by name.
+        target: sparsity to end at, from 0 to below 1; or one for each attention module, by name.
         total: number of steps of the training.
+
+    Raises:
+        ConfigError: the model is not bound, `target` does not name its attention modules, or a number is out of range.
     """
 
     def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target, total: int) -> None:
-        modules = attentions(model)
-        targets = target if isinstance(target, Mapping) else dict.fromkeys(modules, target)
-        self.modules = list(modules.values())
-        self.targets = [targets[name] for name in modules]
-        self.schedule, self.total, self.achieved = schedule, total, 0.0
+        self.model, self.schedule, self.achieved = model, schedule, 0.0
+        self.target, self.total = _checked_target(target), checked(Count, total, "total")
+        self.targets()
+
+    @property
+    def modules(self) -> list[CompressedAttention]:
+        """The attention modules that the model has now, in the order of the layers."""
+        return [module for module, _ in self.targets()]
+
+    def targets(self) -> list[tuple[CompressedAttention, float]]:
+        """The attention modules that the model has now, each with the sparsity to end at.
+
+        Raises:
+            ConfigError: there are none, or `target` names others.
+        """
+        found = attentions(self.model)
+        if not found:
+            raise ConfigError(
+                f"{type(self.model).__name__} is not bound, so nothing of it can be pruned: call bind(model, spec) and "
+                "calibrate(model, batches) first; a model_init has to return such a model"
+            )
+        named = self.target if isinstance(self.target, Mapping) else dict.fromkeys(found, self.target)
+        if different := sorted(set(found) ^ set(named)):
+            raise ConfigError(
+                f"target: {different[0]} is in one of the target and the model only; give a sparsity for each of "
+                f"{', '.join(found)}, or one number for all"
+            )
+        return [(module, named[name]) for name, module in found.items()]
 
     def begin(self, step: int) -> float:
         """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean asked."""
-        asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
-        for module, sparsity in zip(self.modules, asked, strict=True):
+        asked = []
+        for module, target in self.targets():
+            asked.append(sparsity_at(step, self.total, self.schedule, target))
             if self.schedule.kind != "fixed":
-                module.set_sparsity(sparsity)
+                module.set_sparsity(asked[-1])
             module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
         return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
@@ -93,13 +123,23 @@ class SparsityDriver:
 
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""
-        for module, target in zip(self.modules, self.targets, strict=True):
+        for module, target in self.targets():
             if self.schedule.kind != "fixed":
                 module.set_sparsity(target)
 
 
+def _checked_target(target: Target) -> Target:
+    if isinstance(target, Mapping):
+        return {name: checked(Sparsity, own, f"target of {name}") for name, own in target.items()}
+    return checked(Sparsity, target, "target")
+
+
 class SparsityCallback(TrainerCallback):
     """Progressive pruning as a Trainer callback.
+
+    The model that is pruned is the one that the Trainer trains, also if its `model_init` makes a new one. Training ends
+    at the target before the last step is evaluated and saved; with `load_best_model_at_end`, the model is afterwards
+    what the best checkpoint holds, thresholds and sparsity in force included.
 
     Args:
         model: bound and calibrated.
@@ -110,24 +150,64 @@ class SparsityCallback(TrainerCallback):
         self.driver = SparsityDriver(model, schedule, target, total=1)
         self.asked = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Refuse a model that is not bound; warn where updates would be rounded away."""
+        self._follow(model)
+        self.driver.targets()
+        if (dtype := low_precision(self.driver.model)) is not None:
+            warnings.warn(
+                f"the weights to train are {dtype}, in which small updates are rounded away: load the model with "
+                "dtype=torch.float32, and use bf16=True or fp16=True of TrainingArguments for speed",
+                stacklevel=2,
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         """Ask for the sparsity of this step."""
+        self._follow(model)
         self.driver.total = state.max_steps
         self.asked = self.driver.begin(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Collect what the step has seen, before any checkpoint is written."""
+        """Collect what the step has seen, and after the last one freeze, before it is evaluated or saved."""
         self.driver.end()
+        if state.global_step >= state.max_steps:
+            self.driver.freeze()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the model at its target, also when training was resumed from its very last checkpoint."""
-        self.driver.freeze()
+        """Leave the model at its target, unless the best checkpoint was loaded: then it is left as it was saved."""
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
+            self.driver.freeze()  # also after an early stop, or a resume from the very last checkpoint
+            return
+        force = [(module.spec.sparsity, target) for module, target in self.driver.targets()]
+        if any(sparsity < target for sparsity, target in force):
+            found, wanted = (statistics.fmean(column) for column in zip(*force, strict=True))
+            warnings.warn(
+                f"the best checkpoint, {state.best_model_checkpoint}, is from before the target was reached: its "
+                f"sparsity is {found:.3f}, not {wanted:.3f}. Let the schedule end before the first evaluation, or "
+                "leave load_best_model_at_end out",
+                stacklevel=2,
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Put the sparsity asked and achieved in the last step beside the loss."""
         add_to_log(state, logs, {"sparsity_asked": self.asked, "sparsity_achieved": self.driver.achieved})
+
+    def _follow(self, model: nn.Module | None) -> None:
+        """Drive the model that is trained, if it is another than the one known."""
+        if model is not None and set(attentions(model).values()) != set(attentions(self.driver.model).values()):
+            self.driver.model = model
+
+
+def low_precision(model: nn.Module) -> torch.dtype | None:
+    """The dtype of weights that are trained in fewer than 32 bits; None if there are none."""
+    trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    return next((dtype for dtype in trained if torch.finfo(dtype).bits < 32), None)
 
 
 class CheckpointCallback(TrainerCallback):

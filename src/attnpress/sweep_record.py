@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import read_json
+from attnpress.results import RecordError, read_json
 
 FORMAT = 1
 FILE = "sweep.json"
@@ -98,8 +98,10 @@ def read_sweep(folder: Path) -> SweepRecord:
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
-
-    def build(data: dict[str, Any]) -> SweepRecord:
-        return SweepRecord(**{**data, "trials": [TrialRecord(**trial) for trial in data["trials"]]})
-
-    return read_json(folder / FILE, FORMAT, build)
+    record = read_json(folder / FILE, FORMAT, SweepRecord)
+    by_number = {trial.number: trial for trial in record.trials}
+    for number in record.front:
+        trial = by_number.get(number)
+        if trial is None or trial.metric is None or trial.work is None:
+            raise RecordError(f"{folder / FILE}: damaged ('front'): trial {number} is not complete, or not there")
+    return record

@@ -161,3 +161,18 @@ def test_torch_ops_reject_what_would_crash() -> None:
         arguments = [value if i == place else x for i, x in enumerate(good)]
         with pytest.raises(RuntimeError, match="attnpress"):
             torch.ops.attnpress.attention(*arguments)
+
+
+@pytest.mark.parametrize("variable", [TARGET_VARIABLE, "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_process_held_below_vnni_has_none(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (TARGET_VARIABLE, *cpu.ONEDNN_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert cpu.has_vnni() == torch.backends.mkldnn.is_available()
+    for value in ("avx2", "scalar") if variable == TARGET_VARIABLE else ("AVX2", "avx512_core", "SSE41"):
+        monkeypatch.setenv(variable, value)
+        assert not cpu.has_vnni()
+    monkeypatch.setenv(variable, "avx512vnni" if variable == TARGET_VARIABLE else "AVX512_CORE_VNNI")
+    assert cpu.has_vnni() == torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not cpu.has_vnni()

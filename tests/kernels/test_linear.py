@@ -14,10 +14,9 @@ from torch import Tensor
 from attnpress.core import linear as reference
 from attnpress.core.linear import Coded, decode, linear, weight_codes
 from attnpress.kernels import linear as compiled
-from attnpress.kernels.linear import PackedProduct, is_supported, token_codes
+from attnpress.kernels.linear import PackedProduct, token_codes
 from tests.kernels.factories import needs_kernel
 
-needs_vnni = pytest.mark.skipif(not is_supported(), reason="this processor has no VNNI")
 BUILT = [pytest.param(True, marks=needs_kernel), False]
 
 
@@ -45,7 +44,6 @@ def test_odd_numbers_get_the_codes_of_the_definition(odd: float) -> None:
         assert torch.equal(found, expected)
 
 
-@needs_vnni
 @given(st.integers(0, 70), st.integers(1, 200), st.integers(1, 100), st.booleans(), st.integers(0, 2**31))
 def test_the_product_is_that_of_the_definition(
     rows: int, inputs: int, outputs: int, with_bias: bool, seed: int
@@ -58,7 +56,6 @@ def test_the_product_is_that_of_the_definition(
     assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()) if rows else 0)
 
 
-@needs_vnni
 def test_sums_of_the_largest_products_do_not_saturate() -> None:
     weight = torch.full((8, 4096), 127.0)
     assert torch.equal(
@@ -66,7 +63,6 @@ def test_sums_of_the_largest_products_do_not_saturate() -> None:
     )
 
 
-@needs_vnni
 @pytest.mark.parametrize("built", BUILT)
 def test_codes_after_the_gelu_are_those_of_its_output(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
@@ -84,15 +80,13 @@ def test_codes_after_the_gelu_are_those_of_its_output(built: bool, monkeypatch: 
 
 
 @needs_kernel
-@needs_vnni
 def test_the_gelu_is_the_framework_s() -> None:
     x = torch.linspace(-12, 12, 4801).unsqueeze(1)
     found = Coded(torch.empty(4801, 1, dtype=torch.uint8), torch.empty(4801), torch.empty(4801))
-    compiled.finish_codes(x, torch.ones(4801), torch.zeros(4801), torch.zeros(1), None, *found)
+    compiled.finish_codes(8, x, torch.ones(4801), torch.zeros(4801), torch.zeros(1), torch.ones(1), None, *found)
     assert torch.allclose(decode(found), F.gelu(x), rtol=1e-5, atol=1e-6)
 
 
-@needs_vnni
 @pytest.mark.parametrize("built", BUILT)
 def test_tokens_get_the_same_bits_in_whatever_company(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
@@ -114,7 +108,6 @@ def test_tokens_get_the_same_bits_in_whatever_company(built: bool, monkeypatch: 
         assert torch.equal(alone, at_once[150:151])
 
 
-@needs_vnni
 @pytest.mark.parametrize("built", BUILT)
 def test_the_residual_and_the_norm_are_those_of_the_framework(built: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "_is_compiled", lambda: built)
@@ -133,7 +126,6 @@ def test_the_residual_and_the_norm_are_those_of_the_framework(built: bool, monke
         assert torch.equal(layer.normed(token_codes(x.unsqueeze(0)), apart, norm), found)
 
 
-@needs_vnni
 def test_the_codes_of_the_weight_come_back_from_its_packing() -> None:
     codes, scale = weight_codes(torch.randn(50, 70))
     assert torch.equal(PackedProduct(codes, scale, None).weight(), codes)
@@ -143,13 +135,17 @@ def test_the_codes_of_the_weight_come_back_from_its_packing() -> None:
 def test_operators_refuse_what_does_not_fit() -> None:
     ops, ones = torch.ops.attnpress, torch.ones(2)
     with pytest.raises(RuntimeError, match="float32, contiguous"):
-        ops.token_codes(torch.ones(2, 2, dtype=torch.float64))
+        ops.token_codes(torch.ones(2, 2, dtype=torch.float64), 8)
+    with pytest.raises(RuntimeError, match="1 to 8 bits, found 9"):
+        ops.token_codes(torch.ones(2, 2), 9)
+    three = torch.ones(3)
     with pytest.raises(RuntimeError, match="a product of 2 rows and 3 columns"):
-        ops.finish_product(torch.ones(2, 2), ones, ones, torch.ones(3), None, torch.ones(2, 3))
+        ops.finish_product(torch.ones(2, 2), ones, ones, three, three, None, torch.ones(2, 3))
     with pytest.raises(RuntimeError, match="of 6 numbers"):
-        ops.finish_product(torch.ones(2, 3), ones, ones, torch.ones(3), None, torch.ones(2, 2))
+        ops.finish_product(torch.ones(2, 3), ones, ones, three, three, None, torch.ones(2, 2))
     with pytest.raises(RuntimeError, match="of 6 numbers"):
         ops.finish_normed(
-            torch.ones(2, 3), ones, ones, torch.ones(3), None, torch.ones(2, 2), torch.ones(3), torch.ones(3), 1e-5,
-            torch.ones(2, 3),
-        )  # fmt: skip
+            torch.ones(2, 3), ones, ones, three, three, None, torch.ones(2, 2), three, three, 1e-5, torch.ones(2, 3)
+        )
+    with pytest.raises(RuntimeError, match=r"weight \[N, K\]"):
+        ops.ordered_linear(torch.ones(2, 3), torch.ones(2, 2), None)

@@ -101,7 +101,7 @@ def bench(
     """
     names, lengths = list(peers), list(seq_lens)
     check_peers(names, PEERS)
-    check_counts(lengths=lengths, threads=[threads], batch=[batch or 1])
+    check_counts(lengths=lengths, threads=[threads], batch=[1 if batch is None else batch])
     check_sparsity(sparsity)
     cpu.load()
     problems = (make_problem(length, batch or usual_batch(length), heads, head_dim, sparsity) for length in lengths)

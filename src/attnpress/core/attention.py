@@ -6,15 +6,23 @@ Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.core.arguments import (
+    check_tensors,
+    check_values,
+    four_dims,
+    pair_mask,
+    some_key,
+)
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
 from attnpress.core.pruner import keep_mask
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
+from attnpress.core.tail import Tail, TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
 """Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
@@ -22,11 +30,15 @@ FAR = 2**30
 
 @dataclass(frozen=True)
 class Scales:
-    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token)."""
+    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token).
+
+    With them goes what else calibration fits before thresholds: `tail`, None for one without a lift.
+    """
 
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +88,36 @@ class IntegerAttention:
     output: Tensor
 
 
+@dataclass(frozen=True)
+class TailedAttention(IntegerAttention):
+    """The same where rows have a tail (numerics, section 8).
+
+    Attributes:
+        tail_count: int32 [B, Hq, Sq, 1], g; tail_distance: int64, T; tail_exponent: int32, t; all of that shape.
+        tail_level: float32, u, likewise.
+        tail_value: int64 [B, Hq, Sq, D], V_G.
+    """
+
+    tail_count: Tensor
+    tail_distance: Tensor
+    tail_exponent: Tensor
+    tail_level: Tensor
+    tail_value: Tensor
+
+
+@dataclass(frozen=True)
+class LinearTailedAttention(TailedAttention):
+    """The same with `linear`.
+
+    Attributes:
+        tail_score: int64 [B, Hq, Sq, 1], Y.
+        tail_slope: int64 [B, Hq, Sq, D], X.
+    """
+
+    tail_score: Tensor
+    tail_slope: Tensor
+
+
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
     """softmax(Q K^T * scaling) V in floating point; rows without a valid key give zeros. [B, Hq, Sq, D]."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
@@ -106,10 +148,12 @@ def integer_attention(
         scaling: factor of the scores, usually 1 / sqrt(D).
 
     Raises:
-        ValueError: a matrix is not quantized.
+        ValueError: a matrix is not quantized, or an argument is not as described; the message names it.
     """
     if None in spec.bits.values():
         raise ValueError(f"integer attention needs bits for all of q, k, v and p; found {spec.bits}")
+    valid, keys = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling), slice(key.shape[2])
+    key, value, valid = some_key(key, value, valid)
     heads = query.shape[1]
     q_scale = query_scale(query, scales, spec.q)
     k_scale, v_scale = _present(scales.k, "k"), _present(scales.v, "v")
@@ -121,13 +165,44 @@ def integer_attention(
     alpha = score_step(q_scale, k_scale, scaling, heads)
     pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
-    output = (weighted.float() * repeat_heads(v_scale, heads)) / pairs.divisor
-    return IntegerAttention(
-        q_codes.to(torch.int8), k_codes.to(torch.int8), v_codes.to(torch.int8),
-        acc, _row_max(acc, pairs.valid), pairs.keep,
-        pairs.codes.to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
+    sums, numerator, divisor = None, weighted.float(), pairs.divisor
+    tail = active_tail(spec, scales.tail, cutoff, query)
+    if tail is not None:
+        scored, rate = scored_codes(q_codes, k_codes, spec, tail), exponent_rate(alpha)
+        rest = pairs.valid & (pairs.codes == 0)
+        sums = sum_tail(rest, pairs.distance, repeat_heads(v_codes, heads), scored, rate, tail.lift, spec.p.qmax)
+        numerator, divisor = with_tail(numerator, divisor, sums, score_steps(alpha, tail, heads))
+    output = (numerator * repeat_heads(v_scale, heads)) / divisor
+    found = IntegerAttention(
+        q_codes.to(torch.int8), k_codes[:, :, keys].to(torch.int8), v_codes[:, :, keys].to(torch.int8),
+        acc[..., keys], row_maximum(acc, pairs.valid), pairs.keep[..., keys],
+        pairs.codes[..., keys].to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
         weighted.long(), output,
     )  # fmt: skip
+    return found if sums is None else _tailed(found, sums)
+
+
+def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
+    whole = [getattr(found, field.name) for field in fields(found)]
+    tail = sums.count.int(), sums.distance.long(), sums.exponent, sums.level, sums.value.long()
+    if sums.score is None or sums.slope is None:
+        return TailedAttention(*whole, *tail)
+    return LinearTailedAttention(*whole, *tail, sums.score.long(), sums.slope.long())
+
+
+def checked_mask(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
+    spec: AttentionSpec, scaling: float,
+) -> Tensor | None:  # fmt: skip
+    """Refuse what no call may be given; see `integer_attention`. Returns `valid` as `arguments.pair_mask` does.
+
+    Raises:
+        ValueError: names the argument, what it must be, and what was found.
+    """
+    check_tensors(query, key, value)
+    static = {"q": None if spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
+    check_values(query, key, value, static, cutoff, scaling)
+    return pair_mask(valid, query, key)
 
 
 def prune_and_code(
@@ -142,7 +217,7 @@ def prune_and_code(
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
     blocked = ~valid
-    distance = (_row_max(acc, valid) - acc).masked_fill_(blocked, FAR)
+    distance = (row_maximum(acc, valid) - acc).masked_fill_(blocked, FAR)
     rate = exponent_rate(alpha)
     t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
     probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
@@ -196,11 +271,12 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def key_validity(valid: Tensor | None) -> Tensor | None:
-    """Keys that some query may attend to: bool [B, 1, Sk, 1]."""
-    return None if valid is None else valid.any(-2, keepdim=True).any(1, keepdim=True).mT
+    """Keys that some query may attend to: bool [B or 1, 1, Sk or 1, 1], from a mask of up to four dimensions."""
+    return None if valid is None else four_dims(valid).any(-2, keepdim=True).any(1, keepdim=True).mT
 
 
-def _row_max(acc: Tensor, valid: Tensor) -> Tensor:
+def row_maximum(acc: Tensor, valid: Tensor) -> Tensor:
+    """The largest score of each row, [B, Hq, Sq, 1]; 0 where no key is valid."""
     lowest = -torch.inf if acc.is_floating_point() else -FAR
     return acc.masked_fill(~valid, lowest).amax(-1, keepdim=True).masked_fill(~valid.any(-1, keepdim=True), 0)
 

@@ -8,26 +8,28 @@ attention; batches are worked through in slices that fit a processor's cache.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
+from attnpress.core.arguments import some_key
 from attnpress.core.attention import (
     Scales,
+    checked_mask,
     key_validity,
     prune_and_code,
     query_scale,
     repeat_heads,
+    row_maximum,
     score_step,
 )
 from attnpress.core.exponential import code_table, exponent, exponent_rate
 from attnpress.core.pruner import BIN_WIDTH, pair_bins, relative_cut
-from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
-
-EXACT = 2**24
-"""Float32 holds every integer up to here."""
+from attnpress.core.quantizer import EXACT, learned_step, quantize_straight_through, smooth_key
+from attnpress.core.tail import Tail, active_tail, project_straight_through, score_steps, scored_codes, with_tail
+from attnpress.core.tail_training import TailRows, add_tail_gradients, sum_tail_by_products, tail_pairs
 
 FINITE = torch.finfo(torch.float32).max
 
@@ -61,7 +63,11 @@ def fake_quantize_attention(
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
     """
+    key, value, valid = some_key(key, value, checked_mask(query, key, value, valid, scales, cutoff, spec, scaling))
     heads = query.shape[1]
     q_codes, k_codes, alpha = scores_operands(query, key, valid, scales, spec, scaling)
     v_codes, v_scale = value.float(), torch.ones(1, 1, 1, 1, device=value.device)
@@ -69,15 +75,11 @@ def fake_quantize_attention(
         v_scale = static_scale(scales.v, value, spec.v.qmax)
         v_codes = quantize_straight_through(value, v_scale, spec.v.qmax)
         v_scale = repeat_heads(v_scale, heads)
+    tail = active_tail(spec, scales.tail, cutoff, query)
+    scored = None if tail is None else scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
+    k_codes, v_codes = (repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes))
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        q_codes,
-        *(repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes)),
-        alpha,
-        v_scale,
-        valid,
-        cutoff,
-        spec,
-        dropout,
+        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, valid, cutoff, spec, dropout
     )
     return output
 
@@ -115,12 +117,14 @@ class _Attend(torch.autograd.Function):
     """Codes of Q, K, V and the step alpha -> output. Keep masks are constants; softmax differentiates over survivors.
 
     With w = code / divisor, dropout mask m / (1 - r) and G the gradient of the output, the gradient of a score is
-    w (m G.v - G.out) * alpha: the softmax Jacobian at the quantized point. A pair whose code is zero gets no gradient.
+    w (m G.v - G.out) * alpha: the softmax Jacobian at the quantized point. A pair whose code is zero gets no gradient,
+    unless there is a tail.
     """
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, v_scale: Tensor,
+        q_scored: Tensor | None, k_scored: Tensor | None, tail: Tail | None,
         valid: Tensor | None, cutoff: Tensor | None, spec: AttentionSpec, dropout: float,
     ) -> Tensor:  # fmt: skip
         batch, heads, rows, keys = *q.shape[:3], k.shape[2]
@@ -130,72 +134,115 @@ class _Attend(torch.autograd.Function):
         divisor = torch.empty(batch, heads, rows, 1, device=q.device)
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
         bias = None if valid is None else additive_mask(valid)
+        allowed = None if valid is None or tail is None else valid.float()
+        tails = None if tail is None else TailRows.empty(q, v, linear=q_scored is not None)
         for part in batch_slices(codes.shape, q.device):
-            masks = batch_part(valid, part), batch_part(bias, part)
-            weights, divisor[part], _ = code_pairs(q[part], k[part], *masks, batch_part(alpha, part), cutoff, spec)
-            codes[part] = weights
+            masks, step = (batch_part(valid, part), batch_part(bias, part)), batch_part(alpha, part)
+            weights, divisor[part], _, row_max = code_pairs(q[part], k[part], *masks, step, cutoff, spec)
+            codes[part], survivors = weights, weights
             if kept is not None:
                 weights = weights * kept[part].float() / keep_share
-            output[part] = (_weighted(weights, v[part]) * v_scale) / divisor[part]
-        ctx.save_for_backward(q, k, v, alpha, v_scale, codes, kept, divisor, output)
-        ctx.keep_share = keep_share
+            weighted = _weighted(weights, v[part])
+            if tail is not None and tails is not None:
+                rest = tail_pairs(survivors, batch_part(allowed, part))
+                scored = _scored_part(q_scored, k_scored, part)
+                sums, key_sums = sum_tail_by_products(
+                    rest, row_max, q[part], k[part], v[part], scored, exponent_rate(step), tail, spec.p.qmax
+                )
+                weighted, divisor[part] = with_tail(weighted, divisor[part], sums, score_steps(step, tail, heads))
+                tails.fill(part, sums, key_sums, divisor[part])
+            output[part] = (weighted * v_scale) / divisor[part]
+        saved = [] if tails is None else tails.tensors()
+        ctx.save_for_backward(
+            q, k, v, alpha, v_scale, codes, kept, divisor, output, q_scored, k_scored, allowed, *saved
+        )
+        ctx.keep_share, ctx.tail = keep_share, tail
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        q, k, v, alpha, v_scale, codes, kept, divisor, output = ctx.saved_tensors
+        q, k, v, alpha, v_scale, codes, kept, divisor, output, q_scored, k_scored, allowed, *saved = ctx.saved_tensors
         grad = grads[0].float()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        tails = TailRows.of(saved) if saved else None
+        grad_scored = [None if x is None else torch.zeros_like(x) for x in (q_scored, k_scored)]
         for part in batch_slices(codes.shape, q.device):
-            scaled = grad[part] * v_scale
-            weights = codes[part].float() / divisor[part]
+            scaled, step = grad[part] * v_scale, batch_part(alpha, part)
+            survivors = codes[part].float()
+            weights = survivors / divisor[part]
             inner = scaled @ v[part].mT
+            own = (grad[part] * output[part]).sum(-1, keepdim=True)
+            straight = inner.clone() if q_scored is not None else inner
             dropped = weights
             if kept is not None:
                 factor = kept[part].float().div_(ctx.keep_share)
                 inner.mul_(factor)
                 dropped = factor.mul_(weights)
             grad_v[part] = dropped.mT @ scaled
-            inner.sub_((grad[part] * output[part]).sum(-1, keepdim=True)).mul_(weights)
-            inner.mul_(batch_part(alpha, part))
+            inner.sub_(own).mul_(weights).mul_(step)
             grad_q[part] = inner @ k[part]
             grad_k[part] = inner.mT @ q[part]
+            if tails is not None:
+                found = add_tail_gradients(
+                    TailRows.of([batch_part(x, part) if x is None else x[part] for x in tails.tensors()]),
+                    tail_pairs(survivors, batch_part(allowed, part)), q[part],
+                    _scored_part(q_scored, k_scored, part), (step, score_steps(step, ctx.tail, q.shape[1])),
+                    scaled, straight, own, (grad_q[part], grad_k[part], grad_v[part]),
+                )  # fmt: skip
+                for whole, one in zip(grad_scored, found or (), strict=False):
+                    whole[part] = one
         grad_alpha = grad_v_scale = None
         if ctx.needs_input_grad[3]:
-            grad_alpha = ((grad_q * q).sum(-1, keepdim=True) / alpha).sum_to_size(alpha.shape)
+            moved = (grad_q * q).sum(-1, keepdim=True)
+            if grad_scored[0] is not None:
+                moved = moved + (grad_scored[0] * q_scored).sum(-1, keepdim=True)
+            grad_alpha = (moved / alpha).sum_to_size(alpha.shape)
         if ctx.needs_input_grad[4]:
             grad_v_scale = (grad * output / v_scale).sum_to_size(v_scale.shape)
-        return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, None, None, None, None
+        return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, *grad_scored, None, None, None, None, None
+
+
+class CodedPairs(NamedTuple):
+    """What `code_pairs` makes of a slice.
+
+    Attributes:
+        codes: P codes, float32 [B, Hq, Sq, Sk].
+        divisor: float32 [B, Hq, Sq, 1].
+        beyond: positive where the rule prunes; None if it does not.
+        row_max: of the scores, float32 [B, Hq, Sq, 1]; 0 in a row without a valid key.
+    """
+
+    codes: Tensor
+    divisor: Tensor
+    beyond: Tensor | None
+    row_max: Tensor
 
 
 def code_pairs(
     q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, cutoff: Tensor | None,
     spec: AttentionSpec,
-) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+) -> CodedPairs:  # fmt: skip
     """From codes of Q and K to those of P, as `attention.prune_and_code` gives them.
 
     Args:
         q, k, alpha: from `scores_operands`, each query head with its key head.
         valid: bool, broadcastable, and bias, its `additive_mask`; None allows all pairs.
         cutoff: float32 [Hq]; None prunes nothing.
-
-    Returns:
-        Codes [B, Hq, Sq, Sk], divisor [B, Hq, Sq, 1], and what is positive where the rule prunes; None if it does not.
     """
     acc = q @ k.mT
     if spec.rule != "relative" or spec.p.mode != "row" or None in spec.bits.values():
         pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
-        return pairs.codes, pairs.divisor, (~pairs.keep).float()
+        return CodedPairs(pairs.codes, pairs.divisor, (~pairs.keep).float(), row_maximum(acc, pairs.valid))
     # The default rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
     # that is not valid is at infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
-    distance, beyond = _distance(acc, bias), None
+    (distance, row_max), beyond = _distance(acc, bias), None
     if cutoff is not None:
         cut = relative_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
         beyond = (distance - cut).clamp_(min=0)
     t = exponent(distance, exponent_rate(alpha), beyond)
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
     wide = torch.float64 if codes.shape[-1] * spec.p.qmax >= EXACT else torch.float32
-    return codes, codes.sum(-1, keepdim=True, dtype=wide).float().clamp_(min=1), beyond
+    return CodedPairs(codes, codes.sum(-1, keepdim=True, dtype=wide).float().clamp_(min=1), beyond, row_max)
 
 
 def unpruned_bins(
@@ -210,16 +257,22 @@ def unpruned_bins(
     if spec.rule in ("threshold", "mass"):
         pairs = prune_and_code(acc, valid, alpha, None, spec)
         return pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance)
-    return exponent(_distance(acc, bias), exponent_rate(alpha)) // BIN_WIDTH
+    return exponent(_distance(acc, bias)[0], exponent_rate(alpha)) // BIN_WIDTH
 
 
-def _distance(acc: Tensor, bias: Tensor | None) -> Tensor:
-    """Scores below their row maximum, in place; infinite where `bias` forbids a pair."""
+def _distance(acc: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Scores below their row maximum, in place; infinite where `bias` forbids a pair. And that maximum."""
     if bias is not None:
         acc.add_(bias)
     row_max = acc.amax(-1, keepdim=True)
     row_max.masked_fill_(row_max == -torch.inf, 0.0)
-    return torch.sub(row_max, acc, out=acc)
+    return torch.sub(row_max, acc, out=acc), row_max
+
+
+def _scored_part(q_scored: Tensor | None, k_scored: Tensor | None, part: slice) -> tuple[Tensor, Tensor] | None:
+    if q_scored is None or k_scored is None:
+        return None
+    return q_scored[part], k_scored[part]
 
 
 def additive_mask(valid: Tensor) -> Tensor:
@@ -242,7 +295,7 @@ def dropout_mask(codes: Tensor, dropout: float) -> tuple[Tensor | None, float]:
 
 
 def _weighted(weights: Tensor, v: Tensor) -> Tensor:
-    may_be_inexact = weights.shape[-1] * 255 * 127 >= EXACT
+    may_be_inexact = weights.numel() > 0 and weights.shape[-1] * 255 * 127 >= EXACT
     if may_be_inexact and float(weights.sum(-1).amax()) * 127 >= EXACT:
         return (weights.double() @ v.double()).float()
     return weights @ v

@@ -52,13 +52,13 @@ class Observer:
         """See one batch.
 
         Args:
-            x: [B, H, S, D], B may be 0; values that are not finite are left out.
+            x: [B, H, S, D], B or S may be 0; values that are not finite are left out.
             valid: bool broadcastable to x, True for real tokens.
         """
         magnitude = x.detach().float().abs().nan_to_num_(nan=0.0, posinf=0.0)
         if valid is not None:
             magnitude = magnitude.masked_fill(~valid, 0.0)
-        magnitude = magnitude if len(magnitude) else magnitude.new_zeros(1, *magnitude.shape[1:])
+        magnitude = magnitude if magnitude.numel() else magnitude.new_zeros(1, x.shape[1], 1, x.shape[3])
         self.maxima.append(magnitude.amax(self.reduced, keepdim=True))
         if self.name in ("percentile", "mse"):
             counts = _log_histogram(magnitude, self.reduced)

@@ -28,11 +28,11 @@ from attnpress.core.attention import (
     score_step,
 )
 from attnpress.core.exponential import ONE, power_table
-from attnpress.core.fake_quantize import EXACT
-from attnpress.core.quantizer import smooth_key
+from attnpress.core.quantizer import EXACT, smooth_key
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -141,6 +141,8 @@ def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
     spec = module.spec
     if None in spec.bits.values():
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
+    if spec.tail != "none":
+        return f"tail {spec.tail!r} has no operators in a graph yet; export a model with tail none, or use --to trace"
     if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
         return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
     if spec.q.granularity == "token" and spec.q.power_of_two:
@@ -176,8 +178,12 @@ def trace_graph(
         ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
     """
     check_exportable(model, rules)
-    model.eval()
-    with attending(model, graph_attention(coder)), torch.no_grad(), warnings.catch_warnings():
+    with (
+        evaluation_mode(model),
+        attending(model, graph_attention(coder)),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         try:
             program = torch.onnx.export(

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnpress.calibration import LABELS
 from attnpress.config import RunConfig
 from attnpress.evaluate import finished_model
 from attnpress.export import onnx, openvino, trace
@@ -22,6 +21,7 @@ from attnpress.export.agreement import TOLERANCE, Agreement, compare
 from attnpress.export.errors import ExportError, require
 from attnpress.files import sha256_of, whole_folder, write_text
 from attnpress.models.binding import attentions
+from attnpress.models.inputs import LABELS
 from attnpress.recipe import spec_to_dict
 from attnpress.tasks import TaskData
 
@@ -58,7 +58,7 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
     make, notes, packages = KINDS[kind]
     require(kind, *packages)
     model, data = finished_model(run_folder, config)
-    with whole_folder(output or run_folder / "export" / kind) as folder:
+    with whole_folder(output or run_folder / "export" / kind, "export") as folder:
         made = make(model, data, example_batch(data, rows), folder)
         record = _record(kind, model, data, folder, packages) | made | {"notes": list(notes)}
         write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
-from attnpress.core.attention import Scales, key_validity, repeat_heads
+from attnpress.core.arguments import pair_mask, some_key
+from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
+from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import (
     additive_mask,
     batch_part,
@@ -34,6 +36,17 @@ from attnpress.core.pruner import (
 )
 from attnpress.core.quantizer import positive_scale, smooth_key
 from attnpress.core.soft_gate import GAIN, soft_gate_attention
+from attnpress.core.tail import (
+    Directions,
+    Moments,
+    Tail,
+    fit_directions,
+    fit_lift,
+    level,
+    prunes,
+    sees_whole_score,
+    tail_masses,
+)
 from attnpress.models.state import (
     WIDEST,
     NotCalibratedError,
@@ -77,6 +90,8 @@ class CompressedAttention(nn.Module):
     With `spec.budget` sensitivity, float64 budget [Hq] times the sparsity in force is what is asked of each head.
     With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
     each training call leaves the share of pairs that its soft gate lets through in `density`.
+    With `spec.tail`, lift [Hq] and float64 masses [Hq, 2] are fitted with cutoff, and run as the histogram does; with
+    "linear", what `core.tail.Directions` holds is fitted in calibration, unless the whole score is seen.
     Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
     A `probe` is shown the tensors of each call.
 
@@ -97,6 +112,13 @@ class CompressedAttention(nn.Module):
     trained_cutoff: Tensor
     histogram: Tensor
     seen: Tensor
+    lift: Tensor
+    masses: Tensor
+    seen_masses: Tensor
+    query_directions: Tensor
+    key_directions: Tensor
+    key_offset: Tensor
+    direction_step: Tensor
 
     def __init__(self, spec: AttentionSpec, heads: int, kv_heads: int, head_dim: int, is_cross: bool = False) -> None:
         super().__init__()
@@ -108,6 +130,7 @@ class CompressedAttention(nn.Module):
         self.probe: Callable[[AttentionCall], None] | None = None
         self.rows: slice | None = None
         self.density: Tensor | None = None
+        self.moments: Moments | None = None
         for name, tensor_spec in self.quantized().items():
             scale = torch.ones(self._scale_shape(name, tensor_spec), dtype=torch.float32)
             if tensor_spec.learned:
@@ -119,6 +142,7 @@ class CompressedAttention(nn.Module):
         self.register_buffer("seen", torch.zeros(heads, BINS, dtype=torch.float64), persistent=False)
         even = torch.ones(heads, dtype=torch.float64)
         self.register_buffer("budget", even, persistent=spec.budget != "uniform")
+        self._make_tail()
         if spec.threshold is not None:
             self.cutoff.copy_(fixed_cutoff(spec, heads))
         if spec.threshold_penalty is not None:
@@ -126,6 +150,49 @@ class CompressedAttention(nn.Module):
         self.unset = {f"{name}_scale" for name in self.quantized()}
         if spec.sparsity > 0 and self.fits_thresholds():
             self.unset.add("cutoff")
+
+    def _make_tail(self) -> None:
+        """Buffers of the tail; none where the spec has none, so that checkpoints stay what they were."""
+        if self.spec.tail == "none":
+            return
+        self.register_buffer("lift", torch.zeros(self.heads, dtype=torch.float32))
+        self.register_buffer("masses", torch.zeros(self.heads, 2, dtype=torch.float64))
+        self.register_buffer("seen_masses", torch.zeros(self.heads, 2, dtype=torch.float64), persistent=False)
+        if self.has_directions:
+            shape = self.kv_heads, self.head_dim, self.spec.tail_rank
+            for name in ("query_directions", "key_directions"):
+                self.register_buffer(name, torch.zeros(shape, dtype=torch.float32))
+            self.register_buffer("key_offset", torch.zeros(shape[0], shape[2], dtype=torch.float32))
+            self.register_buffer("direction_step", torch.ones(shape[0], dtype=torch.float32))
+
+    @property
+    def has_directions(self) -> bool:
+        """Whether the tail sees the score in fitted directions."""
+        return self.spec.tail == "linear" and not sees_whole_score(self.spec, self.head_dim)
+
+    def tail(self) -> Tail | None:
+        """What was fitted for the tail; None without one."""
+        if self.spec.tail == "none":
+            return None
+        if not self.has_directions:
+            return Tail(self.lift)
+        found = self.query_directions, self.key_directions, self.key_offset, self.direction_step
+        return Tail(self.lift, Directions(*found))
+
+    def fit_directions(self, reduce: Reduce = alone) -> None:
+        """Put the directions where the codes seen since `moments` was made vary most.
+
+        Raises:
+            ValueError: none was of a real token.
+        """
+        moments, self.moments = self.moments, None
+        if moments is None:
+            return
+        found = fit_directions(Moments(*(reduce(x, "sum") for x in moments.tensors())), self.spec.tail_rank)
+        self.query_directions.copy_(found.query)
+        self.key_directions.copy_(found.key)
+        self.key_offset.copy_(found.offset)
+        self.direction_step.copy_(found.step)
 
     def quantized(self) -> dict[str, TensorSpec]:
         """Specs of those of q, k, v that have a static scale."""
@@ -184,14 +251,14 @@ class CompressedAttention(nn.Module):
     @property
     def is_watched(self) -> bool:
         """True while somebody looks at calls: counts, observes, captures or probes them."""
-        lookers = (self.observers, self.counts, self.captured, self.probe, self.rows)
+        lookers = (self.observers, self.counts, self.captured, self.probe, self.rows, self.moments)
         return any(looker is not None for looker in lookers)
 
     def scales(self) -> Scales:
         """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
         learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
-        return Scales(**(values | learned))
+        return Scales(**(values | learned), tail=self.tail())
 
     def active_cutoff(self) -> Tensor | None:
         """The thresholds [Hq], or None while nothing is to be pruned."""
@@ -216,7 +283,9 @@ class CompressedAttention(nn.Module):
             self.fit()
 
     def fit(self) -> None:
-        """Put the thresholds where they give the sparsity in force on the pairs seen so far."""
+        """Put the thresholds where they give the sparsity in force on the pairs seen so far, and the lift with them."""
+        if self.spec.tail != "none":
+            self.lift.copy_(fit_lift(self.masses))
         # Where nothing is taken, there may be no histogram to fit to, and no threshold is in force.
         if not self.fits_thresholds() or self.spec.is_dense:
             return
@@ -231,6 +300,7 @@ class CompressedAttention(nn.Module):
     def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Count the valid pairs of a call that nothing is taken from."""
         if self.counts is not None:
+            valid = pair_mask(valid, query, key)
             pairs = _counted((*query.shape[:3], key.shape[2]), valid, real, query.device)
             self.counts += count_pairs(pairs, None, pairs)
 
@@ -243,25 +313,32 @@ class CompressedAttention(nn.Module):
         seen = reduce(self.seen, "sum").clone()
         self.histogram.mul_(decay).add_(seen)
         self.seen.zero_()
+        if self.spec.tail != "none":
+            self.masses.mul_(decay).add_(reduce(self.seen_masses, "sum"))
+            self.seen_masses.zero_()
         return torch.stack([pruned_pairs(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
-        scaling: float, dropout: float,
+        scaling: float, dropout: float, bounds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compressed attention, in float32.
 
         Args:
             query, key, value: [B, Hq or Hkv, S, D].
-            valid: bool [B or 1, 1 or Hq, Sq, Sk]; None allows all pairs.
+            valid: bool, broadcastable to [B, Hq, Sq, Sk]; None allows all pairs.
             real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are.
             dropout: probability of dropping a P code.
+            bounds: int64 [sequences + 1], where sequences begin and end that lie end to end; only where deployed.
 
         Returns:
             float32 [B, Hq, Sq, D].
         """
+        key, value, valid = some_key(key, value, pair_mask(valid, query, key))
         watched = not _recomputing()
         with torch.no_grad():
+            if self.moments is not None:
+                self._add_moments(query, key, valid, real, scaling)
             if self.rows is not None and watched:
                 self._watch(query, key, valid, real, scaling, self.rows)
             if self.counts is not None and watched:
@@ -273,7 +350,8 @@ class CompressedAttention(nn.Module):
                 query, key, value, valid, real, scales, trained, self.spec, scaling, dropout
             )
             return output
-        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout)
+        call = () if bounds is None else (bounds,)
+        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout, *call)
 
     def _count(
         self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
@@ -285,12 +363,13 @@ class CompressedAttention(nn.Module):
         for part in batch_slices(shape, query.device):
             masks = batch_part(valid, part), batch_part(bias, part)
             step = batch_part(alpha, part)
-            codes, _, beyond = code_pairs(q[part], k[part], *masks, step, self.active_cutoff(), self.spec)
-            counts += count_pairs(codes, beyond, counted[part])
+            found = code_pairs(q[part], k[part], *masks, step, self.active_cutoff(), self.spec)
+            counts += count_pairs(found.codes, found.beyond, counted[part])
         return counts
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Show the tensors of one call to the observers."""
+        valid = pair_mask(valid, query, key)
         keys = key_validity(valid if real is None or valid is None else valid & real)
         if self.spec.smooth_key:
             key = smooth_key(key, key_validity(valid))
@@ -313,11 +392,34 @@ class CompressedAttention(nn.Module):
         q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
         k, valid, real = repeat_heads(k, self.heads), _rows(valid, rows), _rows(real, rows)
         bias, shape = None if valid is None else additive_mask(valid), (*shown.shape[:3], key.shape[2])
-        counted = _counted(shape, valid, real, query.device)
+        counted, cutoff = _counted(shape, valid, real, query.device), self.active_cutoff()
         for part in batch_slices(shape, query.device):
             masks = batch_part(valid, part), batch_part(bias, part)
             bins = unpruned_bins(q[part], k[part], *masks, batch_part(alpha, part), self.spec)
             self.seen += pair_histogram(bins, counted[part])
+            if self.spec.tail != "none" and prunes(self.spec, cutoff):
+                coded = prune_and_code(q[part] @ k[part].mT, masks[0], batch_part(alpha, part), cutoff, self.spec)
+                self.seen_masses += self._masses(coded, batch_part(alpha, part), counted[part])
+
+    def _masses(self, pairs: Pairs, alpha: Tensor, counted: Tensor) -> Tensor:
+        """Of the rows that count, what tails hold and what levels without lift make of it."""
+        rest = pairs.valid & (pairs.codes == 0)
+        distance = torch.where(rest, pairs.distance, 0).sum(-1, keepdim=True, dtype=torch.float64)
+        bare, qmax = torch.zeros_like(self.lift), self.spec.p.qmax
+        _, one = level(distance, rest.sum(-1, keepdim=True), exponent_rate(alpha), bare, qmax)
+        masses = tail_masses(pairs.probability, rest, one / qmax, counted.any(-1, keepdim=True))
+        # A head that nothing is pruned from has no tail.
+        return masses if self.spec.rule in COUNTED else masses * (self.cutoff != torch.inf).unsqueeze(-1)
+
+    def _add_moments(
+        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
+    ) -> None:
+        q, k, _ = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
+        rows = torch.ones(len(query), 1, query.shape[2], 1, device=query.device) * (1 if real is None else real)
+        keys = key_validity(valid if real is None or valid is None else valid & real)
+        keys = torch.ones(len(key), 1, key.shape[2], 1, device=key.device) * (1 if keys is None else keys)
+        if self.moments is not None:
+            self.moments.add(q, k, rows, keys)
 
     def get_extra_state(self) -> Tensor:
         """The spec with the sparsity in force, and what is not set yet; uint8, see `models.state.pack_extra`."""

@@ -27,6 +27,7 @@ from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import LARGEST_HEAD, NAME, PLAN, CompressedAttention
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
+from attnpress.models.modes import evaluation_mode
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -274,7 +275,7 @@ def _pass_through(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Fou
     token = noted.set(calls)
     hooks = [module.register_forward_pre_hook(note_others, with_kwargs=True) for module in model.modules()]
     try:
-        with _evaluated(model), _learnable(model):
+        with evaluation_mode(model), _learnable(model):
             model(**inputs)
     finally:
         noted.reset(token)
@@ -291,18 +292,6 @@ def _pass_through(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Fou
         )
         found[id(call.module)] = Found(call.module, call.query, call.key, call.value, call.device, *flags)
     return list(found.values())
-
-
-@contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the `with` block; each module gets its own mode back, so that frozen parts stay frozen."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 @contextmanager

@@ -23,15 +23,23 @@ def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     tokens = {"input_ids": _tokens(config, TOKENS)} if "input_ids" in names else {}
     if type(model).__name__.endswith("MultipleChoice"):
         tokens = {"input_ids": tokens["input_ids"].expand(1, 2, -1)}
-    target = {}
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        target = {"decoder_input_ids": _tokens(config, TARGETS)}
     found = [{name: value} for name, value in _signals(config) if name in names or name == main]
-    both = [tokens | signal | target for signal in found] if tokens and found else []
-    alone = [signal | target for signal in found]
-    for inputs in [tokens | target, *both, *alone] if main == "input_ids" else [*both, *alone, tokens | target]:
-        if inputs:
-            yield {name: _placed(value, model) for name, value in inputs.items()}
+    both = [tokens | signal for signal in found] if tokens else []
+    forms = [tokens, *both, *found] if main == "input_ids" else [*both, *found, tokens]
+    # Heads that shift their input to make the target want none; different lengths come first, for what they show.
+    for target in [_target(config, names), {}]:
+        for inputs in forms:
+            if inputs:
+                yield {name: _placed(value, model) for name, value in (inputs | target).items()}
+
+
+def _target(config: Any, names: set[str]) -> dict[str, Tensor]:
+    """What the decoder of an encoder-decoder reads, or what a decoder alone has to attend to beside its own tokens."""
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
+        return {"decoder_input_ids": _tokens(config, TARGETS)}
+    if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
+        return {"encoder_hidden_states": torch.zeros(1, TARGETS, config.hidden_size)}
+    return {}
 
 
 def _placed(value: Tensor, model: PreTrainedModel) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -14,13 +15,17 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 from transformers.utils import output_capturing
 
-from attnpress.core.attention import prune_and_code, repeat_heads
-from attnpress.core.fake_quantize import scores_operands
+from attnpress.config import TensorSpec
+from attnpress.core.attention import repeat_heads
+from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.probe import AttentionCall
 from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
 """Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
+
+BOUNDS = "attnpress_bounds"
+"""Argument with the bounds of sequences that lie end to end in one row, int64 [sequences + 1]."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,7 @@ def attention_forward(
         real = real_rows(module, query, key, valid)
         scaling = usual_scaling(query) if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
-            exact = state(query, key, value, valid, real, scaling, dropout)
+            exact = state(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
             weights = compressed_probs(state, query, key, valid, scaling) if _wants_weights(module, kwargs) else None
         output = exact.transpose(1, 2).to(query.dtype).contiguous()
     if state.captured is not None:
@@ -122,10 +127,16 @@ def _is_collecting() -> bool:
 def compressed_probs(
     state: CompressedAttention, query: Tensor, key: Tensor, valid: Tensor | None, scaling: float
 ) -> Tensor:
-    """P as the compressed attention uses it, codes over their divisor; [B, Hq, Sq, Sk] in the query's dtype."""
-    q, k, alpha = scores_operands(query, key, valid, state.scales(), state.spec, scaling)
-    pairs = prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, valid, alpha, state.active_cutoff(), state.spec)
-    return (pairs.codes / pairs.divisor).to(query.dtype)
+    """P as the compressed attention uses it, tails included; [B, Hq, Sq, Sk] in the query's dtype.
+
+    Row i of P is what attention makes of values that are the unit vectors, which two bits at scale 1 hold exactly.
+    """
+    keys = key.shape[2]
+    units = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
+    spec = dataclasses.replace(state.spec, v=TensorSpec(bits=2, granularity="tensor"))
+    scales = dataclasses.replace(state.scales(), v=torch.ones(1, 1, 1, 1, device=key.device))
+    probs = fake_quantize_attention(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
+    return probs.to(query.dtype)
 
 
 def _attention_call(

@@ -40,6 +40,10 @@ from attnpress.recipe import parse_spec, spec_to_dict
 FORMAT = 1
 """Version of what is stored. A reader refuses every other one by its number."""
 
+BEFORE_BITS = {"bits": 8}
+"""What products of checkpoints had that were saved before their plans said so."""
+
+
 Size = Annotated[int, Field(ge=1, le=2**16)]
 HeadSize = Annotated[int, Field(ge=1, le=LARGEST_HEAD)]
 
@@ -122,7 +126,10 @@ class AttnPressConfig(QuantizationConfigMixin):
             if unknown or type(config_dict.get("int8", False)) is not bool:
                 raise ModelError(f"unknown key {unknown[0]!r}" if unknown else "int8 is neither true nor false")
             modules = {name: _parse_module(name, plain) for name, plain in config_dict["modules"].items()}
-            linear = {name: parse_spec(ProductPlan, plain) for name, plain in config_dict.get("linear", {}).items()}
+            linear = {
+                name: parse_spec(ProductPlan, BEFORE_BITS | plain)
+                for name, plain in config_dict.get("linear", {}).items()
+            }
             attention = parse_whole_spec(config_dict["attention"])
             config = cls(attention=attention, modules=modules, linear=linear, int8=config_dict.get("int8", False))
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
@@ -324,6 +331,8 @@ def _check_loaded(name: str, module: CompressedAttention) -> None:
             raise ModelError(f"damaged: {name}.{NAME}.{part} {wrong}")
     module.unset.clear()
     module.seen.zero_()
+    if module.spec.tail != "none":
+        module.seen_masses.zero_()
 
 
 def _check_ordinary(model: Any) -> None:

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ConfigError
+from attnpress.core.exponential import T_MAX
 from attnpress.core.pruner import BINS, COUNTED, NATS_PER_BIN, fixed_cutoff
 from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
+from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
 from attnpress.recipe import parse_spec, spec_to_dict
 
 VERSION = 1
@@ -24,6 +26,14 @@ EXTRA_SIZE = 2048
 
 WIDEST = BINS * NATS_PER_BIN
 """Nats; the widest threshold that the histogram can give. It prunes nothing that has a P code."""
+
+WHOLE = {
+    "lift": (0, T_MAX),
+    "query_directions": (-DIRECTION_MAX, DIRECTION_MAX),
+    "key_directions": (-DIRECTION_MAX, DIRECTION_MAX),
+    "key_offset": (-OFFSET_MAX, OFFSET_MAX),
+}
+"""Whole numbers of the tail, and the bounds within which its sums fit."""
 
 UNSET = ("q_scale", "k_scale", "v_scale", "cutoff")
 """What calibration sets."""
@@ -120,7 +130,7 @@ def fault(part: str, tensor: Tensor, spec: AttentionSpec) -> str | None:
     """
     if tensor.device.type == "meta":
         return None
-    expected = torch.float64 if part in ("histogram", "budget") else torch.float32
+    expected = torch.float64 if part in ("histogram", "budget", "masses") else torch.float32
     if tensor.dtype != expected:
         return f"has dtype {tensor.dtype} instead of {expected}"
     legal, allowed = _range(part, tensor, spec)
@@ -135,14 +145,16 @@ def _range(part: str, tensor: Tensor, spec: AttentionSpec) -> tuple[Tensor, str]
         magnitude = tensor.detach().abs() if _is_learned(part, spec) else tensor.detach()
         inside = (magnitude >= SMALLEST_SCALE) & (magnitude <= LARGEST_SCALE)
         return inside, f"a scale of {SMALLEST_SCALE:.3g} to {LARGEST_SCALE:.3g}"
+    if part in WHOLE:
+        least, most = WHOLE[part]
+        return (tensor >= least) & (tensor <= most) & (tensor == tensor.round()), f"a whole number of {least} to {most}"
     if part != "cutoff":
         finite = tensor.detach().isfinite()
         return (finite, "a finite number") if part == "trained_cutoff" else (finite & (tensor >= 0), "0 or more")
     if spec.threshold is not None and spec.rule not in COUNTED:
         own = fixed_cutoff(spec, tensor.numel()).to(tensor.device).view(tensor.shape)
-        return torch.isclose(
-            tensor, own, rtol=1e-5, atol=1e-6
-        ), f"{float(own.flatten()[0]):g}, which is the spec's own,"
+        same = torch.isclose(tensor, own, rtol=1e-5, atol=1e-6)
+        return same, f"{float(own.flatten()[0]):g}, which is the spec's own,"
     if spec.rule == "mass":
         return ((tensor > 0) & (tensor <= 1)) | (tensor == torch.inf), "a share above 0 and up to 1, or infinity,"
     widest = WIDEST * (1 + 1e-6)

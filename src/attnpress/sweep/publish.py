@@ -34,7 +34,7 @@ def publish(study: optuna.Study, sweep: SweepSpec, output: Path, layers: int, te
     """
     with FileLock(output / ".publish.lock"):
         record = sweep_record(study, sweep, output, layers, teacher)
-        with whole_folder(output / FRONT) as scratch:
+        with whole_folder(output / FRONT, "front") as scratch:
             for place, trial in enumerate(record.on_front(), start=1):
                 write_text(scratch / f"{place:02}-trial-{trial.number}.yaml", _recipe_text(record, trial))
         write_text(output / FILE, to_json(record))

