@@ -13,7 +13,7 @@ from typing import Any
 
 from attnpress.config import ConfigError, RunConfig
 from attnpress.files import whole_folder, write_text
-from attnpress.recipe import dump_config, load_config, load_spec
+from attnpress.recipe import dump_config, load_config, load_spec, override, parse_spec
 
 
 def compress(options: argparse.Namespace) -> int:
@@ -34,7 +34,7 @@ def compress(options: argparse.Namespace) -> int:
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
     overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
-    config = _run_config(options.run_dir, overrides)
+    config = _data_config(options.run_dir, overrides)
     if options.linear == "int8" and not options.backend:
         raise ConfigError("--linear int8 compares a deployed model with the trained one: add --backend cpu")
     _quiet_libraries()
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Export the model of a finished run."""
-    config = _run_config(options.run_dir, options.set)
+    config = _data_config(options.run_dir, options.set)
     _quiet_libraries()
     from attnpress.export import export_run
 
@@ -213,6 +213,23 @@ def bench(options: argparse.Namespace) -> int:
     _print_table(table(records), width=160)
     _write_json(records, options.json)
     return 0
+
+
+def _data_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The recipe of a run; for a folder that `save_pretrained` wrote, which has none, what the overrides say."""
+    from attnpress.evaluate import is_saved_model
+
+    if not is_saved_model(folder):
+        return _run_config(folder, overrides)
+    if not any(item.strip().startswith("data.") for item in overrides):
+        raise ConfigError(
+            f"{folder}: a saved model without a recipe, so that nothing says which data to use; add the keys that a "
+            "recipe has under data, for example --set data.task=sst2"
+        )
+    plain: dict[Any, Any] = {}
+    for item in overrides:
+        override(RunConfig, plain, item)
+    return parse_spec(RunConfig, plain)
 
 
 def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

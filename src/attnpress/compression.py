@@ -30,7 +30,9 @@ from attnpress.models.loading import (
     load_compressed,
     load_model,
     load_tokenizer,
+    longest_input,
     resolve_model,
+    take_padding,
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, read_record, to_json, with_errors
@@ -60,6 +62,7 @@ class Run:
         """A model with the task's head, the same head for the same seed."""
         set_seed(self.config.seed)
         model = load_model(source, self.data.task.kind, self.data.label_names)
+        take_padding(model, self.tokenizer)
         _check_length(model, self.config.data.max_length)
         model.to(this_process().device)
         return model
@@ -110,7 +113,7 @@ def compress(
 
 
 def _check_length(model: PreTrainedModel, max_length: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_input(model)
     if longest is not None and max_length > longest:
         raise ConfigError(f"data.max_length: {max_length} exceeds the model's {longest} positions")
 

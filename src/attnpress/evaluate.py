@@ -156,12 +156,12 @@ def _head_records(module: CompressedAttention, counts: PairCounts) -> list[HeadR
 
 
 def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
-    """The compressed model of a finished run, and the data of `config`.
+    """The compressed model of a finished run, or of a folder that `save_pretrained` wrote, and the data of `config`.
 
     Raises:
         ConfigError: the run has no compressed model yet, or one with other classes.
     """
-    folder = _finished_folder(run_folder)
+    folder = model_folder(run_folder)
     data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
     saved = AutoConfig.from_pretrained(folder)
     answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
@@ -243,7 +243,7 @@ def compare_backends(
         linear, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
         int(identical.sum()), float((trained - deployed).abs().max()),
         metrics_of(trained, data), metrics_of(deployed, data),
-        weights_hash(str(run_folder / "progressive")), data.fingerprint.get("eval"),
+        weights_hash(str(model_folder(run_folder))), data.fingerprint.get("eval"),
     )  # fmt: skip
 
 
@@ -267,7 +267,7 @@ def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
         ConfigError: no finished model, or one that answers questions, or has classes that are not numbered from 0.
         ModelError: the model or its tokenizer cannot be loaded.
     """
-    place = folder if is_saved_model(folder) else _finished_folder(folder)
+    place = model_folder(folder)
     saved = AutoConfig.from_pretrained(place)
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
         raise ConfigError(f"{folder}: answers questions; only models that classify or score texts can be run")
@@ -284,7 +284,14 @@ def is_saved_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file()
 
 
-def _finished_folder(run_folder: Path) -> Path:
+def model_folder(run_folder: Path) -> Path:
+    """Where the compressed model lies: in the folder itself if `save_pretrained` wrote it, else in that of the run.
+
+    Raises:
+        ConfigError: the run is not finished.
+    """
+    if is_saved_model(run_folder):
+        return run_folder
     folder = run_folder / "progressive"
     if not folder.is_dir():
         raise ConfigError(

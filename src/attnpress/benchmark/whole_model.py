@@ -35,7 +35,8 @@ from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu, ops
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
-from attnpress.models.stock import STOCK, attention_seconds, load_stock, longest_input, make_stock
+from attnpress.models.loading import longest_input
+from attnpress.models.stock import STOCK, attention_seconds, load_stock, make_stock
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
 """Peers by Transformers: its implementation of attention, and the dtype of everything."""
@@ -174,8 +175,9 @@ def build(
 ) -> Prepared:  # fmt: skip
     """Write what a side loads, in a process that is not timed; nothing is to be run."""
     stock, place = make_stock(model, "eager" if name == "ours" else "sdpa"), Path(folder)
-    if length > longest_input(stock):
-        raise BenchmarkError(f"{model} has positions for {longest_input(stock)} tokens, not {length}")
+    longest = longest_input(stock)
+    if longest is not None and length > longest:
+        raise BenchmarkError(f"{model} has positions for {longest} tokens, not {length}")
     inputs = _tokens(stock.config.vocab_size, ragged_lengths(ragged, batch) if ragged else [length] * batch)
     place.mkdir(parents=True)
     facts: dict[str, Any] = {}

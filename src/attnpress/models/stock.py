@@ -62,11 +62,6 @@ def load_stock(folder: Path, attention: str | None = None, dtype: torch.dtype = 
     return model
 
 
-def longest_input(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for."""
-    return int(model.config.max_position_embeddings)
-
-
 @contextmanager
 def attention_seconds(model: PreTrainedModel) -> Iterator[list[float]]:
     """Collect how long each call of attention takes inside the `with` block, whatever implementation is in force.
