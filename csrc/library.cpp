@@ -32,7 +32,7 @@ attnpress::DType dtype_of(const Tensor& tensor) {
 
 attnpress::Rows rows_of(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "attnpress: ", name, " must be a CPU tensor [B, H, S, D]");
-    STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "attnpress: the last dimension of ", name, " must be contiguous");
+    STD_TORCH_CHECK(x.numel() == 0 || x.size(3) <= 1 || x.stride(3) == 1, "attnpress: the last dimension of ", name, " must be contiguous");
     const auto size = static_cast<int64_t>(x.element_size());
     return {static_cast<const char*>(x.const_data_ptr()), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size, dtype_of(x)};
 }
@@ -75,7 +75,7 @@ attnpress::MaskBytes mask_of(const std::optional<Tensor>& valid, const Attention
                       (mask.size(0) == 1 || mask.size(0) == a.batch) && (mask.size(1) == 1 || mask.size(1) == a.q_heads) &&
                       (mask.size(2) == 1 || mask.size(2) == a.q_rows) && mask.size(3) == a.key_rows;
     STD_TORCH_CHECK(fits, "attnpress: valid must be bool [B or 1, Hq or 1, Sq or 1, Sk]");
-    STD_TORCH_CHECK(mask.size(3) <= 1 || mask.stride(3) == 1, "attnpress: the last dimension of valid must be contiguous");
+    STD_TORCH_CHECK(mask.numel() == 0 || mask.size(3) <= 1 || mask.stride(3) == 1, "attnpress: the last dimension of valid must be contiguous");
     const auto stride = [&](int64_t d) { return mask.size(d) == 1 ? 0 : mask.stride(d); };
     return {static_cast<const uint8_t*>(mask.const_data_ptr()), stride(0), stride(1), stride(2)};
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -49,8 +50,8 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     try:
         for _ in outputs(model, kept):
             pass
-        for module in modules:
-            _set_scales(module)
+        for name, module in _bound(model).items():
+            _set_scales(name, module)
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
             module.observers = None
@@ -179,9 +180,21 @@ def _bound(model: nn.Module) -> dict[str, CompressedAttention]:
     return modules
 
 
-def _set_scales(module: CompressedAttention) -> None:
+def _set_scales(name: str, module: CompressedAttention) -> None:
     observers, module.observers = module.observers or {}, None
-    module.set_scales({name: observer.scale(reduce_over_ranks) for name, observer in observers.items()})
+    scales = {}
+    for matrix, observer in observers.items():
+        try:
+            scales[matrix] = observer.scale(reduce_over_ranks)
+        except ValueError as error:
+            raise ValueError(f"{name}: {matrix}: {error}") from None
+        if observer.not_finite:
+            warnings.warn(
+                f"{name}: {observer.not_finite} values of {matrix} in the calibration batches are NaN or infinite; "
+                "its scale is taken from the others: look for broken weights, or a dtype that overflows",
+                stacklevel=3,
+            )
+    module.set_scales(scales)
 
 
 def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:

@@ -312,6 +312,11 @@ class RunConfig:
         dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
         matmul_precision: of float32 products while training, by the names of `torch.set_float32_matmul_precision`:
             "high" (TF32) and "medium" (bfloat16) are faster where the hardware has them. Products of codes stay exact.
+        autocast: dtype of activations while training: "bfloat16" or "float16" (accelerators only) are faster, "none" is
+            float32. Weights are trained in float32 whatever the checkpoint's dtype, since in fewer bits small updates
+            are rounded away.
+        save_dtype: of the compressed model's weights: "float32", or "original" for that of the model that the run
+            begins with. Stage progressive is then that of the model as it was saved.
         report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
@@ -327,6 +332,8 @@ class RunConfig:
     distillation: DistillationSpec = DistillationSpec()
     dense_control: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    save_dtype: Literal["float32", "original"] = "float32"
     report_to: tuple[Text, ...] = ()
     seed: Seed = 0
 

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from attnpress.calibration import reduce_over_ranks, this_process
-from attnpress.config import ConfigError, Count, DistillationSpec, ScheduleSpec, Sparsity, TrainSpec
+from attnpress.config import ConfigError, Count, DistillationSpec, ScheduleSpec, Seed, Sparsity, TrainSpec
 from attnpress.core.distillation import attention_loss, check_gradients, logits_loss
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
@@ -41,6 +41,7 @@ from attnpress.tasks import TaskData
 from attnpress.tasks.sampler import LengthSampler
 
 Target = float | Mapping[str, float]
+Autocast = Literal["none", "bfloat16", "float16"]
 
 COMPLETE = "complete"
 """Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
@@ -131,7 +132,8 @@ class SparsityDriver:
 def _checked_target(target: Target) -> Target:
     if isinstance(target, Mapping):
         return {name: checked(Sparsity, own, f"target of {name}") for name, own in target.items()}
-    return checked(Sparsity, target, "target")
+    number: float = checked(Sparsity, target, "target")
+    return number
 
 
 class SparsityCallback(TrainerCallback):
@@ -299,22 +301,29 @@ def train(
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
+    autocast: Autocast = "none",
 ) -> list[dict[str, Any]]:
-    """Train in place, resuming from the last whole checkpoint in `folder`.
+    """Train in place, in float32, resuming from the last whole checkpoint in `folder`.
 
     Args:
+        model: weights in fewer bits become float32, in which small updates are not rounded away.
         folder: checkpoints go there.
-        seed: of data order and dropout.
+        seed: of data order and dropout, from 0.
         distillation, teacher: see `CompressionTrainer`.
         report_to: trackers by the Trainer's names; TensorBoard's files go to `tensorboard` beside the folder's parent.
+        autocast: see `RunConfig`.
 
     Returns:
         Log history: loss, learning rate, what callbacks add (sparsity asked and achieved), the metric now and then.
 
     Raises:
         DivergedError: NaN or infinity; the last good checkpoint is kept.
+        ConfigError: `seed` is out of range, or autocast cannot be had here.
     """
-    arguments = training_arguments(spec, len(data.train), folder, seed)
+    check_autocast(autocast)
+    if low_precision(model) is not None:
+        model.float()
+    arguments = training_arguments(spec, len(data.train), folder, seed, autocast)
     if arguments.n_gpu > 1:  # DataParallel works on copies of the model, so what they see of its pairs would be lost
         arguments._n_gpu = 1
     trainer = CompressionTrainer(
@@ -327,6 +336,8 @@ def train(
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
         view.close()
+        # Else the model would go on computing in few bits, also where it is evaluated.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return list(trainer.state.log_history)
 
 
@@ -342,8 +353,21 @@ def _show_to(
     return view
 
 
-def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> TrainingArguments:
+def check_autocast(autocast: Autocast) -> None:
+    """Refuse what this machine does not have.
+
+    Raises:
+        ConfigError: float16 without an accelerator.
+    """
+    if autocast == "float16" and not torch.accelerator.is_available():
+        raise ConfigError("autocast: float16 needs an accelerator, and there is none; take bfloat16 or none")
+
+
+def training_arguments(
+    spec: TrainSpec, rows: int, folder: Path, seed: int, autocast: Autocast = "none"
+) -> TrainingArguments:
     """The Trainer's own arguments for one stage."""
+    seed = checked(Seed, seed, "seed")
     batches = math.ceil(rows / (spec.batch_size * this_process().num_processes))
     steps = math.ceil(batches * spec.epochs)
     log_every = max(1, steps // 50)
@@ -356,6 +380,7 @@ def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> T
         save_strategy="steps", save_steps=save_every, save_total_limit=2,
         logging_steps=log_every, report_to="none", ddp_broadcast_buffers=False,
         disable_tqdm=not sys.stderr.isatty(), log_level="error", log_level_replica="error",
+        bf16=autocast == "bfloat16", fp16=autocast == "float16",
         use_cpu=not torch.accelerator.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 

@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -27,7 +25,7 @@ from filelock import FileLock, Timeout
 from attnpress.config import DataSpec, RunConfig
 from attnpress.deployment import Linear, deploy
 from attnpress.evaluate import finished_classifier, plan_linear
-from attnpress.files import sha256_of, sync, write_text
+from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
 from attnpress.models.attention import PLAN
 from attnpress.models.loading import weights_hash
 from attnpress.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -190,10 +188,13 @@ def predict_file(
         rows = Input(source, file, columns)
         if is_stream(output):
             _tell(rows, rows.survey(0), warn)
-            with _open_stream(output) as out:
-                return _answer_all(answer, rows, _Written(out), Progress(), lambda _: None, warn)
+            with open_stream(output) as out:
+                return _answer_all(
+                    answer, rows, _Written(out, lambda stream: stream.flush()), Progress(), lambda _: None, warn
+                )
         _check_free(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with naming(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
         with _alone(output):
             _check_free(output)
             return _go_on(answer, rows, output, {"input": sha256_of(file), **made_from}, warn)
@@ -202,8 +203,11 @@ def predict_file(
 class _Written:
     """An output, with the number of its bytes and their hash."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+    def __init__(self, file: BinaryIO, flush: Callable[[BinaryIO], None] = sync) -> None:
+        self.file, self.flush_file, self.size, self.digest = file, flush, 0, hashlib.sha256()
+
+    def flush(self) -> None:
+        self.flush_file(self.file)
 
     def count(self, content: bytes) -> None:
         self.size += len(content)
@@ -274,7 +278,7 @@ def _answer_all(
                 found = {key: row[key] for key in KEPT if key in row} | said
                 out.write(dump_json(found).encode("utf-8") + b"\n")
                 written += 1
-        _flush(out.file)
+        out.flush()
         skipped = progress.skipped + len(chunk) - written
         progress = Progress(chunk[-1][0], out.size, progress.written + written, skipped, out.digest.hexdigest())
         note(progress)
@@ -364,15 +368,6 @@ def _check_free(output: Path) -> None:
         raise PredictionError(f"{output}: exists already; delete it, or choose another --output")
 
 
-def is_stream(path: Path) -> bool:
-    """Whether a path is a terminal, a pipe, /dev/null or such: what has no whole to be written or read."""
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return False
-    return stat.S_ISCHR(mode) or stat.S_ISFIFO(mode)
-
-
 @contextlib.contextmanager
 def _as_file(source: Path) -> Iterator[Path]:
     """A file that can be read twice: the source itself, or a copy of what flows from it."""
@@ -386,20 +381,6 @@ def _as_file(source: Path) -> Iterator[Path]:
     else:
         what = "is a folder" if source.is_dir() else "no such file"
         raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV or tab-separated text")
-
-
-@contextlib.contextmanager
-def _open_stream(output: Path) -> Iterator[BinaryIO]:
-    sys.stdout.flush()  # /dev/stdout: what was printed before stands before
-    with output.open("wb") as out:
-        yield out
-
-
-def _flush(file: BinaryIO) -> None:
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        sync(file)
-    else:
-        file.flush()
 
 
 @contextlib.contextmanager

@@ -20,6 +20,9 @@ Spec = TypeVar("Spec")
 TOLD = 10
 """Mistakes of a recipe that are told."""
 
+MENDS = {"device": "an accelerator is used where there is one; CUDA_VISIBLE_DEVICES in the environment hides it"}
+"""What to do instead, for keys that people look for and recipes do not have."""
+
 
 def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
     """Build a spec from plain data.
@@ -45,7 +48,8 @@ def checked(kind: Any, value: Any, name: str) -> Any:
     try:
         return TypeAdapter(kind).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(f"{name}: {error.errors(include_url=False)[0]['msg']} (found {value!r})") from None
+        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{name}: {message} (found {_short(value)})") from None
 
 
 def spec_to_dict(spec: Any) -> dict[str, Any]:
@@ -164,8 +168,9 @@ def _explain(kind: type[Any], item: Any) -> str:
         mend = "; put it in quotes" if item["type"] == "string_type" and item["input"] is not None else ""
         return f"{place}: {message}{given}{mend}" if place else message
     known = _known_keys(kind, item["loc"][:-1])
-    near = difflib.get_close_matches(str(item["loc"][-1])[:80], known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    name = str(item["loc"][-1])[:80]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else MENDS.get(name, f"known keys: {', '.join(known)}")
     return f"{place}: unknown key; {hint}"
 
 

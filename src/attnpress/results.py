@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, TypeVar
 
 from attnpress.strict_json import JsonError, is_unicode, parse_json
 from attnpress.typed_json import FieldError, Range, build
@@ -15,8 +15,7 @@ from attnpress.typed_json import FieldError, Range, build
 Built = TypeVar("Built")
 
 FORMAT = 1
-StageName = Literal["dense", "dense_control", "quantized", "one_shot", "progressive"]
-STAGES: tuple[StageName, ...] = get_args(StageName)
+STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
 
 Share = Annotated[float, Range(0, 1)]
 Amount = Annotated[float, Range(0)]
@@ -75,7 +74,8 @@ class StageRecord:
         keys_per_row: mean number of surviving keys of a real query row.
         bits: of q, k, v, p; None is floating point. Where layers differ, their mean, floating point counted as 32.
         macs_dense, macs_remaining: multiply-accumulates of Q K^T and P V over valid pairs of the evaluation set.
-        work: bit operations and bytes, dense and remaining.
+        work: bit operations and bytes, dense and remaining; where there is a tail, also what it has of the remaining
+            ones, and its macs_tail of macs_remaining.
         layers: per attention module and head.
         seconds: wall time of the stage, training included.
     """
@@ -114,7 +114,7 @@ class Record:
     majority: float | None
     provenance: dict[str, Any]
     stages: list[StageRecord] = field(default_factory=list)
-    training: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     format: int = FORMAT
 
     def stage(self, name: str) -> StageRecord | None:
@@ -227,6 +227,8 @@ def _checked(record: Record, where: str) -> Record:
     if twice := [name for name in names if names.count(name) > 1]:
         raise RecordError(f"{where}: damaged record (stages): {twice[0]!r} is there twice")
     for stage in record.stages:
+        if stage.name not in STAGES:
+            raise RecordError(f"{where}: damaged record (stages): {stage.name!r:.40} is none of {', '.join(STAGES)}")
         if record.headline not in stage.metrics:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): no metric {record.headline!r}")
         if len({len(layer.heads) for layer in stage.layers} - {0}) > 1:

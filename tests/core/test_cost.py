@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import asdict, fields
 from itertools import product
 
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnpress.core.cost import TILE_KEYS, TILE_ROWS, PairCounts, attention_work, count_pairs
+from attnpress.config import AttentionSpec
+from attnpress.core.cost import TILE_KEYS, TILE_ROWS, PairCounts, attention_work, count_pairs, tail_work, total_work
 from tests.core.factories import SEEDS, generator
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -154,3 +156,22 @@ def test_what_is_not_quantized_counts_as_thirty_two_bits() -> None:
     floating = attention_work(100, 100, 8, dict.fromkeys("qkvp"))
     assert floating.bit_operations_remaining == floating.bit_operations_dense
     assert floating.bytes_remaining == floating.bytes_dense
+
+
+def test_work_of_a_tail_by_hand() -> None:
+    spec = AttentionSpec(sparsity=0.9, tail="mean")
+    mean = tail_work(rows=10, keys=6, survivors=12, sequences=2, spec=spec, head_dim=32)
+    assert mean.macs_remaining == 32 * (2 * 6 + 2 * 10 + 12)
+    assert mean.bytes_remaining == 10 * 4 + 2 * 2 * 32 * 4
+    assert mean.bit_operations_remaining == 32 * (6 * 8 + 6 * 8 + 12 * 8 + 10 * 8 * 32 + 10 * 32 * 32)
+    linear = tail_work(10, 6, 12, 2, dataclasses.replace(spec, tail="linear", tail_rank=4), 32)
+    assert linear.macs_remaining - mean.macs_remaining == 32 * (2 * 4 * 6 + 2 * 4 * 10 + 12)
+    assert linear.bytes_remaining - mean.bytes_remaining == 2 * 4 * 32 * 4
+    whole = tail_work(10, 6, 12, 2, dataclasses.replace(spec, tail="linear", tail_rank=64), 32)
+    assert whole.macs_remaining - mean.macs_remaining == 32 * (32 * 6 + 32 * 10 + 12)
+    assert total_work([mean, linear]).macs_dense == 0
+
+
+@pytest.mark.parametrize("spec", [AttentionSpec(sparsity=0.9), AttentionSpec(tail="mean")])
+def test_without_a_tail_or_pruning_there_is_no_such_work(spec: AttentionSpec) -> None:
+    assert set(asdict(tail_work(10, 6, 12, 2, spec, 32)).values()) == {0}

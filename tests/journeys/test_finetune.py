@@ -163,9 +163,9 @@ class Scores(TrainerCallback):
     def __init__(self, best: int, batch: dict[str, Tensor]) -> None:
         self.best, self.batch, self.answers = best, batch, dict[int, Tensor]()
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, model: Any = None, **_: Any) -> None:
-        metrics["eval_chosen"] = float(state.global_step == self.best)
-        self.answers[state.global_step] = answer(model, self.batch)
+    def on_evaluate(self, args: Any, state: Any, control: Any, **shown: Any) -> None:
+        shown["metrics"]["eval_chosen"] = float(state.global_step == self.best)
+        self.answers[state.global_step] = answer(shown["model"], self.batch)
 
 
 def answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:

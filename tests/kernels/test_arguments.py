@@ -14,6 +14,7 @@ from attnpress.config import AttentionSpec, RuleName
 from attnpress.core.attention import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
+from tests.kernels.agreement import assert_same
 from tests.kernels.factories import Case, make_case, needs_kernel
 
 pytestmark = needs_kernel
@@ -30,13 +31,6 @@ MASKS: list[tuple[int, ...]] = [
 def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv(TARGET_VARIABLE, request.param)
     return str(request.param)
-
-
-def assert_same(case: Case) -> None:
-    found, expected = ops.compiled_integers(*case.arguments, causal=case.causal), case.integer()
-    for name in ("q_codes", "row_max", "p_codes", "code_sum", "weighted"):
-        assert torch.equal(found[name], getattr(expected, name)), name
-    assert torch.equal(ops.attention(*case.arguments, causal=case.causal), found["output"])
 
 
 @pytest.mark.parametrize("causal", [False, True])

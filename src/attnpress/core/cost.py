@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnpress.config import AttentionSpec
 from attnpress.core.arguments import four_dims
 
 TILE_ROWS, TILE_KEYS = 16, 64
@@ -116,7 +117,7 @@ def _tiles(strips: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """Work of Q K^T and P V over valid pairs, dense and remaining.
+    """Work of Q K^T and P V over valid pairs, dense and remaining; what remains includes the tail (`tail_work`).
 
     Attributes:
         macs_dense, macs_remaining: multiply-accumulates; a pruned pair is skipped in P V, but its score was needed.
@@ -155,3 +156,36 @@ def attention_work(pairs: int, survivors: int, head_dim: int, bits: dict[str, in
         bytes_dense=pairs * FLOAT_BITS // 8,
         bytes_remaining=min(sparse_bytes, pairs * wide["p"] // 8),
     )
+
+
+SUM_BITS, DIRECTION_BITS, PROJECTED_BITS = 32, 16, 8
+"""Operands of the tail: sums, directions, and codes of what they show."""
+
+
+def tail_work(rows: int, keys: int, survivors: int, sequences: int, spec: AttentionSpec, head_dim: int) -> Work:
+    """What the tail adds to the remaining work, an addition counted as a multiply-accumulate; nothing dense.
+
+    A key adds to the sums of K and V, and with `linear` is projected and adds to the product of projections and V; a
+    row meets these sums; a survivor is taken out of them again. Bytes are those of the level of each row, and of sums.
+
+    Args:
+        rows, keys, survivors: of all query heads; keys of all key heads.
+        sequences: times key heads.
+    """
+    bits = {name: FLOAT_BITS if value is None else value for name, value in spec.bits.items()}
+    if spec.tail == "none" or (spec.sparsity == 0 and spec.threshold is None):
+        return Work(0, 0, 0, 0, 0, 0)
+    # Kind of work: how many of a vector's D, each time, and the bits of both operands.
+    kinds = [(keys, bits["k"]), (keys, bits["v"]), (survivors, bits["v"])]
+    kinds += [(rows, bits["q"] * SUM_BITS), (rows, FLOAT_BITS**2)]
+    rank = 0 if spec.tail == "mean" else min(spec.tail_rank, head_dim)
+    if rank:
+        kinds += [(keys * rank, PROJECTED_BITS * bits["v"]), (rows * rank, PROJECTED_BITS * SUM_BITS)]
+        kinds += [(survivors, DIRECTION_BITS * bits["v"])]
+    if 0 < rank < head_dim:
+        kinds += [(keys * rank, DIRECTION_BITS * bits["k"]), (rows * rank, DIRECTION_BITS * bits["q"])]
+    return Work(
+        0, sum(count for count, _ in kinds) * head_dim,
+        0, sum(count * width for count, width in kinds) * head_dim,
+        0, rows * FLOAT_BITS // 8 + sequences * (2 + rank) * head_dim * SUM_BITS // 8,
+    )  # fmt: skip

@@ -105,7 +105,11 @@ def _onednn_has(capability: str, below: tuple[str, ...]) -> bool:
     return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get(capability, False))
 
 
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+def _fake_attention(query: Tensor, *others: Any) -> Tensor:
+    # One tensor without data brings a call here; the result would then be memory that nobody wrote.
+    for other in others:
+        if isinstance(other, Tensor) and other.device != query.device:
+            raise ValueError(f"attnpress: tensors on {query.device} and {other.device} cannot meet in one call")
     batch, heads, rows, dim = query.shape
     return query.new_empty((batch, rows, heads, dim), dtype=torch.float32).transpose(1, 2)
 
@@ -119,5 +123,5 @@ def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
         query.new_empty((*each, key.shape[2]), dtype=torch.uint8),
         query.new_empty((*each, 1), dtype=torch.int64),
         query.new_empty(query.shape, dtype=torch.int64),
-        _fake_attention(query, key, value),
+        _fake_attention(query, key, value, *options),
     )

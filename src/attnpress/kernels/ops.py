@@ -22,13 +22,11 @@ from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, slices
 
 LARGEST_HEAD = 256
 NATIVE_RULES = ("relative", "threshold", "topk")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
-"""Query, key, value, valid, scales, cutoff, spec and scaling."""
 
 
 @dataclass(frozen=True)
@@ -116,20 +114,16 @@ def attention_packed(
         ValueError, BackendUnavailableError: see `attention`.
     """
     call: Call = (query, key, value, None, scales, cutoff, spec, scaling)
-    _check_packed(query, key, value, bounds)
+    places = _check_packed(query, key, value, bounds)
     if backend == "cpu":
-        arguments = compiled_arguments(*call, causal)
-        packed = (*arguments[:3], bounds.contiguous(), *arguments[4:])
-        output: Tensor = _run(torch.ops.attnpress.attention_packed, packed, call)
-        return output
+        return _compiled_packed(call, bounds.contiguous(), places, causal)
     checked_mask(*call)
-    places = [slice(*pair) for pair in pairwise(bounds.tolist())]
     parts = [
         attention(
-            query[:, :, at], key[:, :, at], value[:, :, at], None, scales, cutoff, spec, scaling,
+            *(x[:, :, begin:end] for x in (query, key, value)), None, scales, cutoff, spec, scaling,
             causal=causal, backend=backend,
         ).transpose(1, 2)
-        for at in places if at.start < at.stop
+        for begin, end in pairwise(places) if begin < end
     ]  # fmt: skip
     return torch.cat([query.new_empty(1, 0, query.shape[1], value.shape[3], dtype=torch.float32), *parts], 1).transpose(
         1, 2
@@ -150,8 +144,7 @@ def _reference(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
     spec: AttentionSpec, scaling: float, causal: bool,
 ) -> Tensor:  # fmt: skip
-    check_tensors(query, key, value)
-    valid = pair_mask(valid, query, key)
+    valid = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling)
     allowed = causal_pairs(query, key, valid) if causal else valid
     if None in spec.bits.values():  # no integers then: what is computed is the forward of training
         output = fake_quantize_attention(query, key, value, allowed, scales, cutoff, spec, scaling).float()
@@ -164,10 +157,50 @@ def _compiled(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
     spec: AttentionSpec, scaling: float, causal: bool,
 ) -> Tensor:  # fmt: skip
-    arguments = compiled_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal)
     call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
-    output: Tensor = _run(torch.ops.attnpress.attention, arguments, call)
+    arguments = compiled_arguments(*call, causal)
+    if torch.compiler.is_compiling() or _is_short(products(query, key)):
+        output: Tensor = _run(torch.ops.attnpress.attention, arguments, call)
+        return output
+    checked_mask(*call)
+    output = _room(query)
+    for place, part in slices(call, causal, _most()):
+        output[place] = _run(torch.ops.attnpress.attention, compiled_arguments(*part, causal), part)
     return output
+
+
+def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool) -> Tensor:
+    query, key, value, _, *rest = call
+    arguments = compiled_arguments(*call, causal)
+    of_pair = 2 * query.shape[1] * query.shape[3]
+    if _is_short(of_pair * sum((end - begin) ** 2 for begin, end in pairwise(places))):
+        arguments = (*arguments[:3], bounds, *arguments[4:])
+        output: Tensor = _run(torch.ops.attnpress.attention_packed, arguments, call)
+        return output
+    checked_mask(*call)
+    output = _room(query)
+    for first, last in sequences(places, of_pair, _most()):
+        at, inner = slice(places[first], places[last]), [place - places[first] for place in places[first : last + 1]]
+        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, *rest)
+        alone = last - first == 1
+        output[:, :, at] = (
+            _compiled(*own, causal) if alone else _compiled_packed(own, bounds.new_tensor(inner), inner, causal)
+        )
+    return output
+
+
+def _is_short(work: int) -> bool:
+    return work <= SHORT or work <= _most()
+
+
+def _most() -> int:
+    """Products that an operator may make before Python looks at signals."""
+    return SECOND.get(cpu.active_target(), SHORT) * torch.get_num_threads()
+
+
+def _room(query: Tensor) -> Tensor:
+    """Float32 of the shape of the query, stored so that its transpose is contiguous."""
+    return query.new_empty(query.transpose(1, 2).shape, dtype=torch.float32).transpose(1, 2)
 
 
 def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -> Any:
@@ -216,10 +249,9 @@ def compiled_arguments(
     for name, tensor in {"k_scale": scales.k, "v_scale": scales.v, "q_scale": scales.q, "cutoff": cutoff}.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise ValueError(f"{name}: backend 'cpu' takes tensors on the CPU, found one on {tensor.device}")
-    if cutoff is not None and spec.rule == "threshold":
+    if cutoff is not None and (spec.rule == "threshold" or not cutoff.is_contiguous()):
         check_cutoff(cutoff, query)  # the operator sees theta, in which -1e-30 is like 0
-        cutoff = least_probability(cutoff)
-    cutoff = None if cutoff is None else cutoff.contiguous()
+        cutoff = least_probability(cutoff) if spec.rule == "threshold" else cutoff.contiguous()
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
@@ -276,7 +308,7 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     _check_head(query.shape[3])
 
 
-def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> None:
+def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> list[int]:
     check_tensors(query, key, value)
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
@@ -289,6 +321,7 @@ def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> 
     places = bounds.tolist() if is_list else []
     if not places or places != sorted(places) or (places[0], places[-1]) != (0, tokens):
         raise ValueError(f"bounds: int64 that rise from 0 to the number of tokens, {tokens}; found {bounds}")
+    return places
 
 
 def _check_head(dim: int) -> None:

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attnpress.config import DataSpec
 from attnpress.tasks import squad
 from attnpress.tasks.check import check_data, find_published, own_file
-from attnpress.tasks.labels import fit_labels
-from attnpress.tasks.metrics import score, sentence_metrics
+from attnpress.tasks.labels import class_ids, fit_labels, is_generic
+from attnpress.tasks.metrics import first_output, score, sentence_metrics
 from attnpress.tasks.sources import Columns, Rows, TaskError, read_file, read_hub
 from attnpress.tasks.table import Split, Task
 from attnpress.tasks.tokens import encode
@@ -34,7 +36,8 @@ class TaskData:
         task: the row of the table.
         train, eval: tokenized, unpadded rows: input_ids, attention_mask, token_type_ids where the model has them, and
             labels (int or float), or start_positions and end_positions. In qa a row is a window.
-        label_names: names of the classes by index; empty in regression and qa.
+        label_names: names of the classes by index, which is that of the task until `numbered_as` makes it a model's;
+            empty in regression and qa.
         fingerprint: sha256 of the sources of "train" and "eval"; of the rows when they come from the Hub.
         majority: headline metric, in points, of always answering the commonest training label; None in other kinds.
         collate: pads a list of rows to the longest and returns tensors.
@@ -56,6 +59,58 @@ class TaskData:
         """The same task on at most so many evaluation examples, evenly spread."""
         held_out, compute_metrics = self.thin(rows)
         return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics)
+
+    def numbered_as(self, of_model: Sequence[str]) -> TaskData | None:
+        """The same task with the classes counted as a model counts them; None if they are not the same classes.
+
+        Metrics are still those of the task: which class is the positive one does not depend on a model's order.
+
+        Args:
+            of_model: names of the model's classes, in its order; see `class_ids`.
+        """
+        ids = class_ids(self.label_names, of_model)
+        if ids is None:
+            return None
+        names = self.label_names if is_generic(of_model) else tuple(of_model)
+        if list(ids) == sorted(ids):
+            return dataclasses.replace(self, label_names=names)
+
+        def thin(rows: int) -> tuple[Dataset, Metrics]:
+            held_out, metrics = self.thin(rows)
+            return _relabelled(held_out, ids), _of_task(metrics, ids)
+
+        return dataclasses.replace(
+            self,
+            train=_relabelled(self.train, ids),
+            eval=_relabelled(self.eval, ids),
+            label_names=names,
+            compute_metrics=_of_task(self.compute_metrics, ids),
+            thin=thin,
+        )
+
+
+def _relabelled(rows: Dataset, ids: Sequence[int]) -> Dataset:
+    import pyarrow
+    from datasets import Dataset
+
+    table: Any = rows.with_format("arrow")[:]
+    place = table.schema.get_field_index("labels")
+    labels = pyarrow.array([ids[label] for label in rows["labels"]], table.schema.field(place).type)
+    return Dataset(table.set_column(place, "labels", labels))
+
+
+def _of_task(metrics: Metrics, ids: Sequence[int]) -> Metrics:
+    """Metrics of a task, for predictions and labels in a model's numbers."""
+    task_class = {number: index for index, number in enumerate(ids)}
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        from transformers import EvalPrediction
+
+        logits = first_output(prediction.predictions)[..., list(ids)]
+        labels = np.array([task_class[label] for label in first_output(prediction.label_ids).tolist()])
+        return metrics(EvalPrediction(logits, labels))
+
+    return compute
 
 
 def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
@@ -171,8 +226,6 @@ def _majority(task: Task, train_labels: Sequence[int], eval_labels: Sequence[int
 
 
 def _choose(count: int, wanted: int | None, seed: int) -> list[int]:
-    import numpy as np
-
     order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
     return order[:wanted]
 
