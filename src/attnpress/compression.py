@@ -100,6 +100,8 @@ def compress(
         ConfigError, TaskError, ModelError: found before any training starts.
         DivergedError: training left the finite numbers; the last good checkpoint is kept.
     """
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise ConfigError(f"stages: no stage {unknown[0]!r}; give a list of some of {', '.join(STAGES)}")
     check_data(config.data)
     check_trackers(config.report_to)
     check_autocast(config.autocast)
