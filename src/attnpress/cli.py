@@ -186,7 +186,9 @@ def _command(subparsers: Commands, name: str, run: Callable[[argparse.Namespace]
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made, or save_pretrained"
+    )
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:

@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from attnpress.config import ConfigError, RunConfig
 from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_text
-from attnpress.recipe import dump_config, load_config, load_spec
+from attnpress.recipe import dump_config, load_config, load_spec, override, parse_spec
 
 GENERATOR = b'<meta name="generator" content="attnpress">'
 """In every page of `report`: only such a file is replaced by the next."""
@@ -38,7 +38,7 @@ def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
     _check_json(options.json, {"same_predictions", "identical_logits"}, {"padded_sparsity", "macs_dense"})
     overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
-    config = _run_config(options.run_dir, overrides)
+    config = _model_config(options.run_dir, overrides)
     if options.linear == "int8" and not options.backend:
         raise ConfigError("--linear int8 compares a deployed model with the trained one: add --backend cpu")
     _quiet_libraries()
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """Export the model of a finished run."""
-    config = _run_config(options.run_dir, options.set)
+    config = _model_config(options.run_dir, options.set)
     _quiet_libraries()
     from attnpress.export import export_run
 
@@ -222,6 +222,21 @@ def bench(options: argparse.Namespace) -> int:
     _write_json(records, options.json)
     _print_table(table(records), options.talk, width=160)
     return 0
+
+
+def _model_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The recipe of a run; of a model that Python saved, which knows of no data, what the overrides say."""
+    if (folder / "recipe.yaml").is_file() or not (folder / "config.json").is_file():
+        return _run_config(folder, overrides)
+    if not any(item.startswith("data.") for item in overrides):
+        raise ConfigError(
+            f"{folder}: a model that save_pretrained wrote, which names no data; add --set data.task=NAME, or "
+            "data.task=custom with the other keys of data"
+        )
+    plain: dict[str, Any] = {}
+    for item in overrides:
+        override(RunConfig, plain, item)
+    return parse_spec(RunConfig, plain)
 
 
 def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:

@@ -12,6 +12,7 @@ import dataclasses
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 MARKER = ".attnpress.json"
 """In every folder that attnpress may replace or remove: what it is, and the names that attnpress put into it."""
@@ -65,7 +66,9 @@ def write_bytes(path: Path, content: bytes) -> None:
         OSError: with the path as its `filename`.
     """
     if is_stream(path):
-        return _write_stream(path, content)
+        with open_stream(path) as stream:
+            stream.write(content)
+        return
     with naming(path):
         target = _real(path)
         if target.exists() and not target.is_file():
@@ -140,13 +143,14 @@ def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _
             raise OutputError(f"{path}: is a file; name a folder")
         _check_room(path, target / MARKER)
         target.mkdir(parents=True, exist_ok=True)
-        found = read_marker(target)
-        if found is not None and found.what == what:
-            return
-        held = next((entry.name for entry in target.iterdir()), None)
-        if held is not None and (found is not None or not is_own(target)):
-            raise OutputError(f"{path}: holds {held}, and is no folder of kind {what!r}; name another folder")
-        mark(target, what)
+        with _locked(target):  # another process may be taking it for the same
+            found = read_marker(target)
+            if found is not None and found.what == what:
+                return
+            held = next((entry.name for entry in target.iterdir()), None)
+            if held is not None and (found is not None or not is_own(target)):
+                raise OutputError(f"{path}: holds {held}, and is no folder of kind {what!r}; name another folder")
+            mark(target, what)
 
 
 def check_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
@@ -186,6 +190,33 @@ def is_stream(path: Path) -> bool:
 def is_stdout(path: Path) -> bool:
     """Whether the path is another name of standard output."""
     return str(path) in (str(STDOUT), "/dev/fd/1", "/proc/self/fd/1")
+
+
+@contextmanager
+def open_stream(path: Path) -> Iterator[BinaryIO]:
+    """What `is_stream` is true for, to be written on; standard output comes after what was printed before.
+
+    Raises:
+        OSError: with the path as its `filename`.
+    """
+    if is_stdout(path) and sys.stdout is not None:
+        sys.stdout.flush()
+        yield getattr(sys.stdout, "buffer", None) or _Printed()
+        sys.stdout.flush()
+        return
+    with naming(path), path.open("ab") as file:
+        yield file
+
+
+class _Printed(io.RawIOBase):
+    """Bytes to a standard output that takes text only, as one that was redirected within Python does."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Any) -> int:
+        sys.stdout.write(bytes(content).decode("utf-8"))
+        return len(content)
 
 
 def mark(folder: Path, what: str, holds: frozenset[str] | None = None) -> None:
@@ -264,15 +295,6 @@ def sha256_of(path: Path) -> str:
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
-
-
-def _write_stream(path: Path, content: bytes) -> None:
-    if is_stdout(path) and sys.stdout is not None:  # in order with what was printed before
-        sys.stdout.write(content.decode("utf-8"))
-        sys.stdout.flush()
-        return
-    with naming(path), path.open("ab") as file:
-        file.write(content)
 
 
 def _check_replaceable(path: Path, target: Path, what: str) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import shutil
 import sys
@@ -26,7 +25,7 @@ from filelock import FileLock, Timeout
 from attnpress.config import DataSpec, RunConfig
 from attnpress.deployment import Linear, deploy
 from attnpress.evaluate import finished_classifier, plan_linear
-from attnpress.files import is_stdout, is_stream, naming, sha256_of, sync, write_text
+from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
 from attnpress.models.attention import PLAN
 from attnpress.models.loading import weights_hash
 from attnpress.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -189,7 +188,7 @@ def predict_file(
         rows = Input(source, file, columns)
         if is_stream(output):
             _tell(rows, rows.survey(0), warn)
-            with _open_stream(output) as out:
+            with open_stream(output) as out:
                 return _answer_all(
                     answer, rows, _Written(out, lambda stream: stream.flush()), Progress(), lambda _: None, warn
                 )
@@ -382,24 +381,6 @@ def _as_file(source: Path) -> Iterator[Path]:
     else:
         what = "is a folder" if source.is_dir() else "no such file"
         raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV or tab-separated text")
-
-
-@contextlib.contextmanager
-def _open_stream(output: Path) -> Iterator[BinaryIO]:
-    if is_stdout(output):  # as it is, in order with what was printed before
-        sys.stdout.flush()
-        yield getattr(sys.stdout, "buffer", None) or _Printed()
-        sys.stdout.flush()
-    else:
-        with naming(output), output.open("ab") as out:
-            yield out
-
-
-class _Printed(io.BytesIO):
-    """Bytes for a standard output that takes text alone."""
-
-    def write(self, content: Any) -> int:
-        return sys.stdout.write(bytes(content).decode("utf-8"))
 
 
 @contextlib.contextmanager

@@ -68,7 +68,7 @@ class ModelTiming(Comparison):
         ragged: the task whose lengths the rows have, padded to the longest; None where no row has padding.
         linear: what our linear layers were while they were timed: "float", or "int8" (and no padding then).
         linear_layers: how many of ours ran in "int8" and in "float"; three that have one input may run as one.
-        activation_bits: of the codes that our int8 layers multiply; None where there are none.
+        activation_bits: of the codes that our int8 layers take in, each number once; empty where there are none.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
             None where the peer's runtime does not show its own.
@@ -91,7 +91,7 @@ class ModelTiming(Comparison):
     ragged: str | None
     linear: Linear
     linear_layers: dict[str, int]
-    activation_bits: int | None
+    activation_bits: list[int]
     ours_difference: float
     ours_linear_difference: float | None
     peer_difference: float
@@ -259,9 +259,9 @@ def _put_into_int8(model: Any, name: str) -> None:
 
 def _linear_layers(model: nn.Module) -> dict[str, Any]:
     """How many linear layers run in 8 bits and in float, and the bits of the codes that the former multiply."""
-    eights = sum(isinstance(module, Int8Linear) for module in model.modules())
+    eights = [module.bits for module in model.modules() if isinstance(module, Int8Linear)]
     floats = sum(isinstance(module, nn.Linear) for module in model.modules())
-    return {"linear_layers": {"int8": eights, "float": floats}, "activation_bits": 8 if eights else None}
+    return {"linear_layers": {"int8": len(eights), "float": floats}, "activation_bits": sorted(set(eights))}
 
 
 def _hidden(found: Any) -> Tensor:

@@ -37,7 +37,7 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
     """Export the compressed model of a finished run, check it, and record both.
 
     Args:
-        run_folder: written by `compress`.
+        run_folder: written by `compress`, or by `save_pretrained` of a compressed model.
         config: of the run; its data serve the check.
         kind: one of KINDS.
         output: folder for the file and `export.json`; None is `run_folder/export/KIND`. It appears whole, once the

@@ -123,5 +123,5 @@ def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
         query.new_empty((*each, key.shape[2]), dtype=torch.uint8),
         query.new_empty((*each, 1), dtype=torch.int64),
         query.new_empty(query.shape, dtype=torch.int64),
-        _fake_attention(query, key, value),
+        _fake_attention(query, key, value, *options),
     )

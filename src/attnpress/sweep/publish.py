@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from attnpress.config import RunConfig
-from attnpress.files import whole_folder, write_text
+from attnpress.files import remove_folder, whole_folder, write_text
 from attnpress.recipe import dump_config, parse_spec, spec_to_dict
 from attnpress.results import Record, to_json
 from attnpress.sweep.spec import SweepSpec, choose, describe, trial_folder
@@ -85,4 +84,4 @@ def _drop_weights(record: SweepRecord, output: Path) -> None:
     kept = {trial.folder for trial in record.on_front()}
     for trial in record.trials:
         if trial.state == "complete" and trial.folder not in kept:
-            shutil.rmtree(output / trial.folder / "progressive", ignore_errors=True)
+            remove_folder(output / trial.folder / "progressive", "model")
