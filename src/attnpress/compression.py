@@ -34,8 +34,10 @@ from attnpress.models.loading import (
     load_fine_tuned,
     load_model,
     load_tokenizer,
+    longest_input,
     resolve_model,
     stored_dtype,
+    take_padding,
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, StageRecord, read_record, to_json, with_errors
@@ -68,6 +70,7 @@ class Run:
         set_seed(self.config.seed)
         load = load_fine_tuned if source == self.dense else load_model
         model = load(source, self.data.task.kind, self.data.label_names)
+        take_padding(model, self.tokenizer)
         _check_length(model, self.config.data.max_length)
         model.to(this_process().device)
         return model
@@ -97,6 +100,8 @@ def compress(
         ConfigError, TaskError, ModelError: found before any training starts.
         DivergedError: training left the finite numbers; the last good checkpoint is kept.
     """
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise ConfigError(f"stages: no stage {unknown[0]!r}; give a list of some of {', '.join(STAGES)}")
     check_data(config.data)
     check_trackers(config.report_to)
     check_autocast(config.autocast)
@@ -143,7 +148,7 @@ def _numbered(data: TaskData, base: str, config: RunConfig) -> TaskData:
 
 
 def _check_length(model: PreTrainedModel, max_length: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_input(model)
     if longest is not None and max_length > longest:
         raise ConfigError(f"data.max_length: {max_length} exceeds the model's {longest} positions")
 

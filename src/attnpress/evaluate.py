@@ -20,16 +20,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnpress.calibration import outputs, reduce_over_ranks, this_process, training_batches
-from attnpress.config import ConfigError, RunConfig
+from attnpress.calibration import bound_modules, outputs, reduce_over_ranks, this_process, training_batches
+from attnpress.config import BatchSize, ConfigError, Count, RunConfig
 from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu
-from attnpress.linear import calibrate_linear
+from attnpress.linear import calibrate_linear, linear_layers
 from attnpress.models.attention import PLAN, CompressedAttention
-from attnpress.models.binding import attentions
 from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
+from attnpress.recipe import checked
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
 from attnpress.tasks import TaskData, load_task
 
@@ -44,8 +44,16 @@ def evaluate(
         name: of the stage.
         padded_length: length for `padded_sparsity`.
         seconds: wall time to record.
+
+    Raises:
+        ConfigError: the model is not bound; `batch_size` or `padded_length` is out of range, or less than a row has.
     """
-    modules = attentions(model.to(this_process().device))
+    checked(Count, padded_length, "padded_length")
+    if (longest := max(map(len, data.eval["input_ids"]), default=0)) > padded_length:
+        raise ConfigError(
+            f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
+        )
+    modules = bound_modules(model.to(this_process().device))
     for module in modules.values():
         module.counts = PairCounts(
             *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())
@@ -78,7 +86,11 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
 
     Returns:
         [rows, 1, classes], or [rows, 2, length] with the start and end logits of "qa".
+
+    Raises:
+        ConfigError: `batch_size` is out of range.
     """
+    checked(BatchSize, batch_size, "batch_size")
     state, rows, outcomes = this_process(), len(data.eval), 2 if data.task.kind == "qa" else 1
     # Rows of like length together are padded the least.
     by_length = sorted(range(rows), key=[len(ids) for ids in data.eval["input_ids"]].__getitem__)
@@ -207,7 +219,7 @@ class Agreement:
 
     Attributes:
         backend, target: what the deployed model ran on; target is None for the reference.
-        linear: "float", or "int8" for linear layers in 8 bits as well.
+        linear: what ran: "int8" where at least one linear layer did in 8 bits, else "float".
         float_products: products of linear layers that stayed in float all the same, because they lost too much.
         rows: of the evaluation split; in qa, windows.
         same_predictions: rows with the same class; in qa, likeliest start and end; in regression, number.
@@ -246,18 +258,25 @@ def compare_backends(
         linear: "int8" deploys the linear layers in 8 bits; see `plan_linear`.
 
     Raises:
-        ConfigError: see `finished_model`.
+        ConfigError: see `finished_model`; or int8 layers are asked for, and none of the model's can be.
         BackendUnavailableError, ValueError: see `deploy`.
     """
     model, data = finished_model(run_folder, config)
     trained = predicted_logits(model, data, batch_size)
     plan = plan_linear(model, lambda: data, config) if linear == "int8" else {}
-    deployed = predicted_logits(deploy(model, backend, linear=linear), data, batch_size)
+    deploy(model, backend, linear=linear)
+    ran: Linear = "int8" if linear_layers(model).int8 else "float"
+    if linear == "int8" and ran == "float":
+        raise ConfigError(
+            f"--linear int8: all linear layers of {type(model).__name__} stay in float, so nothing can be compared: "
+            "they are not those of a BERT, RoBERTa or ELECTRA encoder in float32, or lose too much; drop --linear"
+        )
+    deployed = predicted_logits(model, data, batch_size)
     identical = (trained == deployed).flatten(1).all(1)
     same = identical if data.task.kind == "regression" else (trained.argmax(-1) == deployed.argmax(-1)).all(1)
     return Agreement(
         backend, cpu.active_target() if backend == "cpu" else None,
-        linear, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
+        ran, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
         int(identical.sum()), float((trained - deployed).abs().max()),
         metrics_of(trained, data), metrics_of(deployed, data),
         weights_hash(str(_finished_folder(run_folder))), data.fingerprint.get("eval"),

@@ -9,11 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
-import os
 import shutil
-import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +25,7 @@ from filelock import FileLock, Timeout
 from attnpress.config import DataSpec, RunConfig
 from attnpress.deployment import Linear, deploy
 from attnpress.evaluate import finished_classifier, plan_linear
-from attnpress.files import is_stream, open_stream, sha256_of, sync, write_text
+from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
 from attnpress.models.attention import PLAN
 from attnpress.models.loading import weights_hash
 from attnpress.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -192,9 +189,12 @@ def predict_file(
         if is_stream(output):
             _tell(rows, rows.survey(0), warn)
             with open_stream(output) as out:
-                return _answer_all(answer, rows, _Written(out), Progress(), lambda _: None, warn)
+                return _answer_all(
+                    answer, rows, _Written(out, lambda stream: stream.flush()), Progress(), lambda _: None, warn
+                )
         _check_free(output)
-        output.parent.mkdir(parents=True, exist_ok=True)
+        with naming(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
         with _alone(output):
             _check_free(output)
             return _go_on(answer, rows, output, {"input": sha256_of(file), **made_from}, warn)
@@ -203,8 +203,11 @@ def predict_file(
 class _Written:
     """An output, with the number of its bytes and their hash."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file, self.size, self.digest = file, 0, hashlib.sha256()
+    def __init__(self, file: BinaryIO, flush: Callable[[BinaryIO], None] = sync) -> None:
+        self.file, self.flush_file, self.size, self.digest = file, flush, 0, hashlib.sha256()
+
+    def flush(self) -> None:
+        self.flush_file(self.file)
 
     def count(self, content: bytes) -> None:
         self.size += len(content)
@@ -275,7 +278,7 @@ def _answer_all(
                 found = {key: row[key] for key in KEPT if key in row} | said
                 out.write(dump_json(found).encode("utf-8") + b"\n")
                 written += 1
-        _flush(out.file)
+        out.flush()
         skipped = progress.skipped + len(chunk) - written
         progress = Progress(chunk[-1][0], out.size, progress.written + written, skipped, out.digest.hexdigest())
         note(progress)
@@ -378,13 +381,6 @@ def _as_file(source: Path) -> Iterator[Path]:
     else:
         what = "is a folder" if source.is_dir() else "no such file"
         raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV or tab-separated text")
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    with contextlib.suppress(io.UnsupportedOperation):  # of what is no file of the system
-        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            sync(file)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from transformers import AutoModel, DebertaV2Config, DebertaV2ForSequenceClassif
 from attnpress.compression import compress
 from attnpress.config import DENSE, AttentionSpec, ConfigError, DataSpec, ProbsSpec, RunConfig, ScheduleSpec, TensorSpec
 from attnpress.evaluate import reevaluate
-from attnpress.files import sha256_of
+from attnpress.files import MARKER, sha256_of
 from attnpress.models.binding import attentions
 from attnpress.models.forward import UnsupportedModelError
 from attnpress.models.hub import ModelError
@@ -159,7 +159,7 @@ def test_training_is_logged_step_by_step(record: Record, finished: Path) -> None
 
 def test_the_run_folder_is_complete_and_safe(finished: Path, tiny_recipe: RunConfig) -> None:
     assert load_config(finished / "recipe.yaml") == tiny_recipe
-    files = [path.relative_to(finished) for path in finished.rglob("*") if path.is_file()]
+    files = [path.relative_to(finished) for path in finished.rglob("*") if path.is_file() and path.name != MARKER]
     assert {path.suffix for path in files} == {".json", ".jsonl", ".yaml", ".safetensors", ".md", ".lock"}, (
         "nothing is left to unpickle"
     )
@@ -440,6 +440,12 @@ def test_a_model_that_names_the_same_classes_is_trained_in_its_own_order(
             dataclasses.replace(tiny_recipe, model=str(base), dense=short), output, lambda _: None, stages=["dense"]
         )
         assert class_names(str(output / "dense")) == kept
+
+
+@pytest.mark.parametrize("stages", [["densee"], "dense"])
+def test_stages_that_there_are_not_are_refused(stages: Any, from_dense: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages: no stage '.*'; give a list of some of dense, dense_control, "):
+        compress(from_dense, tmp_path / "run", stages=stages)
 
 
 def test_a_given_checkpoint_is_said_to_be_evaluated(from_dense: RunConfig, tmp_path: Path) -> None:

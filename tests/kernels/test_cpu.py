@@ -15,7 +15,10 @@ from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
 from tests.kernels.agreement import assert_same
 from tests.kernels.factories import Case, cases, make_case, needs_kernel
 
-pytestmark = needs_kernel
+NAN = pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")
+"""Some calls are given NaN; the warning has tests of its own."""
+
+pytestmark = [needs_kernel, NAN]
 
 TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
 DENSE = AttentionSpec()
@@ -58,6 +61,34 @@ def test_thread_count_changes_nothing(target: str, batch: int, count: int) -> No
 def test_long_rows(target: str, keys: int, rule: RuleName) -> None:
     spec = AttentionSpec(sparsity=0.95, rule=rule)
     assert_same(make_case((1, 1, 1, 26, keys, 64), spec, cutoff=3.0))
+
+
+# Bits of Q and K and a head size: the largest whose sums AVX2 takes in 16 bits, the next one, and usual ones.
+FEW_BITS = [
+    (4, 4, 64),
+    (4, 4, 256),
+    (2, 5, 128),
+    (5, 5, 140),
+    (5, 5, 144),
+    (6, 2, 124),
+    (6, 2, 128),
+    (8, 2, 28),
+    (8, 2, 32),
+]
+
+
+@pytest.mark.parametrize(("query_bits", "key_bits", "dim"), FEW_BITS)
+@pytest.mark.parametrize("rule", ["relative", "topk"])
+def test_few_bits_of_queries_and_keys(target: str, query_bits: int, key_bits: int, dim: int, rule: RuleName) -> None:
+    few = {"q": TensorSpec(bits=query_bits), "k": TensorSpec(bits=key_bits)}
+    spec = AttentionSpec(rule=rule, sparsity=0.8, **few)
+    assert_same(make_case((2, 4, 2, 23, 70, dim), spec, cutoff=3.0, mask="holes", transposed=False))
+    largest = make_case((1, 1, 1, 8, 600, dim), spec, cutoff=3.0)
+    largest.query.abs_().add_(100)  # every code is the largest there is
+    largest.key.abs_().add_(100)
+    largest.key[:, :, ::3].neg_()
+    largest.query[:, :, ::2].neg_()
+    assert_same(largest)
 
 
 def test_more_keys_than_one_chunk_of_32_bit_sums_and_16_bit_indexes() -> None:

@@ -320,7 +320,7 @@ def test_a_bound_model_saves_scales_and_thresholds_with_its_weights() -> None:
     model = bind(make_model(), AttentionSpec(k=learned, sparsity=0.5))
     names = {name for name in model.state_dict() if f".{NAME}." in name}
     module = "encoder.layer.0.attention.self.attnpress."
-    expected = {module + name for name in ("q_scale", "k_scale", "v_scale", "cutoff", "histogram")}
+    expected = {module + name for name in ("q_scale", "k_scale", "v_scale", "cutoff", "histogram", "_extra_state")}
     assert {name for name in names if ".0." in name} == expected
     parameters = {name for name, _ in model.named_parameters() if NAME in name}
     assert parameters == {name for name in names if name.endswith("k_scale")}

@@ -227,7 +227,7 @@ def test_a_model_that_cannot_be_bound_is_refused_on_loading(tmp_path: Path) -> N
 def test_a_saved_model_is_readable_by_anyone(saved: Path) -> None:
     state = load_file(saved / WEIGHTS)
     assert {name.rsplit(".", 1)[1] for name in state if ".attnpress." in name} == {
-        "q_scale", "k_scale", "v_scale", "cutoff", "histogram",
+        "q_scale", "k_scale", "v_scale", "cutoff", "histogram", "_extra_state",
     }  # fmt: skip
     stored = json.loads((saved / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert (stored["quant_method"], stored["format"], stored["attention"]["sparsity"]) == ("attnpress", 1, 0.7)

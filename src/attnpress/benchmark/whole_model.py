@@ -39,7 +39,8 @@ from attnpress.kernels import cpu, ops
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.linear import Int8Linear
-from attnpress.models.stock import STOCK, attention_seconds, load_stock, longest_input, make_stock
+from attnpress.models.loading import longest_input
+from attnpress.models.stock import STOCK, attention_seconds, load_stock, make_stock
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
 """Peers by Transformers: its implementation of attention, and the dtype of everything."""
@@ -68,7 +69,7 @@ class ModelTiming(Comparison):
         ragged: the task whose lengths the rows have, padded to the longest; None where no row has padding.
         linear: what our linear layers were while they were timed: "float", or "int8" (and no padding then).
         linear_layers: how many of ours ran in "int8" and in "float"; three that have one input may run as one.
-        activation_bits: of the codes that our int8 layers multiply; None where there are none.
+        activation_bits: of the codes that our int8 layers take in, each number once; empty where there are none.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
             None where the peer's runtime does not show its own.
@@ -91,7 +92,7 @@ class ModelTiming(Comparison):
     ragged: str | None
     linear: Linear
     linear_layers: dict[str, int]
-    activation_bits: int | None
+    activation_bits: list[int]
     ours_difference: float
     ours_linear_difference: float | None
     peer_difference: float
@@ -202,8 +203,9 @@ def build(
 ) -> Prepared:  # fmt: skip
     """Write what a side loads, in a process that is not timed; nothing is to be run."""
     stock, place = make_stock(model, "eager" if name == "ours" else "sdpa"), Path(folder)
-    if length > longest_input(stock):
-        raise BenchmarkError(f"{model} has positions for {longest_input(stock)} tokens, not {length}")
+    longest = longest_input(stock)
+    if longest is not None and length > longest:
+        raise BenchmarkError(f"{model} has positions for {longest} tokens, not {length}")
     inputs = _tokens(stock.config.vocab_size, ragged_lengths(ragged, batch) if ragged else [length] * batch)
     place.mkdir(parents=True)
     facts: dict[str, Any] = {}
@@ -259,9 +261,9 @@ def _put_into_int8(model: Any, name: str) -> None:
 
 def _linear_layers(model: nn.Module) -> dict[str, Any]:
     """How many linear layers run in 8 bits and in float, and the bits of the codes that the former multiply."""
-    eights = sum(isinstance(module, Int8Linear) for module in model.modules())
+    eights = [module.bits for module in model.modules() if isinstance(module, Int8Linear)]
     floats = sum(isinstance(module, nn.Linear) for module in model.modules())
-    return {"linear_layers": {"int8": eights, "float": floats}, "activation_bits": 8 if eights else None}
+    return {"linear_layers": {"int8": len(eights), "float": floats}, "activation_bits": sorted(set(eights))}
 
 
 def _hidden(found: Any) -> Tensor:

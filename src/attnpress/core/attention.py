@@ -6,6 +6,8 @@ Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; 
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass, fields
 
 import torch
@@ -16,6 +18,7 @@ from attnpress.core.arguments import (
     check_tensors,
     check_values,
     four_dims,
+    is_real,
     pair_mask,
     some_key,
 )
@@ -26,6 +29,10 @@ from attnpress.core.tail import Tail, TailSums, active_tail, score_steps, scored
 
 FAR = 2**30
 """Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
+
+
+class NanWarning(UserWarning):
+    """Attention met NaN, which has code 0: the output hides it, and may look plausible."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +160,7 @@ def integer_attention(
     if None in spec.bits.values():
         raise ValueError(f"integer attention needs bits for all of q, k, v and p; found {spec.bits}")
     valid, keys = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling), slice(key.shape[2])
+    warn_of_nan(query, key, value, valid)
     key, value, valid = some_key(key, value, valid)
     heads = query.shape[1]
     q_scale = query_scale(query, scales, spec.q)
@@ -203,6 +211,26 @@ def checked_mask(
     static = {"q": None if spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
     check_values(query, key, value, static, cutoff, scaling)
     return pair_mask(valid, query, key)
+
+
+def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+    """Say that there is NaN in a query, or in a key or value that some query may attend to: codes hide it.
+
+    Looks on the CPU only, and not while a model is traced: elsewhere each look would be waited for.
+    """
+    if not is_real(query) or math.isfinite(
+        sum(float(x.detach().sum(dtype=torch.float32)) for x in (query, key, value))
+    ):
+        return
+    seen = key_validity(valid)
+    behind = key.isnan().any(-1, keepdim=True) | value.isnan().any(-1, keepdim=True)
+    if bool(query.isnan().any()) or bool((behind if seen is None else behind & seen).any()):
+        warnings.warn(
+            "attention met NaN among its queries, keys or values and takes it for 0, so that the output hides it: look "
+            "for NaN in the weights and inputs of the model, or for a dtype that overflows",
+            NanWarning,
+            stacklevel=3,
+        )
 
 
 def prune_and_code(

@@ -24,6 +24,7 @@ from attnpress.core.attention import (
     repeat_heads,
     row_maximum,
     score_step,
+    warn_of_nan,
 )
 from attnpress.core.exponential import code_table, exponent, exponent_rate
 from attnpress.core.pruner import BIN_WIDTH, pair_bins, relative_cut
@@ -67,7 +68,9 @@ def fake_quantize_attention(
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    key, value, valid = some_key(key, value, checked_mask(query, key, value, valid, scales, cutoff, spec, scaling))
+    valid = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling)
+    warn_of_nan(query, key, value, valid)
+    key, value, valid = some_key(key, value, valid)
     heads = query.shape[1]
     q_codes, k_codes, alpha = scores_operands(query, key, valid, scales, spec, scaling)
     v_codes, v_scale = value.float(), torch.ones(1, 1, 1, 1, device=value.device)

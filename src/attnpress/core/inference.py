@@ -14,7 +14,7 @@ def without_gradient(output: Tensor, *inputs: Tensor | None) -> Tensor:
         return output
     if not any(x is not None and x.requires_grad for x in inputs):
         return output
-    refused: Tensor = _Refusal.apply(output.detach(), *inputs)
+    refused: Tensor = _Refusal.apply(output.detach(), *inputs)  # type: ignore[no-untyped-call]
     return refused
 
 

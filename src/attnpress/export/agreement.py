@@ -17,6 +17,7 @@ from attnpress.kernels import cpu
 from attnpress.kernels.ops import NATIVE_RULES
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
 
 TOLERANCE = 0.2
@@ -77,11 +78,12 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
         ExportError: their metrics differ by more than TOLERANCE.
     """
     backend = usable_backend(attentions(model).values())
-    deploy(model, backend)
-    try:
-        ours = predicted_logits(model, data, batch_size)
-    finally:
-        undeploy(model)
+    with evaluation_mode(model):
+        deploy(model, backend)
+        try:
+            ours = predicted_logits(model, data, batch_size)
+        finally:
+            undeploy(model)
     theirs = predicted_logits(served, data, batch_size)  # type: ignore[arg-type]
     headline, deployed = next(iter(metrics_of(ours, data).items()))
     found = Agreement(

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec
 from attnpress.core.arguments import check_cutoff, check_tensors, misfit, pair_mask
-from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention
+from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention, warn_of_nan
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
@@ -208,10 +208,14 @@ def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -
     if torch.compiler.is_compiling():
         return operator(*arguments)
     try:
-        return operator(*arguments)
+        result = operator(*arguments)
     except RuntimeError:
         checked_mask(*call)
         raise
+    if torch.ops.attnpress.met_nan.default():
+        query, key, value, valid, *_ = call
+        warn_of_nan(query, key, value, pair_mask(valid, query, key))
+    return result
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "reference": _reference}

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
+from attnpress.config import ConfigError, RunConfig
 from attnpress.files import remove_folder, take_folder, write_text
 from attnpress.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, teacher_recipe
-from attnpress.recipe import spec_to_dict
+from attnpress.recipe import parse_spec, spec_to_dict
 from attnpress.results import Record, RecordError, StageRecord, read_record, to_json
 from attnpress.tasks import check_data
 from attnpress.teacher import Notify, check_one_process, is_held, train_student, train_teacher
@@ -99,7 +100,15 @@ def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:
         return None
     own = teacher_recipe(board, cell.task, cell.seed).checkpoint
     dense = own or teacher_folder(output, cell.task, cell.seed) / "dense"
-    return record if record.recipe == spec_to_dict(dataclasses.replace(cell.recipe, checkpoint=dense)) else None
+    return record if _is_of(record, dataclasses.replace(cell.recipe, checkpoint=dense)) else None
+
+
+def _is_of(record: Record, recipe: RunConfig) -> bool:
+    """Whether a record is of this recipe; keys that a recipe has got since have their defaults in it."""
+    try:
+        return parse_spec(RunConfig, record.recipe) == recipe
+    except ConfigError:
+        return False
 
 
 def _cell_record(cell: Cell, record: Record | None) -> CellRecord:

@@ -90,9 +90,9 @@ def _linear(record: Mapping[str, Any]) -> str:
     """What the linear layers of ours were: "int8 (7-bit inputs)", with the number of those that stayed in float."""
     bits, floats = record.get("activation_bits"), record.get("linear_layers", {}).get("float", 0)
     kind = record.get("linear", "float")
-    if bits is None:
+    if not bits:
         return str(kind)
-    return f"{kind} ({bits}-bit inputs{f', {floats} in float' if floats else ''})"
+    return f"{kind} ({'- and '.join(map(str, bits))}-bit inputs{f', {floats} in float' if floats else ''})"
 
 
 def _known(value: float | None, form: str) -> str:

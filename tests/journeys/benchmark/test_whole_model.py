@@ -18,6 +18,7 @@ from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
 from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.turns import Prepared
 from attnpress.benchmark.whole_model import bench_models, build, prepare
+from attnpress.core.linear import ACTIVATION_BITS
 from attnpress.kernels import cpu
 from attnpress.models import stock
 from attnpress.models.stock import attention_seconds, make_stock
@@ -91,9 +92,10 @@ def test_ragged_batches_and_int8_layers(tmp_path: Path) -> None:
         assert prepared.facts["peak_mb"] > prepared.facts["model_mb"]
         assert prepared.facts["difference"] > 1e-3, "pruned, and never trained with it"
     assert padded.facts["linear_layers"]["int8"] == 0
-    assert padded.facts["activation_bits"] is padded.facts["linear_difference"] is None
+    assert padded.facts["activation_bits"] == []
+    assert padded.facts["linear_difference"] is None
     assert packed.facts["linear_layers"] == {"int8": 8, "float": 1}, "of two layers, and the pooler"
-    assert packed.facts["activation_bits"] in (7, 8)
+    assert packed.facts["activation_bits"] == [ACTIVATION_BITS]
     assert 1e-4 < packed.facts["linear_difference"] < 0.1, "rounded, but the same model"
     assert packed.facts["file_mb"] < padded.facts["file_mb"]
 
@@ -149,11 +151,12 @@ def test_a_record_says_what_was_measured_not_what_was_asked(tmp_path: Path) -> N
     assert (timing["linear"], timing["linear_layers"]["int8"], timing["target"]) == ("int8", 8, cpu.active_target())
     assert timing["provenance"]["ours"]["threads"] == torch.get_num_threads()
     assert timing["ours_linear_difference"] < timing["ours_difference"]
-    facts["ours"] |= {"linear_layers": {"int8": 0, "float": 13}, "activation_bits": None, "linear_difference": None}
+    facts["ours"] |= {"linear_layers": {"int8": 0, "float": 13}, "activation_bits": [], "linear_difference": None}
     floats = asdict(whole_model._timing(case, "sdpa", times, facts))
     assert floats["linear"] == "float", "though int8 was asked for"
-    bits = timing["activation_bits"]
-    assert f"int8 ({bits}-bit inputs, 1 in float) and float linear layers" in str(models_table([timing, floats]).title)
+    assert f"int8 ({ACTIVATION_BITS}-bit inputs, 1 in float) and float linear layers" in str(
+        models_table([timing, floats]).title
+    )
 
 
 def test_a_peer_whose_packages_are_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
