@@ -8,10 +8,10 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test check docs sanitize style clean
+.PHONY: help setup kernel demo test test-avx2 check docs sanitize style clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) $(KERNEL) ## create .venv with the pinned dependencies, the package and its kernel
 
@@ -51,6 +51,10 @@ demo: setup ## compress a real BERT: the main job, into runs/demo
 
 test: setup $(TOOLS) ## run every test
 	$(BIN)/python -m pytest
+
+# The processor of a test must not decide whether it passes. TESTS="tests/kernels ..." runs some of them.
+test-avx2: setup $(TOOLS) ## run every test as on a processor without AVX-512, VNNI and AMX
+	csrc/hold_avx2.sh $(BIN)/python -m pytest $(TESTS)
 
 check: setup $(TOOLS) ## format, lint, strict types, house rules
 	$(BIN)/ruff format --check .

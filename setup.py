@@ -32,18 +32,21 @@ SHARED = [
 STABLE = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-Wno-unused-parameter"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mbmi", "-mbmi2"]
 AMX = ["-mamx-tile", "-mamx-int8"]
+# What every processor with AVX-512 has that servers were sold with.
+AVX512_CORE = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mavx512vbmi2"]
 
 FLAGS = {
     "csrc/library.cpp": STABLE,
-    # Multiplications and additions may be one instruction here: no integer depends on it.
-    "csrc/linear.cpp": [*STABLE, "-ffp-contract=fast"],
+    "csrc/linear.cpp": STABLE,
+    "csrc/linear_scalar.cpp": [],
     "csrc/dispatch.cpp": [],
     "csrc/mask.cpp": [],
     "csrc/isa_scalar.cpp": ["-fno-tree-vectorize"],  # the honest baseline
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
-    FLAGS["csrc/isa_avx2.cpp"] = AVX2
+    FLAGS["csrc/isa_avx2.cpp"] = FLAGS["csrc/linear_avx2.cpp"] = AVX2
+    FLAGS["csrc/linear_avx512.cpp"] = [*AVX2, *AVX512_CORE]
     # g++ 12 warns about its own headers: GCC bug 105593.
     FLAGS["csrc/isa_avx512vnni.cpp"] = [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     FLAGS["csrc/isa_amx.cpp"] = [*FLAGS["csrc/isa_avx512vnni.cpp"], *AMX]

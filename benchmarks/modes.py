@@ -31,8 +31,8 @@ def compare(sides: list[Side], length: int, threads: int, folder: Path) -> dict[
         coding = dataclasses.replace(problem.spec.p, mode=MODES[side.name])
         file = folder / f"{side.name}.safetensors"
         save_problem(dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, p=coding)), file)
-        side.prepare("attnpress.benchmark.sides:prepare", name="ours", file=str(file), threads=threads)
-    measured = compared(in_turns(sides, SECONDS), "unit")
+        facts = side.prepare("attnpress.benchmark.sides:prepare", name="ours", file=str(file), threads=threads)
+    measured = compared(in_turns(sides, SECONDS), "unit", facts["target"])
     return {"seq_len": length, "batch": len(problem.query), "sparsity": round(problem.sparsity, 4), **measured}
 
 

@@ -6,6 +6,10 @@
 
 namespace attnpress {
 
+// Ranges within which distances, steps and cuts stay ordinary float32 numbers: core/arguments.py.
+constexpr float SMALLEST_SCALE = 0x1p-40f, LARGEST_SCALE = 0x1p40f;
+constexpr float SMALLEST_SCALING = 0x1p-32f, LARGEST_SCALING = 0x1p32f;
+
 enum class DType : int32_t { f32, bf16, f16 };
 enum class Rule : int32_t { relative, threshold, topk };
 enum class ProbMode : int32_t { row, unit, unit_renormalized };

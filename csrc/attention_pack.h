@@ -9,7 +9,6 @@ namespace attnpress {
 namespace {
 
 constexpr int64_t AHEAD = 2;  // tokens to ask of memory before they are packed
-constexpr float SMALLEST_SCALE = 0x1p-40f, LARGEST_SCALE = 0x1p40f;
 constexpr float GRID = 0x1p20f;  // K smoothing sums multiples of 2^-20, clamped to 2^16: exact in any order
 constexpr float GRID_MAX = 0x1p36f;
 

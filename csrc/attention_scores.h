@@ -59,27 +59,33 @@ inline int32_t find_cut(float cutoff, float alpha, float rate, int32_t last) {
     return kept < static_cast<float>(cut) ? static_cast<int32_t>(kept) : cut;
 }
 
-// acc[r][c] = the products of R rows of 4-byte groups with one tile [steps][W][GROUP].
+// The two products: keys in groups of GROUP codes a lane, values in groups of VALUE_GROUP.
 struct ScoreDot {
+    template <class I> static constexpr int GROUP = I::GROUP;
+    template <class I> static constexpr bool SHORT_SUMS = I::SHORT_SUMS;
     template <class I> static ATTN_INLINE typename I::I32 dot(typename I::I32 acc, typename I::I32 tile, typename I::I32 group) {
         return I::dot_scores(acc, tile, group);
     }
 };
 struct ValueDot {
+    template <class I> static constexpr int GROUP = I::VALUE_GROUP;
+    template <class I> static constexpr bool SHORT_SUMS = false;
     template <class I> static ATTN_INLINE typename I::I32 dot(typename I::I32 acc, typename I::I32 tile, typename I::I32 group) {
         return I::dot_values(acc, group, tile);
     }
 };
 
+// Adds to acc[r][c] the products of R rows of groups with one tile [steps][W][GROUP].
 template <class I, class Dot, int R, class Left, class Right>
 ATTN_INLINE void accumulate(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
+    constexpr int GROUP = Dot::template GROUP<I>;
     for (int64_t step = 0; step < steps; ++step) {
         typename I::I32 columns[I::COLS];
 #pragma GCC unroll 4
-        for (int c = 0; c < I::COLS; ++c) columns[c] = I::load_codes(tile + (step * I::COLS + c) * I::LANES * I::GROUP);
+        for (int c = 0; c < I::COLS; ++c) columns[c] = I::load_codes(tile + (step * I::COLS + c) * I::LANES * GROUP);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
-            const typename I::I32 group = I::broadcast(rows + r * stride + step * I::GROUP);
+            const typename I::I32 group = I::broadcast(rows + r * stride + step * GROUP);
 #pragma GCC unroll 4
             for (int c = 0; c < I::COLS; ++c) acc[r][c] = Dot::template dot<I>(acc[r][c], columns[c], group);
         }
@@ -91,12 +97,23 @@ template <class I> ATTN_INLINE void fill(typename I::I32 (&acc)[I::COLS], int32_
     for (int c = 0; c < I::COLS; ++c) acc[c] = I::set1(x);
 }
 
-template <class I, class Dot, int R, class Left, class Right>
-ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, int64_t steps, typename I::I32 (&acc)[R][I::COLS]) {
+// acc[r][c] = start(r) and the products.
+template <class I, class Dot, int R, class Left, class Right, class Start>
+ATTN_INLINE void product(const Left* rows, int64_t stride, const Right* tile, int64_t steps, Start start, typename I::I32 (&acc)[R][I::COLS]) {
+    constexpr bool SHORT_SUMS = Dot::template SHORT_SUMS<I>;
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) fill<I>(acc[r], 0);
+    for (int r = 0; r < R; ++r) fill<I>(acc[r], SHORT_SUMS ? 0 : start(r));
     accumulate<I, Dot, R>(rows, stride, tile, steps, acc);
+    if constexpr (SHORT_SUMS) {
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+            for (int c = 0; c < I::COLS; ++c) acc[r][c] = I::add(I::widen(acc[r][c]), I::set1(start(r)));
+        }
+    }
 }
+
+ATTN_INLINE int32_t from_zero(int) { return 0; }
 
 // Bit i: the row may attend to packed key base + i.
 template <class I> ATTN_INLINE uint64_t valid_bits(const Row& row, int64_t base) {
@@ -148,9 +165,9 @@ ATTN_INLINE Range range_of(const Row* rows, int64_t count) {
     return range;
 }
 
-template <class I, int R>
-ATTN_INLINE void add_scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
-    accumulate<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, acc);
+template <class I, int R, class Start>
+ATTN_INLINE void scores_from(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, Start start, typename I::I32 (&acc)[R][I::COLS]) {
+    product<I, ScoreDot, R>(codes, job.width, unit.keys + base * job.a.dim, job.steps, start, acc);
     if (range.has_whole(base, job.W)) return;
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) mask<I>(rows[r], base, acc[r]);
@@ -158,17 +175,13 @@ ATTN_INLINE void add_scores(const Job<I>& job, const Head<I>& unit, const typena
 
 template <class I, int R>
 ATTN_INLINE void scores(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) fill<I>(acc[r], 0);
-    add_scores<I, R>(job, unit, codes, rows, range, base, acc);
+    scores_from<I, R>(job, unit, codes, rows, range, base, from_zero, acc);
 }
 
 // The same, but sums begin at each row's start: no addition afterwards makes slack of them.
 template <class I, int R>
 ATTN_INLINE void slacks(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, const Row* rows, const Range& range, int64_t base, typename I::I32 (&acc)[R][I::COLS]) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) fill<I>(acc[r], rows[r].start);
-    add_scores<I, R>(job, unit, codes, rows, range, base, acc);
+    scores_from<I, R>(job, unit, codes, rows, range, base, [&](int r) { return rows[r].start; }, acc);
 }
 
 }  // namespace

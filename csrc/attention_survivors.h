@@ -13,10 +13,10 @@ ATTN_INLINE int32_t gather(const typename I::Value* values, int64_t width, const
     for (int c = 0; c < T * I::COLS; ++c) acc[c] = I::set1(0);
     typename I::I32 sum = I::set1(0);
     const auto ones = I::ones();
-    for (int64_t i = 0; i < count; i += I::GROUP) {
-        const typename I::Value* from[I::GROUP];
+    for (int64_t i = 0; i < count; i += I::VALUE_GROUP) {
+        const typename I::Value* from[I::VALUE_GROUP];
 #pragma GCC unroll 4
-        for (int g = 0; g < I::GROUP; ++g) from[g] = values + keys[i + g] * width;
+        for (int g = 0; g < I::VALUE_GROUP; ++g) from[g] = values + keys[i + g] * width;
         const typename I::I32 group = I::broadcast(codes + i);
         sum = I::dot_values(sum, group, ones);
 #pragma GCC unroll 8
@@ -98,7 +98,7 @@ template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* w
 template <class I> class Survivors {
   public:
     Survivors(const Head<I>& unit, Scratch<I>& scratch) {
-        const int64_t room = Job<I>::PASS * (unit.padded + I::GROUP) + 64;
+        const int64_t room = Job<I>::PASS * (unit.padded + I::VALUE_GROUP) + 64;
         keys_ = scratch.list_keys.template get<uint16_t>(room);
         slack_ = scratch.list_slack.template get<uint16_t>(room);
         codes_ = scratch.listed.template get<typename I::Prob>(room);
@@ -112,7 +112,7 @@ template <class I> class Survivors {
         I::store_short(slack + count, I::set1_short(-1));
         row.first = end_;
         row.count = count;
-        end_ += round_up(count, I::GROUP);
+        end_ += round_up(count, I::VALUE_GROUP);
     }
 
     // Codes of rows with the same cut and rate at once: few survivors a row would leave most lanes empty.

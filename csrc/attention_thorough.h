@@ -6,20 +6,20 @@
 namespace attnpress {
 namespace {
 
-// Values of all packed keys as dense tiles [width / W][padded / GROUP][W][GROUP].
+// Values of all packed keys as dense tiles [width / W][padded / VALUE_GROUP][W][VALUE_GROUP].
 template <class I> const typename I::Value* panel(const Job<I>& job, const Head<I>& unit, Scratch<I>& scratch) {
     auto* to = scratch.panel.template get<typename I::Value>(unit.padded * job.width);
     const int64_t which = unit.batch * job.a.kv_heads + unit.kv_head;
     if (scratch.panel_of == which) return to;
     scratch.panel_of = which;
     for (int64_t d = 0; d < job.width; d += job.W) {
-        for (int64_t key = 0; key < unit.padded; key += I::GROUP) {
-            const typename I::Value* from[I::GROUP];
-            for (int g = 0; g < I::GROUP; ++g) from[g] = unit.values + (key + g) * job.width;
+        for (int64_t key = 0; key < unit.padded; key += I::VALUE_GROUP) {
+            const typename I::Value* from[I::VALUE_GROUP];
+            for (int g = 0; g < I::VALUE_GROUP; ++g) from[g] = unit.values + (key + g) * job.width;
             typename I::I32 columns[I::COLS];
             I::interleave(from, d, columns);
             for (int c = 0; c < I::COLS; ++c) {
-                I::store_codes(to + d * unit.padded + key * job.W + c * I::LANES * I::GROUP, columns[c]);
+                I::store_codes(to + d * unit.padded + key * job.W + c * I::LANES * I::VALUE_GROUP, columns[c]);
             }
         }
     }
@@ -146,11 +146,11 @@ void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs
         for (int64_t d = 0; d < job.width; d += job.W) {
             const auto* panel_at = tiles + d * unit.padded + begin * job.W;
             if constexpr (I::BLOCK > 1) {
-                I::value_block(probs + begin, unit.padded, panel_at, (end - begin) / I::GROUP, weighted + d, job.width * sizeof(int32_t));
+                I::value_block(probs + begin, unit.padded, panel_at, (end - begin) / I::VALUE_GROUP, weighted + d, job.width * sizeof(int32_t));
                 continue;
             }
             typename I::I32 acc[R][I::COLS];
-            product<I, ValueDot, R>(probs + begin, unit.padded, panel_at, (end - begin) / I::GROUP, acc);
+            product<I, ValueDot, R>(probs + begin, unit.padded, panel_at, (end - begin) / I::VALUE_GROUP, from_zero, acc);
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
@@ -168,7 +168,7 @@ void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs
             keys[count] = static_cast<uint16_t>(key - begin);
             count += codes[count] != 0;
         }
-        for (int g = 0; g < I::GROUP; ++g) codes[count + g] = keys[count + g] = 0;
+        for (int g = 0; g < I::VALUE_GROUP; ++g) codes[count + g] = keys[count + g] = 0;
         weigh_list(job, unit.values + begin * job.width, keys, codes, count, weighted + r * job.width);
     }
 }
@@ -191,7 +191,7 @@ void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* c
             continue;
         }
         typename I::I32 acc[R][I::COLS];
-        product<I, ScoreDot, R>(codes, job.width, unit.keys + base * a.dim, job.steps, acc);
+        product<I, ScoreDot, R>(codes, job.width, unit.keys + base * a.dim, job.steps, from_zero, acc);
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r) {
             if (!whole) mask<I>(rows[r], base, acc[r]);

@@ -55,6 +55,7 @@ class Buffer {
 // once and leave the sums in memory (attention_blocks.h).
 struct VectorProducts {
     static constexpr int BLOCK = 1;
+    static constexpr bool SHORT_SUMS = false;  // dot_scores adds in halves of lanes, which I::widen makes one
     // Lives while a thread multiplies.
     struct Session {
         explicit Session(int64_t) {}

@@ -3,6 +3,8 @@
 // Codes travel as 16-bit pairs: vpmaddwd and vpaddd make 16 exact products in two instructions. The 8-bit vpmaddubsw would
 // have to be kept from saturating (255 * 127 twice) with a sign and an absolute value for each pair of operands, and then
 // needs four instructions for 32 products: no gain. 6 rows x 16 keys take 12 of the 16 registers.
+//
+// Codes of Q and K of few bits are the exception (Avx2Short): see there.
 #include <immintrin.h>
 
 #include "attention_body.h"
@@ -27,7 +29,7 @@ struct Compress {
 constexpr Compress COMPRESS;
 
 struct Avx2 : VectorProducts {
-    static constexpr int LANES = 8, GROUP = 2, ROWS = 6, COLS = 2, KEY_OFFSET = 0;
+    static constexpr int LANES = 8, GROUP = 2, VALUE_GROUP = 2, ROWS = 6, COLS = 2, KEY_OFFSET = 0;
     using I32 = __m256i;
     using F32 = __m256;
     using Key = int16_t;
@@ -131,12 +133,18 @@ struct Avx2 : VectorProducts {
         columns[1] = _mm256_unpackhi_epi16(a, b);
     }
 
-    // 8 x 8 transposes of pairs of codes. Reads up to 28 bytes past the last row: the buffer has 64 to spare.
     static void pack_tile(const Query* codes, int64_t stride, int64_t steps, Key* where) {
+        transpose(codes, stride, steps, where, _mm256_setzero_si256());
+    }
+    // 8 x 8 transposes of groups of codes, 4 bytes each, with `offset` added to each byte. Reads up to 28 bytes past the last
+    // row: the buffer has 64 to spare.
+    template <class Code, class Packed>
+    static ATTN_INLINE void transpose(const Code* codes, int64_t stride, int64_t steps, Packed* where, I32 offset) {
+        constexpr int64_t HELD = 4 / sizeof(Code);
         for (int c = 0; c < COLS; ++c) {
             for (int64_t first = 0; first < steps; first += 8) {
                 __m256i row[8], mixed[8];
-                for (int i = 0; i < 8; ++i) row[i] = at(codes + (c * 8 + i) * stride + first * GROUP);
+                for (int i = 0; i < 8; ++i) row[i] = _mm256_add_epi8(at(codes + (c * 8 + i) * stride + first * HELD), offset);
                 for (int i = 0; i < 8; i += 2) {
                     mixed[i] = _mm256_unpacklo_epi32(row[i], row[i + 1]);
                     mixed[i + 1] = _mm256_unpackhi_epi32(row[i], row[i + 1]);
@@ -152,7 +160,7 @@ struct Avx2 : VectorProducts {
                     mixed[i + 4] = _mm256_permute2x128_si256(row[i], row[i + 4], 0x31);
                 }
                 for (int i = 0; i < least<int64_t>(8, steps - first); ++i) {
-                    to(where + ((first + i) * COLS + c) * LANES * GROUP, mixed[i]);
+                    to(where + ((first + i) * COLS + c) * LANES * HELD, mixed[i]);
                 }
             }
         }
@@ -219,8 +227,46 @@ struct Avx2 : VectorProducts {
     }
 };
 
+// Q and K of few bits. vpmaddubsw makes 32 products of bytes and adds them in pairs; sums stay in 16 bits for all of a head's
+// channels and are widened once: two instructions for 32 products, not four. Keys are the unsigned side, as code + 16: all
+// scores of a row are higher by 16 * sum(q), and only differences count.
+struct Avx2Short : Avx2 {
+    static constexpr int GROUP = 4, KEY_OFFSET = 16;
+    static constexpr bool SHORT_SUMS = true;
+    using Key = uint8_t;
+    using Query = int8_t;
+
+    // Whether the sum of D / GROUP pairs of products fits.
+    static bool fits(const Attention& a) {
+        return a.k_max <= KEY_OFFSET && 2 * (a.k_max + KEY_OFFSET) * a.q_max * (a.dim / GROUP) <= INT16_MAX;
+    }
+
+    using Avx2::broadcast;
+    using Avx2::load_codes;
+    static ATTN_INLINE I32 load_codes(const uint8_t* p) { return at(p); }
+    static ATTN_INLINE I32 broadcast(const int8_t* p) {
+        int32_t four;
+        std::memcpy(&four, p, 4);
+        return _mm256_set1_epi32(four);
+    }
+    static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(key, query)); }
+    static ATTN_INLINE I32 widen(I32 halves) { return _mm256_madd_epi16(halves, ones()); }
+
+    static ATTN_INLINE void store_ordered(Query* where, const I32 (&codes)[COLS]) {
+        const I32 shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(codes[0], codes[1]), 0xd8);
+        const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(shorts), _mm256_extracti128_si256(shorts, 1));
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(where), bytes);
+    }
+    // The same transposes of 4 bytes; these are four codes.
+    static void pack_tile(const Query* codes, int64_t stride, int64_t steps, Key* where) {
+        transpose(codes, stride, steps, where, _mm256_set1_epi8(KEY_OFFSET));
+    }
+};
+
 }  // namespace
 
-void attention_avx2(const Attention& a) { run<Avx2>(a); }
+void attention_avx2(const Attention& a) {
+    if (Avx2Short::fits(a)) run<Avx2Short>(a); else run<Avx2>(a);
+}
 
 }  // namespace attnpress

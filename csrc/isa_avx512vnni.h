@@ -13,7 +13,7 @@ namespace attnpress {
 namespace {
 
 struct Avx512Vnni : VectorProducts {
-    static constexpr int LANES = 16, GROUP = 4, ROWS = 6, COLS = 4, KEY_OFFSET = 128;
+    static constexpr int LANES = 16, GROUP = 4, VALUE_GROUP = 4, ROWS = 6, COLS = 4, KEY_OFFSET = 128;
     using I32 = __m512i;
     using F32 = __m512;
     using Key = uint8_t;

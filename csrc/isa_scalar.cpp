@@ -5,7 +5,7 @@ namespace attnpress {
 namespace {
 
 struct Scalar : VectorProducts {
-    static constexpr int LANES = 1, GROUP = 1, ROWS = 2, COLS = 4, KEY_OFFSET = 0;
+    static constexpr int LANES = 1, GROUP = 1, VALUE_GROUP = 1, ROWS = 2, COLS = 4, KEY_OFFSET = 0;
     using I32 = int32_t;
     using F32 = float;
     using Key = int32_t;

@@ -1,11 +1,12 @@
-// torch.ops.attnpress.*: the operators, on the LibTorch stable ABI. Shapes are checked again here, since whoever reaches
-// torch.ops directly must get an error, not a crash; messages for people are in kernels/ops.py.
+// torch.ops.attnpress.*: the operators, on the LibTorch stable ABI. Shapes and values are checked here, once a call, since
+// whoever reaches torch.ops directly must get an error, not a crash; messages for people are in core/arguments.py.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -31,18 +32,40 @@ attnpress::DType dtype_of(const Tensor& tensor) {
 
 attnpress::Rows rows_of(const Tensor& x, const char* name) {
     STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4, "attnpress: ", name, " must be a CPU tensor [B, H, S, D]");
-    STD_TORCH_CHECK(x.size(3) <= 1 || x.stride(3) == 1, "attnpress: the last dimension of ", name, " must be contiguous");
+    STD_TORCH_CHECK(x.numel() == 0 || x.size(3) <= 1 || x.stride(3) == 1, "attnpress: the last dimension of ", name, " must be contiguous");
     const auto size = static_cast<int64_t>(x.element_size());
     return {static_cast<const char*>(x.const_data_ptr()), x.stride(0) * size, x.stride(1) * size, x.stride(2) * size, dtype_of(x)};
 }
+
+// False for NaN too.
+bool is_within(float x, float low, float high) { return x >= low && x <= high; }
 
 attnpress::Scale scale_of(const Tensor& scale, int64_t heads, int64_t channels, const char* name) {
     const bool fits = scale.is_cpu() && scale.scalar_type() == ScalarType::Float && scale.dim() == 4 && scale.size(0) == 1 &&
                       (scale.size(1) == 1 || scale.size(1) == heads) && scale.size(2) == 1 &&
                       (scale.size(3) == 1 || scale.size(3) == channels);
     STD_TORCH_CHECK(fits, "attnpress: ", name, "_scale must be float32 [1, 1 or heads, 1, 1", channels > 1 ? " or D" : "", "]");
-    return {static_cast<const float*>(scale.const_data_ptr()), scale.size(1) == 1 ? 0 : scale.stride(1),
-            scale.size(3) == 1 ? 0 : scale.stride(3)};
+    const attnpress::Scale found{static_cast<const float*>(scale.const_data_ptr()), scale.size(1) == 1 ? 0 : scale.stride(1),
+                                 scale.size(3) == 1 ? 0 : scale.stride(3)};
+    for (int64_t i = 0; i < scale.size(1) * scale.size(3); ++i) {
+        const float x = found.data[i / scale.size(3) * found.head + i % scale.size(3) * found.channel];
+        STD_TORCH_CHECK(is_within(x, attnpress::SMALLEST_SCALE, attnpress::LARGEST_SCALE), "attnpress: ", name,
+                        "_scale must be 2^-40 to 2^40, found ", x);
+    }
+    return found;
+}
+
+// -ln tau, or theta for rule threshold: never negative nor NaN, since then not even a row's maximum would be kept.
+const float* cutoff_of(const Tensor& cutoff, int64_t heads, attnpress::Rule rule) {
+    const bool fits = cutoff.is_cpu() && cutoff.scalar_type() == ScalarType::Float && cutoff.dim() == 1 &&
+                      cutoff.size(0) == heads && cutoff.is_contiguous();
+    STD_TORCH_CHECK(fits, "attnpress: cutoff must be float32 [Hq], contiguous");
+    const auto* values = static_cast<const float*>(cutoff.const_data_ptr());
+    const float most = rule == attnpress::Rule::threshold ? 1.0f : INFINITY;
+    for (int64_t head = 0; head < heads; ++head) {
+        STD_TORCH_CHECK(is_within(values[head], 0.0f, most), "attnpress: cutoff must be 0 to ", most, ", found ", values[head]);
+    }
+    return values;
 }
 
 attnpress::MaskBytes mask_of(const std::optional<Tensor>& valid, const Attention& a) {
@@ -52,7 +75,7 @@ attnpress::MaskBytes mask_of(const std::optional<Tensor>& valid, const Attention
                       (mask.size(0) == 1 || mask.size(0) == a.batch) && (mask.size(1) == 1 || mask.size(1) == a.q_heads) &&
                       (mask.size(2) == 1 || mask.size(2) == a.q_rows) && mask.size(3) == a.key_rows;
     STD_TORCH_CHECK(fits, "attnpress: valid must be bool [B or 1, Hq or 1, Sq or 1, Sk]");
-    STD_TORCH_CHECK(mask.size(3) <= 1 || mask.stride(3) == 1, "attnpress: the last dimension of valid must be contiguous");
+    STD_TORCH_CHECK(mask.numel() == 0 || mask.size(3) <= 1 || mask.stride(3) == 1, "attnpress: the last dimension of valid must be contiguous");
     const auto stride = [&](int64_t d) { return mask.size(d) == 1 ? 0 : mask.stride(d); };
     return {static_cast<const uint8_t*>(mask.const_data_ptr()), stride(0), stride(1), stride(2)};
 }
@@ -113,22 +136,19 @@ Attention call_of(const Tensor& query, const Tensor& key, const Tensor& value, c
     a.k_scale = scale_of(k_scale, a.kv_heads, 1, "k");
     a.v_scale = scale_of(v_scale, a.kv_heads, a.dim, "v");
     if (o.q_scale.has_value()) a.q_scale = scale_of(*o.q_scale, a.q_heads, 1, "q");
-    if (o.cutoff.has_value()) {
-        const Tensor& cutoff = *o.cutoff;
-        const bool fits = cutoff.is_cpu() && cutoff.scalar_type() == ScalarType::Float && cutoff.dim() == 1 &&
-                          cutoff.size(0) == a.q_heads && cutoff.is_contiguous();
-        STD_TORCH_CHECK(fits, "attnpress: cutoff must be float32 [Hq], contiguous");
-        a.cutoff = static_cast<const float*>(cutoff.const_data_ptr());
-    }
+    a.rule = rule_of(o.rule);
+    if (o.cutoff.has_value()) a.cutoff = cutoff_of(*o.cutoff, a.q_heads, a.rule);
     a.parallel = on_torch_threads;
     a.threads = torch::stable::get_num_threads();
     a.sparsity = o.sparsity;
     a.scaling = static_cast<float>(o.scaling);
+    STD_TORCH_CHECK(o.sparsity >= 0 && o.sparsity < 1, "attnpress: sparsity must be in [0, 1), found ", o.sparsity);
+    STD_TORCH_CHECK(o.scaling >= attnpress::SMALLEST_SCALING && o.scaling <= attnpress::LARGEST_SCALING,
+                    "attnpress: scaling must be 2^-32 to 2^32, found ", o.scaling);
     a.q_max = code_max(o.q_max, 127, "q");
     a.k_max = code_max(o.k_max, 127, "k");
     a.v_max = code_max(o.v_max, 127, "v");
     a.p_max = code_max(o.p_max, 255, "p");
-    a.rule = rule_of(o.rule);
     a.mode = mode_of(o.mode);
     a.smooth_key = o.smooth_key;
     a.q_power_of_two = o.q_power_of_two;
@@ -146,9 +166,9 @@ Tensor run(const Tensor& query, const Tensor& key, const Tensor& value, const Te
            const Options& o, const attnpress::Trace* trace) {
     Attention a = call_of(query, key, value, k_scale, v_scale, o);
     a.trace = trace;
+    const attnpress::MaskBytes mask = mask_of(o.valid, a);
     Tensor output = output_of(a);
     if (output.numel() == 0) return torch::stable::transpose(output, 1, 2);
-    const attnpress::MaskBytes mask = mask_of(o.valid, a);
     std::vector<attnpress::KeysOfBatch> owners;
     std::vector<attnpress::Keys> keys;
     const bool shared = mask.batch == 0;
@@ -196,6 +216,7 @@ Tensor attention_packed(Tensor query, Tensor key, Tensor value, Tensor bounds, b
     const int64_t* at = bounds_of(bounds, a.q_rows);
     const int64_t count = bounds.size(0) - 1;
     Tensor output = output_of(a);
+    if (output.numel() == 0) return torch::stable::transpose(output, 1, 2);
     const attnpress::Target& target = attnpress::active_target();
     const auto attend = [&](int64_t i, int64_t threads) { attend_sequence(a, target, at[i], at[i + 1], causal, threads); };
     if (count % a.threads == 0 || count >= 4 * a.threads) {
@@ -228,6 +249,7 @@ Integers attention_integers(Tensor query, Tensor key, Tensor value, std::optiona
                             std::string rule, double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max,
                             int64_t p_max, bool smooth_key, bool q_power_of_two) {
     const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+    call_of(query, key, value, k_scale, v_scale, options);  // what follows asks tensors for four sizes
     const auto room = [](std::vector<int64_t> shape, ScalarType type) { return torch::stable::empty(shape, type); };
     const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
     const int64_t kv_heads = key.size(1), keys = key.size(2);

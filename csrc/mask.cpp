@@ -19,7 +19,8 @@ KeysOfBatch::KeysOfBatch(const MaskBytes& mask, int64_t batch, int64_t heads, in
     if (mask.data == nullptr) {
         see_all(rows, keys, causal);
     } else {
-        read({mask.data + batch * mask.batch, 0, mask.head, mask.row}, heads, rows, keys, causal);
+        const MaskBytes own{mask.data + batch * mask.batch, 0, mask.head, mask.row};
+        if (!read(own, heads, rows, keys, causal)) read(as_booleans(own, heads, rows, keys), heads, rows, keys, causal);
     }
 }
 
@@ -31,7 +32,19 @@ void KeysOfBatch::see_all(int64_t rows, int64_t keys, bool causal) {
     }
 }
 
-void KeysOfBatch::read(const MaskBytes& mask, int64_t heads, int64_t rows, int64_t keys, bool causal) {
+MaskBytes KeysOfBatch::as_booleans(const MaskBytes& mask, int64_t heads, int64_t rows, int64_t keys) {
+    const int64_t own_heads = mask.head == 0 ? 1 : heads, own_rows = mask.row == 0 ? 1 : rows;
+    booleans_.reserve(own_heads * own_rows * keys);
+    for (int64_t head = 0; head < own_heads; ++head) {
+        for (int64_t row = 0; row < own_rows; ++row) {
+            const uint8_t* valid = mask.data + head * mask.head + row * mask.row;
+            for (int64_t key = 0; key < keys; ++key) booleans_.push_back(valid[key] != 0);
+        }
+    }
+    return {booleans_.data(), 0, mask.head == 0 ? 0 : own_rows * keys, mask.row == 0 ? 0 : keys};
+}
+
+bool KeysOfBatch::read(const MaskBytes& mask, int64_t heads, int64_t rows, int64_t keys, bool causal) {
     std::vector<uint8_t> any(keys, 0);
     const bool same_rows = mask.row == 0 && !causal;
     for (int64_t head = 0; head < (mask.head == 0 ? 1 : heads); ++head) {
@@ -41,10 +54,11 @@ void KeysOfBatch::read(const MaskBytes& mask, int64_t heads, int64_t rows, int64
             for (int64_t key = 0; key < end; ++key) any[key] |= valid[key];
         }
     }
+    if (std::any_of(any.begin(), any.end(), [](uint8_t byte) { return byte > 1; })) return false;
     for (int64_t key = 0; key < keys; ++key) {
         if (any[key]) seen_.push_back(static_cast<int32_t>(key));
     }
-    if (mask.head == 0 && find_spans(mask.data, mask.row, rows, keys, causal)) return;
+    if (mask.head == 0 && find_spans(mask.data, mask.row, rows, keys, causal)) return true;
     bytes_ = mask.data;
     byte_head_ = mask.head;
     byte_row_ = mask.row;
@@ -53,6 +67,7 @@ void KeysOfBatch::read(const MaskBytes& mask, int64_t heads, int64_t rows, int64
     for (int64_t row = 0; row < rows; ++row) {
         spans_[row] = {0, static_cast<int32_t>(causal_end(row, rows, keys, causal))};
     }
+    return true;
 }
 
 bool KeysOfBatch::find_spans(const uint8_t* first_row, int64_t row_stride, int64_t rows, int64_t keys, bool causal) {

@@ -23,11 +23,14 @@ class KeysOfBatch {
 
   private:
     void see_all(int64_t rows, int64_t keys, bool causal);
-    void read(const MaskBytes& mask, int64_t heads, int64_t rows, int64_t keys, bool causal);
+    // False if a byte is neither 0 nor 1, as in a view of other bytes as bool: nothing below could count with them.
+    bool read(const MaskBytes& mask, int64_t heads, int64_t rows, int64_t keys, bool causal);
+    MaskBytes as_booleans(const MaskBytes& mask, int64_t heads, int64_t rows, int64_t keys);
     bool find_spans(const uint8_t* first_row, int64_t row_stride, int64_t rows, int64_t keys, bool causal);
 
     std::vector<int32_t> seen_, all_;
     std::vector<Span> spans_;
+    std::vector<uint8_t> booleans_;
     const uint8_t* bytes_ = nullptr;
     int64_t byte_head_ = 0, byte_row_ = 0;
 };

@@ -17,6 +17,7 @@ import pytest
 from hypothesis import settings
 
 from attnpress.config import AttentionSpec, CalibrationSpec, DataSpec, RunConfig, TrainSpec
+from tests.not_tested import not_tested
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -31,6 +32,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Examples are derived from the test itself, so a red run is red again; no deadline, since machines are shared.
 settings.register_profile("attnpress", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("attnpress")
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """After all else: what was not tested, and how to get what it needs."""
+    yield
+    reports = terminalreporter.stats.get("skipped", [])
+    for line in not_tested(str(report.longrepr[-1]) for report in reports if isinstance(report.longrepr, tuple)):
+        terminalreporter.write_line(line)
 
 
 TokenizerFactory = Callable[[Sequence[str]], "PreTrainedTokenizerFast"]

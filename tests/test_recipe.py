@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,7 +25,8 @@ from attnpress.config import (
     ScheduleSpec,
     TensorSpec,
 )
-from attnpress.recipe import dump_config, load_config, parse_spec, spec_to_dict
+from attnpress.leaderboard.spec import BoardSpec
+from attnpress.recipe import dump_config, load_config, load_spec, parse_spec, spec_to_dict
 
 FRACTIONS = st.floats(0, 0.99)
 BITS = st.integers(2, 8)
@@ -42,7 +44,7 @@ CONFIGS = st.builds(
         sparsity=FRACTIONS, smooth_key=st.booleans(),
     ),
     schedule=st.builds(ScheduleSpec, st.sampled_from(get_args(ScheduleName)), st.just(0.0), FRACTIONS),
-    seed=st.integers(),
+    seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 
 
@@ -85,6 +87,98 @@ OVERRIDES: list[tuple[str, Any]] = [
         dataclasses.replace(RunConfig(), attention=AttentionSpec(), schedule=ScheduleSpec("step")),
     ),
 ]
+
+
+TEXTS: list[tuple[str, str, Any]] = [
+    ("data.text=#tags", "text", "#tags"),
+    ("data.label=no", "label", "no"),
+    ("data.label=2024", "label", "2024"),
+    ("data.label=2024-01-31", "label", "2024-01-31"),
+    ("data.text=a: b", "text", "a: b"),
+    ("data.text=[x]", "text", "[x]"),
+    ("data.text='#1 String'", "text", "#1 String"),
+    ('data.text="a\\tb"', "text", "a\tb"),
+    ("data.text=null", "text", None),
+    ("data.data_dir=my data #2", "data_dir", Path("my data #2")),
+    ("data.train_file=yes", "train_file", Path("yes")),
+]
+
+
+@pytest.mark.parametrize(("override", "name", "expected"), TEXTS)
+def test_a_text_or_path_is_taken_as_it_stands(override: str, name: str, expected: Any, tmp_path: Path) -> None:
+    assert getattr(load_config(recipe(tmp_path, ""), [override]).data, name) == expected
+
+
+def test_a_text_inside_of_changes_is_taken_as_it_stands(tmp_path: Path) -> None:
+    board = recipe(tmp_path, "recipe: {}\ntasks: {mrpc: {data: {task: mrpc}}}\nrules: {topk: {source: x}}\n")
+    spec = load_spec(BoardSpec, board, ["tasks.mrpc.data.data_dir=glue #2", "tasks.mrpc.data.label=no"])
+    assert spec.tasks["mrpc"]["data"] == {"task": "mrpc", "data_dir": "glue #2", "label": "no"}
+
+
+def test_what_an_anchor_shares_is_overridden_alone(tmp_path: Path) -> None:
+    config = load_config(recipe(tmp_path, "dense: &d {epochs: 1}\ncompress: *d\n"), ["dense.epochs=2"])
+    assert (config.dense.epochs, config.compress.epochs) == (2, 1)
+
+
+@pytest.mark.parametrize("word", ["no", "off", "2024-01-31", "1:30", "=", "0x10", "1_000"])
+def test_words_that_yaml_1_1_takes_for_something_else_are_texts(word: str, tmp_path: Path) -> None:
+    assert load_config(recipe(tmp_path, f"data: {{label: {word}}}")).data.label == word
+
+
+def test_yes_and_no_are_still_flags(tmp_path: Path) -> None:
+    assert load_config(recipe(tmp_path, "dense_control: yes")).dense_control
+    assert not load_config(recipe(tmp_path, "dense_control: yes"), ["dense_control=no"]).dense_control
+
+
+def test_a_recipe_may_begin_with_a_byte_order_mark_and_end_lines_as_windows_does(tmp_path: Path) -> None:
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xef\xbb\xbfseed: 3\r\ndata: {text: a}\r\n")
+    assert (load_config(file).seed, load_config(file).data.text) == (3, "a")
+
+
+BOMB = "a: &a [1, 1]\n" + "".join(f"{x}: &{x} [*{y}, *{y}]\n" for y, x in pairwise("abcdefghijklmnopq"))
+HOSTILE: list[tuple[str, str]] = [
+    (BOMB, r"line 1\d: more than 20,000 values"),
+    ("a: [" * 40, "line 1: nested more than 32 deep"),
+    ("".join(f"{' ' * n}a:\n" for n in range(40)), "line 33: nested more than 32 deep"),
+    ("".join(f"key{n}: 1\n" for n in range(150_000)), "longer than 1,048,576 characters"),
+    ("a: &a [*a]", "line 1: the anchor 'a' stands for something that holds itself"),
+    ("a: *b", "line 1, column 4: found undefined alias"),
+    ("seed: 1\ndata:\n  task: movie\n  task: sst2\n", "line 4: the key 'task' stands there twice"),
+    ("seed: 1\n'seed': 2", "line 2: the key 'seed' stands there twice"),
+    ("data:\n\ttask: movie", "line 2, column 1: found character"),
+    ("seed: 1\n---\nseed: 2\n", "line 2, column 1"),
+    ("seed: !!timestamp 2026-13-45", "a value that cannot be made"),
+    ("seed: " + "9" * 5000, "a value that cannot be made"),
+    ("model: !!python/object/apply:os.system [ls]", ".*could not determine a constructor"),
+    ("model: a\x07b", ".*control characters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), HOSTILE)
+def test_a_hostile_recipe_is_one_line(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=rf"recipe\.yaml: not valid YAML: {message}") as told:
+        load_config(recipe(tmp_path, text))
+    assert len(str(told.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("text", ["[]", "0", "false", "''"])
+def test_what_is_no_mapping_is_not_taken_for_an_empty_recipe(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="a recipe is a mapping of keys, found"):
+        load_config(recipe(tmp_path, text))
+
+
+def test_many_mistakes_are_told_in_few_lines(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as told:
+        load_config(recipe(tmp_path, "".join(f"key{n}: 1\n" for n in range(500))))
+    assert str(told.value).splitlines()[-1] == "and 490 more mistakes"
+    assert len(str(told.value).splitlines()) == 12
+
+
+@pytest.mark.parametrize("override", ["layers.².sparsty=0.5", "a..b=1", ".=1", "seed=" + "9" * 5000, "seed=[" * 50])
+def test_an_odd_override_is_explained(override: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"unknown key|not valid YAML"):
+        load_config(recipe(tmp_path, ""), [override])
 
 
 @pytest.mark.parametrize(("override", "expected"), OVERRIDES)

@@ -77,10 +77,37 @@ DAMAGED: list[tuple[str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "message"), DAMAGED)
+def first_stage(**changes: Any) -> str:
+    return damaged(lambda data: data["stages"][0].update(changes))
+
+
+NOT_OF_THEIR_TYPE: list[tuple[str, str]] = [
+    (first_stage(sparsity="0.9"), r"damaged record \(stages.0 'sparsity'\): should be a number, found '0.9'"),
+    (first_stage(sparsity=-1), r"damaged record \(stages.0 'sparsity'\): should be a number from 0 to 1"),
+    (first_stage(macs_dense=0), r"damaged record \(stages.0 'macs_dense'\)"),
+    (first_stage(layers=[{}]), r"damaged record \(stages.0.layers.0 'name'\): this key is missing"),
+    (first_stage(name="second"), r"damaged record \(stages\): 'second' is none of dense"),
+    (first_stage(metrics={"accuracy": 1}), r"damaged record \(stage 'dense'\): no metric 'f1'"),
+    (damaged(lambda data: data["stages"].append(data["stages"][0])), r"damaged record \(stages\): 'dense' is there tw"),
+    (damaged(lambda data: data["stages"][0]["layers"][0]["scales"].update(q="x")), r"damaged record \(.*scales 'q'\)"),
+    (damaged(lambda data: data.update(training={"dense": [{"step": "one"}]})), r"damaged record \(training.dense.0 's"),
+    (damaged(lambda data: data.update(format=True)), r"damaged record \('format'\)"),
+    (damaged(lambda data: data.update(recipe={"data": "\ud83d"})), "damaged record: it holds half of a surrogate pair"),
+    (to_json(RECORD).replace("90.0", "NaN"), r"not a record of a run \(.*NaN is no JSON value"),
+    (to_json(RECORD).replace('"majority"', '"headline": "f1", "majority"'), "not a record of a run .*'headline' st"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), [*DAMAGED, *NOT_OF_THEIR_TYPE])
 def test_a_damaged_record_is_named(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "record.json").write_text(text, encoding="utf-8")
     with pytest.raises(RecordError, match=rf"record\.json: {message}"):
+        read_record(tmp_path)
+
+
+def test_a_record_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(RecordError, match=r"record\.json: damaged: not UTF-8 text"):
         read_record(tmp_path)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import read_json
+from attnpress.results import Amount, RecordError, Share, Whole, build_record, read_json
 
 FORMAT = 1
 FILE = "board.json"
@@ -50,7 +51,7 @@ class CellRecord:
 
     task: str
     rule: str
-    asked: float
+    asked: Share
     seed: int
     measured: dict[str, Any] | None = None
     weights: str | None = None
@@ -82,9 +83,75 @@ def read_board(folder: Path) -> BoardRecord:
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
+    file = folder / FILE
+    record = read_json(file, FORMAT, BoardRecord)
+    board = build_record(BoardPart, record.board, f"{file}: board", extra=True)
+    for one in record.baselines:
+        build_record(ProvenancePart, one.provenance, f"{file}: baseline of {one.task!r:.40}", extra=True)
+        _check_known(file, one.task, board.tasks)
+    for cell in record.cells:
+        _check_known(file, cell.task, board.tasks)
+        _check_known(file, cell.rule, board.rules)
+        if cell.measured is not None:
+            where = f"{file}: cell {cell.rule} of {cell.task}"
+            found = build_record(MeasuredPart, cell.measured, where, extra=True)
+            known = record.baseline(cell.task, cell.seed)
+            if not found.metrics or (known is not None and known.headline not in found.metrics):
+                raise RecordError(f"{where}: damaged ('metrics'): the headline is missing")
+    return record
 
-    def build(data: dict[str, Any]) -> BoardRecord:
-        baselines = [BaselineRecord(**one) for one in data["baselines"]]
-        return BoardRecord(data["board"], baselines, [CellRecord(**cell) for cell in data["cells"]])
 
-    return read_json(folder / FILE, FORMAT, build)
+def _check_known(file: Path, name: str, known: Collection[str]) -> None:
+    if name not in known:
+        raise RecordError(f"{file}: damaged: {name!r:.40} is there, but the board has no such task or rule")
+
+
+@dataclass(frozen=True)
+class EntryPart:
+    """What a page shows of a rule."""
+
+    attention: dict[str, Any]
+    predictor_bits: int | None
+
+
+@dataclass(frozen=True)
+class BoardPart:
+    """What a page shows of what was asked."""
+
+    tasks: dict[str, Any]
+    rules: dict[str, EntryPart]
+    seeds: list[int]
+
+
+@dataclass(frozen=True)
+class ProductPart:
+    """Bits of the two matrices whose product a mask is made from."""
+
+    q: int | float | None
+    k: int | float | None
+
+
+@dataclass(frozen=True)
+class MeasuredPart:
+    """What a page shows of a cell."""
+
+    metrics: dict[str, float]
+    sparsity: Share
+    pruned: Share
+    keys_per_row: Amount
+    bits: ProductPart
+
+
+@dataclass(frozen=True)
+class RowsPart:
+    """How many rows there were."""
+
+    train: Whole
+    eval: Whole
+
+
+@dataclass(frozen=True)
+class ProvenancePart:
+    """What a page shows of where figures came from."""
+
+    rows: RowsPart

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from typing import Any
@@ -18,11 +19,9 @@ from attnpress.core.pruner import head_budgets
 from attnpress.core.tail import Moments
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.inputs import Batch, forward_inputs, listed
+from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
-
-Batch = Mapping[str, Any]
-
-LABELS = ("labels", "start_positions", "end_positions")
 
 SENSITIVITY_BATCHES = 2
 """Each head costs a forward pass over them."""
@@ -36,23 +35,23 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
     Args:
         model: after `bind`.
-        batches: keyword arguments of the model's forward (labels are ignored); a handful of real training batches.
-            Under torch.distributed, each rank gives its own share, the same number of batches everywhere.
+        batches: a handful of real training batches: mappings from names of forward's arguments to tensors, as a data
+            loader gives them; see `forward_inputs` for what else may be in them. Under torch.distributed, each rank
+            gives its own share, the same number of batches everywhere.
 
     Raises:
-        ValueError: no batches, or none with a real token; the model is not bound.
+        BatchError: no batches, or one that the model cannot be called with.
+        ValueError: none with a real token; the model is not bound.
     """
     modules = list(_bound(model).values())
-    kept = list(batches)
-    if not kept:
-        raise ValueError("calibrate needs at least one batch of real data")
+    kept = listed(batches, "calibrate")
     for module in modules:
         module.observers = module.make_observers()
     try:
         for _ in outputs(model, kept):
             pass
-        for module in modules:
-            _set_scales(module)
+        for name, module in _bound(model).items():
+            _set_scales(name, module)
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
             module.observers = None
@@ -79,9 +78,14 @@ def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     Trained thresholds (`spec.threshold_penalty`) stay as they are.
 
     Raises:
+        BatchError: as `calibrate` raises it.
         ValueError: the batches hold nothing but padding; the model is not bound.
     """
-    _fit(model, list(batches), [module for module in _bound(model).values() if module.spec.threshold_penalty is None])
+    _fit(
+        model,
+        listed(batches, "fit_thresholds"),
+        [module for module in _bound(model).values() if module.spec.threshold_penalty is None],
+    )
 
 
 def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
@@ -121,24 +125,25 @@ def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[Compre
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:
     """The model's first output for one batch, float32; where it has a row for each token, those of real tokens."""
-    (output,) = outputs(model, [batch])
+    inputs = forward_inputs(model, batch)
+    (output,) = outputs(model, [inputs])
     first: Tensor = output[0].float()
-    mask = batch.get("attention_mask")
+    mask = inputs.get("attention_mask")
     return first if mask is None or mask.shape != first.shape[:2] else first[mask.bool().to(first.device)]
 
 
 def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
-    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        for batch in batches:
-            inputs = {name: value.to(device) for name, value in batch.items() if name not in LABELS}
+    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients.
+
+    Raises:
+        BatchError: see `forward_inputs`.
+    """
+    with evaluation_mode(model):
+        for number, batch in enumerate(batches):
+            inputs = forward_inputs(model, batch, number)
             with torch.no_grad():
                 output = model(**inputs)
             yield output
-    finally:
-        model.train(training)
 
 
 @contextmanager
@@ -175,11 +180,21 @@ def _bound(model: nn.Module) -> dict[str, CompressedAttention]:
     return modules
 
 
-def _set_scales(module: CompressedAttention) -> None:
+def _set_scales(name: str, module: CompressedAttention) -> None:
     observers, module.observers = module.observers or {}, None
     with torch.no_grad():
-        for name, observer in observers.items():
-            getattr(module, f"{name}_scale").copy_(observer.scale(reduce_over_ranks))
+        for matrix, observer in observers.items():
+            try:
+                scale = observer.scale(reduce_over_ranks)
+            except ValueError as error:
+                raise ValueError(f"{name}: {matrix}: {error}") from None
+            getattr(module, f"{matrix}_scale").copy_(scale)
+            if observer.not_finite:
+                warnings.warn(
+                    f"{name}: {observer.not_finite} values of {matrix} in the calibration batches are NaN or infinite; "
+                    "its scale is taken from the others: look for broken weights, or a dtype that overflows",
+                    stacklevel=3,
+                )
 
 
 def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:

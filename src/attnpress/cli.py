@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import TypeAlias
 
 from attnpress import commands
+from attnpress.exit_status import exit_status
+from attnpress.files import STDIN, STDOUT, is_stdout
+from attnpress.option_types import share, whole
 
 EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
@@ -41,17 +44,22 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 refused or failed with a message, 2 wrong usage."""
-    options = build_parser().parse_args(arguments)
-    options.words = list(sys.argv[1:] if arguments is None else arguments)
+    """Run one command; returns the exit status: 0 done, 1 refused or failed with a message; see `exit_status`.
+
+    Raises:
+        SystemExit: with 2 for wrong usage, with 0 after help.
+    """
+    return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _run(words: list[str]) -> int:
+    options = build_parser().parse_args(words)
+    options.words = words
+    # What is asked for on standard output is alone there: `attnpress bench --json - | jq` works.
+    taken = any(is_stdout(path) for path in (getattr(options, "json", None), getattr(options, "output", None)) if path)
+    options.talk = sys.stderr if taken else sys.stdout
     command: Callable[[argparse.Namespace], int] = options.run
-    try:
-        return command(options)
-    except Exception as error:
-        if not _is_ours(error):
-            raise
-        print(f"attnpress: {error}", file=sys.stderr)
-        return 1
+    return command(options)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -83,10 +91,10 @@ def _add_one_run(subparsers: Commands) -> None:
         help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
     )  # fmt: skip
     _linear_argument(evaluate)
-    evaluate.add_argument("--json", type=Path, metavar="FILE", help="also write the figures there")
+    evaluate.add_argument("--json", type=_write_to, metavar="FILE", help="also write the figures there")
     _run_arguments(_command(
         subparsers, "run", commands.run,
-        "what the model of a finished run says of each line of a file; the same command goes on after a kill",
+        "what the model of a finished run says of each row of a file; the same command goes on after a kill",
     ))  # fmt: skip
     export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
     _run_argument(export)
@@ -94,7 +102,9 @@ def _add_one_run(subparsers: Commands) -> None:
         "--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers, layer by layer"
     )
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
-    export.add_argument("--rows", type=int, default=4, metavar="N", help="rows of the batch traced (default: 4)")
+    export.add_argument(
+        "--rows", type=whole("--rows", 2, 4096), default=4, metavar="N", help="rows of the batch traced (default: 4)"
+    )
     _set_argument(export)
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
@@ -108,7 +118,7 @@ def _add_many_runs(subparsers: Commands) -> None:
         "search bits, sparsity, rule and layers for the best metric at the least work; the same command goes on after "
         "a kill, and helps where it is started again while it runs",
     )  # fmt: skip
-    search.add_argument("sweep", type=Path, metavar="SWEEP.yaml", help="such as recipes/sweeps/movie.yaml")
+    search.add_argument("sweep", type=_read_from, metavar="SWEEP.yaml", help="such as recipes/sweeps/movie.yaml")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
     search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
     table = _command(
@@ -116,7 +126,7 @@ def _add_many_runs(subparsers: Commands) -> None:
         "run the cells of a table that have no record yet; the same command goes on after a kill, and helps where it "
         "is started again while it runs",
     )  # fmt: skip
-    table.add_argument("table", type=Path, metavar="TABLE.yaml")
+    table.add_argument("table", type=_read_from, metavar="TABLE.yaml")
     _set_argument(table)
     table.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="run folders, made if needed")
     table.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="records of finished cells")
@@ -129,20 +139,28 @@ def _add_many_runs(subparsers: Commands) -> None:
         "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing "
         "and helps where it is started again while it runs",
     )  # fmt: skip
-    board.add_argument("board", type=Path, metavar="BOARD.yaml")
+    board.add_argument("board", type=_read_from, metavar="BOARD.yaml")
     board.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the board")
     board.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="its folder, made if needed")
 
 
 def _add_looks(subparsers: Commands) -> None:
     report = _command(subparsers, "report", commands.report, "draw runs as one page, from their records alone")
-    report.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help="run folders, records, sweep folders")
     report.add_argument(
-        "-o", "--output", type=Path, default=Path("report.html"), metavar="FILE.html",
+        "runs", type=_read_from, nargs="+", metavar="RUN_DIR", help="run folders, records, sweep folders"
+    )
+    report.add_argument(
+        "-o", "--output", type=_write_to, default=Path("report.html"), metavar="FILE.html",
         help="default: report.html; its figures go to FILE-figures beside it",
     )  # fmt: skip
     report.add_argument(
-        "--bench", type=Path, nargs="+", action="extend", default=[], metavar="FILE", help="timings of `bench --json`"
+        "--bench",
+        type=_read_from,
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="FILE",
+        help="timings of `bench --json`",
     )
     look = _command(
         subparsers, "inspect", commands.inspect, "look at each head of a model, and suggest a spec to begin with"
@@ -151,7 +169,7 @@ def _add_looks(subparsers: Commands) -> None:
     look.add_argument(
         "--text", nargs="+", action="extend", required=True, help="texts such as the model will see; several are better"
     )
-    look.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+    look.add_argument("--json", type=_write_to, metavar="FILE", help="also write every figure there")
     listing = _command(subparsers, "ls", commands.ls, "list what recipes can name, and the backends of this machine")
     listing.add_argument("what", choices=["tasks", "rules", "schedules", "observers", "backends"])
     _bench_arguments(_command(subparsers, "bench", commands.bench, "time the compiled kernel against other attention"))
@@ -168,11 +186,13 @@ def _command(subparsers: Commands, name: str, run: Callable[[argparse.Namespace]
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made")
+    parser.add_argument(
+        "run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made, or save_pretrained"
+    )
 
 
 def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, metavar="RECIPE.yaml", help="such as recipes/demo.yaml")
+    parser.add_argument("recipe", type=_read_from, metavar="RECIPE.yaml", help="such as recipes/demo.yaml")
     _set_argument(parser)
 
 
@@ -190,26 +210,38 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a folder that save_pretrained wrote")
     parser.add_argument(
-        "--input", type=Path, required=True, metavar="FILE.jsonl",
-        help='JSON lines with the texts under the names that the task gives them, {"text": ...} for instance',
+        "--input", type=_read_from, required=True, metavar="FILE",
+        help="CSV, tab-separated text (.tsv, .txt) or JSON lines, in UTF-8, with the texts under the names that the "
+        'task gives them, {"text": ...} for instance',
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
+        "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
+    )
+    parser.add_argument(
+        "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
     )
     parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
-    parser.add_argument("--batch", type=int, default=32, metavar="N", help="rows at once (default: 32)")
+    parser.add_argument(
+        "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"
+    )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--seq-len", type=int, nargs="+", action="extend", metavar="N", help="tokens a row (default: 128 512 2048)"
-    )
-    parser.add_argument("--sparsity", type=float, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
-    parser.add_argument("--batch", type=int, metavar="N", help="rows (default: about 1,536 tokens; whole models: 1)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="of each side (default: 1)")
+        "--seq-len", type=whole("--seq-len", 1, 131072), nargs="+", action="extend", metavar="N",
+        help="tokens a row (default: 128 512 2048)",
+    )  # fmt: skip
+    sparsity = share("--sparsity", "sparsity is the fraction of pairs pruned")
+    parser.add_argument("--sparsity", type=sparsity, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
+    parser.add_argument(
+        "--batch", type=whole("--batch", 1, 65536), metavar="N",
+        help="rows (default: about 1,536 tokens; whole models: 1)",
+    )  # fmt: skip
+    threads = whole("--threads", 1, 1024)
+    parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(
         "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
@@ -239,14 +271,20 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="whole models: also batches with the lengths of mrpc, sst2",
     )
     parser.add_argument(
-        "--layer", type=int, nargs="+", action="extend", metavar="N", help="with --from: these layers only, from 0"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
+        "--layer", type=whole("--layer", 0, 65535), nargs="+", action="extend", metavar="N",
+        help="with --from: these layers only, from 0",
+    )  # fmt: skip
+    parser.add_argument("--json", type=_write_to, metavar="FILE", help="also write every figure there")
 
 
-def _is_ours(error: Exception) -> bool:
-    """Errors made for the user; anything else is a defect and keeps its traceback."""
-    return any(cls.__module__.startswith("attnpress.") for cls in type(error).__mro__)
+def _read_from(word: str) -> Path:
+    """A path to read; "-" is standard input."""
+    return STDIN if word == "-" else Path(word)
+
+
+def _write_to(word: str) -> Path:
+    """A path to write; "-" is standard output."""
+    return STDOUT if word == "-" else Path(word)
 
 
 if __name__ == "__main__":

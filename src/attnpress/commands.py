@@ -9,11 +9,14 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from attnpress.config import ConfigError, RunConfig
-from attnpress.files import whole_folder, write_text
-from attnpress.recipe import dump_config, load_config, load_spec
+from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_text
+from attnpress.recipe import dump_config, load_config, load_spec, override, parse_spec
+
+GENERATOR = b'<meta name="generator" content="attnpress">'
+"""In every page of `report`: only such a file is replaced by the next."""
 
 
 def compress(options: argparse.Namespace) -> int:
@@ -26,15 +29,16 @@ def compress(options: argparse.Namespace) -> int:
 
     record = compression.compress(config, options.output, notify=_stage_line)
     if this_process().is_main_process:
-        _print_table(stages_table(record))
+        _print_table(stages_table(record), options.talk)
         print(f"record: {options.output / 'record.json'}")
     return 0
 
 
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
+    _check_json(options.json, {"same_predictions", "identical_logits"}, {"padded_sparsity", "macs_dense"})
     overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
-    config = _run_config(options.run_dir, overrides)
+    config = _model_config(options.run_dir, overrides)
     if options.linear == "int8" and not options.backend:
         raise ConfigError("--linear int8 compares a deployed model with the trained one: add --backend cpu")
     _quiet_libraries()
@@ -54,28 +58,31 @@ def evaluate(options: argparse.Namespace) -> int:
         stage = dataclasses.asdict(reevaluate(options.run_dir, config))
         found, complete = {key: stage[key] for key in stage if key not in ("layers", "seconds")}, True
     if this_process().is_main_process:
-        print(json.dumps(found, indent=1))
         _write_json(found, options.json)
+        if options.json is None or not is_stdout(options.json):
+            print(json.dumps(found, indent=1))
     return 0 if complete else 1
 
 
 def run(options: argparse.Namespace) -> int:
-    """Say what a finished run's model predicts for each line of a file, or go on with it."""
-    config = _run_config(options.run_dir)
+    """Say what a compressed model predicts for each row of a file, or go on with it."""
+    from attnpress.evaluate import is_saved_model
+
+    config = None if is_saved_model(options.run_dir) else _run_config(options.run_dir)
     _quiet_libraries()
     from attnpress.prediction import run_file
 
     done = run_file(
         options.run_dir, config, options.input, options.output, backend=options.backend, linear=options.linear,
-        batch_size=options.batch, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
+        batch_size=options.batch, columns=options.text, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
     )  # fmt: skip
-    print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}")
+    print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}", file=options.talk)
     return 0
 
 
 def export(options: argparse.Namespace) -> int:
     """Export the model of a finished run."""
-    config = _run_config(options.run_dir, options.set)
+    config = _model_config(options.run_dir, options.set)
     _quiet_libraries()
     from attnpress.export import export_run
 
@@ -86,23 +93,26 @@ def export(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Draw runs as one page."""
-    from attnpress.report.page import ReportError, make_report
+    folder = options.output.with_name(f"{options.output.stem}-figures")
+    alone = is_stream(options.output)  # the figures stand in the page, too
+    check_file(options.output, lambda content: GENERATOR in content[:1000])
+    if not alone:
+        check_folder(folder, "figures")
+    from attnpress.report.page import make_report
 
     made = make_report(options.runs, options.bench)
-    folder = options.output.with_name(f"{options.output.stem}-figures")
-    foreign = [path.name for path in folder.glob("*") if path.suffix != ".svg"]
-    if foreign:
-        raise ReportError(f"{folder}: holds {foreign[0]}, which is no figure; choose another --output")
-    with whole_folder(folder) as scratch:
-        for name, svg in made.figures.items():
-            write_text(scratch / name, svg)
+    if not alone:
+        with whole_folder(folder, "figures") as scratch:
+            for name, svg in made.figures.items():
+                write_text(scratch / name, svg)
     write_text(options.output, made.html)
-    print(f"report: {options.output}\nfigures: {folder}")
+    print(f"report: {options.output}" + ("" if alone else f"\nfigures: {folder}"), file=options.talk)
     return 0
 
 
 def inspect(options: argparse.Namespace) -> int:
     """Look at each head of a model."""
+    _check_json(options.json, {"heads", "trials", "suggestion"})
     _quiet_libraries()
     import dataclasses
 
@@ -114,15 +124,16 @@ def inspect(options: argparse.Namespace) -> int:
 
     resolved = resolve_model(options.model)
     found = inspect_model(load_backbone(resolved), encode(load_tokenizer(resolved), options.text))
-    _print_table(heads_table(dataclasses.asdict(head) for head in found.heads))
-    trials = [(trial.spec.p.bits or 0, trial.spec.sparsity, trial.change, trial.work) for trial in found.trials]
-    _print_table(trials_table(trials))
-    if found.suggestion is None:
-        print("# No trial left the hidden states near enough: begin with 8 bits and sparsity 0, and train.")
-    else:
-        print(f"# The cheapest with a change of up to {TOLERANCE}, to begin training with; put into a recipe:")
-        print(yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False), end="")
     _write_json(dataclasses.asdict(found), options.json)
+    _print_table(heads_table(dataclasses.asdict(head) for head in found.heads), options.talk)
+    trials = [(trial.spec.p.bits or 0, trial.spec.sparsity, trial.change, trial.work) for trial in found.trials]
+    _print_table(trials_table(trials), options.talk)
+    if found.suggestion is None:
+        text = "# No trial left the hidden states near enough: begin with 8 bits and sparsity 0, and train.\n"
+    else:
+        text = f"# The cheapest with a change of up to {TOLERANCE}, to begin training with; put into a recipe:\n"
+        text += yaml.safe_dump(recipe_lines(found.suggestion), sort_keys=False)
+    print(text, end="", file=options.talk)
     return 0
 
 
@@ -136,7 +147,7 @@ def sweep(options: argparse.Namespace) -> int:
     from attnpress.report.render import front_table
 
     record = search.sweep(spec, options.output, notify=_stage_line)
-    _print_table(front_table(record))
+    _print_table(front_table(record), options.talk)
     print(f"recipes: {options.output / 'front'}\nrecord: {options.output / 'sweep.json'}")
     return 0
 
@@ -167,7 +178,7 @@ def leaderboard(options: argparse.Namespace) -> int:
     from attnpress.report.leaderboard import board_table
 
     record = run_board(spec, options.output, notify=_stage_line)
-    _print_table(board_table(record))
+    _print_table(board_table(record), options.talk)
     print(f"record: {options.output / 'board.json'}")
     return 0
 
@@ -199,6 +210,7 @@ def ls(options: argparse.Namespace) -> int:
 
 def bench(options: argparse.Namespace) -> int:
     """Time the kernel against its peers."""
+    _check_json(options.json, {"peer", "ours_ms", "peer_ms", "ratio"})
     from dataclasses import asdict
 
     from attnpress.report.render import models_table, timings_table
@@ -207,9 +219,24 @@ def bench(options: argparse.Namespace) -> int:
     records = [asdict(timing) for timing in _timings(options)]
     for record in records:
         record["provenance"]["command"] = _command_line(options)
-    _print_table(table(records), width=160)
     _write_json(records, options.json)
+    _print_table(table(records), options.talk, width=160)
     return 0
+
+
+def _model_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
+    """The recipe of a run; of a model that Python saved, which knows of no data, what the overrides say."""
+    if (folder / "recipe.yaml").is_file() or not (folder / "config.json").is_file():
+        return _run_config(folder, overrides)
+    if not any(item.startswith("data.") for item in overrides):
+        raise ConfigError(
+            f"{folder}: a model that save_pretrained wrote, which names no data; add --set data.task=NAME, or "
+            "data.task=custom with the other keys of data"
+        )
+    plain: dict[str, Any] = {}
+    for item in overrides:
+        override(RunConfig, plain, item)
+    return parse_spec(RunConfig, plain)
 
 
 def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -222,9 +249,10 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _command_line(options: argparse.Namespace) -> str:
-    """The command as it can be typed again, with the variable that forces a target."""
+    """The command as it can be typed again, with the variable that forces a target, or what holds the processor."""
     forced = os.environ.get("ATTNPRESS_CPU_TARGET")
-    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join(["attnpress", *options.words])
+    held = ["csrc/hold_avx2.sh"] if "hold_avx2.so" in os.environ.get("LD_PRELOAD", "") else []
+    return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join([*held, "attnpress", *options.words])
 
 
 def _timings(options: argparse.Namespace) -> Sequence[Any]:
@@ -258,11 +286,27 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
     return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
 
 
-def _print_table(table: object, width: int = 140) -> None:
+def _print_table(table: object, talk: TextIO | None, width: int = 140) -> None:
     """As wide as the terminal; where there is none, as wide as given."""
     from rich.console import Console
 
-    Console(width=None if sys.stdout.isatty() else width).print(table)
+    if talk is not None:
+        Console(file=talk, width=None if talk.isatty() else width).print(table)
+
+
+def _check_json(file: Path | None, *keys: set[str]) -> None:
+    """Refuse, before the work, a file that cannot be written or whose content is not what the command writes there."""
+
+    def is_own(content: bytes) -> bool:
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError):
+            return False
+        rows = found if isinstance(found, list) else [found]
+        return all(isinstance(row, dict) and any(row.keys() >= known for known in keys) for row in rows)
+
+    if file is not None:
+        check_file(file, is_own)
 
 
 def _write_json(found: object, file: Path | None) -> None:

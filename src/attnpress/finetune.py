@@ -10,9 +10,10 @@ import math
 import shutil
 import statistics
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,16 +30,18 @@ from transformers import (
 )
 
 from attnpress.calibration import reduce_over_ranks, this_process
-from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
+from attnpress.config import ConfigError, Count, DistillationSpec, ScheduleSpec, Seed, Sparsity, TrainSpec
 from attnpress.core.distillation import attention_loss, check_gradients, logits_loss
 from attnpress.core.schedule import sparsity_at
 from attnpress.live import LiveView, MetricCallback, PlainView, add_to_log, trackers
-from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE
+from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE, CompressedAttention
 from attnpress.models.binding import attentions, captured_outputs, threshold_penalty
+from attnpress.recipe import checked
 from attnpress.tasks import TaskData
 from attnpress.tasks.sampler import LengthSampler
 
 Target = float | Mapping[str, float]
+Autocast = Literal["none", "bfloat16", "float16"]
 
 COMPLETE = "complete"
 """Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
@@ -51,29 +54,57 @@ class DivergedError(RuntimeError):
 class SparsityDriver:
     """Raises the sparsity of a bound model step by step; for any training loop.
 
-    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing else is kept here: the
-    thresholds and their histogram are buffers of the model, so a checkpoint holds all that a resumed run needs.
+    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing of the model is kept here:
+    its attention modules are looked up at each call, so that it may be bound anew; thresholds and their histogram are
+    buffers of theirs, so that a checkpoint holds all that a resumed run needs.
 
     Args:
         model: bound and calibrated.
         schedule: how sparsity grows.
-        target: sparsity to end at; or one for each attention module, by name.
+        target: sparsity to end at, from 0 to below 1; or one for each attention module, by name.
         total: number of steps of the training.
+
+    Raises:
+        ConfigError: the model is not bound, `target` does not name its attention modules, or a number is out of range.
     """
 
     def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target, total: int) -> None:
-        modules = attentions(model)
-        targets = target if isinstance(target, Mapping) else dict.fromkeys(modules, target)
-        self.modules = list(modules.values())
-        self.targets = [targets[name] for name in modules]
-        self.schedule, self.total, self.achieved = schedule, total, 0.0
+        self.model, self.schedule, self.achieved = model, schedule, 0.0
+        self.target, self.total = _checked_target(target), checked(Count, total, "total")
+        self.targets()
+
+    @property
+    def modules(self) -> list[CompressedAttention]:
+        """The attention modules that the model has now, in the order of the layers."""
+        return [module for module, _ in self.targets()]
+
+    def targets(self) -> list[tuple[CompressedAttention, float]]:
+        """The attention modules that the model has now, each with the sparsity to end at.
+
+        Raises:
+            ConfigError: there are none, or `target` names others.
+        """
+        found = attentions(self.model)
+        if not found:
+            raise ConfigError(
+                f"{type(self.model).__name__} is not bound, so nothing of it can be pruned: call bind(model, spec) and "
+                "calibrate(model, batches) first; a model_init has to return such a model"
+            )
+        named = self.target if isinstance(self.target, Mapping) else dict.fromkeys(found, self.target)
+        if different := sorted(set(found) ^ set(named)):
+            raise ConfigError(
+                f"target: {different[0]} is in one of the target and the model only; give a sparsity for each of "
+                f"{', '.join(found)}, or one number for all"
+            )
+        return [(module, named[name]) for name, module in found.items()]
 
     def begin(self, step: int) -> float:
         """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean asked."""
-        asked = [sparsity_at(step, self.total, self.schedule, target) for target in self.targets]
-        for module, sparsity in zip(self.modules, asked, strict=True):
+        asked = []
+        for module, target in self.targets():
+            asked.append(sparsity_at(step, self.total, self.schedule, target))
             if self.schedule.kind != "fixed":
-                module.set_sparsity(sparsity)
+                module.set_sparsity(asked[-1])
             module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
         return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
@@ -93,13 +124,24 @@ class SparsityDriver:
 
     def freeze(self) -> None:
         """Ask for the target itself when training is over: the last step may have asked for less."""
-        for module, target in zip(self.modules, self.targets, strict=True):
+        for module, target in self.targets():
             if self.schedule.kind != "fixed":
                 module.set_sparsity(target)
 
 
+def _checked_target(target: Target) -> Target:
+    if isinstance(target, Mapping):
+        return {name: checked(Sparsity, own, f"target of {name}") for name, own in target.items()}
+    number: float = checked(Sparsity, target, "target")
+    return number
+
+
 class SparsityCallback(TrainerCallback):
     """Progressive pruning as a Trainer callback.
+
+    The model that is pruned is the one that the Trainer trains, also if its `model_init` makes a new one. Training ends
+    at the target before the last step is evaluated and saved; with `load_best_model_at_end`, the model is afterwards
+    what the best checkpoint holds, thresholds and sparsity in force included.
 
     Args:
         model: bound and calibrated.
@@ -110,24 +152,64 @@ class SparsityCallback(TrainerCallback):
         self.driver = SparsityDriver(model, schedule, target, total=1)
         self.asked = 0.0
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Refuse a model that is not bound; warn where updates would be rounded away."""
+        self._follow(model)
+        self.driver.targets()
+        if (dtype := low_precision(self.driver.model)) is not None:
+            warnings.warn(
+                f"the weights to train are {dtype}, in which small updates are rounded away: load the model with "
+                "dtype=torch.float32, and use bf16=True or fp16=True of TrainingArguments for speed",
+                stacklevel=2,
+            )
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
         """Ask for the sparsity of this step."""
+        self._follow(model)
         self.driver.total = state.max_steps
         self.asked = self.driver.begin(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Collect what the step has seen, before any checkpoint is written."""
+        """Collect what the step has seen, and after the last one freeze, before it is evaluated or saved."""
         self.driver.end()
+        if state.global_step >= state.max_steps:
+            self.driver.freeze()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the model at its target, also when training was resumed from its very last checkpoint."""
-        self.driver.freeze()
+        """Leave the model at its target, unless the best checkpoint was loaded: then it is left as it was saved."""
+        if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
+            self.driver.freeze()  # also after an early stop, or a resume from the very last checkpoint
+            return
+        force = [(module.spec.sparsity, target) for module, target in self.driver.targets()]
+        if any(sparsity < target for sparsity, target in force):
+            found, wanted = (statistics.fmean(column) for column in zip(*force, strict=True))
+            warnings.warn(
+                f"the best checkpoint, {state.best_model_checkpoint}, is from before the target was reached: its "
+                f"sparsity is {found:.3f}, not {wanted:.3f}. Let the schedule end before the first evaluation, or "
+                "leave load_best_model_at_end out",
+                stacklevel=2,
+            )
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
         """Put the sparsity asked and achieved in the last step beside the loss."""
         add_to_log(state, logs, {"sparsity_asked": self.asked, "sparsity_achieved": self.driver.achieved})
+
+    def _follow(self, model: nn.Module | None) -> None:
+        """Drive the model that is trained, if it is another than the one known."""
+        if model is not None and set(attentions(model).values()) != set(attentions(self.driver.model).values()):
+            self.driver.model = model
+
+
+def low_precision(model: nn.Module) -> torch.dtype | None:
+    """The dtype of weights that are trained in fewer than 32 bits; None if there are none."""
+    trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
+    return next((dtype for dtype in trained if torch.finfo(dtype).bits < 32), None)
 
 
 class CheckpointCallback(TrainerCallback):
@@ -219,22 +301,29 @@ def train(
     teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     report_to: Sequence[str] = (),
+    autocast: Autocast = "none",
 ) -> list[dict[str, Any]]:
-    """Train in place, resuming from the last whole checkpoint in `folder`.
+    """Train in place, in float32, resuming from the last whole checkpoint in `folder`.
 
     Args:
+        model: weights in fewer bits become float32, in which small updates are not rounded away.
         folder: checkpoints go there.
-        seed: of data order and dropout.
+        seed: of data order and dropout, from 0.
         distillation, teacher: see `CompressionTrainer`.
         report_to: trackers by the Trainer's names; TensorBoard's files go to `tensorboard` beside the folder's parent.
+        autocast: see `RunConfig`.
 
     Returns:
         Log history: loss, learning rate, what callbacks add (sparsity asked and achieved), the metric now and then.
 
     Raises:
         DivergedError: NaN or infinity; the last good checkpoint is kept.
+        ConfigError: `seed` is out of range, or autocast cannot be had here.
     """
-    arguments = training_arguments(spec, len(data.train), folder, seed)
+    check_autocast(autocast)
+    if low_precision(model) is not None:
+        model.float()
+    arguments = training_arguments(spec, len(data.train), folder, seed, autocast)
     if arguments.n_gpu > 1:  # DataParallel works on copies of the model, so what they see of its pairs would be lost
         arguments._n_gpu = 1
     trainer = CompressionTrainer(
@@ -247,6 +336,8 @@ def train(
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
         view.close()
+        # Else the model would go on computing in few bits, also where it is evaluated.
+        trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return list(trainer.state.log_history)
 
 
@@ -262,8 +353,21 @@ def _show_to(
     return view
 
 
-def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> TrainingArguments:
+def check_autocast(autocast: Autocast) -> None:
+    """Refuse what this machine does not have.
+
+    Raises:
+        ConfigError: float16 without an accelerator.
+    """
+    if autocast == "float16" and not torch.accelerator.is_available():
+        raise ConfigError("autocast: float16 needs an accelerator, and there is none; take bfloat16 or none")
+
+
+def training_arguments(
+    spec: TrainSpec, rows: int, folder: Path, seed: int, autocast: Autocast = "none"
+) -> TrainingArguments:
     """The Trainer's own arguments for one stage."""
+    seed = checked(Seed, seed, "seed")
     batches = math.ceil(rows / (spec.batch_size * this_process().num_processes))
     steps = math.ceil(batches * spec.epochs)
     log_every = max(1, steps // 50)
@@ -276,6 +380,7 @@ def training_arguments(spec: TrainSpec, rows: int, folder: Path, seed: int) -> T
         save_strategy="steps", save_steps=save_every, save_total_limit=2,
         logging_steps=log_every, report_to="none", ddp_broadcast_buffers=False,
         disable_tqdm=not sys.stderr.isatty(), log_level="error", log_level_replica="error",
+        bf16=autocast == "bfloat16", fp16=autocast == "float16",
         use_cpu=not torch.accelerator.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
 

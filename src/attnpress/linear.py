@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpress.calibration import Batch, outputs
-from attnpress.core.linear import ProductPlan, fake_quantize_linear
-from attnpress.kernels.linear import PackedProduct
+from attnpress.calibration import outputs
+from attnpress.core.linear import ACTIVATION_BITS, Bits, ProductPlan, fake_quantize_linear
+from attnpress.kernels.linear import PASSES, PackedProduct
 from attnpress.models.attention import INT8, PLAN
 from attnpress.models.encoder import entries, find_encoder, place_int8
+from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
+from attnpress.models.ordered import OrderedLinear, place_ordered
 
 TOLERANCE = 0.25
 """Largest relative change of the model's output that int8 linear layers may make together.
@@ -30,8 +32,29 @@ JUDGED = 2
 """Batches on which each product is judged alone: one pass over them for each product."""
 
 
+@dataclasses.dataclass(frozen=True)
+class LinearLayers:
+    """How many of a model's linear layers are computed in which way; Q, K and V of a layer count as one.
+
+    Attributes:
+        int8: as integer products.
+        ordered: in float32 in one order, around the encoder.
+        library: in floating point by torch.
+    """
+
+    int8: int
+    ordered: int
+    library: int
+
+
+def linear_layers(model: nn.Module) -> LinearLayers:
+    """What a model's linear layers compute, as they are now: so that nothing says int8 where it was float."""
+    kinds = [type(module) for module in model.modules()]
+    return LinearLayers(*(kinds.count(kind) for kind in (Int8Linear, OrderedLinear, nn.Linear)))
+
+
 def calibrate_linear(
-    model: nn.Module, batches: Iterable[Batch], *, tolerance: float = TOLERANCE
+    model: nn.Module, batches: Iterable[Batch], *, tolerance: float = TOLERANCE, bits: Bits = ACTIVATION_BITS
 ) -> dict[str, ProductPlan]:
     """Find what has to stay in float under `deploy(model, linear="int8")`; `save_pretrained` stores what was found.
 
@@ -43,6 +66,8 @@ def calibrate_linear(
         model: after `calibrate`, not deployed with int8 layers. Unchanged but for its plan.
         batches: as `calibrate` takes them. The first two serve.
         tolerance: of the relative change, in norm, of the model's first output: logits, or hidden states.
+        bits: of the codes of the products' inputs. 7 are as fast on every processor; 8 take twice the
+            multiplications where there is no VNNI. The results of either are the same everywhere.
 
     Returns:
         The plan, by product: "0.qkv", "0.attention", "0.up", "0.down" for layer 0, "embedding" for that of words,
@@ -50,15 +75,15 @@ def calibrate_linear(
         family than BERT's, or weights that are not float32.
 
     Raises:
-        ValueError: no batches, or a model with int8 layers already.
+        ValueError: no batches, other bits, or a model with int8 layers already.
     """
-    kept = list(batches)
-    if not kept:
-        raise ValueError("calibrate_linear needs at least one batch of real data")
+    if bits not in (7, 8):
+        raise ValueError(f"bits {bits!r}: the inputs of int8 linear layers have 7 or 8")
+    kept = [forward_inputs(model, batch, number) for number, batch in enumerate(listed(batches, "calibrate_linear"))]
     encoder = int8_encoder(model)
     if encoder is None:
         return {}
-    plan = _judge(model, encoder, kept[:JUDGED], tolerance)
+    plan = _judge(model, encoder, kept[:JUDGED], tolerance, bits)
     setattr(model, PLAN, plan)
     return plan
 
@@ -86,27 +111,18 @@ def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPla
     entire = dict(plan) or {name: ProductPlan() for name in entries(model, encoder)}
     for layer, replaced in place_int8(model, encoder, entire):
         layer.take(replaced)
-        if isinstance(layer, Int8Linear):
-            layer.use(PackedProduct)
     setattr(model, PLAN, entire)
     setattr(model, INT8, True)
 
 
 def pack_int8(model: nn.Module) -> None:
-    """Let oneDNN compute the int8 layers of a model that was loaded with them."""
+    """Let compiled code compute the int8 layers that a model has, and the float layers around their encoder."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.use(PackedProduct)
-
-
-@functools.cache
-def say_slow() -> None:
-    """Warn, once, that int8 layers run through their readable form."""
-    warnings.warn(
-        "the model was saved with int8 linear layers, and this processor has no VNNI: they run exactly, but very "
-        "slowly; load the model that was saved before it was deployed",
-        stacklevel=4,
-    )
+    encoder = find_encoder(model)
+    if encoder is not None:
+        place_ordered(model, encoder, PASSES)
 
 
 @functools.cache
@@ -121,17 +137,19 @@ def real_tokens(batch: Batch) -> Tensor | None:
     return None if mask is None or mask.dim() != 2 else mask.bool()
 
 
-def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], tolerance: float) -> dict[str, ProductPlan]:
+def _judge(
+    model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], tolerance: float, bits: Bits
+) -> dict[str, ProductPlan]:
     """The plan with the error of each product alone, and without those that together would change too much."""
     layers = entries(model, encoder)
     expected = _answer(model, batches)
 
     def error(chosen: Iterable[str]) -> float:
-        with _fake_quantized(layer for name in chosen for layer in layers[name]):
+        with _fake_quantized((layer for name in chosen for layer in layers[name]), bits):
             return float((_answer(model, batches) - expected).norm() / expected.norm().clamp(min=1e-30))
 
     errors = {name: error([name]) for name in layers}
-    judged = {name: ProductPlan(found) for name, found in errors.items()}
+    judged = {name: ProductPlan(found, bits=bits) for name, found in errors.items()}
     quantized = sorted(judged, key=errors.__getitem__)
     while quantized and error(quantized) > tolerance:
         worst = quantized.pop()
@@ -140,18 +158,18 @@ def _judge(model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], toler
 
 
 @contextlib.contextmanager
-def _fake_quantized(layers: Iterable[nn.Module]) -> Iterator[None]:
+def _fake_quantized(layers: Iterable[nn.Module], bits: Bits) -> Iterator[None]:
     """Inside the `with` block, these layers give what they would in few bits."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_hook(_in_few_bits).remove)
+            stack.callback(layer.register_forward_hook(functools.partial(_in_few_bits, bits)).remove)
         yield
 
 
-def _in_few_bits(layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+def _in_few_bits(bits: Bits, layer: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
     if isinstance(layer, nn.Embedding):
         return output.half().float()
-    return fake_quantize_linear(args[0], layer.weight, layer.bias)
+    return fake_quantize_linear(args[0], layer.weight, layer.bias, bits)
 
 
 def _answer(model: nn.Module, batches: Iterable[Batch]) -> Tensor:

@@ -6,14 +6,22 @@ import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from attnpress.config import ConfigError, RunConfig
+from attnpress.strict_yaml import LARGEST, YamlError, parse_yaml
 
 Spec = TypeVar("Spec")
+
+TOLD = 10
+"""Mistakes of a recipe that are told."""
+
+MENDS = {"device": "an accelerator is used where there is one; CUDA_VISIBLE_DEVICES in the environment hides it"}
+"""What to do instead, for keys that people look for and recipes do not have."""
 
 
 def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
@@ -25,8 +33,23 @@ def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
     try:
         return TypeAdapter(kind).validate_python(dict(data))
     except ValidationError as error:
-        lines = [_explain(kind, item) for item in error.errors(include_url=False)]
-        raise ConfigError("\n".join(lines)) from None
+        found = error.errors(include_url=False)
+        lines = [_explain(kind, item) for item in found[:TOLD]]
+        more = [f"and {len(found) - TOLD:,} more mistakes"] if len(found) > TOLD else []
+        raise ConfigError("\n".join([*lines, *more])) from None
+
+
+def checked(kind: Any, value: Any, name: str) -> Any:
+    """A single value of a type of `attnpress.config`, such as Count or Sparsity.
+
+    Raises:
+        ConfigError: out of its range, or not a number; in one line that begins with `name`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{name}: {message} (found {_short(value)})") from None
 
 
 def spec_to_dict(spec: Any) -> dict[str, Any]:
@@ -36,30 +59,45 @@ def spec_to_dict(spec: Any) -> dict[str, Any]:
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML recipe and apply `key.sub=value` overrides (values are YAML); see `load_spec`."""
+    """Read a YAML recipe and apply `key.sub=value` overrides ; see `load_spec`."""
     return load_spec(RunConfig, path, overrides)
 
 
 def load_spec(kind: type[Spec], path: Path, overrides: Iterable[str] = ()) -> Spec:
-    """Read a spec from a YAML file and apply `key.sub=value` overrides (values are YAML).
+    """Read a spec from a YAML file and apply `key.sub=value` overrides; see `override` for their values.
 
     Raises:
         ConfigError: unreadable file, malformed YAML or override, or an invalid value; all are named.
     """
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(data).__name__}")
+    data = read_yaml(path)
     for item in overrides:
-        _override(data, item)
+        override(kind, data, item)
     try:
         return parse_spec(kind, data)
     except ConfigError as error:
         raise ConfigError(f"{path}:\n{error}") from None
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file; empty for an empty file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML as `parse_yaml` takes it, or holds no mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(4 * LARGEST)  # no more than can be good: also of /dev/zero
+        found = parse_yaml(content.decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}: not valid YAML: line {line}: not UTF-8 text; save the file as UTF-8") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(found).__name__}")
+    return found or {}
 
 
 def dump_config(spec: Any) -> str:
@@ -67,35 +105,81 @@ def dump_config(spec: Any) -> str:
     return str(yaml.safe_dump(spec_to_dict(spec), sort_keys=False))
 
 
-def _override(data: dict[Any, Any], item: str) -> None:
+def override(kind: type[Any], data: dict[Any, Any], item: str) -> None:
+    """Apply `key.sub=value` to plain data of a spec, in place.
+
+    The value of a text or a path is taken as it stands, but for quotes around it, and for null; so it may hold `#` and
+    `: `, and be a number or `no`. Other values are YAML.
+
+    Args:
+        kind: of the spec.
+
+    Raises:
+        ConfigError: not of this form, a value that is not YAML, or a key inside of what has none.
+    """
     key, separator, text = item.partition("=")
     if not separator or not key.strip():
         raise ConfigError(f"--set {item}: write it as key=value, for example --set attention.sparsity=0.95")
+    keys = key.strip().split(".")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {item}: the value is not valid YAML: {error}") from None
-    *parents, last = key.strip().split(".")
+        value = _override_value(_type_at(kind, keys), text.strip())
+    except YamlError as error:
+        raise ConfigError(f"--set {item:.200}: the value is not valid YAML: {error}") from None
+    *parents, last = keys
     for parent in parents:
         # YAML reads the 0 of `layers: {0: ...}` as a number.
-        data = data.setdefault(int(parent) if parent.isdigit() and int(parent) in data else parent, {})
+        number = int(parent) if parent.isascii() and parent.isdecimal() and len(parent) < 10 else None
+        data = data.setdefault(number if number in data else parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {item}: {parent} is a single value and has no keys inside")
     data[last] = value
 
 
+def _override_value(kind: Any, text: str) -> Any:
+    if kind in (str, Path):
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return None if text in ("", "null", "~") else parse_yaml(text) if quoted else text
+    value = parse_yaml(text)
+    is_text = isinstance(value, str) and text[:1] not in "'\""
+    return text if is_text or (isinstance(value, dict) and not text.startswith("{")) else value
+
+
+def _type_at(kind: Any, keys: Iterable[str]) -> Any:
+    """The type of a field of a spec, without its `| None`; None where it is not known."""
+    for key in keys:
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(key)
+        elif get_origin(kind) is dict:
+            inside = get_args(kind)[1]
+            kind = get_type_hints(RunConfig).get(key) if inside is Any else inside  # changes of a recipe
+        else:
+            return None
+        if get_origin(kind) in (Union, UnionType):
+            kind = next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
 def _explain(kind: type[Any], item: Any) -> str:
-    place = ".".join(str(part) for part in item["loc"])
+    place = ".".join(str(part)[:80] for part in item["loc"])
     if item["type"] != "unexpected_keyword_argument":
-        given = (
-            "" if isinstance(item["input"], dict) or item["type"] == "value_error" else f" (found {item['input']!r})"
-        )
+        told = isinstance(item["input"], dict) or item["type"] in ("value_error", "missing")
+        given = "" if told else f" (found {_short(item['input'])})"
         message = item["msg"].removeprefix("Value error, ")
-        return f"{place}: {message}{given}" if place else message
+        mend = "; put it in quotes" if item["type"] == "string_type" and item["input"] is not None else ""
+        return f"{place}: {message}{given}{mend}" if place else message
     known = _known_keys(kind, item["loc"][:-1])
-    near = difflib.get_close_matches(str(item["loc"][-1]), known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(known)}"
+    name = str(item["loc"][-1])[:80]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else MENDS.get(name, f"known keys: {', '.join(known)}")
     return f"{place}: unknown key; {hint}"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number that is too long"
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _known_keys(kind: Any, path: Iterable[Any]) -> list[str]:

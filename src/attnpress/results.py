@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
+
+from attnpress.strict_json import JsonError, is_unicode, parse_json
+from attnpress.typed_json import FieldError, Range, build
 
 Built = TypeVar("Built")
 
 FORMAT = 1
 STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
+
+Share = Annotated[float, Range(0, 1)]
+Amount = Annotated[float, Range(0)]
+Whole = Annotated[int, Range(0)]
+Some = Annotated[int, Range(1)]
 
 
 class RecordError(ValueError):
@@ -28,10 +36,10 @@ class HeadRecord:
     the stage does. Empty in a stage that compresses nothing, and in records made before errors were measured.
     """
 
-    sparsity: float
-    pruned: float
-    tile_sparsity: float
-    keys_per_row: float
+    sparsity: Share
+    pruned: Share
+    tile_sparsity: Share
+    keys_per_row: Amount
     threshold: float
     errors: dict[str, float] = field(default_factory=dict)
 
@@ -44,11 +52,11 @@ class LayerRecord:
     """
 
     name: str
-    sparsity: float
-    pruned: float
-    padded_sparsity: float
-    tile_sparsity: float
-    keys_per_row: float
+    sparsity: Share
+    pruned: Share
+    padded_sparsity: Share
+    tile_sparsity: Share
+    keys_per_row: Amount
     scales: dict[str, list[float]]
     heads: list[HeadRecord]
     bits: dict[str, int | None] = field(default_factory=dict)
@@ -74,18 +82,18 @@ class StageRecord:
 
     name: str
     metrics: dict[str, float]
-    sparsity: float
-    pruned: float
-    padded_sparsity: float
-    padded_length: int
-    tile_sparsity: float
-    keys_per_row: float
+    sparsity: Share
+    pruned: Share
+    padded_sparsity: Share
+    padded_length: Whole
+    tile_sparsity: Share
+    keys_per_row: Amount
     bits: Mapping[str, int | float | None]
-    macs_dense: int
-    macs_remaining: int
-    work: dict[str, int]
+    macs_dense: Some
+    macs_remaining: Whole
+    work: dict[str, Whole]
     layers: list[LayerRecord]
-    seconds: float
+    seconds: Amount
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ class Record:
     majority: float | None
     provenance: dict[str, Any]
     stages: list[StageRecord] = field(default_factory=list)
-    training: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     format: int = FORMAT
 
     def stage(self, name: str) -> StageRecord | None:
@@ -139,51 +147,90 @@ def from_json(text: str, where: str = "record") -> Record:
     """Read a record.
 
     Raises:
-        RecordError: not JSON, of a newer format, or with missing or unknown keys.
+        RecordError: not JSON, of a newer format, or with a field that is missing, unknown or not of its type.
     """
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         found = data["format"]
-    except (ValueError, TypeError, KeyError) as error:
+    except JsonError as error:
+        raise RecordError(f"{where}: not a record of a run (line {error.line}: {error})") from None
+    except (TypeError, KeyError) as error:
         raise RecordError(f"{where}: not a record of a run ({error!r})") from None
     if found != FORMAT:
-        raise RecordError(f"{where}: format {found!r}; this version reads format {FORMAT}: update attnpress")
-    try:
-        stages = [_stage(item) for item in data.pop("stages")]
-        return Record(stages=stages, **data)
-    except (TypeError, KeyError, AttributeError) as error:
-        raise RecordError(f"{where}: damaged record ({error})") from None
+        raise RecordError(f"{where}: format {found!r:.40}; this version reads format {FORMAT}: update attnpress")
+    if "stages" not in data:  # it has a default in Python, but a file without it was cut
+        raise RecordError(f"{where}: damaged record ('stages'): this key is missing")
+    return _checked(build_record(Record, data, where, "damaged record"), where)
 
 
 def read_record(path: Path) -> Record:
     """Read `record.json` of a run folder, or the file itself.
 
     Raises:
-        RecordError: no such file, or `from_json`'s reasons.
+        RecordError: no such file, one that cannot be read, or `from_json`'s reasons.
     """
     file = path / "record.json" if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file}: no such record; give the folder that `attnpress compress --output` wrote")
-    return from_json(file.read_text(encoding="utf-8"), str(file))
+    return from_json(_text(file), str(file))
 
 
-def read_json(file: Path, newest: int, build: Callable[[dict[str, Any]], Built]) -> Built:
-    """What `build` makes of a JSON file of a known format.
+def read_json(file: Path, newest: int, kind: type[Built]) -> Built:
+    """A JSON file of a known format as a dataclass.
 
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(_text(file))
         if data["format"] != newest:
-            raise RecordError(f"{file}: format {data['format']!r}; this version reads {newest}: update attnpress")
-        return build(data)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise error if isinstance(error, RecordError) else RecordError(f"{file}: damaged ({error})") from None
+            raise RecordError(f"{file}: format {data['format']!r:.40}; this version reads {newest}: update attnpress")
+    except JsonError as error:
+        raise RecordError(f"{file}: damaged (line {error.line}: {error})") from None
+    except (TypeError, KeyError) as error:
+        raise RecordError(f"{file}: damaged ({error!r})") from None
+    return build_record(kind, data, str(file))
 
 
-def _stage(data: dict[str, Any]) -> StageRecord:
-    layers = [
-        LayerRecord(**{**layer, "heads": [HeadRecord(**head) for head in layer["heads"]]}) for layer in data["layers"]
-    ]
-    return StageRecord(**{**data, "layers": layers})
+def build_record(kind: type[Built], data: Any, where: str, damaged: str = "damaged", *, extra: bool = False) -> Built:
+    """Plain data of a file as a dataclass; see `typed_json.build`.
+
+    Raises:
+        RecordError: names the file and the field that does not fit.
+    """
+    if not _is_unicode(data):
+        raise RecordError(f"{where}: {damaged}: it holds half of a surrogate pair, which no text can")
+    try:
+        return build(kind, data, extra=extra)
+    except FieldError as error:
+        raise RecordError(f"{where}: {damaged} ({error.place}): {error.problem}") from None
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"{file}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise RecordError(f"{file}: damaged: not UTF-8 text") from None
+
+
+def _is_unicode(data: Any) -> bool:
+    if isinstance(data, dict):
+        return all(is_unicode(key) and _is_unicode(value) for key, value in data.items())
+    return all(map(_is_unicode, data)) if isinstance(data, list) else not isinstance(data, str) or is_unicode(data)
+
+
+def _checked(record: Record, where: str) -> Record:
+    """Returns `record`, whose stages are each there once, with the headline and with layers alike."""
+    names = [stage.name for stage in record.stages]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise RecordError(f"{where}: damaged record (stages): {twice[0]!r} is there twice")
+    for stage in record.stages:
+        if stage.name not in STAGES:
+            raise RecordError(f"{where}: damaged record (stages): {stage.name!r:.40} is none of {', '.join(STAGES)}")
+        if record.headline not in stage.metrics:
+            raise RecordError(f"{where}: damaged record (stage {stage.name!r}): no metric {record.headline!r}")
+        if len({len(layer.heads) for layer in stage.layers} - {0}) > 1:
+            raise RecordError(f"{where}: damaged record (stage {stage.name!r}): layers differ in their heads")
+    return record

@@ -17,29 +17,37 @@ from torch import nn
 
 from attnpress.calibration import this_process
 from attnpress.config import ConfigError, RunConfig
-from attnpress.files import write_text
+from attnpress.files import MARKER, mark, read_marker, write_text
 from attnpress.models.loading import weights_hash
 from attnpress.recipe import dump_config, load_config, spec_to_dict
+from attnpress.results import RecordError, read_record
 from attnpress.tasks import TaskData
+
+MARK, RECIPE = "run", "recipe.yaml"
+"""What the marker of a run folder says, and the file that says of which recipe."""
 
 COPIES = 8
 """Disk a run needs, in copies of the weights: two checkpoints with optimizer state, and two final models."""
 
 
 def claim_folder(config: RunConfig, output: Path) -> None:
-    """Make the run folder this recipe's own.
+    """Make the run folder this recipe's own: a new or empty one, or one that holds a run of the same recipe.
 
     Raises:
-        ConfigError: it holds a run of another recipe, or cannot be written.
+        ConfigError: it holds a run of another recipe or something that attnpress did not write, or cannot be written.
     """
-    recipe, state = output / "recipe.yaml", this_process()
-    taken = recipe.is_file()
-    state.wait_for_everyone()  # all ranks have looked before one writes
-    if taken:
-        return _check_owner(output, config)
+    state = this_process()
     try:
-        if state.is_main_process:
-            write_text(recipe, dump_config(config))
+        taken = _holds_a_run(output)
+        if not taken:
+            _check_free(output)
+        state.wait_for_everyone()  # all ranks have looked before one writes
+        if taken:
+            _check_owner(output, config)
+        elif state.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            mark(output, MARK)
+            write_text(output / RECIPE, dump_config(config))
     except OSError as error:
         raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
     state.wait_for_everyone()
@@ -108,8 +116,32 @@ def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
     return [] if before == now else [prefix.removesuffix(".")]
 
 
+def _holds_a_run(output: Path) -> bool:
+    """Whether attnpress has begun a run there; runs from before folders were marked are known by their record."""
+    if not (output / RECIPE).is_file():
+        return False
+    found = read_marker(output)
+    if found is not None:
+        return found.what == MARK
+    try:
+        return bool(read_record(output).recipe)
+    except RecordError:
+        return False
+
+
+def _check_free(output: Path) -> None:
+    held = [path.name for path in output.iterdir()] if output.exists() else []
+    # A run that is killed while it claims the folder leaves its marker, or an unfinished recipe.
+    foreign = sorted(name for name in held if name != MARKER and not name.startswith(f".{RECIPE}."))
+    if foreign:
+        raise ConfigError(
+            f"{output}: holds {foreign[0]} and no run of attnpress, and nothing of it may be replaced; choose another "
+            "--output, or an empty folder"
+        )
+
+
 def _check_owner(output: Path, config: RunConfig) -> None:
-    different = differences(spec_to_dict(load_config(output / "recipe.yaml")), spec_to_dict(config))
+    different = differences(spec_to_dict(load_config(output / RECIPE)), spec_to_dict(config))
     if different:
         raise ConfigError(
             f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from attnpress.strict_json import parse_json
+from attnpress.typed_json import build
+
 FORMAT = 1
 HEADER = "attnpress"
 
@@ -38,6 +41,16 @@ class Samples:
     histograms: dict[str, NDArray[np.int64]]
 
 
+@dataclass(frozen=True)
+class _About:
+    """The header of the file."""
+
+    format: int
+    rule: str
+    tokens: list[list[str]]
+    layers: list[str]
+
+
 def samples_bytes(samples: Samples) -> bytes:
     """The content of the file."""
     arrays: dict[str, NDArray[np.generic]] = {f"{name}|histogram": found for name, found in samples.histograms.items()}
@@ -59,12 +72,26 @@ def read_samples(run_folder: Path, stage: str) -> Samples | None:
     file = samples_file(run_folder, stage)
     try:
         with safe_open(file, framework="np") as opened:
-            about = json.loads((opened.metadata() or {})[HEADER])
-            if about["format"] != FORMAT:
+            about = build(_About, parse_json((opened.metadata() or {})[HEADER]))
+            if about.format != FORMAT:
                 return None
-            tokens, layers = about["tokens"], about["layers"]
+            tokens, layers = about.tokens, about.layers
             maps = {name: [opened.get_tensor(f"{name}|{index}") for index in range(len(tokens))] for name in layers}
             histograms = {name: opened.get_tensor(f"{name}|histogram") for name in layers}
-    except (OSError, SafetensorError, KeyError, ValueError):
+    except (OSError, SafetensorError, KeyError, ValueError):  # FieldError and JsonError are ValueErrors
         return None
-    return Samples(about["rule"], tokens, maps, histograms)
+    samples = Samples(about.rule, tokens, maps, histograms)
+    return samples if _is_whole(samples) else None
+
+
+def _is_whole(samples: Samples) -> bool:
+    """Whether maps and histograms have the shapes that their tokens ask for, and no number is NaN."""
+    lengths = [len(tokens) for tokens in samples.tokens]
+    for name, maps in samples.maps.items():
+        histogram = samples.histograms[name]
+        if histogram.ndim != 2 or not np.issubdtype(histogram.dtype, np.integer):
+            return False
+        for found, length in zip(maps, lengths, strict=True):
+            if found.shape != (len(histogram), length, length) or not np.isfinite(found).all():
+                return False
+    return True

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import read_json
+from attnpress.results import Amount, RecordError, Share, Whole, read_json
 
 FORMAT = 1
 FILE = "sweep.json"
+STATES = ("complete", "pruned", "failed")
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,13 @@ class TrialRecord:
         error: why it failed.
     """
 
-    number: int
+    number: Whole
     state: str
     chosen: str
     params: dict[str, Any]
     metric: float | None
-    work: float | None
-    sparsity: float | None
+    work: Amount | None
+    sparsity: Share | None
     watched: dict[str, float]
     recipe: dict[str, Any]
     folder: str
@@ -98,8 +99,16 @@ def read_sweep(folder: Path) -> SweepRecord:
     Raises:
         RecordError: no such file, of a newer format, or damaged.
     """
-
-    def build(data: dict[str, Any]) -> SweepRecord:
-        return SweepRecord(**{**data, "trials": [TrialRecord(**trial) for trial in data["trials"]]})
-
-    return read_json(folder / FILE, FORMAT, build)
+    record, where = read_json(folder / FILE, FORMAT, SweepRecord), f"{folder / FILE}: damaged"
+    by_number = {trial.number: trial for trial in record.trials}
+    if len(by_number) < len(record.trials):
+        raise RecordError(f"{where} ('trials'): two trials have one number")
+    for trial in record.trials:
+        if trial.state not in STATES:
+            raise RecordError(f"{where} (trial {trial.number} 'state'): {trial.state!r:.40} is none of {STATES}")
+        if trial.state == "complete" and None in (trial.metric, trial.work, trial.sparsity):
+            raise RecordError(f"{where} (trial {trial.number}): complete, but without metric, work or sparsity")
+    for number in record.front:
+        if number not in by_number or by_number[number].state != "complete":
+            raise RecordError(f"{where} ('front'): trial {number} is not complete, or not there")
+    return record

@@ -16,6 +16,7 @@ from torch import Tensor
 from attnpress.config import ConfigError, ProbsSpec, TailName, TensorSpec
 from attnpress.core.attention import (
     IntegerAttention,
+    Scales,
     TailedAttention,
     TailedScales,
     query_scale,
@@ -284,8 +285,8 @@ def test_gradients_are_those_of_the_plain_formula(tail: TailName, rank: int, mas
     exact = flat_formula(call, found, *codes)
     torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-5)
     wanted = normal(5, *output.shape)
-    output.backward(wanted)  # type: ignore[no-untyped-call]
-    exact.backward(wanted.double())  # type: ignore[no-untyped-call]
+    output.backward(wanted)
+    exact.backward(wanted.double())
     for x, code, scale in zip(ours, codes, (call.scales.q, call.scales.k, call.scales.v), strict=True):
         assert x.grad is not None
         assert code.grad is not None
@@ -301,7 +302,7 @@ def test_a_row_with_one_survivor_learns(tail: TailName) -> None:
     for name, learns in (("none", False), (tail, True)):
         own = call if name == "none" else with_tail(call, tail)
         query = call.query.clone().requires_grad_()
-        own.with_(query=query).fake().square().sum().backward()  # type: ignore[no-untyped-call]
+        own.with_(query=query).fake().square().sum().backward()
         assert query.grad is not None
         assert bool((query.grad.abs().sum(-1) > 0).all()) == learns
 
@@ -310,11 +311,13 @@ def test_a_row_with_one_survivor_learns(tail: TailName) -> None:
 def test_learned_scales_get_the_gradient_of_the_tail(tail: TailName) -> None:
     learned = TensorSpec(learned=True)
     call = with_tail(make_call(make_spec(sparsity=0.9, q=learned, k=learned, v=learned), spread=2.0), tail)
-    scales = [x.clone().requires_grad_() for x in (call.scales.q, call.scales.k, call.scales.v)]  # type: ignore[union-attr]
-    call.with_(scales=TailedScales(*scales, tail=TailedScales.tail_of(call.scales))).fake().square().sum().backward()  # type: ignore
+    known = [x for x in (call.scales.q, call.scales.k, call.scales.v) if x is not None]
+    scales = [x.clone().requires_grad_() for x in known]
+    learning = TailedScales(q=scales[0], k=scales[1], v=scales[2], tail=TailedScales.tail_of(call.scales))
+    call.with_(scales=learning).fake().square().sum().backward()
     bare = [x.detach().clone().requires_grad_() for x in scales]
-    none = call.with_(spec=make_none(call), scales=TailedScales(*bare))
-    none.fake().square().sum().backward()  # type: ignore[no-untyped-call]
+    none = call.with_(spec=make_none(call), scales=Scales(*bare))
+    none.fake().square().sum().backward()
     for ours, theirs in zip(scales, bare, strict=True):
         assert ours.grad is not None
         assert bool(ours.grad.isfinite().all())

@@ -10,11 +10,12 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
-from attnpress.calibration import REFITS, Batch, calibrate, fit_thresholds, outputs, watching
+from attnpress.calibration import REFITS, calibrate, fit_thresholds, outputs, watching
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.core.pruner import pruned_pairs
 from attnpress.models.binding import attentions, bind
+from attnpress.models.inputs import Batch
 
 
 def make_model(seed: int = 0) -> PreTrainedModel:

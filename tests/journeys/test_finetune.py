@@ -87,6 +87,136 @@ def test_a_plain_trainer_is_driven_to_the_target(dense: PreTrainedModel, data: T
     assert evaluate(model, data, "progressive", 32).pruned == pytest.approx(TARGET, abs=0.05)
 
 
+def arguments_of_a_trainer(folder: Path, **changes: Any) -> TrainingArguments:
+    usual: dict[str, Any] = {
+        "max_steps": 4, "per_device_train_batch_size": 16, "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "use_cpu": True, "dataloader_pin_memory": False, "learning_rate": 1e-3,
+    }  # fmt: skip
+    return TrainingArguments(str(folder), **usual | changes)
+
+
+def in_force(model: torch.nn.Module) -> set[float]:
+    return {module.spec.sparsity for module in attentions(model).values()}
+
+
+def test_the_model_that_is_trained_is_pruned_also_when_the_trainer_makes_a_new_one(
+    finished: Path, data: TaskData, tmp_path: Path
+) -> None:
+    made = []
+
+    def model_init() -> PreTrainedModel:
+        made.append(bound(load_model(str(finished / "dense"), "classification", ("no", "yes")), data))
+        return made[-1]
+
+    trainer = Trainer(args=arguments_of_a_trainer(tmp_path), model_init=model_init, data_collator=data.collate,
+                      train_dataset=data.train)  # fmt: skip
+    trainer.add_callback(SparsityCallback(made[0], ScheduleSpec("constant"), TARGET))
+    for _ in range(2):  # a search calls it again and again
+        trainer.train()
+        assert trainer.model is made[-1]
+        assert evaluate(made[-1], data, "progressive", 32).pruned == pytest.approx(TARGET, abs=0.05)
+    assert [in_force(model) for model in made] == [{0.0}, {TARGET}, {TARGET}]
+
+
+def test_a_new_model_that_is_not_bound_is_refused(dense: PreTrainedModel, data: TaskData, tmp_path: Path) -> None:
+    callback = SparsityCallback(bound(dense, data), SCHEDULE, TARGET)
+    unbound = load_model(str(dense.name_or_path), "classification", ("no", "yes"))
+    trainer = Trainer(unbound, arguments_of_a_trainer(tmp_path), data.collate, data.train, callbacks=[callback])
+    with pytest.raises(ConfigError, match=r"BertForSequenceClassification is not bound.* a model_init has to return"):
+        trainer.train()
+
+
+def test_a_model_that_is_bound_anew_is_driven_as_it_is_now(dense: PreTrainedModel, data: TaskData) -> None:
+    model = bound(dense, data)
+    driver = SparsityDriver(model, ScheduleSpec("constant"), TARGET, total=4)
+    bound(model, data).train()
+    driver.begin(0)
+    model(**make_batches(data, 1)[0])
+    assert driver.end() == pytest.approx(TARGET, abs=0.1)
+    assert in_force(model) == {TARGET}
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"target": 1.0}, r"target: Input should be less than 1 \(found 1.0\)"),
+    ({"target": -0.1}, "target: Input should be greater than or equal to 0"),
+    ({"target": float("nan")}, r"target: .* \(found nan\)"),
+    ({"target": {"first": 0.5}}, r"target: bert\.encoder\.layer\.0\.attention\.self is in one of the target and the"),
+    ({"target": {"first": 1.5}}, "target of first: Input should be less than 1"),
+    ({"total": 0}, "total: Input should be greater than or equal to 1"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), WRONG)
+def test_a_driver_refuses_what_it_cannot_do(change: dict[str, Any], message: str, dense: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=message):
+        SparsityDriver(bind(dense, AttentionSpec()), SCHEDULE, **{"target": TARGET, "total": 4} | change)
+
+
+def test_a_driver_refuses_a_model_that_is_not_bound(dense: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=r"is not bound, so nothing of it can be pruned: call bind\(model, spec\)"):
+        SparsityDriver(dense, SCHEDULE, TARGET, 4)
+
+
+class Scores(TrainerCallback):
+    """Makes the checkpoint of one step the best, and keeps what the model answers there."""
+
+    def __init__(self, best: int, batch: dict[str, Tensor]) -> None:
+        self.best, self.batch, self.answers = best, batch, dict[int, Tensor]()
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **shown: Any) -> None:
+        shown["metrics"]["eval_chosen"] = float(state.global_step == self.best)
+        self.answers[state.global_step] = answer(shown["model"], self.batch)
+
+
+def answer(model: PreTrainedModel, batch: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(**batch).logits
+    return found
+
+
+def trained_to_the_best(model: PreTrainedModel, data: TaskData, folder: Path, best: int, kind: Any) -> Scores:
+    scores = Scores(best, make_batches(data, 1)[0])
+    arguments = arguments_of_a_trainer(
+        folder, eval_strategy="steps", eval_steps=2, save_strategy="steps", save_steps=2, load_best_model_at_end=True,
+        metric_for_best_model="chosen", greater_is_better=True,
+    )  # fmt: skip
+    callbacks = [SparsityCallback(model, ScheduleSpec(kind, end=1.0), TARGET), scores]
+    Trainer(model, arguments, data.collate, data.train, data.eval.select(range(16)), callbacks=callbacks).train()
+    return scores
+
+
+def test_what_comes_back_is_the_best_model_as_it_was_evaluated(
+    dense: PreTrainedModel, data: TaskData, tmp_path: Path
+) -> None:
+    model = bound(dense, data)
+    scores = trained_to_the_best(model, data, tmp_path, 2, "constant")
+    saved = load_file(tmp_path / "checkpoint-2" / "model.safetensors")
+    for name, module in attentions(model).items():
+        assert torch.equal(module.cutoff, saved[f"{name}.attnpress.cutoff"])
+    assert torch.equal(answer(model, scores.batch), scores.answers[2])
+    assert not torch.equal(scores.answers[2], scores.answers[4])
+
+
+def test_the_last_step_is_evaluated_at_the_target(dense: PreTrainedModel, data: TaskData, tmp_path: Path) -> None:
+    model = bound(dense, data)
+    scores = trained_to_the_best(model, data, tmp_path, 4, "linear")
+    assert in_force(model) == {TARGET}
+    assert torch.equal(answer(model, scores.batch), scores.answers[4])
+
+
+def test_weights_of_few_bits_are_not_trained_without_a_word(
+    dense: PreTrainedModel, data: TaskData, tmp_path: Path
+) -> None:
+    model = bound(dense, data)
+    torch.nn.Module.to(model, torch.bfloat16)
+    callback = SparsityCallback(model, SCHEDULE, TARGET)
+    trainer = Trainer(model, arguments_of_a_trainer(tmp_path), data.collate, data.train, callbacks=[callback])
+    with pytest.warns(
+        UserWarning, match=r"the weights to train are torch\.bfloat16, in which small updates are rounded"
+    ):
+        trainer.train()
+
+
 def test_the_histogram_forgets_and_holds_whole_rows_in_turn(dense: PreTrainedModel, data: TaskData) -> None:
     """One query row in eight is seen in a step: over eight steps of one batch, each valid pair once."""
     model, batch = bound(dense, data).eval(), make_batches(data, 1)[0]

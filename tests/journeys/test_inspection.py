@@ -57,13 +57,23 @@ def test_one_head_changes_less_than_all(seen: Inspection) -> None:
 def test_the_cheapest_trial_within_the_tolerance_is_suggested(
     seen: Inspection, tiny_model: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    within = [trial for trial in seen.trials if trial.change <= inspection.TOLERANCE]
+    within = [trial for trial in seen.trials if trial.spec.p.bits == 8 and trial.change <= inspection.TOLERANCE]
     assert len(seen.trials) == len(TRIALS)
     assert all(0 < trial.work < 0.07 for trial in seen.trials)
     assert seen.suggestion == min(within, key=lambda trial: trial.work).spec
     monkeypatch.setattr(inspection, "TOLERANCE", 0.0)
     monkeypatch.setattr(inspection, "TRIALS", TRIALS[:1])
     assert inspect_model(load_backbone(str(tiny_model)), batch).suggestion is None
+
+
+def test_a_suggestion_begins_at_8_bits_however_cheap_4_are(
+    tiny_model: Path, batch: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inspection, "TRIALS", (spec_of(8, 0.0), spec_of(8, 0.5), spec_of(4, 0.5)))
+    monkeypatch.setattr(inspection, "TOLERANCE", 10.0)
+    found = inspect_model(load_backbone(str(tiny_model)), batch)
+    assert min(found.trials, key=lambda trial: trial.work).spec == spec_of(4, 0.5)
+    assert found.suggestion == spec_of(8, 0.5)
 
 
 @pytest.mark.parametrize("spec", TRIALS)

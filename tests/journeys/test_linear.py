@@ -17,19 +17,17 @@ from transformers import AutoModel, BertForMaskedLM, PreTrainedModel, pipeline
 from attnpress import deployment, linear
 from attnpress.calibration import calibrate, watching
 from attnpress.config import DENSE, AttentionSpec
-from attnpress.core.linear import ProductPlan
+from attnpress.core.linear import Bits, ProductPlan
 from attnpress.deployment import deploy, undeploy
-from attnpress.kernels.linear import is_supported
-from attnpress.linear import calibrate_linear
+from attnpress.linear import LinearLayers, calibrate_linear, linear_layers
 from attnpress.models.attention import PLAN
 from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.encoder import Packing
-from attnpress.models.hub import ModelError
+from attnpress.models.hub import AttnPressConfig, ModelError
 from attnpress.models.linear import Int8Linear
 from tests.kernels.factories import needs_kernel
 from tests.models.factories import PAD, VOCABULARY, make_model
 
-needs_vnni = pytest.mark.skipif(not is_supported(), reason="this processor has no VNNI")
 BACKENDS = [pytest.param("cpu", marks=needs_kernel), "reference"]
 FAMILY = ("BERT", "RoBERTa", "ELECTRA")
 PRUNED = AttentionSpec(sparsity=0.5)
@@ -141,7 +139,6 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
     assert torch.equal(hidden(model), expected)
 
 
-@needs_vnni
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", FAMILY)
 def test_int8_layers_stay_near_and_padding_changes_nothing(name: str, backend: str) -> None:
@@ -155,7 +152,6 @@ def test_int8_layers_stay_near_and_padding_changes_nothing(name: str, backend: s
     assert torch.equal(hidden(deploy(deployed, backend, linear="int8")), hidden(deployed)), "deployed again"
 
 
-@needs_vnni
 def test_float_weights_are_let_go() -> None:
     model = planned()
     before = sum(parameter.numel() for parameter in model.encoder.parameters())
@@ -180,14 +176,13 @@ def test_what_costs_too_much_stays_in_float() -> None:
     left = [name for name, product in plan.items() if not product.quantized]
     assert left == ["0.down"]
     assert plan["0.down"].error == max(product.error or 0.0 for product in plan.values())
-    if is_supported():
-        deploy(model, "reference", linear="int8")
-        assert type(layer.output.dense) is torch.nn.Linear
-        assert isinstance(layer.intermediate.dense, Int8Linear)
-        assert not layer.intermediate.dense.activated
+    deploy(model, "reference", linear="int8")
+    assert type(layer.output.dense) is torch.nn.Linear
+    assert isinstance(layer.intermediate.dense, Int8Linear)
+    assert not layer.intermediate.dense.activated
+    assert linear_layers(model) == LinearLayers(int8=7, ordered=1, library=1), "the pooler is computed in one order"
 
 
-@needs_vnni
 def test_every_mixture_of_float_and_int8_runs() -> None:
     expected = real(hidden(planned()))
     for name in getattr(planned(), PLAN):
@@ -198,7 +193,6 @@ def test_every_mixture_of_float_and_int8_runs() -> None:
         assert float((found - expected).norm() / expected.norm()) < 0.1, name
 
 
-@needs_vnni
 def test_saved_then_loaded_then_deployed_gives_the_same_bits(tmp_path: Path) -> None:
     model = planned()
     model.save_pretrained(tmp_path)
@@ -208,7 +202,6 @@ def test_saved_then_loaded_then_deployed_gives_the_same_bits(tmp_path: Path) -> 
     assert torch.equal(hidden(deploy(loaded, "reference", linear="int8")), expected)
 
 
-@needs_vnni
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: str, tmp_path: Path) -> None:
     model = planned(name)
@@ -231,7 +224,6 @@ def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: st
     assert torch.equal(hidden(deploy(AutoModel.from_pretrained(tmp_path / "two"), "reference")), expected)
 
 
-@needs_vnni
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="only Linux tells what is in memory of a mapped file")
 def test_nothing_of_the_deployed_forms_file_stays_in_memory(tmp_path: Path) -> None:
     """Else its codes would be there twice: as the file has them, and packed."""
@@ -246,7 +238,6 @@ def test_nothing_of_the_deployed_forms_file_stays_in_memory(tmp_path: Path) -> N
         assert torch.equal(loaded(**BATCH).logits, model(**BATCH).logits)
 
 
-@needs_vnni
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_word_embedding_is_in_half_precision_where_the_plan_has_it(name: str) -> None:
     model = planned(name)
@@ -274,7 +265,6 @@ def resident(folder: Path) -> int:
     return size
 
 
-@needs_vnni
 @pytest.mark.parametrize("loader", [AutoModel, BertForMaskedLM], ids=["without the head", "as saved"])
 def test_embeddings_are_found_in_the_file_whatever_head_the_model_has(loader: Any, tmp_path: Path) -> None:
     model: Any = BertForMaskedLM(cast(Any, make_model("BERT").config)).eval()
@@ -286,21 +276,38 @@ def test_embeddings_are_found_in_the_file_whatever_head_the_model_has(loader: An
         assert torch.equal(hidden(loaded.base_model), hidden(model.bert))
 
 
-@needs_vnni
-def test_without_vnni_what_was_saved_in_8_bits_runs_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+HELD = [{}, {"ATTNPRESS_CPU_TARGET": "avx2"}, {"ATTNPRESS_CPU_TARGET": "scalar"}, {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"}]
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_what_was_saved_in_8_bits_gives_the_same_bits_on_every_processor(
+    bits: Bits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    linear.say_slow.cache_clear()
-    model = deploy(planned(), "reference", linear="int8")
+    model = compressed()
+    calibrate_linear(model, BATCHES, tolerance=10.0, bits=bits)
+    assert {product.bits for product in getattr(model, PLAN).values()} == {bits}
+    expected = hidden(deploy(model, "reference", linear="int8"))
     model.save_pretrained(tmp_path)
-    expected = real(hidden(model))
-    monkeypatch.setattr(deployment, "is_supported", lambda: False)
-    found = real(hidden(deploy(AutoModel.from_pretrained(tmp_path), "reference")))
-    assert float((found - expected).norm() / expected.norm()) < 1e-3
-    assert "very slowly" in str(recwarn.pop().message)
+    for held in HELD:
+        with monkeypatch.context() as patch:
+            for name, value in held.items():
+                patch.setenv(name, value)
+            loaded = AutoModel.from_pretrained(tmp_path)
+            assert {m.bits for m in loaded.modules() if isinstance(m, Int8Linear)} == {bits}
+            assert torch.equal(hidden(deploy(loaded, "reference")), expected), held
 
 
-@needs_vnni
+def test_a_plan_without_bits_is_one_of_8() -> None:
+    plain = AttnPressConfig(linear={"0.up": ProductPlan(0.5)}).to_dict()
+    assert plain["linear"]["0.up"].pop("bits") == 7
+    assert AttnPressConfig.from_dict(plain).linear == {"0.up": ProductPlan(0.5, bits=8)}
+    plain["linear"]["0.up"]["bits"] = 6
+    with pytest.raises(ModelError, match=r"damaged: bits"):
+        AttnPressConfig.from_dict(plain)
+    with pytest.raises(ValueError, match="7 or 8"):
+        calibrate_linear(compressed(), BATCHES, bits=cast(Any, 6))
+
+
 def test_an_int8_model_says_what_it_cannot_do() -> None:
     model = deploy(planned(), "reference", linear="int8")
     with pytest.raises(ValueError, match="load the model again"):
@@ -309,7 +316,6 @@ def test_an_int8_model_says_what_it_cannot_do() -> None:
         calibrate_linear(model, BATCHES)
 
 
-@needs_vnni
 def test_a_damaged_deployed_form_is_refused(tmp_path: Path) -> None:
     deploy(planned(), "reference", linear="int8").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -328,7 +334,6 @@ def test_damaged_plans_are_refused(tmp_path: Path) -> None:
         AutoModel.from_pretrained(tmp_path)
 
 
-@needs_vnni
 def test_without_a_plan_all_products_are_int8_and_a_plan_goes_with_its_binding() -> None:
     deployed = deploy(compressed(), "reference", linear="int8")
     assert sum(isinstance(module, Int8Linear) for module in deployed.modules()) == 8
@@ -359,16 +364,13 @@ def test_a_dense_layer_keeps_padding(recwarn: pytest.WarningsRecorder) -> None:
     assert "padding is kept" in str(recwarn.pop().message)
 
 
-@needs_vnni
-def test_without_vnni_layers_stay_float(monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder) -> None:
-    linear.say_float.cache_clear()
-    monkeypatch.setattr(deployment, "is_supported", lambda: False)
-    model = deploy(planned(), "reference", linear="int8")
-    assert not any(isinstance(module, Int8Linear) for module in model.modules())
-    assert "no VNNI" in str(recwarn.pop().message)
+def test_the_layers_of_a_model_are_counted_by_what_computes_them() -> None:
+    model = compressed()
+    assert linear_layers(model) == LinearLayers(int8=0, ordered=0, library=13)
+    assert linear_layers(deploy(model, "reference")) == LinearLayers(int8=0, ordered=0, library=13)
+    assert linear_layers(deploy(model, "reference", linear="int8")) == LinearLayers(int8=8, ordered=1, library=0)
 
 
-@needs_vnni
 def test_a_pipeline_runs_an_int8_model(finished: Path) -> None:
     from attnpress.models.loading import load_compressed, load_tokenizer
 

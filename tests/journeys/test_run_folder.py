@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from attnpress.config import AttentionSpec, ConfigError, RunConfig
-from attnpress.recipe import load_config
+from attnpress.files import MARKER, mark
+from attnpress.recipe import dump_config, load_config
 from attnpress.run_folder import COPIES, check_space, claim_folder, differences, hold_folder
 
 
@@ -21,7 +24,41 @@ def test_a_new_folder_takes_the_recipe_and_knows_it_again(tmp_path: Path) -> Non
     claim_folder(config, tmp_path / "a" / "run")
     claim_folder(config, tmp_path / "a" / "run")
     assert load_config(tmp_path / "a" / "run" / "recipe.yaml") == config
-    assert [path.name for path in (tmp_path / "a" / "run").iterdir()] == ["recipe.yaml"]
+    assert {path.name for path in (tmp_path / "a" / "run").iterdir()} == {MARKER, "recipe.yaml"}
+
+
+@pytest.mark.parametrize("name", ["dense", "checkpoints", "config.json", "recipe.yaml", ".git", "notes.txt"])
+def test_a_folder_of_something_else_is_refused_and_left_as_it_was(name: str, tmp_path: Path) -> None:
+    """Also one with a recipe of the user's own, and one that another part of attnpress made."""
+    if "." in name[1:]:
+        (tmp_path / name).write_text(dump_config(RunConfig()) if name == "recipe.yaml" else "mine", encoding="utf-8")
+    else:
+        (tmp_path / name / "checkpoint-1").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    message = rf"holds {re.escape(name)} and no run of attnpress, .*; choose another --output, or an empty folder"
+    with pytest.raises(ConfigError, match=message):
+        claim_folder(RunConfig(), tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
+    mark(tmp_path, "export")
+    with pytest.raises(ConfigError, match=message):
+        claim_folder(RunConfig(), tmp_path)
+
+
+def test_a_claim_that_was_killed_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / MARKER).write_text('{"made', encoding="utf-8")
+    (tmp_path / ".recipe.yaml.0123456789abcdef.unfinished").write_text("model:", encoding="utf-8")
+    claim_folder(RunConfig(), tmp_path)
+    claim_folder(RunConfig(), tmp_path)
+    assert load_config(tmp_path / "recipe.yaml") == RunConfig()
+
+
+def test_a_run_from_before_folders_were_marked_goes_on(finished: Path, tiny_recipe: RunConfig, tmp_path: Path) -> None:
+    for name in ("recipe.yaml", "record.json"):
+        shutil.copy(finished / name, tmp_path)
+    (tmp_path / "dense").mkdir()
+    claim_folder(tiny_recipe, tmp_path)
+    with pytest.raises(ConfigError, match=r"differs in seed\)"):
+        claim_folder(dataclasses.replace(tiny_recipe, seed=1), tmp_path)
 
 
 def test_the_folder_of_another_recipe_is_refused_by_the_keys_that_differ(tmp_path: Path) -> None:
@@ -35,6 +72,7 @@ def test_the_folder_of_another_recipe_is_refused_by_the_keys_that_differ(tmp_pat
 
 
 def test_a_damaged_recipe_in_the_folder_is_named(tmp_path: Path) -> None:
+    claim_folder(RunConfig(), tmp_path)
     (tmp_path / "recipe.yaml").write_text("a: [", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"recipe\.yaml: not valid YAML"):
         claim_folder(RunConfig(), tmp_path)

@@ -8,18 +8,16 @@ from contextlib import contextmanager
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
-from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import key_validity
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
+from tests.kernels.agreement import assert_same
 from tests.kernels.factories import Case, cases, make_case, needs_kernel
 
 pytestmark = needs_kernel
 
 TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
-NAMES = ("q_codes", "row_max", "p_codes", "code_sum", "weighted")
 DENSE = AttentionSpec()
 PRUNED = AttentionSpec(sparsity=0.9)
 
@@ -41,26 +39,6 @@ def threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def ulps(left: Tensor, right: Tensor) -> int:
-    """Largest distance in float32 steps; NaN nowhere."""
-    ordered = [x.contiguous().view(torch.int32).long() for x in (left, right)]
-    ordered = [torch.where(x < 0, -(2**31) - x, x) for x in ordered]
-    return int((ordered[0] - ordered[1]).abs().amax()) if left.numel() else 0
-
-
-def assert_same(case: Case) -> None:
-    expected, found = case.integer(), ops.compiled_integers(*case.arguments, causal=case.causal)
-    for name in NAMES:
-        assert torch.equal(found[name], getattr(expected, name)), name
-    seen = key_validity(case.allowed())
-    assert seen is not None
-    for name in ("k_codes", "v_codes"):
-        assert torch.equal(found[name] * seen, getattr(expected, name) * seen), name
-    assert ulps(found["output"], expected.output) <= 1
-    plain = ops.attention(*case.arguments, causal=case.causal)
-    assert torch.equal(plain, found["output"])
-
-
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_integers_equal_the_reference(target: str, case: Case) -> None:
@@ -80,6 +58,34 @@ def test_thread_count_changes_nothing(target: str, batch: int, count: int) -> No
 def test_long_rows(target: str, keys: int, rule: RuleName) -> None:
     spec = AttentionSpec(sparsity=0.95, rule=rule)
     assert_same(make_case((1, 1, 1, 26, keys, 64), spec, cutoff=3.0))
+
+
+# Bits of Q and K and a head size: the largest whose sums AVX2 takes in 16 bits, the next one, and usual ones.
+FEW_BITS = [
+    (4, 4, 64),
+    (4, 4, 256),
+    (2, 5, 128),
+    (5, 5, 140),
+    (5, 5, 144),
+    (6, 2, 124),
+    (6, 2, 128),
+    (8, 2, 28),
+    (8, 2, 32),
+]
+
+
+@pytest.mark.parametrize(("query_bits", "key_bits", "dim"), FEW_BITS)
+@pytest.mark.parametrize("rule", ["relative", "topk"])
+def test_few_bits_of_queries_and_keys(target: str, query_bits: int, key_bits: int, dim: int, rule: RuleName) -> None:
+    few = {"q": TensorSpec(bits=query_bits), "k": TensorSpec(bits=key_bits)}
+    spec = AttentionSpec(rule=rule, sparsity=0.8, **few)
+    assert_same(make_case((2, 4, 2, 23, 70, dim), spec, cutoff=3.0, mask="holes", transposed=False))
+    largest = make_case((1, 1, 1, 8, 600, dim), spec, cutoff=3.0)
+    largest.query.abs_().add_(100)  # every code is the largest there is
+    largest.key.abs_().add_(100)
+    largest.key[:, :, ::3].neg_()
+    largest.query[:, :, ::2].neg_()
+    assert_same(largest)
 
 
 def test_more_keys_than_one_chunk_of_32_bit_sums_and_16_bit_indexes() -> None:
@@ -161,3 +167,18 @@ def test_torch_ops_reject_what_would_crash() -> None:
         arguments = [value if i == place else x for i, x in enumerate(good)]
         with pytest.raises(RuntimeError, match="attnpress"):
             torch.ops.attnpress.attention(*arguments)
+
+
+@pytest.mark.parametrize("variable", [TARGET_VARIABLE, "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_a_process_held_below_vnni_has_none(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (TARGET_VARIABLE, *cpu.ONEDNN_VARIABLES):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
+    assert cpu.has_vnni() == torch.backends.mkldnn.is_available()
+    for value in ("avx2", "scalar") if variable == TARGET_VARIABLE else ("AVX2", "avx512_core", "SSE41"):
+        monkeypatch.setenv(variable, value)
+        assert not cpu.has_vnni()
+    monkeypatch.setenv(variable, "avx512vnni" if variable == TARGET_VARIABLE else "AVX512_CORE_VNNI")
+    assert cpu.has_vnni() == torch.backends.mkldnn.is_available()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    assert not cpu.has_vnni()

@@ -30,6 +30,10 @@ HELD = {
 """What keeps torch and OpenVINO to the instructions of a target, by target."""
 
 
+NEVER_HELD = ("onnxruntime-int8",)
+"""Peers that ask the processor alone."""
+
+
 class BenchmarkError(ValueError):
     """A comparison that cannot be run; the message says why, and what to do."""
 
@@ -66,15 +70,16 @@ class Timing(Comparison):
     """A comparison of single calls of attention.
 
     Attributes:
-        product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V.
+        product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V. None
+            without VNNI, where that is slower than attention as a whole and no yardstick.
         product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
         source, layer: "synthetic" and None, or the run folder and the module that the inputs were captured from.
     """
 
     heads: int
     head_dim: int
-    product_ms: float
-    product_share: float
+    product_ms: float | None
+    product_share: float | None
     source: str
     layer: str | None
 
@@ -94,17 +99,20 @@ def bench(
         seconds: how long each side is timed, at least seven calls.
 
     Raises:
-        BenchmarkError: an unknown peer, or one whose package is not installed; a length, batch or thread count below
-            1; a sparsity outside [0, 1).
+        BenchmarkError: an unknown peer, or one whose package is not installed; a number out of its range.
         BackendUnavailableError: the kernel is not built.
         SideError: a side failed.
     """
     names, lengths = list(peers), list(seq_lens)
     check_peers(names, PEERS)
-    check_counts(lengths=lengths, threads=[threads], batch=[batch or 1])
+    check_counts(lengths=lengths, threads=[threads], batch=[1 if batch is None else batch])
+    check_threads(threads)
     check_sparsity(sparsity)
     cpu.load()
-    problems = (make_problem(length, batch or usual_batch(length), heads, head_dim, sparsity) for length in lengths)
+    problems = (
+        make_problem(length, usual_batch(length) if batch is None else batch, heads, head_dim, sparsity)
+        for length in lengths
+    )
     return _compare(problems, names, threads, seconds)
 
 
@@ -129,6 +137,7 @@ def bench_run(
     names = list(peers)
     check_peers(names, PEERS)
     check_counts(rows=[rows], threads=[threads])
+    check_threads(threads)
     cpu.load()
     problems = captured_problems(run_folder, config, rows)
     chosen = range(len(problems)) if layers is None else layers
@@ -164,6 +173,23 @@ def check_counts(**counts: Sequence[int]) -> None:
             raise BenchmarkError(f"{name}: starts at 1, found {', '.join(map(str, values)) or 'none'}")
 
 
+def check_threads(threads: int) -> None:
+    """Raise BenchmarkError for more threads than this process has cores: no side would run what its row says."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if threads > cores:
+        raise BenchmarkError(f"threads: this process has {cores} core{'s' * (cores > 1)}, found {threads}")
+
+
+def check_held(peers: Iterable[str]) -> None:
+    """Raise BenchmarkError for a peer that would use more instructions than the target that is forced."""
+    best = cpu.supported_targets()[0]
+    if cpu.active_target() != best and (free := [name for name in peers if name in NEVER_HELD]):
+        raise BenchmarkError(
+            f"peer {free[0]}: has no setting that holds it to {cpu.active_target()}, and would run as on {best}; "
+            "hold all to AVX2 with csrc/hold_avx2.sh attnpress bench ..., or leave this peer out"
+        )
+
+
 def check_sparsity(sparsity: float) -> None:
     """Raise BenchmarkError for a sparsity outside [0, 1)."""
     if not 0 <= sparsity < 1:
@@ -180,18 +206,19 @@ def held() -> dict[str, str]:
     return HELD[cpu.active_target()] if os.environ.get(cpu.TARGET_VARIABLE) else {}
 
 
-def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str) -> dict[str, Any]:
-    """The fields of `Comparison` that follow from the times of "ours" and the peer."""
+def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str, target: str) -> dict[str, Any]:
+    """The fields of `Comparison` that follow from the times of "ours", on that target, and the peer."""
     ours, theirs = times["ours"], times[peer]
     return {
-        "target": cpu.active_target(), "peer": peer, "ours_ms": median_of(ours), "peer_ms": median_of(theirs),
+        "target": target, "peer": peer, "ours_ms": median_of(ours), "peer_ms": median_of(theirs),
         "ratio": paired_ratio(theirs, ours), "spread": spread(ours), "peer_spread": spread(theirs),
     }  # fmt: skip
 
 
 def _compare(problems: Iterable[Problem], peers: Sequence[str], threads: int, seconds: float) -> list[Timing]:
+    yardstick = ["product"] if cpu.has_vnni() else []
     with ExitStack() as stack:
-        sides = [stack.enter_context(Side(name, held())) for name in ("ours", "product", *dict.fromkeys(peers))]
+        sides = [stack.enter_context(Side(name, held())) for name in ("ours", *yardstick, *dict.fromkeys(peers))]
         file = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "problem.safetensors"
         return [timing for problem in problems for timing in _timings(problem, file, sides, peers, threads, seconds)]
 
@@ -204,17 +231,19 @@ def _timings(
     facts = {side.name: side.prepare(make, name=side.name, file=str(file), threads=threads) for side in sides}
     times = in_turns(sides, seconds)
     for peer in peers:
-        yield _timing(problem, peer, threads, times, facts[peer])
+        yield _timing(problem, peer, threads, times, facts)
 
 
 def _timing(
-    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]], facts: dict[str, Any]
-) -> Timing:
+    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]],
+    facts: Mapping[str, dict[str, Any]],
+) -> Timing:  # fmt: skip
     batch, heads, length, dim = problem.query.shape
-    product = median_of(times["product"])
-    shared = compared(times, peer)
+    product = median_of(times["product"]) if "product" in times else None
+    shared = compared(times, peer, facts["ours"]["target"])
     return Timing(
         seq_len=length, batch=batch, heads=heads, head_dim=dim, sparsity=round(problem.sparsity, 4), threads=threads,
-        **shared, product_ms=product, product_share=product / shared["ours_ms"], source=problem.source,
-        layer=problem.layer, provenance={**provenance(peer), "peer": facts},
+        **shared, product_ms=product, product_share=None if product is None else product / shared["ours_ms"],
+        source=problem.source, layer=problem.layer,
+        provenance={**provenance(peer), "ours": facts["ours"], "peer": facts[peer]},
     )  # fmt: skip

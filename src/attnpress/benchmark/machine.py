@@ -10,6 +10,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from attnpress.kernels import cpu
+
 
 def provenance(*packages: str) -> dict[str, Any]:
     """Versions of attnpress, torch and those of `packages` that have one to tell, the machine, and how busy it is."""
@@ -27,6 +31,11 @@ def provenance(*packages: str) -> dict[str, Any]:
             "load": round(os.getloadavg()[0], 1),
         },
     }
+
+
+def instructions() -> str:
+    """What libraries of this process find the processor to have, and torch uses: "AVX2" or "AVX512, VNNI", say."""
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *(["VNNI"] if cpu.has_vnni() else [])])
 
 
 def resident_megabytes() -> float:

@@ -45,14 +45,30 @@ class Problem:
     layer: str | None = None
 
 
-def make_problem(length: int, batch: int, heads: int, head_dim: int, sparsity: float, seed: int = 0) -> Problem:
-    """Normal Q, K, V with absmax scales, and the cutoff that prunes `sparsity` of the pairs, on a sample of rows."""
+def make_problem(
+    length: int,
+    batch: int,
+    heads: int,
+    head_dim: int,
+    sparsity: float,
+    seed: int = 0,
+    spec: AttentionSpec | None = None,
+) -> Problem:
+    """Normal Q, K, V with absmax scales, and the cutoff that prunes `sparsity` of the pairs, on a sample of rows.
+
+    `spec` gives the bits: 8 everywhere if None.
+    """
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
         torch.randn(batch, length, heads, head_dim, generator=generator).transpose(1, 2) for _ in range(3)
     )
-    spec, scaling = AttentionSpec(sparsity=sparsity), head_dim**-0.5
-    scales = Scales(*(positive_scale(x.abs().amax((0, 2, 3), keepdim=True) / 127) for x in (query, key, value)))
+    spec, scaling = replace(spec or AttentionSpec(), sparsity=sparsity), head_dim**-0.5
+    scales = Scales(
+        *(
+            positive_scale(x.abs().amax((0, 2, 3), keepdim=True) / each.qmax)
+            for x, each in ((query, spec.q), (key, spec.k), (value, spec.v))
+        )
+    )
     cutoff = _fitted_cutoff(query, key, sparsity, scaling) if sparsity > 0 else None
     problem = Problem(query, key, value, None, scales, cutoff, spec, scaling, sparsity)
     return replace(problem, sparsity=_measured_sparsity(problem))

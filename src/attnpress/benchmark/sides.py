@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from attnpress.benchmark.machine import instructions
 from attnpress.benchmark.problem import Problem, load_problem
 from attnpress.benchmark.turns import Prepared, Run, take_turn
 from attnpress.core.attention import repeat_heads
 from attnpress.core.quantizer import quantize
-from attnpress.kernels import ops
+from attnpress.kernels import cpu, ops
 
 BLOCKS = (math.inf, 512, 256)
 """Rows and keys of a product at once: a call costs some microseconds, a large result leaves the cache."""
@@ -31,7 +32,10 @@ def prepare(name: str, file: str, threads: int) -> Prepared:
     problem = load_problem(Path(file))
     if name == "openvino":
         return _openvino(problem, threads)
-    return Prepared((_TORCH | _OURS)[name](problem), {"instructions": torch.backends.cpu.get_cpu_capability()})
+    facts = {"instructions": instructions(), "threads": torch.get_num_threads()}
+    if name == "ours":
+        facts["target"] = cpu.active_target()
+    return Prepared((_TORCH | _OURS)[name](problem), facts)
 
 
 def _ours(problem: Problem) -> Run:

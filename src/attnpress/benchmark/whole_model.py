@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,20 +14,22 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnpress.benchmark.attention import (
     BenchmarkError,
     Comparison,
     check_counts,
+    check_held,
     check_peers,
     check_sparsity,
+    check_threads,
     compared,
     held,
     require,
 )
 from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
-from attnpress.benchmark.machine import peak_megabytes, provenance, resident_megabytes
+from attnpress.benchmark.machine import instructions, peak_megabytes, provenance, resident_megabytes
 from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.calibration import REFITS, calibrate, outputs, watching
@@ -35,6 +38,7 @@ from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu, ops
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
+from attnpress.models.linear import Int8Linear
 from attnpress.models.stock import STOCK, attention_seconds, load_stock, longest_input, make_stock
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
@@ -43,6 +47,10 @@ PEERS = (*TORCH, *RUNTIMES)
 USUAL_PEERS = ("sdpa", "eager")
 SECONDS = 4.0
 INPUTS = "inputs.safetensors"
+EXPECTED = "expected.safetensors"
+TOLD = ("peak_mb", "model_mb", "file_mb", "attention", "difference")
+FIELDS = (*TOLD, "linear_difference", "sparsity", "linear_layers", "activation_bits", "target")
+"""What a side says that has fields of `ModelTiming`; the former for each side."""
 SHARE_CALLS = 3
 CALIBRATION_TOKENS = 512
 """Scales are taken from this much of the input: calibration holds S x S matrices. Thresholds see all of it."""
@@ -58,7 +66,9 @@ class ModelTiming(Comparison):
         seq_len: tokens of the longest row.
         sparsity: of P, over all layers.
         ragged: the task whose lengths the rows have, padded to the longest; None where no row has padding.
-        linear: "float" (float32 but for attention), or "int8" for our linear layers too, all of them, without padding.
+        linear: what our linear layers were while they were timed: "float", or "int8" (and no padding then).
+        linear_layers: how many of ours ran in "int8" and in "float"; three that have one input may run as one.
+        activation_bits: of the codes that our int8 layers take in, each number once; empty where there are none.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
             None where the peer's runtime does not show its own.
@@ -67,6 +77,11 @@ class ModelTiming(Comparison):
         ours_model_mb, peer_model_mb: the same, less what the process held before it loaded the model: weights,
             activations, and libraries that only running the model loads. The model is made in another process.
         ours_file_mb, peer_file_mb: size of the files that the side loads.
+        ours_difference, peer_difference: how far the last hidden state is from that of the same model in float32 with
+            nothing pruned, on real tokens: the norm of the difference over the norm. Ours holds what pruning does to
+            weights that were never trained with it.
+        ours_linear_difference: how far ours is from the same model with float linear layers: what int8 layers change.
+            None where linear layers are in float.
     """
 
     model: str
@@ -75,6 +90,11 @@ class ModelTiming(Comparison):
     ceiling: float | None
     ragged: str | None
     linear: Linear
+    linear_layers: dict[str, int]
+    activation_bits: list[int]
+    ours_difference: float
+    ours_linear_difference: float | None
+    peer_difference: float
     ours_peak_mb: float
     peer_peak_mb: float
     ours_model_mb: float
@@ -96,18 +116,20 @@ def bench_models(
         batch, threads: of each side.
         peers: of PEERS.
         seconds: how long each side is timed, at least seven calls.
-        linear: of ours; see `ModelTiming`.
+        linear: of ours: "int8" puts all linear layers of the encoder into 8 bits.
         ragged: tasks of `lengths.HISTOGRAMS`: each model is also timed on a batch with its lengths.
 
     Raises:
-        BenchmarkError: an unknown model, peer or task; a number below 1; a sparsity outside [0, 1); a length that a
-            model has no positions for.
+        BenchmarkError: an unknown model, peer or task; a number out of its range; a length that a model has no
+            positions for; a model whose linear layers stay in float where int8 was asked for; a peer that cannot be
+            held to the target that ATTNPRESS_CPU_TARGET forces.
         BackendUnavailableError: the kernel is not built.
         SideError: a side failed, for instance because a package that carries weights is not installed.
     """
     names, chosen, tasks = list(peers), list(models), list(ragged)
     if wrong := [task for task in tasks if task not in HISTOGRAMS]:
         raise BenchmarkError(f"no lengths of {', '.join(wrong)!r}; use some of {', '.join(HISTOGRAMS)}")
+    check_counts(batch=[batch])
     lengths = [*seq_lens, *(max(ragged_lengths(task, batch)) for task in tasks)]
     unknown = [name for name in chosen if name not in STOCK]
     if unknown or not chosen:
@@ -116,9 +138,10 @@ def bench_models(
     for name in names:
         if name in RUNTIMES:
             require(name, RUNTIMES[name].extra, *RUNTIMES[name].packages)
-    check_counts(lengths=lengths, threads=[threads], batch=[batch])
+    check_counts(lengths=lengths, threads=[threads])
+    check_threads(threads)
     check_sparsity(sparsity)
-    cpu.load()
+    check_held(names)
     sources = [None] * (len(lengths) - len(tasks)) + tasks
     cases = [
         {"model": name, "length": length, "batch": batch, "sparsity": sparsity, "threads": threads, "linear": linear,
@@ -152,16 +175,21 @@ def _build(name: str, folder: str, shape: dict[str, Any], case: dict[str, Any]) 
 def _timing(
     case: dict[str, Any], peer: str, times: Mapping[str, Sequence[Sequence[float]]], facts: dict[str, dict[str, Any]]
 ) -> ModelTiming:
-    ours, theirs, told = facts["ours"], facts[peer], ("peak_mb", "model_mb", "file_mb", "attention")
-    share = theirs["attention"]
-    known = {key: value for key, value in theirs.items() if key not in told}
+    ours, theirs = facts["ours"], facts[peer]
+    share, layers = theirs["attention"], ours["linear_layers"]
     return ModelTiming(
         model=case["model"], seq_len=case["length"], batch=case["batch"], threads=case["threads"],
-        sparsity=round(ours["sparsity"], 4), ragged=case["ragged"], linear=case["linear"], **compared(times, peer),
-        ceiling=None if share is None else 1 / (1 - share), **{f"ours_{key}": ours[key] for key in told},
-        **{f"peer_{key}": theirs[key] for key in told},
-        provenance={**provenance("transformers", *_packages(peer)), "peer": known},
+        sparsity=round(ours["sparsity"], 4), ragged=case["ragged"], linear="int8" if layers["int8"] else "float",
+        linear_layers=layers, activation_bits=ours["activation_bits"], **compared(times, peer, ours["target"]),
+        ceiling=None if share is None else 1 / (1 - share), ours_linear_difference=ours["linear_difference"],
+        **{f"ours_{key}": ours[key] for key in TOLD}, **{f"peer_{key}": theirs[key] for key in TOLD},
+        provenance={**provenance("transformers", *_packages(peer)), **_surroundings(ours=ours, peer=theirs)},
     )  # fmt: skip
+
+
+def _surroundings(**sides: dict[str, Any]) -> dict[str, Any]:
+    """What each side said of the instructions, threads and precision that it ran with, which have no field."""
+    return {side: {key: value for key, value in facts.items() if key not in FIELDS} for side, facts in sides.items()}
 
 
 def _packages(peer: str) -> tuple[str, ...]:
@@ -179,16 +207,19 @@ def build(
     inputs = _tokens(stock.config.vocab_size, ragged_lengths(ragged, batch) if ragged else [length] * batch)
     place.mkdir(parents=True)
     facts: dict[str, Any] = {}
+    expected = {"dense": _hidden(_forward(stock, inputs)())}
     if name in RUNTIMES:
         RUNTIMES[name].write(stock, inputs, place / RUNTIMES[name].file)
     else:
         if name == "ours":
             facts["sparsity"] = _deploy(stock, inputs, sparsity)
             if linear == "int8":
-                deploy(stock, "cpu", linear="int8")
+                expected["float linear"] = _hidden(_forward(stock, inputs)())
+                _put_into_int8(stock, model)
         stock.save_pretrained(place)
     facts["file_mb"] = sum(file.stat().st_size for file in place.iterdir()) / 1e6
     save_file(inputs, place / INPUTS)
+    save_file(expected, place / EXPECTED)
     return Prepared(lambda: None, facts)
 
 
@@ -197,7 +228,7 @@ def prepare(name: str, folder: str, threads: int) -> Prepared:
     torch.set_num_threads(threads)
     place, before = Path(folder), resident_megabytes()
     inputs = load_file(place / INPUTS)
-    facts: dict[str, Any] = {"instructions": torch.backends.cpu.get_cpu_capability(), "attention": None}
+    facts: dict[str, Any] = {"instructions": instructions(), "attention": None}
     if name in RUNTIMES:
         served = RUNTIMES[name].serve(place / RUNTIMES[name].file, inputs, threads)
         run = served.run
@@ -205,12 +236,50 @@ def prepare(name: str, folder: str, threads: int) -> Prepared:
     else:
         stock = deploy(load_stock(place), "cpu") if name == "ours" else load_stock(place, *TORCH[name])
         run = _forward(stock, inputs)
+        facts["threads"] = torch.get_num_threads()
+        if name == "ours":
+            facts |= {"target": cpu.active_target(), **_linear_layers(stock)}
     facts["peak_mb"] = peak_megabytes(run)
     facts["model_mb"] = facts["peak_mb"] - before
+    facts |= _differences(_hidden(run()), load_file(place / EXPECTED), inputs["attention_mask"].bool())
     if name not in RUNTIMES:
         with attention_seconds(stock) as seconds:
             facts["attention"] = _share(run, seconds)
     return Prepared(run, facts)
+
+
+def _put_into_int8(model: Any, name: str) -> None:
+    """Deploy with int8 linear layers, or say why that is not to be had; a warning would be lost in this process."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        deploy(model, "cpu", linear="int8")
+    if not _linear_layers(model)["linear_layers"]["int8"]:
+        raise BenchmarkError(f"{name} has no int8 linear layers: {'; '.join(str(each.message) for each in said)}")
+
+
+def _linear_layers(model: nn.Module) -> dict[str, Any]:
+    """How many linear layers run in 8 bits and in float, and the bits of the codes that the former multiply."""
+    eights = [module.bits for module in model.modules() if isinstance(module, Int8Linear)]
+    floats = sum(isinstance(module, nn.Linear) for module in model.modules())
+    return {"linear_layers": {"int8": len(eights), "float": floats}, "activation_bits": sorted(set(eights))}
+
+
+def _hidden(found: Any) -> Tensor:
+    """The last hidden state of a model's output, whichever library it is from: float32 [B, S, H]."""
+    hidden = getattr(found, "last_hidden_state", None)
+    return torch.as_tensor(found[0] if hidden is None else hidden).float().contiguous()
+
+
+def _differences(found: Tensor, expected: dict[str, Tensor], real: Tensor) -> dict[str, float | None]:
+    """Norm of the difference over the norm, on real tokens."""
+
+    def off(name: str) -> float | None:
+        if name not in expected:
+            return None
+        exact = expected[name][real].double()
+        return float((found[real].double() - exact).norm() / exact.norm())
+
+    return {"difference": off("dense"), "linear_difference": off("float linear")}
 
 
 def _tokens(vocabulary: int, lengths: Sequence[int]) -> dict[str, Tensor]:
@@ -261,9 +330,9 @@ def _counting(module: CompressedAttention) -> list[tuple[int, int]]:
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Run:
-    def run() -> None:
+    def run() -> Any:
         with torch.inference_mode():
-            model(**inputs)
+            return model(**inputs)
 
     return run
 

@@ -13,6 +13,13 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.core.arguments import (
+    check_tensors,
+    check_values,
+    four_dims,
+    pair_mask,
+    some_key,
+)
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
 from attnpress.core.pruner import keep_mask
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
@@ -150,10 +157,12 @@ def integer_attention(
         scaling: factor of the scores, usually 1 / sqrt(D).
 
     Raises:
-        ValueError: a matrix is not quantized.
+        ValueError: a matrix is not quantized, or an argument is not as described; the message names it.
     """
     if None in spec.bits.values():
         raise ValueError(f"integer attention needs bits for all of q, k, v and p; found {spec.bits}")
+    valid, keys = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling), slice(key.shape[2])
+    key, value, valid = some_key(key, value, valid)
     heads = query.shape[1]
     q_scale = query_scale(query, scales, spec.q)
     k_scale, v_scale = _present(scales.k, "k"), _present(scales.v, "v")
@@ -174,9 +183,9 @@ def integer_attention(
         numerator, divisor = with_tail(numerator, divisor, sums, score_steps(alpha, tail, heads))
     output = (numerator * repeat_heads(v_scale, heads)) / divisor
     found = IntegerAttention(
-        q_codes.to(torch.int8), k_codes.to(torch.int8), v_codes.to(torch.int8),
-        acc, row_maximum(acc, pairs.valid), pairs.keep,
-        pairs.codes.to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
+        q_codes.to(torch.int8), k_codes[:, :, keys].to(torch.int8), v_codes[:, :, keys].to(torch.int8),
+        acc[..., keys], row_maximum(acc, pairs.valid), pairs.keep[..., keys],
+        pairs.codes[..., keys].to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
         weighted.long(), output,
     )  # fmt: skip
     return found if sums is None else _tailed(found, sums)
@@ -191,6 +200,21 @@ def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
     if sums.score is None or sums.slope is None:
         return TailedAttention(**whole)
     return LinearTailedAttention(**whole, tail_score=sums.score.long(), tail_slope=sums.slope.long())
+
+
+def checked_mask(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
+    spec: AttentionSpec, scaling: float,
+) -> Tensor | None:  # fmt: skip
+    """Refuse what no call may be given; see `integer_attention`. Returns `valid` as `arguments.pair_mask` does.
+
+    Raises:
+        ValueError: names the argument, what it must be, and what was found.
+    """
+    check_tensors(query, key, value)
+    static = {"q": None if spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
+    check_values(query, key, value, static, cutoff, scaling)
+    return pair_mask(valid, query, key)
 
 
 def prune_and_code(
@@ -259,8 +283,8 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def key_validity(valid: Tensor | None) -> Tensor | None:
-    """Keys that some query may attend to: bool [B, 1, Sk, 1]."""
-    return None if valid is None else valid.any(-2, keepdim=True).any(1, keepdim=True).mT
+    """Keys that some query may attend to: bool [B or 1, 1, Sk or 1, 1], from a mask of up to four dimensions."""
+    return None if valid is None else four_dims(valid).any(-2, keepdim=True).any(1, keepdim=True).mT
 
 
 def row_maximum(acc: Tensor, valid: Tensor) -> Tensor:

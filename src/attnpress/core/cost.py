@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
+from attnpress.core.arguments import four_dims
 
 TILE_ROWS, TILE_KEYS = 16, 64
 FLOAT_BITS = 32
@@ -79,10 +80,10 @@ def count_pairs(codes: Tensor, pruned: Tensor | None, valid: Tensor) -> PairCoun
     Args:
         codes: P codes, not negative, [B, H, Sq, Sk].
         pruned: positive (or True) where the rule removes a pair, same shape; None removes none.
-        valid: bool [B or 1, 1 or H, Sq, Sk].
+        valid: bool, broadcastable to [B, H, Sq, Sk].
     """
-    batch, heads = codes.shape[:2]
-    counted = valid.expand(batch, -1, -1, -1).float()
+    batch, heads, rows, keys = codes.shape
+    counted = four_dims(valid).expand(batch, -1, rows, keys).float()
     allowed, survivors = _strips(counted), _strips(codes.sign() * counted)
     pairs, tiles, occupied = _per_head(allowed), _tiles(allowed), _tiles(survivors)
     counts = (

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
+from attnpress.core.arguments import some_key
 from attnpress.core.attention import (
     Scales,
     TailedScales,
+    checked_mask,
     key_validity,
     prune_and_code,
     query_scale,
@@ -63,7 +65,11 @@ def fake_quantize_attention(
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
+
+    Raises:
+        ValueError: an argument is not as described; the message names it.
     """
+    key, value, valid = some_key(key, value, checked_mask(query, key, value, valid, scales, cutoff, spec, scaling))
     heads = query.shape[1]
     q_codes, k_codes, alpha = scores_operands(query, key, valid, scales, spec, scaling)
     v_codes, v_scale = value.float(), torch.ones(1, 1, 1, 1, device=value.device)
@@ -195,19 +201,8 @@ class _Attend(torch.autograd.Function):
             grad_alpha = (moved / alpha).sum_to_size(alpha.shape)
         if ctx.needs_input_grad[4]:
             grad_v_scale = (grad * output / v_scale).sum_to_size(v_scale.shape)
-        return (
-            grad_q,
-            grad_k,
-            grad_v,
-            grad_alpha,
-            grad_v_scale,
-            *(grad_scored or (None, None)),
-            None,
-            None,
-            None,
-            None,
-            None,
-        )
+        rest = (None,) * 5
+        return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, *(grad_scored or (None, None)), *rest
 
 
 class CodedPairs(NamedTuple):
@@ -303,7 +298,7 @@ def dropout_mask(codes: Tensor, dropout: float) -> tuple[Tensor | None, float]:
 
 
 def _weighted(weights: Tensor, v: Tensor) -> Tensor:
-    may_be_inexact = weights.shape[-1] * 255 * 127 >= EXACT
+    may_be_inexact = weights.numel() > 0 and weights.shape[-1] * 255 * 127 >= EXACT
     if may_be_inexact and float(weights.sum(-1).amax()) * 127 >= EXACT:
         return (weights.double() @ v.double()).float()
     return weights @ v

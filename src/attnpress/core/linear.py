@@ -1,18 +1,20 @@
 """Linear layers in 8 bits: what their integers are, and the product in full view.
 
-    scale = (high - low) / 255      zero = round(-low / scale)                       for each token; low <= 0 <= high
-    codes = clamp(round_half_to_even(x * (1 / scale)) + zero, 0, 255)                uint8
+    levels = 2^bits - 1, 127 or 255                                                  of the codes of inputs
+    scale = (high - low) / levels      zero = round(-low / scale)                    for each token; low <= 0 <= high
+    codes = clamp(round_half_to_even(x * (1 / scale)) + zero, 0, levels)             uint8
     w_codes = clamp(round_half_to_even(w * (1 / w_scale)), -127, 127)                int8, one scale for each output
-    out = (codes . w_codes - zero * sum(w_codes)) * scale * w_scale + bias           the sums in int32, exact
+    out = (codes . w_codes - zero * sum(w_codes)) * w_scale * scale + bias           the sums in int32, exact
 
 Inputs are unsigned with a zero point because what comes out of a GELU hardly goes below zero: symmetric codes would
-leave half of the range empty. Processors with VNNI multiply exactly such a pair, bytes without and with a sign.
+leave half of the range empty. Processors with VNNI multiply exactly such a pair, bytes without and with a sign. All
+others with AVX2 add pairs of such products in 16 bits, which 7-bit codes cannot overflow: 2 * 127 * 127 < 2^15.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +22,15 @@ from torch import Tensor
 
 from attnpress.core.quantizer import positive_scale, quantize
 
+Bits = Literal[7, 8]
+"""Of the codes of a product's input."""
+
+ACTIVATION_BITS: Bits = 7
+"""Unless a plan says otherwise: exact by the same instructions on every x86 with AVX2 (decision 25)."""
+
 LEVELS = 255
+"""The largest code of 8 bits."""
+
 WEIGHT_QMAX = 127
 
 
@@ -44,21 +54,23 @@ class ProductPlan:
     Attributes:
         error: relative change of the model's output where this product alone is in 8 bits; None if nobody looked.
         quantized: False if it stays in float.
+        bits: of the codes of its input, 7 or 8; weights always have 8. Says nothing of the word embedding.
     """
 
     error: float | None = None
     quantized: bool = True
+    bits: Bits = ACTIVATION_BITS
 
 
-def token_codes(x: Tensor) -> Coded:
+def token_codes(x: Tensor, bits: int = 8) -> Coded:
     """Codes of a layer's input [..., K]; each token's range is widened to hold zero. NaN becomes the code of zero."""
-    x = x.float()
+    x, levels = x.float(), float(2**bits - 1)
     seen = x.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     low, high = (bound.unsqueeze(-1) for bound in (seen.amin(-1).clamp(max=0), seen.amax(-1).clamp(min=0)))
-    scale = positive_scale((high - low) / LEVELS)
+    scale = positive_scale((high - low) / levels)
     inverse = 1.0 / scale
-    zero = -(low * inverse).clamp(min=-LEVELS).round()
-    codes = torch.maximum(torch.minimum((x * inverse).nan_to_num(nan=0.0), LEVELS - zero), -zero).round() + zero
+    zero = -(low * inverse).clamp(min=-levels).round()
+    codes = torch.maximum(torch.minimum((x * inverse).nan_to_num(nan=0.0), levels - zero), -zero).round() + zero
     return Coded(codes.to(torch.uint8), scale.squeeze(-1), zero.squeeze(-1).abs())
 
 
@@ -73,6 +85,26 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
     return quantize(weight.detach(), scale, WEIGHT_QMAX).to(torch.int8), scale.squeeze(1)
 
 
+def column_sums(weight: Tensor) -> Tensor:
+    """Sums of a weight's codes [N, K] over the inputs: float32 [N], each rounded once from its integer."""
+    # Some rows at a time: torch adds bytes in a copy of them that is eight times as large.
+    return torch.cat([rows.sum(1) for rows in weight.split(128)]).float()
+
+
+def finish(sums: Tensor, coded: Coded, column: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Make sums of products of codes the layer's output; each step is rounded by itself.
+
+    Args:
+        sums: float32 [..., N], each rounded once from its integer.
+        coded: the tokens; only scale and zero are read.
+        column: from `column_sums`.
+    """
+    centred = sums - coded.zero.unsqueeze(-1) * column
+    out = centred * weight_scale * coded.scale.unsqueeze(-1)
+    # A missing bias is one of zeros: -0 + 0 is +0 wherever it is computed.
+    return out + (torch.zeros_like(weight_scale) if bias is None else bias)
+
+
 def linear(coded: Coded, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """The product, readable: exact integers, then float32.
 
@@ -85,17 +117,17 @@ def linear(coded: Coded, weight: Tensor, weight_scale: Tensor, bias: Tensor | No
         float32 [..., N].
     """
     # A float64 product of integers this small is exact in any order of summation.
-    total = (coded.codes.double() - coded.zero.double().unsqueeze(-1)) @ weight.double().mT
-    out = total.float() * weight_scale * coded.scale.unsqueeze(-1)
-    return out if bias is None else out + bias
+    sums = (coded.codes.double() @ weight.double().mT).float()
+    return finish(sums, coded, column_sums(weight), weight_scale, bias)
 
 
-def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int = 8) -> Tensor:
     """The same product in floating point, as fast as that of floats anywhere; in the dtype of `x`.
 
     Args:
         x: [..., K], not yet coded.
         weight: [N, K], not yet coded.
+        bits: of the codes of `x`.
     """
     codes, scale = weight_codes(weight)
-    return F.linear(decode(token_codes(x)).to(x.dtype), (codes * scale.unsqueeze(1)).to(x.dtype), bias)
+    return F.linear(decode(token_codes(x, bits)).to(x.dtype), (codes * scale.unsqueeze(1)).to(x.dtype), bias)

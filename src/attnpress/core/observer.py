@@ -47,18 +47,23 @@ class Observer:
         self.reduced = REDUCED[granularity]
         self.maxima: list[Tensor] = []
         self.histogram: Tensor | None = None
+        self.not_finite: Tensor | int = 0
+        """How many values of real tokens were NaN or infinite, and so left out; `scale` adds those of other ranks."""
 
     def update(self, x: Tensor, valid: Tensor | None) -> None:
         """See one batch.
 
         Args:
-            x: [B, H, S, D], B may be 0; values that are not finite are left out.
+            x: [B, H, S, D], B or S may be 0; values that are not finite are left out.
             valid: bool broadcastable to x, True for real tokens.
         """
-        magnitude = x.detach().float().abs().nan_to_num_(nan=0.0, posinf=0.0)
+        magnitude = x.detach().float().abs()
+        odd = magnitude.isfinite().logical_not_()
+        self.not_finite = self.not_finite + (odd if valid is None else odd & valid).sum(dtype=torch.float64)
+        magnitude.nan_to_num_(nan=0.0, posinf=0.0)
         if valid is not None:
             magnitude = magnitude.masked_fill(~valid, 0.0)
-        magnitude = magnitude if len(magnitude) else magnitude.new_zeros(1, *magnitude.shape[1:])
+        magnitude = magnitude if magnitude.numel() else magnitude.new_zeros(1, x.shape[1], 1, x.shape[3])
         self.maxima.append(magnitude.amax(self.reduced, keepdim=True))
         if self.name in ("percentile", "mse"):
             counts = _log_histogram(magnitude, self.reduced)
@@ -71,12 +76,15 @@ class Observer:
             reduce: merges statistics over ranks; every rank must have seen as many batches.
 
         Raises:
-            ValueError: no batch was seen.
+            ValueError: no batch was seen, or none with a finite value.
         """
         if not self.maxima:
             raise ValueError("nothing was observed: calibrate on at least one batch with a real token")
         maxima = reduce(torch.stack(self.maxima), "max")
+        self.not_finite = int(reduce(torch.as_tensor(self.not_finite), "sum"))
         largest = maxima.amax(0)
+        if self.not_finite and not bool(largest.any()):
+            raise ValueError(f"all of {self.not_finite} values observed are NaN or infinite: look for broken weights")
         if self.name == "ema":
             largest = _moving_average(maxima)
         if self.histogram is not None:

@@ -5,12 +5,13 @@ Nothing here is on the path of training or of a prediction; a model shows its ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from attnpress.config import DENSE, AttentionSpec, TensorSpec
+from attnpress.core.arguments import pair_mask
 from attnpress.core.attention import (
     Pairs,
     Scales,
@@ -70,6 +71,7 @@ def probe(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: Atte
         call: as the model made it.
         scales, cutoff, spec: as `attention.integer_attention`; any matrix may stay in floating point.
     """
+    call = replace(call, valid=pair_mask(call.valid, call.query, call.key))
     dense, pairs = _pairs(call, Scales(), None, DENSE), _pairs(call, scales, cutoff, spec)
     before, after = dense.codes / dense.divisor, _compressed(call, scales, cutoff, spec, pairs)
     counted = pairs.valid if call.real is None else pairs.valid & call.real

@@ -131,7 +131,7 @@ def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
 
     Args:
         key: [B, Hkv, Sk, D].
-        valid: bool, broadcastable to [B, Hkv, Sk, 1]; None if every key is valid.
+        valid: bool, broadcastable to [B, Hkv, Sk, 1], at least [Sk or 1, 1]; None if every key is valid.
 
     Returns:
         float32 [B, Hkv, Sk, D]. The mean carries no gradient, since each row of score gradients sums to zero.
@@ -142,6 +142,7 @@ def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
         if valid is None:
             count = torch.tensor(float(max(1, key.shape[-2])), dtype=torch.float64, device=key.device)
         else:
+            valid = valid.expand(*valid.shape[:-2], key.shape[-2], 1)  # each key counts, though one flag be for all
             steps = steps.masked_fill(~valid, 0.0)
             count = valid.double().sum(-2, keepdim=True).clamp(min=1)
         mean = (steps.sum(-2, keepdim=True, dtype=torch.float64) / count / MEAN_GRID).float()

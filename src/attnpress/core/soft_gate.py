@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
+from attnpress.core.arguments import pair_mask, some_key
 from attnpress.core.attention import Scales, repeat_heads
 from attnpress.core.fake_quantize import scores_operands, static_scale
 from attnpress.core.quantizer import quantize_straight_through
@@ -46,6 +47,7 @@ def soft_gate_attention(
     Returns:
         Output, float32 [B, Hq, Sq, D]; and the share of valid pairs that the gate lets through, a scalar with gradient.
     """
+    key, value, valid = some_key(key, value, pair_mask(valid, query, key))
     heads = query.shape[1]
     q, k, alpha = scores_operands(query, key, valid, scales, spec, scaling)
     nats, allowed = _nats_below(q @ repeat_heads(k, heads).mT * alpha, valid)

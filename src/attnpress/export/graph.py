@@ -32,6 +32,7 @@ from attnpress.core.quantizer import EXACT, smooth_key
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.modes import evaluation_mode
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -177,8 +178,12 @@ def trace_graph(
         ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
     """
     check_exportable(model, rules)
-    model.eval()
-    with attending(model, graph_attention(coder)), torch.no_grad(), warnings.catch_warnings():
+    with (
+        evaluation_mode(model),
+        attending(model, graph_attention(coder)),
+        torch.no_grad(),
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         try:
             program = torch.onnx.export(

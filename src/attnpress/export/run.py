@@ -14,14 +14,14 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnpress.calibration import LABELS
 from attnpress.config import RunConfig
 from attnpress.evaluate import finished_model
 from attnpress.export import onnx, openvino, trace
 from attnpress.export.agreement import TOLERANCE, Agreement, compare
 from attnpress.export.errors import ExportError, require
-from attnpress.files import sha256_of, whole_folder, write_text
+from attnpress.files import MARKER, check_folder, sha256_of, whole_folder, write_text
 from attnpress.models.binding import attentions
+from attnpress.models.inputs import LABELS
 from attnpress.recipe import spec_to_dict
 from attnpress.tasks import TaskData
 
@@ -37,11 +37,11 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
     """Export the compressed model of a finished run, check it, and record both.
 
     Args:
-        run_folder: written by `compress`.
+        run_folder: written by `compress`, or by `save_pretrained` of a compressed model.
         config: of the run; its data serve the check.
         kind: one of KINDS.
         output: folder for the file and `export.json`; None is `run_folder/export/KIND`. It appears whole, once the
-            check has passed.
+            check has passed. An earlier export there is replaced, and nothing else.
         rows: of the evaluation set in the traced batch, or in the example that a graph is traced with; at least 2.
 
     Returns:
@@ -49,6 +49,7 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
 
     Raises:
         ConfigError: the run is not finished.
+        OutputError: the output folder holds something else than an export, or cannot be replaced.
         ExportError: an unknown kind, a missing package, a model that this kind cannot say, or a failed check.
     """
     if kind not in KINDS:
@@ -57,8 +58,10 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
         raise ExportError(f"--rows {rows}: a graph for any batch is traced with at least two rows")
     make, notes, packages = KINDS[kind]
     require(kind, *packages)
+    place = output or run_folder / "export" / kind
+    check_folder(place, "export")
     model, data = finished_model(run_folder, config)
-    with whole_folder(output or run_folder / "export" / kind) as folder:
+    with whole_folder(place, "export") as folder:
         made = make(model, data, example_batch(data, rows), folder)
         record = _record(kind, model, data, folder, packages) | made | {"notes": list(notes)}
         write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -121,7 +124,7 @@ def _record(kind: str, model: PreTrainedModel, data: TaskData, folder: Path, pac
         "attention": {name: spec_to_dict(module.spec) for name, module in attentions(model).items()},
         "task": data.task.name,
         "data": data.fingerprint["eval"],
-        "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir())},
+        "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MARKER},
         "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
         "machine": platform.processor() or platform.machine(),
     }

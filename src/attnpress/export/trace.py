@@ -32,6 +32,7 @@ from attnpress.export.errors import ExportError
 from attnpress.kernels import ops
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.modes import evaluation_mode
 from attnpress.recipe import parse_spec, spec_to_dict
 
 FILE = "trace.safetensors"
@@ -57,12 +58,11 @@ def write_trace(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
     """
     modules = attentions(model)
     backend = usable_backend(modules.values())
-    model.eval()
-    layers = {name: _traced(name, module, model, batch, backend) for name, module in modules.items()}
+    with evaluation_mode(model), torch.no_grad():
+        layers = {name: _traced(name, module, model, batch, backend) for name, module in modules.items()}
+        answers = {f"model.{key}": x for key, x in model(**batch).items() if isinstance(x, Tensor)}
     tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.items()}
-    tensors |= {f"input.{name}": tensor for name, tensor in batch.items()}
-    with torch.no_grad():
-        tensors |= {f"model.{key}": x for key, x in model(**batch).items() if isinstance(x, Tensor)}
+    tensors |= {f"input.{name}": tensor for name, tensor in batch.items()} | answers
     specs = {name: spec_to_dict(module.spec) for name, module in modules.items()}
     header = {"format": FORMAT, "attention": json.dumps(specs), "layers": json.dumps(list(layers))}
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, header)

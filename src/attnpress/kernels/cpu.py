@@ -7,6 +7,7 @@ processor supports runs; the environment variable ATTNPRESS_CPU_TARGET forces an
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,13 @@ import torch
 from torch import Tensor
 
 TARGET_VARIABLE = "ATTNPRESS_CPU_TARGET"
+
+ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+"""What hold oneDNN to an instruction set; it ignores case."""
+
+BELOW_AVX2 = ("scalar", "sse41", "avx")
+BELOW_VNNI = (*BELOW_AVX2, "avx2", "avx512_core")
+"""Values of these variables, and of ours, in lower case, that keep a process from an instruction set."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -73,7 +81,35 @@ def active_target() -> str:
         raise BackendUnavailableError(str(error).splitlines()[0]) from None
 
 
-def _fake_attention(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> Tensor:
+def has_avx2() -> bool:
+    """True where oneDNN's sums of products of 7-bit codes with signed bytes are exact.
+
+    That is on x86 with AVX2, and not held below it: ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA count, so that one
+    machine can be held to what another has. Read at each call.
+    """
+    return _onednn_has("avx2", BELOW_AVX2)
+
+
+def has_vnni() -> bool:
+    """True where those of 8-bit codes are exact too: with AVX-512 VNNI, and not held below it.
+
+    Without VNNI pairs of products are added in 16 bits, which two of 8-bit codes can pass.
+    """
+    return _onednn_has("avx512_vnni", BELOW_VNNI)
+
+
+def _onednn_has(capability: str, below: tuple[str, ...]) -> bool:
+    held = [os.environ.get(name, "").lower() for name in (TARGET_VARIABLE, *ONEDNN_VARIABLES)]
+    if any(value in below for value in held):
+        return False
+    return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get(capability, False))
+
+
+def _fake_attention(query: Tensor, *others: Any) -> Tensor:
+    # One tensor without data brings a call here; the result would then be memory that nobody wrote.
+    for other in others:
+        if isinstance(other, Tensor) and other.device != query.device:
+            raise ValueError(f"attnpress: tensors on {query.device} and {other.device} cannot meet in one call")
     batch, heads, rows, dim = query.shape
     return query.new_empty((batch, rows, heads, dim), dtype=torch.float32).transpose(1, 2)
 
@@ -87,5 +123,5 @@ def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
         query.new_empty((*each, key.shape[2]), dtype=torch.uint8),
         query.new_empty((*each, 1), dtype=torch.int64),
         query.new_empty(query.shape, dtype=torch.int64),
-        _fake_attention(query, key, value),
+        _fake_attention(query, key, value, *options),
     )

@@ -1,19 +1,22 @@
-"""Linear layers in 8 bits on the CPU: oneDNN's product as torch carries it, and what stands around it in one pass each.
+"""Linear layers in 8 bits on the CPU: an exact product of codes, and what stands around it in one pass each.
 
-The numbers are those of `core.linear`; the integer sums are exact, the float32 steps after them may differ in the last
-bits.
+The numbers are those of `core.linear` and `core.ordered`, bit for bit, whichever multiplication is in force:
+    oneDNN           as torch carries it, on x86 with AVX2; 8-bit codes only where the processor has VNNI
+    oneDNN, halves   8-bit codes elsewhere: the weight as a sum of two, so that no pair of products passes 16 bits
+    float32 blocks   any other processor: sums of so few products that float32 holds each
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnpress.core import linear as reference
+from attnpress.core import ordered
 from attnpress.core.linear import Coded
 from attnpress.kernels import cpu
 
@@ -21,59 +24,145 @@ ROWS = 512
 """Tokens multiplied at once, for each thread: enough for oneDNN's full speed, without sums that take much memory."""
 
 
-@functools.cache
-def is_supported() -> bool:
-    """True where products of bytes are exact: without VNNI, oneDNN adds pairs of them in 16 bits, which saturate."""
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu._is_vnni_supported())
+class Multiplication(Protocol):
+    """Exact products of codes with one weight."""
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """Sums of products of uint8 [rows, K] with the weight: float32 [rows, N], rounded once from the integers."""
+
+    def weight(self) -> Tensor:
+        """Codes of the weight: int8 [N, K]."""
+
+
+class OneDnn:
+    """oneDNN's product of bytes.
+
+    Args:
+        weight: int8 [N, K], such that products of two neighbours and codes add up to less than 2^15, but for VNNI.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._packed = torch.ops.onednn.qlinear_prepack(weight, None)
+        self._scale, self._zero = torch.ones(1), torch.zeros(1, dtype=torch.int32)
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """See `Multiplication`."""
+        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
+            codes, 1.0, 0, self._packed, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+        return sums
+
+    def weight(self) -> Tensor:
+        """See `Multiplication`."""
+        codes: Tensor = self._packed.to_dense().mT.contiguous()
+        return codes
+
+
+class OneDnnHalves:
+    """The same with the weight as two of half the size, one below the other: 2 * 255 * 64 < 2^15."""
+
+    def __init__(self, weight: Tensor) -> None:
+        half = weight >> 1
+        self._halves = OneDnn(torch.cat([half, weight - half], 1))
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """See `Multiplication`; both halves meet in the integer sums."""
+        return self._halves(torch.cat([codes, codes], 1))
+
+    def weight(self) -> Tensor:
+        """See `Multiplication`."""
+        first, second = self._halves.weight().chunk(2, 1)
+        return first + second
+
+
+class FloatBlocks:
+    """Float32 products of so many inputs at a time that their sums stay below 2^24, where float32 holds each integer.
+
+    Args:
+        weight: int8 [N, K].
+        bits: of the codes of inputs.
+    """
+
+    def __init__(self, weight: Tensor, bits: int) -> None:
+        self._weight = weight
+        self._inputs = 2**24 // (reference.WEIGHT_QMAX * (2**bits - 1))
+
+    def __call__(self, codes: Tensor) -> Tensor:
+        """See `Multiplication`."""
+        parts = zip(codes.split(self._inputs, 1), self._weight.split(self._inputs, 1), strict=True)
+        sums = [(part.float() @ weight.float().mT).to(torch.int32) for part, weight in parts]
+        return torch.stack(sums).sum(0, dtype=torch.int32).float()
+
+    def weight(self) -> Tensor:
+        """See `Multiplication`."""
+        return self._weight
+
+
+def multiplication(weight: Tensor, bits: int) -> Multiplication:
+    """The fastest exact one that this processor has.
+
+    Args:
+        weight: int8 [N, K].
+        bits: of the codes of inputs, 7 or 8.
+    """
+    if not cpu.has_avx2() or not weight.numel():
+        return FloatBlocks(weight, bits)
+    return OneDnn(weight) if bits < 8 or cpu.has_vnni() else OneDnnHalves(weight)
 
 
 class PackedProduct:
-    """A linear layer's product, with its weight as oneDNN wants it.
+    """A linear layer's product, with its weight as the multiplication wants it. Copied and pickled by its codes.
 
     Args:
         codes, weight_scale: int8 [N, K] and float32 [N], from `core.linear.weight_codes`.
         bias: float32 [N], or None.
+        bits: of the codes of its inputs.
     """
 
-    def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None) -> None:
-        self._packed = torch.ops.onednn.qlinear_prepack(codes, None)
-        self._scale, self._bias = weight_scale, bias
-        self._zero = torch.zeros(len(codes), dtype=torch.int32)
-        # Some rows at a time: torch adds bytes in a copy of them that is eight times as large.
-        self._column = torch.cat([rows.sum(1) for rows in codes.split(128)]).float() * weight_scale
+    def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int = 8) -> None:
+        self._multiply = multiplication(codes, bits)
+        self._scale, self._bias, self._bits = weight_scale, bias, bits
+        self._column = reference.column_sums(codes)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.weight(), self._scale, self._bias, self._bits)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
+    def __call__(self, x: Tensor | Coded, activated: bool, next_bits: int = 8) -> Tensor | Coded:
         """The layer.
 
         Args:
             x: float [..., K], or codes of such.
             activated: apply GELU and hand out codes.
+            next_bits: of those codes.
 
         Returns:
             float32 [..., N], or codes of such if `activated`.
         """
-        coded = x if isinstance(x, Coded) else token_codes(x)
+        coded = self._coded(x)
         outer, width = coded.scale.shape, len(self._scale)
         if activated:
             out = Coded(torch.empty(*outer, width, dtype=torch.uint8), torch.empty(outer), torch.empty(outer))
-            self._by_rows(coded, finish_codes, [out.codes.view(-1, width), out.scale.view(-1), out.zero.view(-1)])
+            finish = functools.partial(finish_codes, next_bits)
+            self._by_rows(coded, finish, [out.codes.view(-1, width), out.scale.view(-1), out.zero.view(-1)])
             return out
         return self._floats(coded, finish_product).view(*outer, width)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
         """The layer without activation, added to float32 `residual` [..., N] and normalized: float32 [..., N]."""
-        coded = x if isinstance(x, Coded) else token_codes(x)
         flat = residual.reshape(-1, len(self._scale)).contiguous()
-        return self._floats(coded, functools.partial(finish_normed, norm), flat).view(residual.shape)
+        return self._floats(self._coded(x), functools.partial(finish_normed, norm), flat).view(residual.shape)
+
+    def _coded(self, x: Tensor | Coded) -> Coded:
+        return x if isinstance(x, Coded) else token_codes(x, self._bits)
 
     def _floats(self, coded: Coded, finish: Callable[..., None], *rows: Tensor) -> Tensor:
         """What `finish` makes of the product, float32 [tokens, N]: in its own memory, where there is one product."""
         flat = _flat(coded)
         if len(flat.codes) <= _rows_at_once():
-            sums = self._sums(flat.codes)
-            finish(sums, flat.scale, flat.zero, self._column, self._bias, *rows, sums)
+            sums = self._multiply(flat.codes)
+            self._finish(finish, sums, flat, *rows, sums)
             return sums
         floats = torch.empty(len(flat.codes), len(self._scale))
         self._by_rows(coded, finish, [*rows, floats])
@@ -83,19 +172,14 @@ class PackedProduct:
         """Fill results, some tokens at a time."""
         parts = (part.split(_rows_at_once()) for part in (*_flat(coded), *rows))
         for codes, scale, zero, *others in zip(*parts, strict=True):
-            finish(self._sums(codes), scale, zero, self._column, self._bias, *others)
+            self._finish(finish, self._multiply(codes), Coded(codes, scale, zero), *others)
+
+    def _finish(self, finish: Callable[..., None], sums: Tensor, coded: Coded, *rows: Tensor) -> None:
+        finish(sums, coded.scale, coded.zero, self._column, self._scale, self._bias, *rows)
 
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
-        codes: Tensor = self._packed.to_dense().mT.contiguous()
-        return codes
-
-    def _sums(self, codes: Tensor) -> Tensor:
-        """Products of the codes times the scale of the output: float32."""
-        sums: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes, 1.0, 0, self._packed, self._scale, self._zero, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-        return sums
+        return self._multiply.weight()
 
 
 def _flat(coded: Coded) -> Coded:
@@ -106,57 +190,94 @@ def _rows_at_once() -> int:
     return ROWS * torch.get_num_threads()
 
 
-def token_codes(x: Tensor) -> Coded:
+def token_codes(x: Tensor, bits: int = 8) -> Coded:
     """`core.linear.token_codes`: the compiled one where it is built."""
     if not _is_compiled():
-        return reference.token_codes(x)
-    return Coded(*torch.ops.attnpress.token_codes(x.float().contiguous()))
+        return reference.token_codes(x, bits)
+    return Coded(*torch.ops.attnpress.token_codes(x.float().contiguous(), bits))
 
 
-def finish_product(sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Make products of codes the layer's output.
+def finish_product(
+    sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, weight_scale: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """`core.linear.finish` into `out`.
 
     Args:
-        sums: float32 [rows, N], the scale of the output already in them.
+        sums: float32 [rows, N].
         scale, zero: float32 [rows], of the tokens.
-        column: float32 [N], sums of the codes of the weight, times their scale.
+        column, weight_scale: float32 [N].
         bias: float32 [N], or None.
         out: float32 [rows, N], filled; may be `sums`.
     """
     if _is_compiled():
-        torch.ops.attnpress.finish_product(sums, scale, zero, column, bias, out)
+        torch.ops.attnpress.finish_product(sums, scale, zero, column, weight_scale, bias, out)
         return
-    torch.mul(sums - zero.unsqueeze(1) * column, scale.unsqueeze(1), out=out)
-    if bias is not None:
-        out += bias
+    out.copy_(reference.finish(sums, Coded(sums, scale, zero), column, weight_scale, bias))
 
 
 def finish_normed(
-    norm: nn.LayerNorm, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None,
-    residual: Tensor, out: Tensor,
+    norm: nn.LayerNorm, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, weight_scale: Tensor,
+    bias: Tensor | None, residual: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
     """`finish_product`, then add `residual`, then normalize over N: `out` and `residual` are float32 [rows, N]."""
     if _is_compiled():
         torch.ops.attnpress.finish_normed(
-            sums, scale, zero, column, bias, residual, norm.weight, norm.bias, norm.eps, out
+            sums, scale, zero, column, weight_scale, bias, residual, norm.weight, norm.bias, norm.eps, out
         )
         return
-    finish_product(sums, scale, zero, column, bias, out)
-    out.copy_(norm(out + residual))
+    finished = reference.finish(sums, Coded(sums, scale, zero), column, weight_scale, bias)
+    out.copy_(ordered.layer_norm(finished + residual, norm.weight, norm.bias, norm.eps))
 
 
 def finish_codes(
-    sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, bias: Tensor | None,
+    bits: int, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, weight_scale: Tensor, bias: Tensor | None,
     codes: Tensor, code_scale: Tensor, code_zero: Tensor,
 ) -> None:  # fmt: skip
     """`finish_product`, then GELU, and codes of that: uint8 [rows, N], float32 [rows] twice, filled."""
     if _is_compiled():
-        torch.ops.attnpress.finish_codes(sums, scale, zero, column, bias, codes, code_scale, code_zero)
+        torch.ops.attnpress.finish_codes(
+            sums, scale, zero, column, weight_scale, bias, bits, codes, code_scale, code_zero
+        )
         return
-    floats = torch.empty_like(sums)
-    finish_product(sums, scale, zero, column, bias, floats)
-    for target, found in zip((codes, code_scale, code_zero), reference.token_codes(F.gelu(floats)), strict=True):
-        target.copy_(found)
+    finished = reference.finish(sums, Coded(sums, scale, zero), column, weight_scale, bias)
+    found = reference.token_codes(ordered.gelu(finished), bits)
+    for target, part in zip((codes, code_scale, code_zero), found, strict=True):
+        target.copy_(part)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """`core.ordered.layer_norm`: the compiled one where it is built."""
+    if not _is_compiled():
+        return ordered.layer_norm(x.float(), weight, bias, epsilon)
+    normed: Tensor = torch.ops.attnpress.layer_norm(x.float().contiguous(), weight, bias, epsilon)
+    return normed
+
+
+def gelu(x: Tensor) -> Tensor:
+    """`core.ordered.gelu`: the compiled one where it is built."""
+    if not _is_compiled():
+        return ordered.gelu(x.float())
+    activated: Tensor = torch.ops.attnpress.gelu(x.float().contiguous())
+    return activated
+
+
+def tanh(x: Tensor) -> Tensor:
+    """`core.ordered.tanh`: the compiled one where it is built."""
+    if not _is_compiled():
+        return ordered.tanh(x.float())
+    activated: Tensor = torch.ops.attnpress.tanh(x.float().contiguous())
+    return activated
+
+
+def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`core.ordered.ordered_linear`: the compiled one where it is built."""
+    if not _is_compiled():
+        return ordered.ordered_linear(x.float(), weight, bias)
+    out: Tensor = torch.ops.attnpress.ordered_linear(x.float().contiguous(), weight, bias)
+    return out
+
+
+PASSES = ordered.Passes(layer_norm, ordered_linear, gelu, tanh)
 
 
 @functools.cache

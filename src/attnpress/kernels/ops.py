@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.attention import IntegerAttention, Scales, integer_attention
+from attnpress.core.arguments import check_cutoff, check_tensors, misfit, pair_mask
+from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention
+from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, slices
 
 LARGEST_HEAD = 256
 NATIVE_RULES = ("relative", "threshold", "topk")
@@ -111,20 +114,21 @@ def attention_packed(
     Raises:
         ValueError, BackendUnavailableError: see `attention`.
     """
-    _check_packed(query, key, bounds)
+    call: Call = (query, key, value, None, scales, cutoff, spec, scaling)
+    places = _check_packed(query, key, value, bounds)
     if backend == "cpu":
-        arguments = compiled_arguments(query, key, value, None, scales, cutoff, spec, scaling, causal)
-        output: Tensor = torch.ops.attnpress.attention_packed(*arguments[:3], bounds, *arguments[4:])
-        return output
-    places = [slice(*pair) for pair in pairwise(bounds.tolist())]
+        return _compiled_packed(call, bounds.contiguous(), places, causal)
+    checked_mask(*call)
     parts = [
         attention(
-            query[:, :, at], key[:, :, at], value[:, :, at], None, scales, cutoff, spec, scaling,
+            *(x[:, :, begin:end] for x in (query, key, value)), None, scales, cutoff, spec, scaling,
             causal=causal, backend=backend,
         ).transpose(1, 2)
-        for at in places if at.start < at.stop
+        for begin, end in pairwise(places) if begin < end
     ]  # fmt: skip
-    return torch.cat([query.new_empty(1, 0, *query.shape[1::2], dtype=torch.float32), *parts], 1).transpose(1, 2)
+    return torch.cat([query.new_empty(1, 0, query.shape[1], value.shape[3], dtype=torch.float32), *parts], 1).transpose(
+        1, 2
+    )
 
 
 def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> None:
@@ -133,16 +137,20 @@ def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> N
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
     if backend == "cpu":
         cpu.load()
-        _check_spec(spec, scales)
-        _check_head(head_dim)
+        check_native(spec, head_dim)
+        _check_scales(spec, scales)
 
 
 def _reference(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
     spec: AttentionSpec, scaling: float, causal: bool,
 ) -> Tensor:  # fmt: skip
+    valid = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling)
     allowed = causal_pairs(query, key, valid) if causal else valid
-    output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
+    if None in spec.bits.values():  # no integers then: what is computed is the forward of training
+        output = fake_quantize_attention(query, key, value, allowed, scales, cutoff, spec, scaling).float()
+    else:
+        output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -150,9 +158,61 @@ def _compiled(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
     spec: AttentionSpec, scaling: float, causal: bool,
 ) -> Tensor:  # fmt: skip
-    arguments = compiled_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal)
-    output: Tensor = torch.ops.attnpress.attention(*arguments)
+    call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
+    arguments = compiled_arguments(*call, causal)
+    if torch.compiler.is_compiling() or _is_short(products(query, key)):
+        output: Tensor = _run(torch.ops.attnpress.attention, arguments, call)
+        return output
+    checked_mask(*call)
+    output = _room(query)
+    for place, part in slices(call, causal, _most()):
+        output[place] = _run(torch.ops.attnpress.attention, compiled_arguments(*part, causal), part)
     return output
+
+
+def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool) -> Tensor:
+    query, key, value, _, *rest = call
+    arguments = compiled_arguments(*call, causal)
+    of_pair = 2 * query.shape[1] * query.shape[3]
+    if _is_short(of_pair * sum((end - begin) ** 2 for begin, end in pairwise(places))):
+        arguments = (*arguments[:3], bounds, *arguments[4:])
+        output: Tensor = _run(torch.ops.attnpress.attention_packed, arguments, call)
+        return output
+    checked_mask(*call)
+    output = _room(query)
+    for first, last in sequences(places, of_pair, _most()):
+        at, inner = slice(places[first], places[last]), [place - places[first] for place in places[first : last + 1]]
+        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, *rest)
+        alone = last - first == 1
+        output[:, :, at] = (
+            _compiled(*own, causal) if alone else _compiled_packed(own, bounds.new_tensor(inner), inner, causal)
+        )
+    return output
+
+
+def _is_short(work: int) -> bool:
+    return work <= SHORT or work <= _most()
+
+
+def _most() -> int:
+    """Products that an operator may make before Python looks at signals."""
+    return SECOND.get(cpu.active_target(), SHORT) * torch.get_num_threads()
+
+
+def _room(query: Tensor) -> Tensor:
+    """Float32 of the shape of the query, stored so that its transpose is contiguous."""
+    return query.new_empty(query.transpose(1, 2).shape, dtype=torch.float32).transpose(1, 2)
+
+
+def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -> Any:
+    """The operator, which checks its arguments; what it refuses is said in the words of the reference."""
+    if torch.compiler.is_compiling():
+        return operator(*arguments)
+    try:
+        return operator(*arguments)
+    except RuntimeError:
+        checked_mask(*call)
+        raise
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "reference": _reference}
@@ -168,7 +228,8 @@ def compiled_integers(
     """
     arguments = compiled_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal)
     names = ("q_codes", "k_codes", "v_codes", "row_max", "p_codes", "code_sum", "weighted", "output")
-    return dict(zip(names, torch.ops.attnpress.attention_integers(*arguments), strict=True))
+    call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
+    return dict(zip(names, _run(torch.ops.attnpress.attention_integers, arguments, call), strict=True))
 
 
 def compiled_arguments(
@@ -183,14 +244,19 @@ def compiled_arguments(
     """
     if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
         cpu.load()
-    _check_spec(spec, scales)
+    _check_spec(spec)
+    _check_scales(spec, scales)
     _check_tensors(query, key, value)
-    if cutoff is not None and spec.rule == "threshold":
-        cutoff = least_probability(cutoff)
+    for name, tensor in {"k_scale": scales.k, "v_scale": scales.v, "q_scale": scales.q, "cutoff": cutoff}.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ValueError(f"{name}: backend 'cpu' takes tensors on the CPU, found one on {tensor.device}")
+    if cutoff is not None and (spec.rule == "threshold" or not cutoff.is_contiguous()):
+        check_cutoff(cutoff, query)  # the operator sees theta, in which -1e-30 is like 0
+        cutoff = least_probability(cutoff) if spec.rule == "threshold" else cutoff.contiguous()
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
-        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), _four_dims(valid, key), causal,
+        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), _mask(valid, query, key), causal,
         float(scaling), q_scale, scales.k, scales.v, cutoff, spec.rule, float(spec.sparsity), mode,
         spec.q.qmax, spec.k.qmax, spec.v.qmax, spec.p.qmax, spec.smooth_key, spec.q.power_of_two,
     )  # fmt: skip
@@ -203,7 +269,13 @@ def causal_pairs(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
     return before if valid is None else valid & before
 
 
-def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
+def check_native(spec: AttentionSpec, head_dim: int) -> None:
+    """Raise ValueError, with the reason, if the compiled kernel is not made for a spec or a head size."""
+    _check_spec(spec)
+    _check_head(head_dim)
+
+
+def _check_spec(spec: AttentionSpec) -> None:
     if None in spec.bits.values():
         raise ValueError(f"backend 'cpu' multiplies integers: set bits for all of q, k, v and p; found {spec.bits}")
     if spec.rule not in NATIVE_RULES:
@@ -213,6 +285,9 @@ def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
         )
     if spec.tail not in NATIVE_TAILS:
         raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
+
+
+def _check_scales(spec: AttentionSpec, scales: Scales) -> None:
     static = {"q": scales.q, "k": scales.k, "v": scales.v}
     if spec.q.granularity == "token":
         del static["q"]
@@ -222,32 +297,32 @@ def _check_spec(spec: AttentionSpec, scales: Scales) -> None:
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    check_tensors(query, key, value)
     for name, tensor in {"query": query, "key": key, "value": value}.items():
-        if tensor.dim() != 4 or tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+        if tensor.dtype not in DTYPES or tensor.device.type != "cpu":
             raise ValueError(
                 f"{name}: backend 'cpu' takes float32, bfloat16 or float16 [B, H, S, D] on the CPU, "
                 f"found {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
-    batch, heads, _, dim = query.shape
-    if key.shape != value.shape or key.shape[0] != batch or key.shape[3] != dim or heads % key.shape[1] != 0:
-        raise ValueError(
-            f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit together: "
-            "key and value are [B, Hkv, Sk, D], with Hq a multiple of Hkv"
-        )
-    _check_head(dim)
+    if key.shape != value.shape:
+        raise misfit(query, key, value)
+    _check_head(query.shape[3])
 
 
-def _check_packed(query: Tensor, key: Tensor, bounds: Tensor) -> None:
-    if query.dim() != 4 or query.shape[0] != 1 or key.shape[2:] != query.shape[2:]:
+def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> list[int]:
+    check_tensors(query, key, value)
+    if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
             f"packed tensors are [1, H, T, D] with as many keys as queries, found query {list(query.shape)}, "
             f"key {list(key.shape)}"
         )
     tokens = query.shape[2]
     # As plain numbers: comparing tensors takes longer than the attention of a few short sequences.
-    places = bounds.tolist() if bounds.dtype == torch.int64 and bounds.dim() == 1 else []
+    is_list = bounds.dtype == torch.int64 and bounds.dim() == 1 and not bounds.is_meta
+    places = bounds.tolist() if is_list else []
     if not places or places != sorted(places) or (places[0], places[-1]) != (0, tokens):
         raise ValueError(f"bounds: int64 that rise from 0 to the number of tokens, {tokens}; found {bounds}")
+    return places
 
 
 def _check_head(dim: int) -> None:
@@ -259,15 +334,9 @@ def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _four_dims(valid: Tensor | None, key: Tensor) -> Tensor | None:
-    if valid is None:
-        return None
-    if valid.dtype != torch.bool or valid.dim() > 4:
-        raise ValueError(f"valid: a bool mask of up to four dimensions, found {valid.dtype} {list(valid.shape)}")
-    valid = valid[(None,) * (4 - valid.dim())]
-    if valid.shape[-1] != key.shape[2]:
-        valid = valid.expand(*valid.shape[:-1], key.shape[2])
-    return _rows_contiguous(valid)
+def _mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    mask = pair_mask(valid, query, key)
+    return None if mask is None else _rows_contiguous(mask)
 
 
 __all__ = [

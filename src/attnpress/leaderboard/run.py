@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
-from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord
-from attnpress.files import write_text
+from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
+from attnpress.config import ConfigError, RunConfig
+from attnpress.files import remove_folder, take_folder, write_text
 from attnpress.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, teacher_recipe
-from attnpress.recipe import spec_to_dict
+from attnpress.recipe import parse_spec, spec_to_dict
 from attnpress.results import Record, RecordError, StageRecord, read_record, to_json
 from attnpress.tasks import check_data
 from attnpress.teacher import Notify, check_one_process, is_held, train_student, train_teacher
@@ -28,12 +28,14 @@ def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRe
         The record, also written to `output/board.json` before the first run and after each.
 
     Raises:
+        OutputError: the folder holds something else than a leaderboard.
         ConfigError, TaskError, ModelError: found before any training starts, or a folder of another recipe is met.
     """
     check_one_process()
     cells = plan(board)
     for task in board.tasks:
         check_data(teacher_recipe(board, task, board.seeds[0]).data)
+    take_folder(output, "leaderboard", _is_board)
     publish(board, cells, output)
     left = list(cells)
     while left := [cell for cell in left if _measured(board, cell, output) is None]:
@@ -44,6 +46,14 @@ def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRe
         notify(f"{cell.name}: {next(iter(stage.metrics.values())):.2f} at sparsity {stage.sparsity:.3f}")
         publish(board, cells, output)
     return publish(board, cells, output)
+
+
+def _is_board(folder: Path) -> bool:
+    try:
+        read_board(folder)
+    except RecordError:
+        return False
+    return True
 
 
 def _is_taken(cell: Cell, output: Path) -> bool:
@@ -57,7 +67,7 @@ def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> Stag
     stages = ("dense", "dense_control") if recipe.dense_control else ("dense",)
     dense = train_teacher(recipe, teacher_folder(output, cell.task, cell.seed), notify, stages)[1]
     record = train_student(cell.recipe, dense, folder, notify, stage=cell.stage)
-    shutil.rmtree(folder / "progressive", ignore_errors=True)
+    remove_folder(folder / "progressive", "model")
     stage = record.stage(cell.stage)
     assert stage is not None
     return stage
@@ -90,7 +100,15 @@ def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:
         return None
     own = teacher_recipe(board, cell.task, cell.seed).checkpoint
     dense = own or teacher_folder(output, cell.task, cell.seed) / "dense"
-    return record if record.recipe == spec_to_dict(dataclasses.replace(cell.recipe, checkpoint=dense)) else None
+    return record if _is_of(record, dataclasses.replace(cell.recipe, checkpoint=dense)) else None
+
+
+def _is_of(record: Record, recipe: RunConfig) -> bool:
+    """Whether a record is of this recipe; keys that a recipe has got since have their defaults in it."""
+    try:
+        return parse_spec(RunConfig, record.recipe) == recipe
+    except ConfigError:
+        return False
 
 
 def _cell_record(cell: Cell, record: Record | None) -> CellRecord:

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ConfigDict, model_validator
 from pydantic.dataclasses import dataclass
 
-from attnpress.config import Bits, ConfigError, RunConfig, Sparsity, merged
+from attnpress.config import Bits, ConfigError, RunConfig, Seed, Sparsity, merged
 from attnpress.recipe import parse_spec, spec_to_dict
 
 _STRICT = ConfigDict(extra="forbid")
@@ -51,7 +51,7 @@ class BoardSpec:
     tasks: dict[str, dict[str, Any]]
     rules: dict[str, EntrySpec]
     sparsities: tuple[Sparsity, ...] = (0.9, 0.95, 0.8)
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[Seed, ...] = (0,)
 
     @model_validator(mode="after")
     def _check(self) -> BoardSpec:

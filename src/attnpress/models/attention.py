@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
+from attnpress.core.arguments import pair_mask, some_key
 from attnpress.core.attention import Pairs, Scales, TailedScales, key_validity, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.exponential import exponent_rate
@@ -236,6 +237,7 @@ class CompressedAttention(nn.Module):
     def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Count the valid pairs of a call that nothing is taken from."""
         if self.counts is not None:
+            valid = pair_mask(valid, query, key)
             pairs = _counted((*query.shape[:3], key.shape[2]), valid, real, query.device)
             self.counts += count_pairs(pairs, None, pairs)
 
@@ -255,19 +257,21 @@ class CompressedAttention(nn.Module):
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
-        scaling: float, dropout: float,
+        scaling: float, dropout: float, bounds: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Compressed attention, in float32.
 
         Args:
             query, key, value: [B, Hq or Hkv, S, D].
-            valid: bool [B or 1, 1 or Hq, Sq, Sk]; None allows all pairs.
+            valid: bool, broadcastable to [B, Hq, Sq, Sk]; None allows all pairs.
             real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are.
             dropout: probability of dropping a P code.
+            bounds: int64 [sequences + 1], where sequences begin and end that lie end to end; only where deployed.
 
         Returns:
             float32 [B, Hq, Sq, D].
         """
+        key, value, valid = some_key(key, value, pair_mask(valid, query, key))
         watched = not _recomputing()
         with torch.no_grad():
             if self.moments is not None:
@@ -283,7 +287,8 @@ class CompressedAttention(nn.Module):
                 query, key, value, valid, real, scales, trained, self.spec, scaling, dropout
             )
             return output
-        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout)
+        call = () if bounds is None else (bounds,)
+        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout, *call)
 
     def _count(
         self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
@@ -301,6 +306,7 @@ class CompressedAttention(nn.Module):
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Show the tensors of one call to the observers."""
+        valid = pair_mask(valid, query, key)
         keys = key_validity(valid if real is None or valid is None else valid & real)
         if self.spec.smooth_key:
             key = smooth_key(key, key_validity(valid))

@@ -25,6 +25,7 @@ from attnpress.core.probe import AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import LARGEST_HEAD, NAME, PLAN, CompressedAttention
 from attnpress.models.forward import UnsupportedModelError, noted
+from attnpress.models.modes import evaluation_mode
 
 
 def bind(
@@ -168,13 +169,11 @@ def find_attention(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tens
         UnsupportedModelError: no module called the interface.
     """
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-    token, training = noted.set(calls), model.training
-    model.eval()
+    token = noted.set(calls)
     try:
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             model(**_example(model))
     finally:
-        model.train(training)
         noted.reset(token)
     first: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
     for call in calls:

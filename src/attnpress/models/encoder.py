@@ -6,8 +6,10 @@ names; nothing here holds for other families, which `find_encoder` does not find
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward  # no
 
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import NAME, CompressedAttention
-from attnpress.models.forward import attention_forward
+from attnpress.models.forward import BOUNDS, attention_forward
 from attnpress.models.linear import HalfEmbedding, Int8Linear, Int8Output
 
 LAYERS = ("BertLayer", "RobertaLayer", "XLMRobertaLayer", "CamembertLayer", "ElectraLayer")
@@ -31,6 +33,8 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "down": ("output.dense",),
 }
 """The linear layers of an encoder layer, by the product that computes them: those with one input are one product."""
+
+FLOAT = ProductPlan(quantized=False)
 
 EMBEDDING = "embedding"
 """The word embedding, in plans: not a product, but it goes to half precision with them."""
@@ -60,9 +64,12 @@ def find_embedding(model: nn.Module, encoder: nn.Module) -> nn.Embedding | None:
     return words if isinstance(words, nn.Embedding) and len(sharing) == 1 else None
 
 
-def states(encoder: nn.Module) -> list[CompressedAttention]:
+def states(encoder: Any) -> Iterator[CompressedAttention]:
     """The compressed attention of each layer."""
-    return [module for module in encoder.modules() if isinstance(module, CompressedAttention)]
+    for layer in encoder.layer:
+        state = getattr(layer.attention.self, NAME, None)
+        if isinstance(state, CompressedAttention):
+            yield state
 
 
 def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
@@ -95,9 +102,9 @@ def place_int8(
             yield embedding, layers
             continue
         index, _, kind = name.partition(".")
-        layer = encoder.layer[int(index)]
-        activated = kind == "up" and plan[f"{index}.down"].quantized and _has_gelu(layer)
-        product = Int8Linear.like(layers, activated)
+        layer, down = encoder.layer[int(index)], plan.get(f"{index}.down", FLOAT)
+        activated = kind == "up" and down.quantized and _has_gelu(layer)
+        product = Int8Linear.like(layers, activated, plan[name].bits, down.bits)
         if kind == "qkv":
             layer.attention.self = MergedSelfAttention(layer.attention.self, product)
         elif kind == "up":
@@ -142,21 +149,35 @@ class MergedSelfAttention(nn.Module):
         return output.flatten(2), weights
 
 
-class Packing:
-    """Lets an encoder run on the real tokens of a batch, end to end in one row.
+@dataclass(frozen=True)
+class Packed:
+    """How one call of an encoder was packed. It travels with the call's arguments: a model serves several at once.
 
     Attributes:
-        bounds: while it does, where sequences begin and end: int64 [B + 1], from 0 to the number of tokens; else None.
+        real: bool [B, S], which tokens are.
+        bounds: int64 [B + 1], where sequences begin and end among them, from 0 to the number of real tokens.
     """
 
+    real: Tensor
+    bounds: Tensor
+
+    @classmethod
+    def of(cls, real: Tensor) -> Packed:
+        """Of these real tokens."""
+        return cls(real, torch.cat([real.new_zeros(1, dtype=torch.int64), real.sum(1).cumsum(0)]))
+
+
+PACKED = "attnpress_packed"
+"""Name of the encoder's argument that holds it."""
+
+
+class Packing:
+    """Lets an encoder run on the real tokens of a batch, end to end in one row. Holds nothing of any call."""
+
     def __init__(self, encoder: nn.Module) -> None:
-        self.bounds: Tensor | None = None
-        self._real: Tensor | None = None
-        self._states = states(encoder)
-        self._signature = inspect.signature(encoder.forward)
         self._handles: list[RemovableHandle] = [
-            encoder.register_forward_pre_hook(self._pack, with_kwargs=True),
-            encoder.register_forward_hook(self._unpack),
+            encoder.register_forward_pre_hook(_pack, with_kwargs=True),
+            encoder.register_forward_hook(_unpack, with_kwargs=True),
         ]
 
     def remove(self) -> None:
@@ -164,34 +185,42 @@ class Packing:
         for handle in self._handles:
             handle.remove()
 
-    def _pack(
-        self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.bounds = self._real = None
-        call = self._signature.bind(*args, **kwargs)
-        hidden = call.arguments["hidden_states"]
-        real = self._real_tokens(hidden, call.arguments.get("attention_mask"))
-        wants_each_layer = kwargs.get("output_hidden_states") or encoder.config.output_hidden_states
-        if real is None or wants_each_layer:
-            return None
-        self._real, self.bounds = real, torch.cat([real.new_zeros(1, dtype=torch.int64), real.sum(1).cumsum(0)])
-        call.arguments["hidden_states"], call.arguments["attention_mask"] = hidden[real].unsqueeze(0), None
-        return call.args, call.kwargs
 
-    def _unpack(self, encoder: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if self._real is None:
-            return
-        packed = output.last_hidden_state[0]
-        padded = packed.new_zeros(*self._real.shape, packed.shape[-1])
-        padded[self._real] = packed
-        output.last_hidden_state = padded
-        self.bounds = self._real = None
+def _pack(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    call = _signature(type(encoder)).bind(encoder, *args, **kwargs)
+    hidden = call.arguments["hidden_states"]
+    real = _real_tokens(encoder, hidden, call.arguments.get("attention_mask"))
+    wants_each_layer = kwargs.get("output_hidden_states") or encoder.config.output_hidden_states
+    if real is None or wants_each_layer:
+        return None
+    packed = Packed.of(real)
+    call.arguments["hidden_states"], call.arguments["attention_mask"] = hidden[real].unsqueeze(0), None
+    return call.args[1:], {**call.kwargs, PACKED: packed, BOUNDS: packed.bounds}
 
-    def _real_tokens(self, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-        """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
-        if torch.compiler.is_compiling() or any(state.is_watched for state in self._states):
-            return None
-        return None if mask is None else padding_alone(mask, *hidden.shape[:2])
+
+def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    packed: Packed | None = kwargs.get(PACKED)
+    if packed is None:
+        return output
+    states = output[0][0]
+    padded = states.new_zeros(*packed.real.shape, states.shape[-1])
+    padded[packed.real] = states
+    if isinstance(output, tuple):
+        return padded, *output[1:]
+    output.last_hidden_state = padded
+    return output
+
+
+@functools.cache
+def _signature(encoder: type[nn.Module]) -> inspect.Signature:
+    return inspect.signature(encoder.forward)
+
+
+def _real_tokens(encoder: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
+    """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
+    if mask is None or torch.compiler.is_compiling() or any(state.is_watched for state in states(encoder)):
+        return None
+    return padding_alone(mask, *hidden.shape[:2])
 
 
 def padding_alone(mask: Tensor, batch: int, length: int) -> Tensor | None:

@@ -18,6 +18,9 @@ from attnpress.models.attention import NAME, CompressedAttention
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
 """Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
 
+BOUNDS = "attnpress_bounds"
+"""Argument with the bounds of sequences that lie end to end in one row, int64 [sequences + 1]."""
+
 noted: ContextVar[list[tuple[nn.Module, Tensor, Tensor]] | None] = ContextVar("attention_calls", default=None)
 """While an example passes through a model that is not bound yet: where each module notes its call."""
 
@@ -67,7 +70,7 @@ def attention_forward(
         real = real_rows(module, query, key, valid)
         scaling = usual_scaling(query) if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
-            exact = state(query, key, value, valid, real, scaling, dropout)
+            exact = state(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
         output, weights = exact.transpose(1, 2).to(query.dtype).contiguous(), None
     if state.captured is not None:
         state.captured.append(output)

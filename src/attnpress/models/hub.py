@@ -34,6 +34,9 @@ from attnpress.recipe import parse_spec, spec_to_dict
 FORMAT = 1
 """Version of what is stored. A reader refuses every other one by its number."""
 
+BEFORE_BITS = {"bits": 8}
+"""What products of checkpoints had that were saved before their plans said so."""
+
 WHOLE = {
     "lift": (0, T_MAX),
     "query_directions": (-DIRECTION_MAX, DIRECTION_MAX),
@@ -119,7 +122,10 @@ class AttnPressConfig(QuantizationConfigMixin):
             )
         try:
             modules = {name: parse_spec(ModuleSpec, plain) for name, plain in config_dict["modules"].items()}
-            linear = {name: parse_spec(ProductPlan, plain) for name, plain in config_dict.get("linear", {}).items()}
+            linear = {
+                name: parse_spec(ProductPlan, BEFORE_BITS | plain)
+                for name, plain in config_dict.get("linear", {}).items()
+            }
             attention, int8 = (
                 parse_spec(AttentionSpec, config_dict["attention"]),
                 config_dict.get("int8", False) is True,

@@ -6,16 +6,17 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnpress.core.linear import Coded, linear, token_codes, weight_codes
+from attnpress.core.inference import without_gradient
+from attnpress.core.linear import ACTIVATION_BITS, Bits, Coded, linear, token_codes, weight_codes
+from attnpress.core.ordered import gelu, layer_norm
 
 
 class Product(Protocol):
     """What may compute the layer in place of the readable product; the codes of the weight are then its own."""
 
-    def __call__(self, x: Tensor | Coded, activated: bool) -> Tensor | Coded:
+    def __call__(self, x: Tensor | Coded, activated: bool, next_bits: int) -> Tensor | Coded:
         """The layer's output; see `Int8Linear`."""
 
     def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -25,6 +26,10 @@ class Product(Protocol):
         """Codes of the weight: int8 [N, K]."""
 
 
+MakeProduct = Callable[[Tensor, Tensor, Tensor | None, int], Product]
+"""From codes and scales of the weight, the bias, and the bits of the input's codes."""
+
+
 class Int8Linear(nn.Module):
     """Stands where an `nn.Linear` stood, for inference, or where several did that have one input.
 
@@ -32,12 +37,18 @@ class Int8Linear(nn.Module):
         in_features, out_features: K, N.
         bias: whether there is one.
         activated: apply GELU, and hand out codes for the next layer instead of floats.
+        bits, next_bits: of the codes of its own input, and of those handed out.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, activated: bool = False) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, activated: bool = False,
+        bits: Bits = ACTIVATION_BITS, next_bits: Bits = ACTIVATION_BITS,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.in_features, self.out_features, self.activated = in_features, out_features, activated
+        self.bits, self.next_bits = bits, next_bits
         self.product: Product | None = None
+        self._make: MakeProduct | None = None
         self.codes: Tensor | None
         self.weight_scale: Tensor
         self.bias: Tensor | None
@@ -46,10 +57,14 @@ class Int8Linear(nn.Module):
         self.register_buffer("bias", torch.zeros(out_features) if bias else None)
 
     @classmethod
-    def like(cls, layers: Sequence[nn.Linear], activated: bool = False) -> Int8Linear:
+    def like(
+        cls, layers: Sequence[nn.Linear], activated: bool = False,
+        bits: Bits = ACTIVATION_BITS, next_bits: Bits = ACTIVATION_BITS,
+    ) -> Int8Linear:  # fmt: skip
         """A layer with the outputs of all these side by side, and nothing in it yet."""
         bias = all(layer.bias is not None for layer in layers)
-        return cls(layers[0].in_features, sum(layer.out_features for layer in layers), bias, activated)
+        outputs = sum(layer.out_features for layer in layers)
+        return cls(layers[0].in_features, outputs, bias, activated, bits, next_bits)
 
     def take(self, layers: Sequence[nn.Linear]) -> None:
         """Take over what these layers hold, in 8 bits."""
@@ -57,10 +72,10 @@ class Int8Linear(nn.Module):
         if self.bias is not None:
             self.bias = torch.cat([layer.bias.detach().float() for layer in layers])
 
-    def use(self, make: Callable[[Tensor, Tensor, Tensor | None], Product]) -> None:
+    def use(self, make: MakeProduct) -> None:
         """Have another product compute the layer from now on, made of codes, scales and bias; its codes are let go."""
         if self.codes is not None:
-            self.product = make(self.codes, self.weight_scale, self.bias)
+            self._make, self.product = make, make(self.codes, self.weight_scale, self.bias, self.bits)
             self.codes = None
 
     def forward(self, x: Tensor | Coded) -> Tensor | Coded:
@@ -73,11 +88,21 @@ class Int8Linear(nn.Module):
             float32 [..., N], or codes of such if `activated`.
         """
         if self.product is not None:
-            return self.product(x, self.activated)
-        assert self.codes is not None
-        coded = x if isinstance(x, Coded) else token_codes(x)
-        out = linear(coded, self.codes, self.weight_scale, self.bias)
-        return token_codes(F.gelu(out)) if self.activated else out
+            found = self.product(x, self.activated, self.next_bits)
+        else:
+            assert self.codes is not None
+            coded = x if isinstance(x, Coded) else token_codes(x, self.bits)
+            out = linear(coded, self.codes, self.weight_scale, self.bias)
+            found = token_codes(gelu(out), self.next_bits) if self.activated else out
+        return found if isinstance(x, Coded) or isinstance(found, Coded) else without_gradient(found, x)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        make, product = self._make, self.product
+        if product is not None:
+            self.codes, self.product = product.weight(), None
+        super()._load_from_state_dict(*args, **kwargs)
+        if make is not None and self.product is None:
+            self.use(make)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -86,7 +111,10 @@ class Int8Linear(nn.Module):
 
     def extra_repr(self) -> str:
         """For people."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, activated={self.activated}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, activated={self.activated}, "
+            f"bits={self.bits}"
+        )
 
 
 class HalfEmbedding(nn.Module):
@@ -130,7 +158,9 @@ class Int8Output(nn.Module):
 
     def forward(self, hidden_states: Tensor | Coded, input_tensor: Tensor) -> Tensor:
         """Product of the hidden states [..., K], added to the input [..., N] and normalized: float32 [..., N]."""
+        norm = self.LayerNorm
         if self.dense.product is not None:
-            return self.dense.product.normed(hidden_states, input_tensor, self.LayerNorm)
-        normed: Tensor = self.LayerNorm(self.dense(hidden_states) + input_tensor)
-        return normed
+            normed = self.dense.product.normed(hidden_states, input_tensor, norm)
+        else:
+            normed = layer_norm(self.dense(hidden_states) + input_tensor, norm.weight, norm.bias, norm.eps)
+        return without_gradient(normed, input_tensor, norm.weight)

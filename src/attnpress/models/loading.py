@@ -7,8 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -79,8 +81,42 @@ def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def class_names(resolved: str) -> tuple[str, ...]:
+    """Names of a checkpoint's classes, in the order of its head's outputs.
+
+    Raises:
+        ModelError: its configuration cannot be read, or does not number its classes from 0.
+    """
+    names = _config(resolved).id2label
+    if sorted(names) != list(range(len(names))):
+        raise ModelError(f"model: id2label in config.json of {resolved} does not number its classes from 0: {names}")
+    return tuple(str(names[number]) for number in range(len(names)))
+
+
+def stored_dtype(resolved: str) -> torch.dtype:
+    """The dtype in which Transformers would load a checkpoint's weights: that of its configuration, else of a weight.
+
+    Raises:
+        ModelError: its configuration cannot be read.
+    """
+    found: torch.dtype | None = _config(resolved).dtype
+    file = Path(resolved) / WEIGHTS
+    if found is not None or not file.is_file():
+        return found or torch.float32
+    with safe_open(file, "pt") as weights:
+        dtypes = (weights.get_tensor(name).dtype for name in weights.keys())  # noqa: SIM118, not a mapping
+        return next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
+
+
+def _config(resolved: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(resolved)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model: the configuration of {resolved} could not be loaded: {error}") from error
+
+
 def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A model with the task's head; a missing head is newly initialized from torch's global seed.
+    """A model with the task's head, in float32; a missing head is newly initialized from torch's global seed.
 
     Args:
         kind: "classification", "regression" or "qa".
@@ -89,8 +125,27 @@ def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> P
     Raises:
         ModelError: nothing loadable there.
     """
+    return _load_float32(resolved, kind, label_names)[0]
+
+
+def load_fine_tuned(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
+    """A model that was trained for the task; what `load_model` would initialize anew is an error here.
+
+    Raises:
+        ModelError: nothing loadable there, or weights are missing.
+    """
+    model, missing = _load_float32(resolved, kind, label_names)
+    if missing:
+        raise ModelError(
+            f"checkpoint: {resolved} was not fine-tuned for this task: it lacks {', '.join(sorted(missing)[:3])}; give "
+            "it as `model`, so that it is trained"
+        )
+    return model
+
+
+def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tuple[PreTrainedModel, set[str]]:
     family, arguments = _family(kind, label_names)
-    return _from_pretrained(family, resolved, attn_implementation="eager", **arguments)[0]
+    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)
 
 
 def load_backbone(resolved: str) -> PreTrainedModel:

@@ -4,14 +4,107 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import Record, RecordError, read_record
+from attnpress.results import Amount, Record, RecordError, Share, Some, Whole, build_record, read_record
 from attnpress.samples import Samples, read_samples
+from attnpress.strict_json import parse_json
 
-TIMING_KEYS = {"seq_len", "peer", "ours_ms", "peer_ms", "ratio", "sparsity", "threads", "target"}
+
+@dataclass(frozen=True)
+class TimingRow:
+    """What is drawn of a timing; `attnpress bench --json` writes more."""
+
+    seq_len: Some
+    threads: Some
+    sparsity: Share
+    peer: str
+    target: str
+    ours_ms: Amount
+    peer_ms: Amount
+    ratio: Amount
+
+
+@dataclass(frozen=True)
+class TensorPart:
+    """What is shown of a matrix."""
+
+    bits: int | None
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """What is shown of a spec."""
+
+    q: TensorPart
+    k: TensorPart
+    v: TensorPart
+    p: TensorPart
+    sparsity: Share
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """What is shown of a task."""
+
+    task: str
+
+
+@dataclass(frozen=True)
+class TrainPart:
+    """What is shown of a stage's training."""
+
+    epochs: Amount
+
+
+@dataclass(frozen=True)
+class RecipePart:
+    """What a page shows of a recipe; it has more, and older ones had less."""
+
+    model: str
+    data: DataPart
+    attention: AttentionPart
+    compress: TrainPart
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowsPart:
+    """How many rows there were."""
+
+    train: Whole
+    eval: Whole
+
+
+@dataclass(frozen=True)
+class ProvenancePart:
+    """What a page shows of where figures came from."""
+
+    rows: RowsPart
+    weights: dict[str, str | None]
+    seed: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """An entry of a log of training."""
+
+    step: Whole
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """What a page needs of a record beyond the types of its fields."""
+
+    recipe: RecipePart
+    provenance: ProvenancePart
+    training: dict[str, list[LogPart]]
+
+
+TIMING_KEYS = {one.name for one in fields(TimingRow)}
 BEFORE, AFTER = "dense", "progressive"
 """The stages that maps and histograms compare."""
 
@@ -43,12 +136,26 @@ def read_run(path: Path) -> Run:
     """A run folder, or a record alone.
 
     Raises:
-        RecordError: see `results.read_record`.
+        RecordError: see `read_drawable`.
     """
-    record = read_record(path)
+    record = read_drawable(path)
     if not path.is_dir():
         return Run(path.stem, record, None, None)
     return Run(path.resolve().name, record, read_samples(path, BEFORE), read_samples(path, AFTER))
+
+
+def read_drawable(path: Path) -> Record:
+    """A record that a page can be made of: what pages show of its recipe and provenance is there.
+
+    Raises:
+        RecordError: see `results.read_record`; also names what is missing.
+    """
+    record, where = read_record(path), str(path / "record.json" if path.is_dir() else path)
+    plain = {name: getattr(record, name) for name in ("recipe", "provenance", "training")}
+    found = build_record(PagePart, plain, where, "damaged record", extra=True)
+    if record.stage("dense") and "dense" not in found.provenance.weights:
+        raise RecordError(f"{where}: damaged record (provenance.weights 'dense'): this key is missing")
+    return record
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -67,7 +174,7 @@ def read_timings(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """Timings that `attnpress bench --json` wrote: of files given by name, and of any in the folders given.
 
     Raises:
-        RecordError: a file given by name holds no timings.
+        RecordError: a file given by name holds no timings, or one file has some with a field that is not of its type.
     """
     timings = []
     for path in paths:
@@ -81,10 +188,12 @@ def read_timings(paths: Sequence[Path]) -> list[dict[str, Any]]:
 
 def _timings(file: Path) -> list[dict[str, Any]] | None:
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data = parse_json(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     whole = isinstance(data, list) and data and all(isinstance(row, dict) and row.keys() >= TIMING_KEYS for row in data)
+    if whole:
+        build_record(list[TimingRow], data, str(file), extra=True)
     return data if whole else None
 
 

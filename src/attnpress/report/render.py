@@ -44,20 +44,22 @@ def stages_table(record: Record) -> Table:
 def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Records of `benchmark.attention.Timing` for a terminal: medians in milliseconds, ratio = peer over ours."""
     shared = f"one attention call, {_conditions(records)}"
-    table = Table(title=f"{shared}; Q K^T: share of the bare integer product in ours")
+    measured = any(record["product_share"] is not None for record in records)
+    table = Table(title=shared + "; Q K^T: share of the bare integer product in ours" * measured)
     layers = any(record["layer"] for record in records)
     _columns(table, *(["layer"] if layers else []), "tokens", "batch", "sparsity", "peer", *TIMES, "Q K^T")
     for record in records:
         layer = [record["layer"]] if layers else []
-        table.add_row(*layer, *_case(record), *_times(record), f"{record['product_share']:.0%}")
+        table.add_row(*layer, *_case(record), *_times(record), _known(record["product_share"], ".0%"))
     return table
 
 
 def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Records of `benchmark.whole_model.ModelTiming` for a terminal, with the share of attention on either side."""
-    linear = records[0].get("linear", "float")
+    linear = " and ".join(dict.fromkeys(map(_linear, records)))
     table = Table(
-        title=f"one forward pass, {linear} linear layers, {_conditions(records)}; ceiling: attention in no time"
+        title=f"one forward pass, {linear} linear layers, {_conditions(records)}; ceiling: attention in no time; "
+        "off: norm of the difference to the float32 model's output"
     )
     _columns(
         table,
@@ -72,13 +74,25 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
         "ceiling",
         "MB ours",
         "peer's",
+        "off ours",
+        "peer's",
     )
     for record in records:
         shares = [_known(record[name], ".1%") for name in ("ours_attention", "peer_attention")]
         memory = [_known(record.get(name), ".0f") for name in ("ours_model_mb", "peer_model_mb")]
+        off = [_known(record.get(name), ".2%") for name in ("ours_difference", "peer_difference")]
         name = " ".join(filter(None, (record["model"], record.get("ragged"))))
-        table.add_row(name, *_case(record), *_times(record), *shares, _known(record["ceiling"], ".2f"), *memory)
+        table.add_row(name, *_case(record), *_times(record), *shares, _known(record["ceiling"], ".2f"), *memory, *off)
     return table
+
+
+def _linear(record: Mapping[str, Any]) -> str:
+    """What the linear layers of ours were: "int8 (7-bit inputs)", with the number of those that stayed in float."""
+    bits, floats = record.get("activation_bits"), record.get("linear_layers", {}).get("float", 0)
+    kind = record.get("linear", "float")
+    if not bits:
+        return str(kind)
+    return f"{kind} ({'- and '.join(map(str, bits))}-bit inputs{f', {floats} in float' if floats else ''})"
 
 
 def _known(value: float | None, form: str) -> str:
@@ -99,7 +113,12 @@ def _columns(table: Table, *names: str) -> None:
 
 
 def _case(record: Mapping[str, Any]) -> list[str]:
-    return [str(record[name]) for name in ("seq_len", "batch", "sparsity", "peer")]
+    executed = record["provenance"]["peer"].get("executed") if record["peer"] == "openvino" else None
+    fused = executed is None or any(node.endswith("_i8") for node in executed)
+    return [
+        *(str(record[name]) for name in ("seq_len", "batch", "sparsity")),
+        record["peer"] + ", not fused" * (not fused),
+    ]
 
 
 def _times(record: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from filelock import FileLock
 
 from attnpress.config import RunConfig
-from attnpress.files import whole_folder, write_text
+from attnpress.files import remove_folder, whole_folder, write_text
 from attnpress.recipe import dump_config, parse_spec, spec_to_dict
 from attnpress.results import Record, to_json
 from attnpress.sweep.spec import SweepSpec, choose, describe, trial_folder
@@ -34,7 +33,7 @@ def publish(study: optuna.Study, sweep: SweepSpec, output: Path, layers: int, te
     """
     with FileLock(output / ".publish.lock"):
         record = sweep_record(study, sweep, output, layers, teacher)
-        with whole_folder(output / FRONT) as scratch:
+        with whole_folder(output / FRONT, "front") as scratch:
             for place, trial in enumerate(record.on_front(), start=1):
                 write_text(scratch / f"{place:02}-trial-{trial.number}.yaml", _recipe_text(record, trial))
         write_text(output / FILE, to_json(record))
@@ -85,4 +84,4 @@ def _drop_weights(record: SweepRecord, output: Path) -> None:
     kept = {trial.folder for trial in record.on_front()}
     for trial in record.trials:
         if trial.state == "complete" and trial.folder not in kept:
-            shutil.rmtree(output / trial.folder / "progressive", ignore_errors=True)
+            remove_folder(output / trial.folder / "progressive", "model")

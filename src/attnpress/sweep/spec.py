@@ -15,11 +15,13 @@ from pydantic.dataclasses import dataclass
 from attnpress.config import (
     AttentionSpec,
     Bits,
-    Count,
     Fraction,
+    Number,
     RuleName,
     RunConfig,
     Sparsity,
+    Text,
+    Times,
 )
 from attnpress.core.cost import Work, attention_work, total_work
 from attnpress.recipe import spec_to_dict
@@ -73,8 +75,8 @@ class PruneSpec:
         after: fraction of training before which none is given up; thresholds and scales are still settling.
     """
 
-    percentile: Annotated[float, Field(gt=0, le=100)] = 50.0
-    startup: Count = 5
+    percentile: Annotated[float, Number, Field(gt=0, le=100)] = 50.0
+    startup: Times = 5
     after: Fraction = 0.4
 
 
@@ -96,10 +98,10 @@ class SweepSpec:
     recipe: RunConfig = RunConfig()
     search: SearchSpec = SearchSpec()
     prune: PruneSpec = PruneSpec()
-    name: str = "sweep"
-    trials: Count = 40
-    storage: str | None = None
-    heartbeat: Count = 15
+    name: Text = "sweep"
+    trials: Times = 40
+    storage: Text | None = None
+    heartbeat: Annotated[int, Number, Field(ge=1, le=86_400)] = 15
 
     @model_validator(mode="after")
     def _check(self) -> SweepSpec:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from attnpress.config import DENSE, RunConfig
+from attnpress.files import take_folder
 from attnpress.finetune import DivergedError
 from attnpress.live import check_trackers
 from attnpress.models.binding import attentions, bind
 from attnpress.models.loading import load_backbone, resolve_model
-from attnpress.results import Record
+from attnpress.results import Record, RecordError
 from attnpress.sweep.publish import publish
 from attnpress.sweep.spec import SweepSpec, asked_work, choose, describe, trial_folder
 from attnpress.sweep.study import (
@@ -27,7 +28,7 @@ from attnpress.sweep.study import (
     check_teacher,
     open_study,
 )
-from attnpress.sweep_record import SweepRecord
+from attnpress.sweep_record import SweepRecord, read_sweep
 from attnpress.tasks import check_data
 from attnpress.teacher import Notify, check_one_process, train_student, train_teacher
 
@@ -47,6 +48,7 @@ def sweep(spec: SweepSpec, output: Path, notify: Notify = print) -> SweepRecord:
         The record, also written to `output/sweep.json`.
 
     Raises:
+        OutputError: the folder holds something else than a sweep.
         SweepError, ConfigError, TaskError, ModelError: found before any training starts.
     """
     check_one_process()
@@ -54,11 +56,19 @@ def sweep(spec: SweepSpec, output: Path, notify: Notify = print) -> SweepRecord:
     check_trackers(spec.recipe.report_to)
     base = resolve_model(str(spec.recipe.checkpoint or spec.recipe.model))
     layers = len(attentions(bind(load_backbone(base), DENSE)))
-    output.mkdir(parents=True, exist_ok=True)
+    take_folder(output, "sweep", _is_sweep)
     study = open_study(spec, output)
     teacher, dense = train_teacher(spec.recipe, output / "teacher", notify)
     check_teacher(study, teacher.provenance["weights"]["dense"])
     return Worker(spec, output, notify, study, layers, teacher, dense.resolve()).run()
+
+
+def _is_sweep(folder: Path) -> bool:
+    try:
+        read_sweep(folder)
+    except RecordError:
+        return False
+    return True
 
 
 @dataclasses.dataclass

@@ -9,8 +9,8 @@ from typing import get_args
 
 from attnpress.config import DataSpec
 from attnpress.tasks import movie
+from attnpress.tasks.lines import SUFFIXES, TaskError, ending
 from attnpress.tasks.metrics import METRICS
-from attnpress.tasks.sources import SUFFIXES, TaskError
 from attnpress.tasks.table import CUSTOM, TASKS, Layout, Split, Task
 
 
@@ -86,7 +86,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 def _check_file(key: str, path: Path, suffixes: Sequence[str]) -> None:
     if not path.is_file():
         raise TaskError(f"data.{key}: {path} is not a file; give the path of an existing one")
-    if path.suffix not in suffixes:
+    if ending(path) not in suffixes:
         raise TaskError(f"data.{key}: {path.name} has none of the endings {', '.join(suffixes)}; convert or rename it")
 
 

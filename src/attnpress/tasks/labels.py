@@ -1,8 +1,10 @@
-"""Labels: from what a source holds to class indices or numbers, refusing what does not fit."""
+"""Labels: from what a source holds to class indices or numbers, and on to a model's own numbering of the classes."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from attnpress.tasks.sources import Rows, TaskError
@@ -35,6 +37,46 @@ def fit_labels(task: Task, train: Rows, held_out: Rows) -> tuple[tuple[str, ...]
                 "remove the row, or add training examples of it"
             )
     return names, train_labels, eval_labels
+
+
+def class_ids(names: Sequence[str], of_model: Sequence[str]) -> tuple[int, ...] | None:
+    """The number that a model has for each class of a task, or None where the classes are not the same ones.
+
+    Classes are the same by name (see `class_ids_by_name`), or the data name them by number, 0 to n - 1, as the model
+    counts them. A model without names of its own (see `is_generic`) counts as the task does.
+
+    Args:
+        names: of the task's classes, in its order.
+        of_model: names of the model's classes, in its order.
+    """
+    if (by_name := class_ids_by_name(names, of_model)) is not None or len(names) != len(of_model):
+        return by_name
+    numbers = [str(number) for number in range(len(of_model))]
+    if is_generic(of_model) or (list(names) == numbers and not set(names) & set(of_model)):
+        return tuple(range(len(names)))
+    return None
+
+
+def class_ids_by_name(names: Sequence[str], of_model: Sequence[str]) -> tuple[int, ...] | None:
+    """The number that a model has for each class of a task, where both name the same classes; else None.
+
+    Names that differ in capitals, spaces, hyphens and underscores alone are the same, unless two classes are then one.
+    """
+    for spelled in (str, _plain):
+        known = {spelled(name): number for number, name in enumerate(of_model)}
+        found = tuple(known.get(spelled(name), -1) for name in names)
+        if sorted(found) == list(range(len(of_model))):
+            return tuple(found)
+    return None
+
+
+def is_generic(of_model: Sequence[str]) -> bool:
+    """Whether a model's names say nothing but the number of a class: LABEL_0, LABEL_1, ... or 0, 1, ..."""
+    return all(name in (f"LABEL_{number}", str(number)) for number, name in enumerate(of_model))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", "", name.strip().casefold())
 
 
 def _label_names(rows: Rows) -> tuple[str, ...]:

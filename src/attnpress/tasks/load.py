@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from attnpress.config import DataSpec
 from attnpress.tasks import squad
 from attnpress.tasks.check import check_data, find_published, own_file
-from attnpress.tasks.labels import fit_labels
-from attnpress.tasks.metrics import score, sentence_metrics
+from attnpress.tasks.labels import class_ids, fit_labels, is_generic
+from attnpress.tasks.metrics import first_output, score, sentence_metrics
 from attnpress.tasks.sources import Columns, Rows, TaskError, read_file, read_hub
 from attnpress.tasks.table import Split, Task
+from attnpress.tasks.tokens import encode
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +36,8 @@ class TaskData:
         task: the row of the table.
         train, eval: tokenized, unpadded rows: input_ids, attention_mask, token_type_ids where the model has them, and
             labels (int or float), or start_positions and end_positions. In qa a row is a window.
-        label_names: names of the classes by index; empty in regression and qa.
+        label_names: names of the classes by index, which is that of the task until `numbered_as` makes it a model's;
+            empty in regression and qa.
         fingerprint: sha256 of the sources of "train" and "eval"; of the rows when they come from the Hub.
         majority: headline metric, in points, of always answering the commonest training label; None in other kinds.
         collate: pads a list of rows to the longest and returns tensors.
@@ -55,6 +59,58 @@ class TaskData:
         """The same task on at most so many evaluation examples, evenly spread."""
         held_out, compute_metrics = self.thin(rows)
         return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics)
+
+    def numbered_as(self, of_model: Sequence[str]) -> TaskData | None:
+        """The same task with the classes counted as a model counts them; None if they are not the same classes.
+
+        Metrics are still those of the task: which class is the positive one does not depend on a model's order.
+
+        Args:
+            of_model: names of the model's classes, in its order; see `class_ids`.
+        """
+        ids = class_ids(self.label_names, of_model)
+        if ids is None:
+            return None
+        names = self.label_names if is_generic(of_model) else tuple(of_model)
+        if list(ids) == sorted(ids):
+            return dataclasses.replace(self, label_names=names)
+
+        def thin(rows: int) -> tuple[Dataset, Metrics]:
+            held_out, metrics = self.thin(rows)
+            return _relabelled(held_out, ids), _of_task(metrics, ids)
+
+        return dataclasses.replace(
+            self,
+            train=_relabelled(self.train, ids),
+            eval=_relabelled(self.eval, ids),
+            label_names=names,
+            compute_metrics=_of_task(self.compute_metrics, ids),
+            thin=thin,
+        )
+
+
+def _relabelled(rows: Dataset, ids: Sequence[int]) -> Dataset:
+    import pyarrow
+    from datasets import Dataset
+
+    table: Any = rows.with_format("arrow")[:]
+    place = table.schema.get_field_index("labels")
+    labels = pyarrow.array([ids[label] for label in rows["labels"]], table.schema.field(place).type)
+    return Dataset(table.set_column(place, "labels", labels))
+
+
+def _of_task(metrics: Metrics, ids: Sequence[int]) -> Metrics:
+    """Metrics of a task, for predictions and labels in a model's numbers."""
+    task_class = {number: index for index, number in enumerate(ids)}
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        from transformers import EvalPrediction
+
+        logits = first_output(prediction.predictions)[..., list(ids)]
+        labels = np.array([task_class[label] for label in first_output(prediction.label_ids).tolist()])
+        return metrics(EvalPrediction(logits, labels))
+
+    return compute
 
 
 def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
@@ -133,9 +189,8 @@ def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:
     elif task.local and data.data_dir:
         text, label = task.local.text or task.text, task.local.label or task.label
         mend = f"data.data_dir must hold the published files of task {task.name!r}"
-        rows = read_file(
-            find_published(task.local, split, data.data_dir), Columns(text, label, task.local.header, mend)
-        )
+        published = find_published(task.local, split, data.data_dir)
+        rows = read_file(published, Columns(text, label, task.local.header, mend), published=True)
     else:
         rows = read_hub(*_hub(task, split), Columns(task.text, task.label))
     if not len(rows):
@@ -171,8 +226,6 @@ def _majority(task: Task, train_labels: Sequence[int], eval_labels: Sequence[int
 
 
 def _choose(count: int, wanted: int | None, seed: int) -> list[int]:
-    import numpy as np
-
     order: list[int] = np.random.default_rng(seed).permutation(count).tolist()
     return order[:wanted]
 
@@ -187,8 +240,8 @@ def _tokenize(
     def parts() -> Iterator[dict[str, Any]]:
         for begin in range(0, len(order), CHUNK):
             part = order[begin : begin + CHUNK]
-            text = [[column[row] for row in part] for column in rows.text]
-            encoded = tokenizer(*text, truncation=True, max_length=max_length)
+            texts = [[column[row] for row in part] for column in rows.text]
+            encoded = encode(tokenizer, texts, max_length)
             yield {**encoded, "labels": [labels[row] for row in part]}
 
     return _in_memory(parts())

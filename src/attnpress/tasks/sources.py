@@ -5,27 +5,26 @@ Every reader names the file and line of what it cannot use. Nothing here knows a
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from attnpress.strict_json import is_unicode
+from attnpress.tasks.lines import JSON_LINES, Broken, Record, ending, foreign_kind, newline_of, read_rows
+from attnpress.tasks.lines import TaskError as TaskError
+
 if TYPE_CHECKING:
     from datasets import Dataset
 
-Record = dict[str, Any]
-Numbered = Iterator[tuple[int, Record]]
+TOLERATED, TOLERATED_SHARE = 10, 0.01
+"""Broken rows of a published file that are left out: as many, or that share of its rows if it is more."""
 
-SUFFIXES = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".json")
-"""What `read_file` reads: quoted CSV, unquoted tab-separated text (.tsv, .txt), JSON lines (the last three)."""
-
-
-class TaskError(ValueError):
-    """Data or a task that cannot be used; the message names the field, file or line and how to mend it."""
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,19 +75,46 @@ class Rows:
         return f"{self.name}, line {self.lines[row]}"
 
 
-def read_file(path: Path, columns: Columns) -> Rows:
+def read_file(path: Path, columns: Columns, *, published: bool = False) -> Rows:
     """Read the named columns of a CSV, TSV or JSON-lines file; blank lines are skipped.
 
+    Args:
+        path: UTF-8; its ending says which kind it is.
+        columns: what to read.
+        published: a few broken rows are left out, and said: nobody can mend the file that all others use.
+
     Raises:
-        TaskError: unreadable or malformed file, a missing column, or a text that is not a string.
+        TaskError: unreadable or malformed file, a missing column or one that is there twice, or a text that is not a
+            string.
     """
     text, sha256 = read_text(path)
-    rows = Rows(str(path), tuple([] for _ in columns.text), [], [], sha256)
-    lines: list[int] = []
-    for line, record in _records(path, text, columns.header):
-        _append(rows, record, columns, f"{path}, line {line}")
-        lines.append(line)
+    rows, lines = Rows(str(path), tuple([] for _ in columns.text), [], [], sha256), list[int]()
+    broken: list[tuple[int, Broken]] = []
+    stream = io.StringIO(text, newline=newline_of(path))
+    for line, record in read_rows(path, stream, columns.names, columns.header):
+        if not isinstance(record, Broken):
+            _append(rows, record, columns, f"{path}, line {line}")
+            lines.append(line)
+        elif published:
+            broken.append((line, record))
+        else:
+            raise _refused(path, text, line, record)
+    if broken:
+        _leave_out(path, text, broken, len(lines))
     return Rows(rows.name, rows.text, rows.label, lines, sha256)
+
+
+def _leave_out(path: Path, text: str, broken: Sequence[tuple[int, Broken]], whole: int) -> None:
+    if len(broken) > max(TOLERATED, TOLERATED_SHARE * whole) or len(broken) >= whole:
+        raise _refused(path, text, *broken[0])
+    line, first = broken[0]
+    log.warning("%s: %d broken rows are left out (first: line %d: %s)", path, len(broken), line, first.reason)
+
+
+def _refused(path: Path, text: str, line: int, row: Broken) -> TaskError:
+    if ending(path) in JSON_LINES and text.lstrip().startswith("[") and row.reason.startswith("not"):
+        return TaskError(f"{path}, line {line}: {row.refusal}; the whole file looks like one JSON array")
+    return TaskError(f"{path}, line {line}: {row.refusal}")
 
 
 def read_text(path: Path) -> tuple[str, str]:
@@ -99,6 +125,8 @@ def read_text(path: Path) -> tuple[str, str]:
     """
     try:
         content = path.read_bytes()
+        if foreign := foreign_kind(content[:8]):
+            raise TaskError(f"{path}: {foreign}")
         return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
     except OSError as error:
         raise TaskError(f"{path}: cannot be read ({error.strerror})") from None
@@ -153,9 +181,14 @@ def _append(rows: Rows, record: Record, columns: Columns, place: str) -> None:
     _require(record, columns.names, place, columns.mend)
     for name, column in zip(columns.text, rows.text, strict=True):
         if not isinstance(record[name], str):
-            raise TaskError(f"{place}: column {name!r} must hold text, found {record[name]!r}")
+            raise TaskError(f"{place}: column {name!r} must hold text, found {record[name]!r:.80}")
+        if not is_unicode(record[name]):
+            raise TaskError(f"{place}: column {name!r} holds half of a surrogate pair; mend or delete this line")
         column.append(record[name])
-    rows.label.append(record[columns.label])
+    label = record[columns.label]
+    if isinstance(label, list | dict) or (isinstance(label, str) and not is_unicode(label)):
+        raise TaskError(f"{place}: column {columns.label!r} must hold a name or a number, found {label!r:.80}")
+    rows.label.append(label)
 
 
 def _require(record: Record, names: Sequence[str], place: str, mend: str) -> None:
@@ -163,51 +196,3 @@ def _require(record: Record, names: Sequence[str], place: str, mend: str) -> Non
     if missing:
         found = ", ".join(repr(name) for name in record) or "none"
         raise TaskError(f"{place}: no column {missing[0]!r}; columns found: {found}; {mend}")
-
-
-def _records(path: Path, text: str, header: tuple[str, ...] | None) -> Numbered:
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return _json_records(path, text)
-    fields = _csv_fields(path, text) if path.suffix == ".csv" else _tab_fields(text)
-    return _named(path, fields, header)
-
-
-def _named(path: Path, fields: Iterator[tuple[int, list[str]]], header: tuple[str, ...] | None) -> Numbered:
-    names = list(header) if header else next(fields, (0, []))[1]
-    for line, values in fields:
-        if len(values) != len(names):
-            raise TaskError(
-                f"{path}, line {line}: {len(values)} fields, but {len(names)} columns ({', '.join(names)}); "
-                "mend or delete this line"
-            )
-        yield line, dict(zip(names, values, strict=True))
-
-
-def _tab_fields(text: str) -> Iterator[tuple[int, list[str]]]:
-    # Published TSV files hold bare quotes, and text with exotic line separators: only \n ends a line here.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line := line.removesuffix("\r"):
-            yield number, line.split("\t")
-
-
-def _csv_fields(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for values in reader:
-            if values:
-                yield reader.line_num, values
-    except csv.Error as error:
-        raise TaskError(f"{path}, line {reader.line_num}: not valid CSV ({error}); mend this line") from None
-
-
-def _json_records(path: Path, text: str) -> Numbered:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TaskError(f"{path}, line {number}: not valid JSON ({error.msg}); write one object a line") from None
-        if not isinstance(record, dict):
-            raise TaskError(f"{path}, line {number}: a row is a JSON object, found {type(record).__name__}")
-        yield number, record

@@ -6,7 +6,6 @@ question is the best span over its windows (Devlin et al., NAACL 2019, section 4
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from attnpress.strict_json import JsonError, is_unicode, parse_json
 from attnpress.tasks.metrics import check_finite
 from attnpress.tasks.sources import TaskError, hash_rows, load_hub, read_text
 
@@ -66,13 +66,13 @@ def read_squad(path: Path) -> tuple[list[Question], str]:
     """
     text, sha256 = read_text(path)
     try:
-        articles = json.loads(text)["data"]
+        articles = parse_json(text)["data"]
         paragraphs = [paragraph for article in articles for paragraph in article["paragraphs"]]
         pairs = [(paragraph["context"], asked) for paragraph in paragraphs for asked in paragraph["qas"]]
         return [_local_question(path, context, asked) for context, asked in pairs], sha256
-    except json.JSONDecodeError as error:
-        raise TaskError(f"{path}, line {error.lineno}: not valid JSON ({error.msg})") from None
-    except (KeyError, TypeError) as error:
+    except JsonError as error:
+        raise TaskError(f"{path}, line {error.line}: not valid JSON ({error})") from None
+    except (KeyError, TypeError, AttributeError) as error:
         raise TaskError(f"{path}: not in the layout of SQuAD v1.1 (missing or wrong: {error})") from None
 
 
@@ -194,6 +194,11 @@ def _local_question(path: Path, context: str, asked: Mapping[str, Any]) -> Quest
 
 def _question(name: str, key: str, question: str, context: str, answers: Mapping[str, Any]) -> Question:
     texts, starts = tuple(answers["text"]), tuple(answers["answer_start"])
+    for text in (question, context, *texts):
+        if not isinstance(text, str) or not is_unicode(text):
+            raise TaskError(f"{name}: question {key!r:.80} has something else than text in it ({text!r:.40}); mend it")
+    if not all(type(start) is int for start in starts):
+        raise TaskError(f"{name}: question {key!r:.80} has an answer_start that is no whole number; mend it")
     if not texts or not all(texts):
         raise TaskError(f"{name}: question {key!r} has no answer; SQuAD v1.1 is expected, not v2.0")
     if not all(start >= 0 and start + len(text) <= len(context) for text, start in zip(texts, starts, strict=True)):
@@ -208,6 +213,8 @@ def _shorten(tokenizer: PreTrainedTokenizerBase, texts: list[str], longest: int)
 
 
 def _window(question: int, sequences: list[int | None], offsets: list[tuple[int, int]]) -> Window:
+    if 1 not in sequences:
+        raise TaskError(f"question {question + 1}: its context has no tokens; give it a text")
     first = sequences.index(1)
     return Window(question, first, np.array(offsets[first : first + sequences.count(1)], dtype=np.int32))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,11 @@ from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
 from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.turns import Prepared
 from attnpress.benchmark.whole_model import bench_models, build, prepare
+from attnpress.core.linear import ACTIVATION_BITS
+from attnpress.kernels import cpu
 from attnpress.models import stock
 from attnpress.models.stock import attention_seconds, make_stock
+from attnpress.report.render import models_table
 from tests.kernels.factories import needs_kernel
 
 SMALL: dict[str, Any] = {
@@ -86,6 +90,13 @@ def test_ragged_batches_and_int8_layers(tmp_path: Path) -> None:
         prepared.run()
         assert prepared.facts["sparsity"] == pytest.approx(0.8, abs=0.05)
         assert prepared.facts["peak_mb"] > prepared.facts["model_mb"]
+        assert prepared.facts["difference"] > 1e-3, "pruned, and never trained with it"
+    assert padded.facts["linear_layers"]["int8"] == 0
+    assert padded.facts["activation_bits"] == []
+    assert padded.facts["linear_difference"] is None
+    assert packed.facts["linear_layers"] == {"int8": 8, "float": 1}, "of two layers, and the pooler"
+    assert packed.facts["activation_bits"] == [ACTIVATION_BITS]
+    assert 1e-4 < packed.facts["linear_difference"] < 0.1, "rounded, but the same model"
     assert packed.facts["file_mb"] < padded.facts["file_mb"]
 
 
@@ -102,7 +113,50 @@ def test_other_runtimes_multiply_bytes_and_take_any_shape(tmp_path: Path, name: 
     hidden = torch.as_tensor(found[0])
     real = inputs["attention_mask"].bool()
     change = (hidden - expected)[real].norm() / expected[real].norm()
+    assert prepared.facts["difference"] == pytest.approx(float(change), rel=1e-4)
     assert 1e-4 < change < 0.1, "rounded, but the same model"
+
+
+def test_the_model_in_float32_differs_from_itself_by_its_last_bits(tmp_path: Path) -> None:
+    differences = [side(tmp_path, name, "bert-base", 16, 2, 0.8).facts["difference"] for name in ("eager", "sdpa-bf16")]
+    assert 0 <= differences[0] < 1e-6
+    assert 1e-3 < differences[1] < 0.1
+
+
+@needs_kernel
+def test_a_model_without_int8_layers_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkError, match=r"modernbert-base has no int8 linear layers: .*stay in float"):
+        side(tmp_path, "ours", "modernbert-base", 16, 2, 0.8, "int8")
+
+
+@needs_kernel
+def test_a_peer_that_cannot_be_held_to_the_target_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in RUNTIMES["onnxruntime-int8"].packages:
+        pytest.importorskip(package)
+    if cpu.supported_targets() == ["scalar"]:
+        pytest.skip("nothing to be held to")
+    monkeypatch.setenv(cpu.TARGET_VARIABLE, "scalar")
+    with pytest.raises(
+        BenchmarkError, match=r"peer onnxruntime-int8: has no setting that holds it to scalar.*hold_avx2"
+    ):
+        bench_models(["minilm"], [16], peers=["sdpa", "onnxruntime-int8"])
+
+
+@needs_kernel
+def test_a_record_says_what_was_measured_not_what_was_asked(tmp_path: Path) -> None:
+    facts = {name: side(tmp_path, name, "bert-base", 16, 2, 0.5, "int8").facts for name in ("ours", "sdpa")}
+    case = {"model": "bert-base", "length": 16, "batch": 2, "threads": 1, "ragged": None, "linear": "int8"}
+    times = {"ours": [[1.0, 1.0, 1.0]], "sdpa": [[2.0, 2.0, 2.0]]}
+    timing = asdict(whole_model._timing(case, "sdpa", times, facts))
+    assert (timing["linear"], timing["linear_layers"]["int8"], timing["target"]) == ("int8", 8, cpu.active_target())
+    assert timing["provenance"]["ours"]["threads"] == torch.get_num_threads()
+    assert timing["ours_linear_difference"] < timing["ours_difference"]
+    facts["ours"] |= {"linear_layers": {"int8": 0, "float": 13}, "activation_bits": [], "linear_difference": None}
+    floats = asdict(whole_model._timing(case, "sdpa", times, facts))
+    assert floats["linear"] == "float", "though int8 was asked for"
+    assert f"int8 ({ACTIVATION_BITS}-bit inputs, 1 in float) and float linear layers" in str(
+        models_table([timing, floats]).title
+    )
 
 
 def test_a_peer_whose_packages_are_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

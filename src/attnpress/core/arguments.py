@@ -1,0 +1,148 @@
+"""What an attention call may be given, checked in one place for the reference, the training forward and the kernels.
+
+Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid broadcastable to [B, Hq, Sq, Sk].
+`torch.ops.attnpress.*` refuses the same, so that whoever reaches an operator directly gets an error, not a crash.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
+
+SMALLEST_SCALING, LARGEST_SCALING = 2.0**-32, 2.0**32
+"""With scales in their range, alpha and its octaves stay ordinary float32 numbers."""
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse queries, keys and values that do not fit together. Heads of V may have a size of their own.
+
+    Raises:
+        ValueError: names the tensor and its shape.
+    """
+    for name, tensor in {"query": query, "key": key, "value": value}.items():
+        if tensor.dim() != 4 or not tensor.is_floating_point() or tensor.device != query.device:
+            raise ValueError(
+                f"{name}: floating-point numbers [B, H, S, D] on the device of the query are needed, "
+                f"found {_described(tensor)}"
+            )
+    batch, heads, _, dim = query.shape
+    kv_heads = key.shape[1]
+    if key.shape[:3] != value.shape[:3] or (key.shape[0], key.shape[3]) != (batch, dim) or heads % max(1, kv_heads):
+        raise misfit(query, key, value)
+    if kv_heads == 0 or dim == 0:
+        raise misfit(query, key, value)
+
+
+def misfit(query: Tensor, key: Tensor, value: Tensor) -> ValueError:
+    """The error for shapes that do not belong to one call."""
+    return ValueError(
+        f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit together: "
+        "key and value are [B, Hkv, Sk, D], with Hq a multiple of Hkv"
+    )
+
+
+def pair_mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """`valid` with all four dimensions, each 1 or that of the call, and the last always Sk: what all code can index.
+
+    Args:
+        valid: bool, broadcastable to [B, Hq, Sq, Sk]; None allows all pairs.
+
+    Returns:
+        A view, bool [B or 1, Hq or 1, Sq or 1, Sk]; None for None.
+
+    Raises:
+        ValueError: another dtype or device, or a shape that does not broadcast.
+    """
+    if valid is None:
+        return None
+    pairs = (*query.shape[:3], key.shape[2])
+    if not torch.compiler.is_compiling():  # comparing sizes would fix them in what is being traced
+        fits = all(size in (1, whole) for size, whole in zip(reversed(valid.shape), reversed(pairs), strict=False))
+        if valid.dtype != torch.bool or valid.dim() > 4 or not fits or valid.device != query.device:
+            raise ValueError(
+                f"valid: a bool mask broadcastable to [B, Hq, Sq, Sk], here {list(pairs)}, on {query.device} is "
+                f"needed, found {_described(valid)}"
+            )
+    return four_dims(valid).expand(-1, -1, -1, key.shape[2])
+
+
+def four_dims(valid: Tensor) -> Tensor:
+    """The mask with dimensions of size 1 put before its own, up to four."""
+    return valid if valid.dim() == 4 else valid[(None,) * (4 - valid.dim())]
+
+
+def check_values(
+    query: Tensor, key: Tensor, value: Tensor, scales: Mapping[str, Tensor | None], cutoff: Tensor | None,
+    scaling: float,
+) -> None:  # fmt: skip
+    """Refuse scales, thresholds and factors that no calibration gives, and with which loops would not end.
+
+    Numbers are looked at where that costs nothing: on the CPU, and not while a model is traced or compiled.
+
+    Args:
+        query, key, value: as `check_tensors` takes them.
+        scales: of q, k and v by name, float32 [1, 1 or H, 1, 1], for v also [1, 1 or H, 1, D]; None has none to check.
+        cutoff: float32 [Hq]: not negative, +inf keeps all pairs; None prunes nothing.
+        scaling: factor of the scores.
+
+    Raises:
+        ValueError: names what is wrong, the range it must be in, and the mend.
+    """
+    heads = query.shape[1]
+    for name, scale in scales.items():
+        if scale is not None:
+            sizes = ((1,), (1, heads if name == "q" else key.shape[1]), (1,), (1, value.shape[3] if name == "v" else 1))
+            _check_scale(name, scale, sizes, query.device)
+    if cutoff is not None:
+        check_cutoff(cutoff, query)
+    if not torch.compiler.is_compiling() and not SMALLEST_SCALING <= scaling <= LARGEST_SCALING:
+        raise ValueError(f"scaling: a factor of the scores from 2^-32 to 2^32 is needed, found {scaling}")
+
+
+def check_cutoff(cutoff: Tensor, query: Tensor) -> None:
+    """Refuse thresholds with which not even the maximum of a row would be kept; see `check_values`."""
+    if cutoff.dtype != torch.float32 or cutoff.shape != (query.shape[1],) or cutoff.device != query.device:
+        raise ValueError(f"cutoff: float32 [{query.shape[1]}] on {query.device} is needed, found {_described(cutoff)}")
+    wrong = [x for x in _numbers(cutoff) if not x >= 0]
+    if wrong:
+        raise ValueError(f"cutoff: thresholds are 0 or more, up to inf, found {wrong[0]}; calibrate the model again")
+
+
+def _check_scale(name: str, scale: Tensor, sizes: Sequence[tuple[int, ...]], device: torch.device) -> None:
+    fits = scale.dim() == 4 and all(size in allowed for size, allowed in zip(scale.shape, sizes, strict=True))
+    if scale.dtype != torch.float32 or not fits or scale.device != device:
+        shape = ", ".join(" or ".join(map(str, sorted(set(allowed)))) for allowed in sizes)
+        raise ValueError(f"{name}_scale: float32 [{shape}] on {device} is needed, found {_described(scale)}")
+    wrong = [x for x in _numbers(scale) if not SMALLEST_SCALE <= x <= LARGEST_SCALE]
+    if wrong:
+        raise ValueError(f"{name}_scale: scales are 2^-40 to 2^40, found {wrong[0]}; calibrate the model again")
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {list(x.shape)} on {x.device}"
+
+
+def _numbers(x: Tensor) -> list[float]:
+    """The tensor as plain numbers, since comparing tensors takes longer; none where they cannot be had for free."""
+    is_real = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
+    if not is_real or torch.compiler.is_compiling():
+        return []
+    numbers: list[float] = x.detach().flatten().tolist()
+    return numbers
+
+
+def some_key(key: Tensor, value: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The call as it is, or, where there are no keys at all, with one that nobody may attend to: a maximum needs one.
+
+    Args:
+        valid: from `pair_mask`.
+    """
+    if key.shape[2] > 0:
+        return key, value, valid
+    key, value = (F.pad(x, (0, 0, 0, 1)) for x in (key, value))
+    return key, value, torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=key.device)

@@ -1,0 +1,101 @@
+"""Float32 passes with one order of summation and one rounding for each step: the same bits wherever they run.
+
+A library's sums follow the width of its registers and the number of its threads, and its erf and tanh those of its
+version. What stands between the integers of a deployed encoder is therefore defined here, in steps that IEEE 754
+rounds in one way only: +, -, *, / and sqrt of float32, each rounded by itself, never two of them in one instruction.
+
+    sum(x)      lane j of 64 adds x[j], x[j + 64], ... to 0, in that order; lanes are added j and j + 32, then j and
+                j + 16, j + 8, j + 4; then (lane 0 + lane 1) + (lane 2 + lane 3)
+    norm(x)     c = x - sum(x) / K;  c * (1 / sqrt(sum(c * c) / K + epsilon)) * weight + bias, from the left
+    gelu(x)     x/2 + x/2 * erf(x * 0.70710678), erf a quotient of polynomials with its argument within +-4
+    tanh(x)     a quotient of polynomials with its argument within +-7.9053111
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+LANES = 64
+
+ERF_ABOVE = (
+    -2.72614225801306e-10, 2.77068142495902e-08, -2.10102402082508e-06, -5.69250639462346e-05, -7.34990630326855e-04,
+    -2.95459980854025e-03, -1.60960333262415e-02,
+)  # fmt: skip
+ERF_BELOW = (
+    -1.45660718464996e-05, -2.13374055278905e-04, -1.68282697438203e-03, -7.37332916720468e-03, -1.42647390514189e-02
+)  # fmt: skip
+ERF_LIMIT = 4.0
+TANH_ABOVE = (
+    -2.76076847742355e-16, 2.00018790482477e-13, -8.60467152213735e-11, 5.12229709037114e-08, 1.48572235717979e-05,
+    6.37261928875436e-04, 4.89352455891786e-03,
+)  # fmt: skip
+TANH_BELOW = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
+TANH_LIMIT = 7.90531110763549805
+"""Coefficients of the approximations that Eigen and XLA have, highest power of the squared argument first."""
+
+
+class Passes(NamedTuple):
+    """The functions of this module, or compiled ones that give the same bits."""
+
+    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    gelu: Callable[[Tensor], Tensor]
+    tanh: Callable[[Tensor], Tensor]
+
+
+def ordered_sum(x: Tensor) -> Tensor:
+    """Sum of float32 [..., K] over the last dimension, in the one order: float32 [...]."""
+    count = x.shape[-1]
+    padded = torch.nn.functional.pad(x, (0, -count % LANES))
+    lanes = x.new_zeros(*x.shape[:-1], LANES)
+    for block in padded.split(LANES, -1):
+        lanes = lanes + block
+    for half in (32, 16, 8, 4):
+        lanes = lanes[..., :half] + lanes[..., half : 2 * half]
+    return (lanes[..., 0] + lanes[..., 1]) + (lanes[..., 2] + lanes[..., 3])
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
+    """float32 [..., K] normalized over the last dimension."""
+    size = torch.tensor(float(x.shape[-1]))
+    centred = x - (ordered_sum(x) / size).unsqueeze(-1)
+    variance = ordered_sum(centred * centred) / size + torch.tensor(epsilon)
+    # By way of float64: torch's float32 root is a vector library's, and not always the nearest number.
+    factor = 1.0 / variance.double().sqrt().float()
+    return centred * factor.unsqueeze(-1) * weight + bias
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x/2 (1 + erf(x / sqrt 2)) of float32, a few units in the last place from the true one."""
+    half = x * 0.5
+    return half + half * _quotient((x * 0.70710678).clamp(-ERF_LIMIT, ERF_LIMIT), ERF_ABOVE, ERF_BELOW)
+
+
+def tanh(x: Tensor) -> Tensor:
+    """tanh of float32, a few units in the last place from the true one."""
+    return _quotient(x.clamp(-TANH_LIMIT, TANH_LIMIT), TANH_ABOVE, TANH_BELOW)
+
+
+def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A float32 linear layer, [..., K] -> [..., N]: ordered sums of products rounded by themselves, then the bias."""
+    rows = [ordered_sum(row * weight) for row in x.reshape(-1, x.shape[-1])]
+    out = torch.stack(rows) if rows else x.new_zeros(0, len(weight))
+    out = out.view(*x.shape[:-1], len(weight))
+    return out if bias is None else out + bias
+
+
+def _quotient(u: Tensor, above: tuple[float, ...], below: tuple[float, ...]) -> Tensor:
+    """u * above(u * u) / below(u * u), by Horner's scheme."""
+    square = u * u
+    return u * _polynomial(square, above) / _polynomial(square, below)
+
+
+def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
+    value = torch.full_like(x, coefficients[0])
+    for coefficient in coefficients[1:]:
+        value = value * x + coefficient
+    return value

@@ -1,0 +1,109 @@
+"""Long calls in slices, so that Ctrl-C is heard between two of them: Python looks at signals when an operator returns.
+
+Slices give the same integers: batch elements, key heads with their query heads, and query rows do not see each other,
+and the mean that K smoothing subtracts is taken from the whole call first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch import Tensor
+
+from attnpress.config import AttentionSpec
+from attnpress.core.arguments import pair_mask
+from attnpress.core.attention import Scales, key_validity
+from attnpress.core.quantizer import smooth_key
+
+Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
+"""Query, key, value, valid, scales, cutoff, spec and scaling."""
+
+SECOND = {"scalar": 2**30, "avx2": 2**34, "avx512vnni": 2**35, "amx": 2**36}
+"""Products that one thread of a target makes in a good second or less, whatever the rule."""
+
+SHORT = min(SECOND.values())
+"""Products up to which nobody waits, on any target."""
+
+
+def products(query: Tensor, key: Tensor) -> int:
+    """Multiply-accumulates of Q K^T and P V."""
+    return 2 * query.numel() * key.shape[2]
+
+
+def slices(call: Call, causal: bool, most: int) -> Iterator[tuple[tuple[slice, ...], Call]]:
+    """The call in parts of about `most` products each.
+
+    Args:
+        call: [B, Hq, Sq, D] and so on, checked.
+        causal: as in `ops.attention`; parts keep it, with the keys that their last row sees.
+
+    Yields:
+        Where in the output [B, Hq, Sq, D] a part belongs, and the part.
+    """
+    call = _smoothed(call, causal)
+    query, key = call[:2]
+    batch, rows, keys, kv_heads = query.shape[0], query.shape[2], key.shape[2], key.shape[1]
+    group = query.shape[1] // kv_heads
+    row = products(query[:1, :group, :1], key)
+    for b in _steps(batch, most // (row * rows * kv_heads)):
+        for h in _steps(kv_heads, most // (row * rows)):
+            for r in _steps(rows, most // row):
+                heads = slice(h.start * group, h.stop * group)
+                seen = slice(0, max(0, keys - rows + r.stop) if causal else keys)
+                yield (b, heads, r), _part(call, b, h, heads, r, seen)
+
+
+def sequences(places: Sequence[int], products_of_pair: int, most: int) -> Iterator[tuple[int, int]]:
+    """Ranges of sequences that lie end to end, with about `most` products each, or one sequence.
+
+    Args:
+        places: where each begins, and where the last ends.
+        products_of_pair: how many products a query and a key cost.
+
+    Yields:
+        First sequence, and the one after the last.
+    """
+    first, held = 0, 0
+    for i, (begin, end) in enumerate(pairwise(places)):
+        work = (end - begin) ** 2 * products_of_pair
+        if i > first and held + work > most:
+            yield first, i
+            first, held = i, 0
+        held += work
+    yield first, len(places) - 1
+
+
+def _steps(size: int, step: int) -> Iterator[slice]:
+    step = max(1, step)
+    return (slice(start, min(size, start + step)) for start in range(0, size, step))
+
+
+def _smoothed(call: Call, causal: bool) -> Call:
+    """The call with smoothed keys, as float32: their mean is over all keys that some row of the whole call sees."""
+    query, key, value, valid, scales, cutoff, spec, scaling = call
+    valid = pair_mask(valid, query, key)
+    if spec.smooth_key:
+        seen = valid
+        if valid is not None and causal and valid.shape[2] > 1:  # else the last row sees all that any row does
+            rows, keys = valid.shape[2:]
+            seen = valid & valid.new_ones(rows, keys).tril(keys - rows)
+        key, spec = smooth_key(key, key_validity(seen)), dataclasses.replace(spec, smooth_key=False)
+    return query, key, value, valid, scales, cutoff, spec, scaling
+
+
+def _part(call: Call, batch: slice, kv_heads: slice, heads: slice, rows: slice, keys: slice) -> Call:
+    query, key, value, valid, scales, cutoff, spec, scaling = call
+    key, value = key[batch, kv_heads, keys], value[batch, kv_heads, keys]
+    own = Scales(_of(scales.q, 1, heads), _of(scales.k, 1, kv_heads), _of(scales.v, 1, kv_heads))
+    for dim, part in enumerate((batch, heads, rows, keys)):
+        valid = _of(valid, dim, part)
+    cutoff = None if cutoff is None else cutoff[heads]
+    return query[batch, heads, rows], key, value, valid, own, cutoff, spec, scaling
+
+
+def _of(x: Any, dim: int, part: slice) -> Any:
+    """The part of a tensor along a dimension that is not broadcast."""
+    return x if x is None or x.shape[dim] == 1 else x.narrow(dim, part.start, part.stop - part.start)

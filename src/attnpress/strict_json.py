@@ -1,0 +1,85 @@
+"""JSON as RFC 8259 defines it: Python's own reader also takes NaN, repeated keys and halves of surrogate pairs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+
+class JsonError(ValueError):
+    """A text that is not JSON; the message says why.
+
+    Attributes:
+        line: of the text, from 1, where it is known.
+    """
+
+    def __init__(self, reason: str, line: int = 1) -> None:
+        super().__init__(reason)
+        self.line = line
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text; a byte-order mark before it is dropped.
+
+    Raises:
+        JsonError: also for NaN, infinity and numbers beyond float64, for a key that an object holds twice, and for
+            nesting or integers too long for Python.
+    """
+    try:
+        return json.loads(
+            text.removeprefix("\ufeff"), object_pairs_hook=_object, parse_constant=_refuse, parse_float=_finite
+        )
+    except json.JSONDecodeError as error:
+        raise JsonError(f"{error.msg}: column {error.colno}", error.lineno) from None
+    except RecursionError:
+        raise JsonError("nested too deeply") from None
+    except JsonError:
+        raise
+    except ValueError:
+        raise JsonError("an integer with too many digits") from None
+
+
+def dump_json(value: Any) -> str:
+    """One line of JSON, in Unicode.
+
+    Raises:
+        ValueError: NaN, infinity, a lone surrogate, or nesting too deep.
+    """
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not is_unicode(text):
+        raise ValueError("half of a surrogate pair")
+    return text
+
+
+def is_unicode(text: str) -> bool:
+    """False for a string with half of a surrogate pair, which no encoding of Unicode can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise JsonError(f"the key {twice[:40]!r} stands in it twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise JsonError(f"{text[:20]} is beyond the largest number")
+    return value
+
+
+def _refuse(name: str) -> float:
+    raise JsonError(f"{name} is no JSON value")
