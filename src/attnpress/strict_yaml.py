@@ -81,11 +81,11 @@ def _check(events: Iterator[yaml.Event]) -> None:
     """
     counted, sizes, around = 0, dict[str, int](), list[_Open]()
     for event in events:
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
             if any(one.anchor == event.anchor for one in around):
                 raise YamlError(f"line {line}: the anchor {event.anchor!r} stands for something that holds itself")
-            counted += sizes.get(event.anchor, 1)
+            counted += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.ScalarEvent):
             counted += 1
             if event.anchor:
