@@ -58,6 +58,7 @@ struct Attention {
     Scale q_scale, k_scale, v_scale;
     const float* cutoff;  // [Hq]: -ln tau, or theta for rule threshold; null prunes nothing
     const Trace* trace;
+    bool* met_nan;  // set where a value to be coded is NaN, or where a sum of values leaves float32
     // Runs body(context, begin, end) over [0, count) on torch's threads.
     void (*parallel)(int64_t count, void (*body)(void*, int64_t, int64_t), void* context);
     double sparsity;  // of rule topk

@@ -81,15 +81,43 @@ template <class I> class Reader {
     bool ready_;
 };
 
+// Whether values met NaN, which codes hide: they are summed as they pass, since NaN and what leaves float32 stay in a sum.
+template <class I> class NanWatch {
+  public:
+    explicit NanWatch(bool* met) : met_(met) {
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) sums_[c] = I::set1f(0.0f);
+    }
+    NanWatch(const NanWatch&) = delete;
+    ~NanWatch() {
+        alignas(64) float lanes[I::LANES];
+        bool met = false;
+        for (int c = 0; c < I::COLS; ++c) {
+            I::storef(lanes, sums_[c]);
+            for (int i = 0; i < I::LANES; ++i) met |= !(lanes[i] - lanes[i] == 0.0f);
+        }
+        if (met) __atomic_store_n(met_, true, __ATOMIC_RELAXED);
+    }
+    ATTN_INLINE void see(int column, typename I::F32 value) { sums_[column] = I::subf(sums_[column], value); }
+
+  private:
+    typename I::F32 sums_[I::COLS];
+    bool* met_;
+};
+
 // Codes of scaled values: `value(d)` gives LANES of them. A tile of W at a time goes to `store`, in registers: narrow
 // stores that a wide load follows would wait for each other.
 template <class I, class Value, class Store>
-ATTN_INLINE void quantize(int64_t width, typename I::F32 limit, Value value, Store store) {
+ATTN_INLINE void quantize(int64_t width, typename I::F32 limit, NanWatch<I>& watch, Value value, Store store) {
     int64_t d = 0;
     do {
         typename I::I32 codes[I::COLS];
 #pragma GCC unroll 4
-        for (int c = 0; c < I::COLS; ++c) codes[c] = I::round_within(value(d + c * I::LANES), limit);
+        for (int c = 0; c < I::COLS; ++c) {
+            const typename I::F32 x = value(d + c * I::LANES);
+            watch.see(c, x);
+            codes[c] = I::round_within(x, limit);
+        }
         store(d, codes);
         d += I::COLS * I::LANES;
     } while (d < width);
@@ -165,13 +193,14 @@ template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, const Tile
     const Reader<I> keys(a.key, batch.index, a.dim, scratch);
     const auto limit = I::set1f(static_cast<float>(a.k_max));
     const float *inverses = job.k_inverse, *means = batch.means;
+    NanWatch<I> watch(a.met_nan);
     const auto pack = [&](auto smooth) {
         for (int64_t i = 0; i < tile.count; ++i) {
             for (int64_t head = 0; head < heads; ++head) {
                 const float* x = keys(tile.tokens[i], head);
                 const auto inverse = I::set1f(inverses[head]);
                 auto* row = codes + head * head_size + i * width;
-                quantize<I>(width, limit, [&](int64_t d) {
+                quantize<I>(width, limit, watch, [&](int64_t d) {
                     if constexpr (smooth.value) return I::mulf(I::subf(I::loadf(x + d), I::loadf(means + head * width + d)), inverse);
                     else return I::mulf(I::loadf(x + d), inverse);
                 }, [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(row + d, some); });
@@ -189,9 +218,9 @@ template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, const Tile
     }
 }
 
-template <class I, class Store> ATTN_INLINE void quantize_value(const Job<I>& job, const float* x, int64_t head, typename I::F32 limit, Store store) {
+template <class I, class Store> ATTN_INLINE void quantize_value(const Job<I>& job, const float* x, int64_t head, typename I::F32 limit, NanWatch<I>& watch, Store store) {
     const float* inverse = job.v_inverse + head * job.width;
-    quantize<I>(job.width, limit, [&](int64_t d) { return I::mulf(I::loadf(x + d), I::loadf(inverse + d)); }, store);
+    quantize<I>(job.width, limit, watch, [&](int64_t d) { return I::mulf(I::loadf(x + d), I::loadf(inverse + d)); }, store);
 }
 
 template <class I> __attribute__((noinline)) void record_values(const Job<I>& job, const Batch<I>& batch, const Tile<I>& tile, Scratch<I>& scratch) {
@@ -199,10 +228,11 @@ template <class I> __attribute__((noinline)) void record_values(const Job<I>& jo
     const Reader<I> values(a.value, batch.index, a.dim, scratch);
     const auto limit = I::set1f(static_cast<float>(a.v_max));
     typename I::Query codes[MAX_DIM + 64];
+    NanWatch<I> watch(a.met_nan);
     for (int64_t head = 0; head < a.kv_heads; ++head) {
         int8_t* traced = a.trace->v_codes + (batch.index * a.kv_heads + head) * a.key_rows * a.dim;
         for (int64_t i = 0; i < tile.count; ++i) {
-            quantize_value(job, values(tile.tokens[i], head), head, limit,
+            quantize_value(job, values(tile.tokens[i], head), head, limit, watch,
                            [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(codes + d, some); });
             record<I>(traced + tile.tokens[i] * a.dim, codes, a.dim);
         }
@@ -215,10 +245,11 @@ template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, const Ti
     auto* codes = batch.values + tile.first * width;
     const Reader<I> values(a.value, batch.index, a.dim, scratch);
     const auto limit = I::set1f(static_cast<float>(a.v_max));
+    NanWatch<I> watch(a.met_nan);
     for (int64_t i = 0; i < tile.count; ++i) {
         for (int64_t head = 0; head < heads; ++head) {
             auto* row = codes + head * head_size + i * width;
-            quantize_value(job, values(tile.tokens[i], head), head, limit,
+            quantize_value(job, values(tile.tokens[i], head), head, limit, watch,
                            [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_arranged(row + d, some); });
         }
     }
@@ -234,6 +265,7 @@ template <class I> void pack_queries(const Job<I>& job, Batch<I>& batch, int64_t
     const Reader<I> queries(a.query, batch.index, a.dim, scratch);
     const auto limit = I::set1f(static_cast<float>(a.q_max));
     const float* inverses = job.q_inverse;
+    NanWatch<I> watch(a.met_nan);
     for (int64_t row = begin; row < end; ++row) {
         for (int64_t head = 0; head < heads; ++head) {
             const float* x = queries(row, head);
@@ -241,7 +273,7 @@ template <class I> void pack_queries(const Job<I>& job, Batch<I>& batch, int64_t
             scale = inverses != nullptr ? scale_of(a.q_scale, head) : token_scale<I>(x, width, a.q_max, a.q_power_of_two);
             const auto inverse = I::set1f(inverses != nullptr ? inverses[head] : 1.0f / scale);
             auto* codes = batch.queries + (head * rows + row) * width;
-            quantize<I>(width, limit, [&](int64_t d) { return I::mulf(I::loadf(x + d), inverse); },
+            quantize<I>(width, limit, watch, [&](int64_t d) { return I::mulf(I::loadf(x + d), inverse); },
                         [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(codes + d, some); });
             if (a.trace != nullptr) record<I>(a.trace->q_codes + ((batch.index * heads + head) * rows + row) * a.dim, codes, a.dim);
         }

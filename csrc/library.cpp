@@ -21,6 +21,9 @@ using attnpress::Attention;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Of the last call that this thread made: where it met NaN, somebody may want to look.
+thread_local bool met_nan = false;
+
 attnpress::DType dtype_of(const Tensor& tensor) {
     switch (tensor.scalar_type()) {
         case ScalarType::Float: return attnpress::DType::f32;
@@ -138,6 +141,8 @@ Attention call_of(const Tensor& query, const Tensor& key, const Tensor& value, c
     if (o.q_scale.has_value()) a.q_scale = scale_of(*o.q_scale, a.q_heads, 1, "q");
     a.rule = rule_of(o.rule);
     if (o.cutoff.has_value()) a.cutoff = cutoff_of(*o.cutoff, a.q_heads, a.rule);
+    met_nan = false;
+    a.met_nan = &met_nan;
     a.parallel = on_torch_threads;
     a.threads = torch::stable::get_num_threads();
     a.sparsity = o.sparsity;
@@ -263,6 +268,8 @@ Integers attention_integers(Tensor query, Tensor key, Tensor value, std::optiona
     return {q, k, v, max, p, sum, weighted, output};
 }
 
+bool last_met_nan() { return met_nan; }
+
 std::string active_target() { return attnpress::active_target().name; }
 
 std::vector<std::string> supported_targets() {
@@ -285,6 +292,7 @@ STABLE_TORCH_LIBRARY(attnpress, m) {
     m.def("attention_packed" ATTENTION_ARGUMENTS("Tensor bounds") " -> Tensor");
     m.def("attention_integers" ATTENTION_ARGUMENTS("Tensor? valid") " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def("active_target() -> str");
+    m.def("met_nan() -> bool");
     m.def("supported_targets() -> str[]");
 }
 
@@ -296,5 +304,6 @@ STABLE_TORCH_LIBRARY_IMPL(attnpress, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(attnpress, CompositeExplicitAutograd, m) {
     m.impl("active_target", TORCH_BOX(&active_target));
+    m.impl("met_nan", TORCH_BOX(&last_met_nan));
     m.impl("supported_targets", TORCH_BOX(&supported_targets));
 }

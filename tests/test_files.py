@@ -128,7 +128,7 @@ with files.whole_folder(path, "model") as scratch:
 def test_a_writer_that_is_killed_loses_nothing_and_the_next_one_clears_up(moment: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with whole_folder(folder, "model") as scratch:
-        (scratch / "weights").write_text("old", encoding="utf-8")
+        write_text(scratch / "weights", "old")  # whole inside of whole
     killed = subprocess.run([sys.executable, "-c", WRITER, moment, str(folder)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.read_text() for path in tmp_path.rglob("weights") if path.read_text() == "old"] == ["old"]

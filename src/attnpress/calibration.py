@@ -14,7 +14,7 @@ from accelerate import PartialState
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from attnpress.config import CalibrationSpec
+from attnpress.config import CalibrationSpec, ConfigError
 from attnpress.core.pruner import head_budgets
 from attnpress.core.tail import Moments
 from attnpress.models.attention import CompressedAttention
@@ -43,14 +43,14 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
         BatchError: no batches, or one that the model cannot be called with.
         ValueError: none with a real token; the model is not bound.
     """
-    modules = list(_bound(model).values())
+    modules = list(bound_modules(model).values())
     kept = listed(batches, "calibrate")
     for module in modules:
         module.observers = module.make_observers()
     try:
         for _ in outputs(model, kept):
             pass
-        for name, module in _bound(model).items():
+        for name, module in bound_modules(model).items():
             _set_scales(name, module)
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
@@ -84,7 +84,7 @@ def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
     _fit(
         model,
         listed(batches, "fit_thresholds"),
-        [module for module in _bound(model).values() if module.spec.threshold_penalty is None],
+        [module for module in bound_modules(model).values() if module.spec.threshold_penalty is None],
     )
 
 
@@ -173,28 +173,33 @@ def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:
     return merged
 
 
-def _bound(model: nn.Module) -> dict[str, CompressedAttention]:
+def bound_modules(model: nn.Module) -> dict[str, CompressedAttention]:
+    """`attentions` of a model that has some.
+
+    Raises:
+        ConfigError: the model is not bound.
+    """
     modules = attentions(model)
     if not modules:
-        raise ValueError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
+        raise ConfigError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
     return modules
 
 
 def _set_scales(name: str, module: CompressedAttention) -> None:
     observers, module.observers = module.observers or {}, None
-    with torch.no_grad():
-        for matrix, observer in observers.items():
-            try:
-                scale = observer.scale(reduce_over_ranks)
-            except ValueError as error:
-                raise ValueError(f"{name}: {matrix}: {error}") from None
-            getattr(module, f"{matrix}_scale").copy_(scale)
-            if observer.not_finite:
-                warnings.warn(
-                    f"{name}: {observer.not_finite} values of {matrix} in the calibration batches are NaN or infinite; "
-                    "its scale is taken from the others: look for broken weights, or a dtype that overflows",
-                    stacklevel=3,
-                )
+    scales = {}
+    for matrix, observer in observers.items():
+        try:
+            scales[matrix] = observer.scale(reduce_over_ranks)
+        except ValueError as error:
+            raise ValueError(f"{name}: {matrix}: {error}") from None
+        if observer.not_finite:
+            warnings.warn(
+                f"{name}: {observer.not_finite} values of {matrix} in the calibration batches are NaN or infinite; "
+                "its scale is taken from the others: look for broken weights, or a dtype that overflows",
+                stacklevel=3,
+            )
+    module.set_scales(scales)
 
 
 def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:

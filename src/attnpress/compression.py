@@ -23,7 +23,7 @@ from attnpress.calibration import calibrate, fit_thresholds, this_process, train
 from attnpress.card import model_card
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
-from attnpress.files import sha256_of, whole_folder, write_bytes, write_text
+from attnpress.files import add_text, sha256_of, whole_folder, write_bytes, write_text
 from attnpress.finetune import SparsityCallback, check_autocast, history_lines, read_history, train
 from attnpress.live import check_trackers
 from attnpress.models.binding import attentions, bind, layer_specs, unbind
@@ -34,8 +34,10 @@ from attnpress.models.loading import (
     load_fine_tuned,
     load_model,
     load_tokenizer,
+    longest_input,
     resolve_model,
     stored_dtype,
+    take_padding,
 )
 from attnpress.recipe import spec_to_dict
 from attnpress.results import STAGES, Record, StageRecord, read_record, to_json, with_errors
@@ -68,6 +70,7 @@ class Run:
         set_seed(self.config.seed)
         load = load_fine_tuned if source == self.dense else load_model
         model = load(source, self.data.task.kind, self.data.label_names)
+        take_padding(model, self.tokenizer)
         _check_length(model, self.config.data.max_length)
         model.to(this_process().device)
         return model
@@ -97,6 +100,8 @@ def compress(
         ConfigError, TaskError, ModelError: found before any training starts.
         DivergedError: training left the finite numbers; the last good checkpoint is kept.
     """
+    if unknown := sorted(set(stages) - set(STAGES)):
+        raise ConfigError(f"stages: no stage {unknown[0]!r}; give a list of some of {', '.join(STAGES)}")
     check_data(config.data)
     check_trackers(config.report_to)
     check_autocast(config.autocast)
@@ -143,7 +148,7 @@ def _numbered(data: TaskData, base: str, config: RunConfig) -> TaskData:
 
 
 def _check_length(model: PreTrainedModel, max_length: int) -> None:
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = longest_input(model)
     if longest is not None and max_length > longest:
         raise ConfigError(f"data.max_length: {max_length} exceeds the model's {longest} positions")
 
@@ -172,7 +177,7 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     record.provenance["machine"]["wall_seconds"] = round(sum(known.seconds for known in record.stages), 1)
     if state.is_main_process:
         if name == "progressive":
-            write_text(run.output / name / "README.md", model_card(record, run.data.task.kind))
+            add_text(run.output / name, "README.md", model_card(record, run.data.task.kind))
         write_bytes(samples_file(run.output, name), samples_bytes(samples))
         write_text(run.output / "record.json", to_json(record))
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)

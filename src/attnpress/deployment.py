@@ -151,6 +151,7 @@ def _say_reference(reason: str) -> None:
 
 
 def _check(name: str, module: CompressedAttention, backend: str) -> None:
+    module.require_calibrated(name)
     try:
         ops.check(module.spec, module.scales(), module.head_dim, backend)
     except ValueError as error:

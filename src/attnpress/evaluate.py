@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrainedTokenizerBase
 
-from attnpress.calibration import outputs, reduce_over_ranks, this_process, training_batches
+from attnpress.calibration import bound_modules, outputs, reduce_over_ranks, this_process, training_batches
 from attnpress.config import BatchSize, ConfigError, Count, RunConfig
 from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
 from attnpress.core.linear import ProductPlan
@@ -28,7 +28,6 @@ from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu
 from attnpress.linear import calibrate_linear, linear_layers
 from attnpress.models.attention import PLAN, CompressedAttention
-from attnpress.models.binding import attentions
 from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
 from attnpress.recipe import checked
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
@@ -47,14 +46,14 @@ def evaluate(
         seconds: wall time to record.
 
     Raises:
-        ConfigError: `batch_size` or `padded_length` is out of range; an evaluation row is longer than the latter.
+        ConfigError: the model is not bound; `batch_size` or `padded_length` is out of range, or less than a row has.
     """
     checked(Count, padded_length, "padded_length")
     if (longest := max(map(len, data.eval["input_ids"]), default=0)) > padded_length:
         raise ConfigError(
             f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
         )
-    modules = attentions(model.to(this_process().device))
+    modules = bound_modules(model.to(this_process().device))
     for module in modules.values():
         module.counts = PairCounts(
             *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())

@@ -9,6 +9,7 @@ from tests.kernels.factories import needs_kernel
 
 
 @needs_kernel
+@pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")
 @pytest.mark.parametrize("seed", kernel.REGRESSIONS)
 def test_seed(seed: int) -> None:
     kernel.replay(seed)

@@ -442,6 +442,12 @@ def test_a_model_that_names_the_same_classes_is_trained_in_its_own_order(
         assert class_names(str(output / "dense")) == kept
 
 
+@pytest.mark.parametrize("stages", [["densee"], "dense"])
+def test_stages_that_there_are_not_are_refused(stages: Any, from_dense: RunConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages: no stage '.*'; give a list of some of dense, dense_control, "):
+        compress(from_dense, tmp_path / "run", stages=stages)
+
+
 def test_a_given_checkpoint_is_said_to_be_evaluated(from_dense: RunConfig, tmp_path: Path) -> None:
     lines = list[str]()
     compress(from_dense, tmp_path / "run", notify=lines.append, stages=("dense",))

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,7 +17,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from attnpress import deployment
 from attnpress.calibration import calibrate
-from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
+from attnpress.config import DENSE, AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import Scales
 from attnpress.core.soft_gate import GAIN
 from attnpress.deployment import deploy, undeploy
@@ -160,3 +168,119 @@ def test_a_deployed_model_does_not_train() -> None:
     model.train()
     with pytest.raises(RuntimeError, match="undeploy"):
         model(**make_batch())
+
+
+@pytest.mark.parametrize("linear", ["float", "int8"])
+def test_going_backward_through_a_deployed_model_is_an_error_with_the_mend(linear: deployment.Linear) -> None:
+    model = deploy(tiny_bert(PRUNED), "reference", linear=linear)
+    loss = model(**make_batch(), labels=torch.zeros(4, dtype=torch.int64)).loss
+    with pytest.raises(RuntimeError, match=r"no gradients: call attnpress\.undeploy\(model\)"):
+        loss.backward()
+
+
+def test_what_stands_on_a_deployed_model_may_train() -> None:
+    model = deploy(tiny_bert(PRUNED), "reference")
+    model.requires_grad_(False)
+    head = torch.nn.Linear(2, 1)
+    head(model(**make_batch()).logits).sum().backward()
+    assert head.weight.grad is not None
+    assert head.weight.grad.any()
+
+
+FLOAT_P = AttentionSpec(sparsity=0.5, p=ProbsSpec(bits=None))
+
+
+@pytest.mark.parametrize(
+    "spec", [AttentionSpec(sparsity=0.5, rule="mass"), AttentionSpec(sparsity=0.5, rule="nm"), FLOAT_P]
+)
+def test_auto_takes_a_backend_that_can_run_the_spec_and_says_so_once(
+    spec: AttentionSpec, recwarn: pytest.WarningsRecorder
+) -> None:
+    deployment._say_reference.cache_clear()
+    deployment._say_once.cache_clear()
+    model = tiny_bert(spec)
+    expected = logits(model, make_batch())
+    for _ in range(2):
+        assert torch.equal(logits(deploy(model), make_batch()), expected)
+    assert len([warning for warning in recwarn if "reference" in str(warning.message)]) == 1
+    recwarn.clear()
+
+
+@needs_kernel
+def test_auto_takes_the_kernel_where_it_can_layer_by_layer(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    torch.manual_seed(0)
+    model = bind(tiny_bert(PRUNED, calibrated=False), PRUNED, {"1": AttentionSpec(sparsity=0.5, rule="mass")})
+    calibrate(model, [make_batch(seed) for seed in range(3)])
+    seen: list[str] = []
+    real = ops.attention
+
+    def noted(*args: Any, backend: str, **kwargs: Any) -> Tensor:
+        seen.append(backend)
+        return real(*args, backend=backend, **kwargs)
+
+    deploy(model)
+    monkeypatch.setattr(ops, "attention", noted)
+    logits(model, make_batch())
+    assert seen == ["cpu", "reference"]
+    recwarn.clear()
+
+
+@needs_kernel
+@pytest.mark.parametrize(("linear", "padding"), [("float", "keep"), ("float", "skip"), ("int8", "skip")])
+def test_threads_get_what_each_gets_alone(linear: deployment.Linear, padding: deployment.Padding) -> None:
+    model = deploy(tiny_bert(PRUNED), "cpu", linear=linear, padding=padding)
+    batches = [make_batch(seed, rows=2 + seed % 3, length=8 + 4 * seed) for seed in range(8)]
+    alone = [logits(model, batch) for batch in batches]
+    start = threading.Barrier(4)
+
+    def serve(first: int) -> list[bool]:
+        start.wait()
+        order = [(first + step) % 8 for step in range(40)]
+        return [torch.equal(logits(model, batches[at]), alone[at]) for at in order]
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(all(found) for found in pool.map(serve, range(0, 8, 2)))
+
+
+def by_torch(model: PreTrainedModel) -> PreTrainedModel:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    found: PreTrainedModel = torch.load(file, weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch])
+@pytest.mark.parametrize(("linear", "padding"), [("float", "skip"), ("int8", "skip"), ("int8", "keep")])
+def test_copies_and_pickles_give_the_same_bits(
+    linear: deployment.Linear, padding: deployment.Padding, duplicate: Callable[[PreTrainedModel], PreTrainedModel]
+) -> None:
+    model = deploy(tiny_bert(PRUNED), "reference", linear=linear, padding=padding)
+    batch = make_batch(5)
+    expected = logits(model, batch)
+    twin = duplicate(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert torch.equal(logits(twin, batch), expected)
+    assert torch.equal(logits(deploy(twin, "reference", linear=linear, padding=padding), batch), expected)
+
+
+def test_the_state_of_an_int8_model_loads_into_another() -> None:
+    model = deploy(tiny_bert(PRUNED), "reference", linear="int8")
+    torch.manual_seed(1)
+    other = bind(BertForSequenceClassification(model.config).eval(), PRUNED)
+    calibrate(other, [make_batch(7)])
+    deploy(other, "reference", linear="int8")
+    assert not torch.equal(logits(other, make_batch()), logits(model, make_batch()))
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(logits(other, make_batch()), logits(model, make_batch()))
+
+
+def test_without_padding_outputs_may_be_tuples() -> None:
+    model = deploy(tiny_bert(PRUNED), "reference", padding="skip")
+    with torch.no_grad():
+        found = model(**make_batch(), return_dict=False)
+    assert torch.equal(found[0], logits(model, make_batch()))

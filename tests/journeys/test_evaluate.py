@@ -12,9 +12,12 @@ import torch
 from transformers import PreTrainedModel
 
 from attnpress.config import DENSE, ConfigError, DataSpec, RunConfig
+from attnpress.core.linear import ProductPlan
 from attnpress.evaluate import compare_backends, evaluate, predict, predicted_logits, reevaluate
 from attnpress.kernels import ops
+from attnpress.models.attention import PLAN
 from attnpress.models.binding import attentions, bind
+from attnpress.models.encoder import entries, find_encoder
 from attnpress.models.loading import load_compressed, load_model, load_tokenizer
 from attnpress.results import read_record
 from attnpress.tasks import TaskData, TaskError, load_task
@@ -72,6 +75,51 @@ def test_counting_stops_also_when_a_prediction_is_not_a_number(finished: Path, d
     with pytest.raises(FloatingPointError, match="predictions hold NaN or infinity in 80 of 80 rows"):
         evaluate(broken, data, "dense", 32)
     assert all(module.counts is None for module in attentions(broken).values())
+
+
+def test_what_cannot_be_evaluated_is_refused(model: PreTrainedModel, finished: Path, data: TaskData) -> None:
+    with pytest.raises(ConfigError, match=r"batch_size: .* greater than or equal to 1 \(found 0\)"):
+        evaluate(model, data, "progressive", 32, batch_size=0)
+    longest = max(map(len, data.eval["input_ids"]))
+    with pytest.raises(ConfigError, match=rf"padded_length: 8 is less than the longest evaluation row, of {longest}"):
+        evaluate(model, data, "progressive", 8)
+    dense = load_model(str(finished / "dense"), "classification", ("no", "yes"))
+    with pytest.raises(
+        ConfigError, match=r"BertForSequenceClassification is not bound: call bind\(model, spec\) first"
+    ):
+        evaluate(dense, data, "dense", 32)
+
+
+def test_a_comparison_of_int8_layers_is_refused_where_none_can_be(
+    finished: Path, tiny_recipe: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def float_plan(model: Any, *_: Any) -> dict[str, ProductPlan]:
+        encoder = find_encoder(model)
+        assert encoder is not None
+        plan = {name: ProductPlan(error=9.0, quantized=False) for name in entries(model, encoder)}
+        setattr(model, PLAN, plan)
+        return plan
+
+    monkeypatch.setattr("attnpress.evaluate.plan_linear", float_plan)
+    with pytest.raises(
+        ConfigError, match=r"--linear int8: all linear layers of BertForSequenceClassification stay in fl"
+    ):
+        compare_backends(finished, tiny_recipe, "reference", "int8")
+
+
+def test_a_run_is_not_evaluated_on_labels_of_other_names(
+    finished: Path, tiny_recipe: RunConfig, reviews: Path, tmp_path: Path
+) -> None:
+    rows = (reviews / "eval.jsonl").read_text(encoding="utf-8").replace('"yes"', '"good"').replace('"no"', '"bad"')
+    (tmp_path / "eval.jsonl").write_text(rows, encoding="utf-8")
+    file = tmp_path / "eval.jsonl"
+    other = dataclasses.replace(
+        tiny_recipe, data=dataclasses.replace(tiny_recipe.data, train_file=file, eval_file=file)
+    )
+    with pytest.raises(
+        ConfigError, match=r"--task custom: its labels are bad, good, those of the model of .* are no, yes"
+    ):
+        reevaluate(finished, other)
 
 
 def test_spans_of_windows_of_different_lengths_are_kept_apart(tmp_path: Path, tiny_model: Path) -> None:

@@ -15,7 +15,10 @@ from attnpress.kernels.cpu import TARGET_VARIABLE, BackendUnavailableError
 from tests.kernels.agreement import assert_same
 from tests.kernels.factories import Case, cases, make_case, needs_kernel
 
-pytestmark = needs_kernel
+NAN = pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")
+"""Some calls are given NaN; the warning has tests of its own."""
+
+pytestmark = [needs_kernel, NAN]
 
 TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
 DENSE = AttentionSpec()

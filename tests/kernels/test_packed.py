@@ -16,6 +16,8 @@ from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
 from tests.kernels.factories import DTYPES, EXTREMES, Case, make_case, needs_kernel, specs
 
+pytestmark = pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")
+
 LENGTHS = st.lists(st.integers(0, 70), min_size=1, max_size=9)
 BACKENDS = [pytest.param("cpu", marks=needs_kernel), "reference"]
 

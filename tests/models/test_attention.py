@@ -91,7 +91,7 @@ def test_channel_scales_have_one_value_a_channel() -> None:
 
 def test_what_is_saved_is_all_that_a_resumed_training_needs() -> None:
     state = calibrated(AttentionSpec(k=TensorSpec(learned=True), sparsity=0.5), make_inputs())
-    assert set(state.state_dict()) == {"q_scale", "k_scale", "v_scale", "cutoff", "histogram"}
+    assert set(state.state_dict()) == {"q_scale", "k_scale", "v_scale", "cutoff", "histogram", "_extra_state"}
     assert [name for name, _ in state.named_parameters()] == ["k_scale"]
     twin = make_state(state.spec)
     twin.load_state_dict(state.state_dict())

@@ -72,6 +72,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "batch 3: holds no tensor that forward takes; give input_ids"),
     "labels alone": ({"labels": IDS}, "batch 3: holds no tensor that forward takes; give input_ids"),
     "no rows": ({"input_ids": IDS[:0]}, r"batch 3, key 'input_ids': is empty, of shape \[0, 4\]"),
+    "a row of a data set": ({"input_ids": [2, 5, 3]}, r"batch 3, key 'input_ids': has shape \[3\], which is one"),
     "rows of two lengths": ({"input_ids": [[2, 3], [2]]}, "batch 3, key 'input_ids': cannot become a tensor .* pad "),
     "texts": ({"input_ids": ["a", "b"]}, "batch 3, key 'input_ids': cannot become a tensor"),
     "a text": ({"input_ids": "a"}, "batch 3, key 'input_ids': is a text; give the tensors that a tokenizer makes"),

@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from attnpress.benchmark.attention import (
     require,
 )
 from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
-from attnpress.benchmark.machine import instructions, peak_megabytes, provenance, resident_megabytes
+from attnpress.benchmark.machine import cores, instructions, peak_megabytes, provenance, resident_megabytes
 from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.calibration import REFITS, calibrate, outputs, watching
@@ -39,7 +40,8 @@ from attnpress.kernels import cpu, ops
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.linear import Int8Linear
-from attnpress.models.stock import STOCK, attention_seconds, load_stock, longest_input, make_stock
+from attnpress.models.loading import longest_input
+from attnpress.models.stock import STOCK, attention_seconds, load_stock, make_stock
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
 """Peers by Transformers: its implementation of attention, and the dtype of everything."""
@@ -156,7 +158,9 @@ def _timings(case: dict[str, Any], peers: Sequence[str], seconds: float) -> Iter
     names, shape = ("ours", *dict.fromkeys(peers)), {key: case[key] for key in ("model", "length", "batch", "ragged")}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        facts: dict[str, dict[str, Any]] = {name: _build(name, f"{folder}/{name}", shape, case) for name in names}
+        with ThreadPoolExecutor(cores()) as pool:  # each waits for a process of its own; none of them is timed
+            built = pool.map(lambda name: _build(name, f"{folder}/{name}", shape, case), names)
+            facts: dict[str, dict[str, Any]] = dict(zip(names, built, strict=True))
         sides = [stack.enter_context(Side(name, held())) for name in names]
         for side in sides:
             place = {"name": side.name, "folder": f"{folder}/{side.name}", "threads": case["threads"]}
@@ -202,8 +206,9 @@ def build(
 ) -> Prepared:  # fmt: skip
     """Write what a side loads, in a process that is not timed; nothing is to be run."""
     stock, place = make_stock(model, "eager" if name == "ours" else "sdpa"), Path(folder)
-    if length > longest_input(stock):
-        raise BenchmarkError(f"{model} has positions for {longest_input(stock)} tokens, not {length}")
+    longest = longest_input(stock)
+    if longest is not None and length > longest:
+        raise BenchmarkError(f"{model} has positions for {longest} tokens, not {length}")
     inputs = _tokens(stock.config.vocab_size, ragged_lengths(ragged, batch) if ragged else [length] * batch)
     place.mkdir(parents=True)
     facts: dict[str, Any] = {}

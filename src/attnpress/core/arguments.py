@@ -127,10 +127,14 @@ def _described(x: Tensor) -> str:
     return f"{x.dtype} {list(x.shape)} on {x.device}"
 
 
+def is_real(x: Tensor) -> bool:
+    """True where numbers can be looked at for free: on the CPU, and not while a model is traced or compiled."""
+    return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
+
+
 def _numbers(x: Tensor) -> list[float]:
     """The tensor as plain numbers, since comparing tensors takes longer; none where they cannot be had for free."""
-    is_real = x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter)
-    if not is_real or torch.compiler.is_compiling():
+    if not is_real(x):
         return []
     numbers: list[float] = x.detach().flatten().tolist()
     return numbers

@@ -6,7 +6,10 @@ Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; 
 
 from __future__ import annotations
 
+import math
+import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +19,7 @@ from attnpress.core.arguments import (
     check_tensors,
     check_values,
     four_dims,
+    is_real,
     pair_mask,
     some_key,
 )
@@ -28,17 +32,29 @@ FAR = 2**30
 """Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
 
 
+class NanWarning(UserWarning):
+    """Attention met NaN, which has code 0: the output hides it, and may look plausible."""
+
+
 @dataclass(frozen=True)
 class Scales:
-    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token).
-
-    With them goes what else calibration fits before thresholds: `tail`, None for one without a lift.
-    """
+    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token)."""
 
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TailedScales(Scales):
+    """The same, with what calibration fits for the tail; without it, a tail has no lift."""
+
     tail: Tail | None = None
+
+    @staticmethod
+    def tail_of(scales: Scales) -> Tail | None:
+        """Of any scales."""
+        return scales.tail if isinstance(scales, TailedScales) else None
 
 
 @dataclass(frozen=True)
@@ -153,6 +169,7 @@ def integer_attention(
     if None in spec.bits.values():
         raise ValueError(f"integer attention needs bits for all of q, k, v and p; found {spec.bits}")
     valid, keys = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling), slice(key.shape[2])
+    warn_of_nan(query, key, value, valid)
     key, value, valid = some_key(key, value, valid)
     heads = query.shape[1]
     q_scale = query_scale(query, scales, spec.q)
@@ -166,7 +183,7 @@ def integer_attention(
     pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
     sums, numerator, divisor = None, weighted.float(), pairs.divisor
-    tail = active_tail(spec, scales.tail, cutoff, query)
+    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
     if tail is not None:
         scored, rate = scored_codes(q_codes, k_codes, spec, tail), exponent_rate(alpha)
         rest = pairs.valid & (pairs.codes == 0)
@@ -183,11 +200,14 @@ def integer_attention(
 
 
 def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
-    whole = [getattr(found, field.name) for field in fields(found)]
-    tail = sums.count.int(), sums.distance.long(), sums.exponent, sums.level, sums.value.long()
+    whole: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
+    whole |= {
+        "tail_count": sums.count.int(), "tail_distance": sums.distance.long(), "tail_exponent": sums.exponent,
+        "tail_level": sums.level, "tail_value": sums.value.long(),
+    }  # fmt: skip
     if sums.score is None or sums.slope is None:
-        return TailedAttention(*whole, *tail)
-    return LinearTailedAttention(*whole, *tail, sums.score.long(), sums.slope.long())
+        return TailedAttention(**whole)
+    return LinearTailedAttention(**whole, tail_score=sums.score.long(), tail_slope=sums.slope.long())
 
 
 def checked_mask(
@@ -203,6 +223,26 @@ def checked_mask(
     static = {"q": None if spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
     check_values(query, key, value, static, cutoff, scaling)
     return pair_mask(valid, query, key)
+
+
+def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
+    """Say that there is NaN in a query, or in a key or value that some query may attend to: codes hide it.
+
+    Looks on the CPU only, and not while a model is traced: elsewhere each look would be waited for.
+    """
+    if not is_real(query) or math.isfinite(
+        sum(float(x.detach().sum(dtype=torch.float32)) for x in (query, key, value))
+    ):
+        return
+    seen = key_validity(valid)
+    behind = key.isnan().any(-1, keepdim=True) | value.isnan().any(-1, keepdim=True)
+    if bool(query.isnan().any()) or bool((behind if seen is None else behind & seen).any()):
+        warnings.warn(
+            "attention met NaN among its queries, keys or values and takes it for 0, so that the output hides it: look "
+            "for NaN in the weights and inputs of the model, or for a dtype that overflows",
+            NanWarning,
+            stacklevel=3,
+        )
 
 
 def prune_and_code(

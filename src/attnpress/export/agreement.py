@@ -14,9 +14,10 @@ from attnpress.deployment import deploy, undeploy
 from attnpress.evaluate import metrics_of, predicted_logits
 from attnpress.export.errors import ExportError
 from attnpress.kernels import cpu
-from attnpress.kernels.ops import NATIVE_RULES
+from attnpress.kernels.ops import NATIVE_RULES, NATIVE_TAILS
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
 
 TOLERANCE = 0.2
@@ -77,11 +78,12 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
         ExportError: their metrics differ by more than TOLERANCE.
     """
     backend = usable_backend(attentions(model).values())
-    deploy(model, backend)
-    try:
-        ours = predicted_logits(model, data, batch_size)
-    finally:
-        undeploy(model)
+    with evaluation_mode(model):
+        deploy(model, backend)
+        try:
+            ours = predicted_logits(model, data, batch_size)
+        finally:
+            undeploy(model)
     theirs = predicted_logits(served, data, batch_size)  # type: ignore[arg-type]
     headline, deployed = next(iter(metrics_of(ours, data).items()))
     found = Agreement(
@@ -104,7 +106,7 @@ def usable_backend(modules: Any) -> str:
 
 
 def _fits_kernel(module: CompressedAttention) -> bool:
-    return module.head_dim % 4 == 0 and 4 <= module.head_dim <= 256
+    return module.spec.tail in NATIVE_TAILS and module.head_dim % 4 == 0 and 4 <= module.head_dim <= 256
 
 
 def _same_decisions(ours: Tensor, theirs: Tensor) -> float:

@@ -87,7 +87,7 @@ def has_avx2() -> bool:
     That is on x86 with AVX2, and not held below it: ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA count, so that one
     machine can be held to what another has. Read at each call.
     """
-    return _onednn_has("avx2", BELOW_AVX2)
+    return _onednn_above(BELOW_AVX2) and bool(torch.cpu._is_avx2_supported())
 
 
 def has_vnni() -> bool:
@@ -95,14 +95,13 @@ def has_vnni() -> bool:
 
     Without VNNI pairs of products are added in 16 bits, which two of 8-bit codes can pass.
     """
-    return _onednn_has("avx512_vnni", BELOW_VNNI)
+    return _onednn_above(BELOW_VNNI) and bool(torch.cpu._is_vnni_supported())
 
 
-def _onednn_has(capability: str, below: tuple[str, ...]) -> bool:
+def _onednn_above(below: tuple[str, ...]) -> bool:
+    """True if oneDNN is there and nothing holds it below."""
     held = [os.environ.get(name, "").lower() for name in (TARGET_VARIABLE, *ONEDNN_VARIABLES)]
-    if any(value in below for value in held):
-        return False
-    return torch.backends.mkldnn.is_available() and bool(torch.cpu.get_capabilities().get(capability, False))
+    return torch.backends.mkldnn.is_available() and not any(value in below for value in held)
 
 
 def _fake_attention(query: Tensor, *others: Any) -> Tensor:

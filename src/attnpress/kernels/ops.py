@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec
 from attnpress.core.arguments import check_cutoff, check_tensors, misfit, pair_mask
-from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention
+from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention, warn_of_nan
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.kernels import cpu
@@ -26,6 +26,7 @@ from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, s
 
 LARGEST_HEAD = 256
 NATIVE_RULES = ("relative", "threshold", "topk")
+NATIVE_TAILS = ("none",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -208,10 +209,14 @@ def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -
     if torch.compiler.is_compiling():
         return operator(*arguments)
     try:
-        return operator(*arguments)
+        result = operator(*arguments)
     except RuntimeError:
         checked_mask(*call)
         raise
+    if torch.ops.attnpress.met_nan.default():
+        query, key, value, valid, *_ = call
+        warn_of_nan(query, key, value, pair_mask(valid, query, key))
+    return result
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "reference": _reference}
@@ -282,7 +287,7 @@ def _check_spec(spec: AttentionSpec) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
-    if spec.tail != "none":
+    if spec.tail not in NATIVE_TAILS:
         raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
 
 

@@ -17,6 +17,7 @@ from attnpress.config import AttentionSpec
 from attnpress.core.arguments import pair_mask
 from attnpress.core.attention import Scales, key_validity
 from attnpress.core.quantizer import smooth_key
+from attnpress.core.tail import Directions, Tail
 
 Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
 """Query, key, value, valid, scales, cutoff, spec and scaling."""
@@ -97,11 +98,20 @@ def _smoothed(call: Call, causal: bool) -> Call:
 def _part(call: Call, batch: slice, kv_heads: slice, heads: slice, rows: slice, keys: slice) -> Call:
     query, key, value, valid, scales, cutoff, spec, scaling = call
     key, value = key[batch, kv_heads, keys], value[batch, kv_heads, keys]
-    own = Scales(_of(scales.q, 1, heads), _of(scales.k, 1, kv_heads), _of(scales.v, 1, kv_heads))
+    tail = _tail(scales.tail, heads, kv_heads)
+    own = Scales(_of(scales.q, 1, heads), _of(scales.k, 1, kv_heads), _of(scales.v, 1, kv_heads), tail)
     for dim, part in enumerate((batch, heads, rows, keys)):
         valid = _of(valid, dim, part)
     cutoff = None if cutoff is None else cutoff[heads]
     return query[batch, heads, rows], key, value, valid, own, cutoff, spec, scaling
+
+
+def _tail(tail: Tail | None, heads: slice, kv_heads: slice) -> Tail | None:
+    if tail is None:
+        return None
+    of = tail.directions
+    directions = of and Directions(of.query[kv_heads], of.key[kv_heads], of.offset[kv_heads], of.step[kv_heads])
+    return Tail(tail.lift[heads], directions)
 
 
 def _of(x: Any, dim: int, part: slice) -> Any:

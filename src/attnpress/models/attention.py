@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
 from attnpress.core.arguments import pair_mask, some_key
-from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, repeat_heads
+from attnpress.core.attention import Pairs, Scales, TailedScales, key_validity, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import (
@@ -28,7 +29,6 @@ from attnpress.core.probe import AttentionCall
 from attnpress.core.pruner import (
     BINS,
     COUNTED,
-    NATS_PER_BIN,
     fit_cutoff,
     fixed_cutoff,
     pair_histogram,
@@ -46,6 +46,16 @@ from attnpress.core.tail import (
     prunes,
     sees_whole_score,
     tail_masses,
+)
+from attnpress.models.state import (
+    WIDEST,
+    NotCalibratedError,
+    StateError,
+    differences,
+    fault,
+    pack_extra,
+    refuse_part,
+    unpack_extra,
 )
 
 NAME = "attnpress"
@@ -66,8 +76,8 @@ LARGEST_HEAD = 512
 HISTOGRAM_DECAY = 0.95
 """What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
 
-WIDEST = BINS * NATS_PER_BIN
-"""Nats; a trained threshold stays finite, and this one prunes nothing that has a P code."""
+EXTRA = "_extra_state"
+"""How torch ends the names of extra states in a state dict."""
 
 Attend = Callable[..., Tensor]
 
@@ -85,9 +95,13 @@ class CompressedAttention(nn.Module):
     Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
     A `probe` is shown the tensors of each call.
 
+    `unset` names what nothing has set yet of scales and thresholds; `calibrate` sets them, `set_scales` by hand. A
+    state dict holds the spec, the sparsity in force and `unset` as extra state: see `models.state`.
+
     Args:
         spec: what to do; `spec.sparsity` is the sparsity in force and changes with `set_sparsity`.
         heads, kv_heads, head_dim: Hq, Hkv, D.
+        is_cross: whether its queries are of other tokens than its keys.
     """
 
     q_scale: Tensor
@@ -106,9 +120,9 @@ class CompressedAttention(nn.Module):
     key_offset: Tensor
     direction_step: Tensor
 
-    def __init__(self, spec: AttentionSpec, heads: int, kv_heads: int, head_dim: int) -> None:
+    def __init__(self, spec: AttentionSpec, heads: int, kv_heads: int, head_dim: int, is_cross: bool = False) -> None:
         super().__init__()
-        self.spec, self.heads, self.kv_heads, self.head_dim = spec, heads, kv_heads, head_dim
+        self.spec, self.heads, self.kv_heads, self.head_dim, self.is_cross = spec, heads, kv_heads, head_dim, is_cross
         self.attend: Attend = fake_quantize_attention
         self.observers: dict[str, Observer] | None = None
         self.counts: PairCounts | None = None
@@ -133,6 +147,9 @@ class CompressedAttention(nn.Module):
             self.cutoff.copy_(fixed_cutoff(spec, heads))
         if spec.threshold_penalty is not None:
             self.trained_cutoff = nn.Parameter(torch.full((1,), WIDEST / GAIN))
+        self.unset = {f"{name}_scale" for name in self.quantized()}
+        if spec.sparsity > 0 and self.fits_thresholds():
+            self.unset.add("cutoff")
 
     def _make_tail(self) -> None:
         """Buffers of the tail; none where the spec has none, so that checkpoints stay what they were."""
@@ -186,6 +203,51 @@ class CompressedAttention(nn.Module):
         heads = 1 if spec.granularity == "tensor" else self.heads if name == "q" else self.kv_heads
         return (1, heads, 1, self.head_dim if spec.granularity == "channel" else 1)
 
+    def fits_thresholds(self) -> bool:
+        """Whether the rule has thresholds that are fitted to the sparsity asked for, or trained."""
+        return self.spec.threshold is None and self.spec.rule not in COUNTED
+
+    def set_scales(self, scales: Mapping[str, Tensor]) -> None:
+        """Give static scales their values: by "q", "k", "v", float32 of the buffer's shape or broadcastable to it.
+
+        Raises:
+            ValueError: there is no such scale, or a value that none can have; nothing is changed.
+        """
+        for name, scale in scales.items():
+            wrong = fault(f"{name}_scale", scale, self.spec) if name in self.quantized() else "does not exist"
+            if wrong is not None:
+                raise ValueError(f"{name}_scale {wrong}")
+        with torch.no_grad():
+            for name, scale in scales.items():
+                getattr(self, f"{name}_scale").copy_(scale)
+                self.unset.discard(f"{name}_scale")
+
+    def require_calibrated(self, name: str, *, thresholds: bool = True) -> None:
+        """Refuse to go on with scales and thresholds that nothing has set.
+
+        Args:
+            name: of the module, for the message.
+            thresholds: whether they are needed too; not while pairs are only looked at, to fit them.
+
+        Raises:
+            NotCalibratedError: with the mend.
+        """
+        for part in [part for part in self.unset if not self._is_untouched(part)]:
+            self.unset.discard(part)  # somebody wrote values of their own there
+        lacking = sorted(self.unset if thresholds else self.unset - {"cutoff"})
+        if lacking:
+            raise NotCalibratedError(
+                f"{name}: compressed attention is not calibrated ({', '.join(lacking)} not set): call "
+                "calibrate(model, batches) first, or load a calibrated state"
+            )
+
+    def _is_untouched(self, part: str) -> bool:
+        if part != "cutoff":
+            return bool((getattr(self, part) == 1).all())
+        if self.spec.threshold_penalty is not None:
+            return bool((self.trained_cutoff == WIDEST / GAIN).all())
+        return bool(self.cutoff.isinf().all())
+
     @property
     def is_watched(self) -> bool:
         """True while somebody looks at calls: counts, observes, captures or probes them."""
@@ -196,7 +258,7 @@ class CompressedAttention(nn.Module):
         """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
         learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
-        return Scales(**(values | learned), tail=self.tail())
+        return TailedScales(**(values | learned), tail=self.tail())
 
     def active_cutoff(self) -> Tensor | None:
         """The thresholds [Hq], or None while nothing is to be pruned."""
@@ -225,14 +287,15 @@ class CompressedAttention(nn.Module):
         if self.spec.tail != "none":
             self.lift.copy_(fit_lift(self.masses))
         # Where nothing is taken, there may be no histogram to fit to, and no threshold is in force.
-        if self.spec.threshold is not None or self.spec.rule in COUNTED or self.spec.is_dense:
+        if not self.fits_thresholds() or self.spec.is_dense:
             return
         if self.spec.threshold_penalty is None:
             self.cutoff.copy_(fit_cutoff(self.spec, self.histogram, self.spec.sparsity * self.budget))
-            return
-        with torch.no_grad():
-            pooled = fit_cutoff(self.spec, self.histogram.sum(0, keepdim=True), self.spec.sparsity)
-            self.trained_cutoff.copy_(pooled.clamp(max=WIDEST) / GAIN)
+        else:
+            with torch.no_grad():
+                pooled = fit_cutoff(self.spec, self.histogram.sum(0, keepdim=True), self.spec.sparsity)
+                self.trained_cutoff.copy_(pooled.clamp(max=WIDEST) / GAIN)
+        self.unset.discard("cutoff")
 
     def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
         """Count the valid pairs of a call that nothing is taken from."""
@@ -358,6 +421,66 @@ class CompressedAttention(nn.Module):
         if self.moments is not None:
             self.moments.add(q, k, rows, keys)
 
+    def get_extra_state(self) -> Tensor:
+        """The spec with the sparsity in force, and what is not set yet; uint8, see `models.state.pack_extra`."""
+        refuse_part()
+        return pack_extra(self.spec, self.unset)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take over the sparsity in force; the rest of the spec has to be this module's own.
+
+        Raises:
+            StateError: damaged, of another version, or of another spec; names the fields.
+        """
+        if _is_empty(state):
+            return
+        extra = unpack_extra(state)
+        wrong = differences(extra.spec, self.spec)
+        if wrong:
+            raise StateError(f"{'; '.join(wrong)}: bind the model with the spec of the state")
+        other_thresholds = (extra.spec.threshold_penalty is None) != (self.spec.threshold_penalty is None)
+        self.spec = dataclasses.replace(self.spec, sparsity=extra.spec.sparsity)
+        self.unset = set(extra.unset)
+        if other_thresholds and self.spec.sparsity > 0 and self.fits_thresholds():
+            self.unset.add("cutoff")  # those of the state are trained, and these are not, or the other way round
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        wrong = self._wrong_with(own)
+        if wrong:
+            error_msgs.extend(f"{prefix}{line}" for line in wrong)
+            return
+        lost = self.unset - own.keys()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if EXTRA in own:
+            self.unset |= lost - {"cutoff"}
+        elif own:
+            missing_keys[:] = [key for key in missing_keys if key != prefix + EXTRA]
+            self.unset -= own.keys()
+            warnings.warn(
+                "the state of compressed attention is from an older version of attnpress, which did not store the "
+                "spec: the spec and the sparsity in force stay those that the model was bound with",
+                stacklevel=2,
+            )
+
+    def _wrong_with(self, own: Mapping[str, Any]) -> list[str]:
+        """What keeps the tensors of a state dict from being loaded, before any of them is."""
+        if EXTRA in own and not _is_empty(own[EXTRA]):
+            try:
+                wrong = differences(unpack_extra(own[EXTRA]).spec, self.spec)
+            except StateError as error:
+                return [f"{EXTRA}: {error}"]
+            if wrong:
+                return [f"{line}; bind the model with the spec of the state" for line in wrong]
+        parts = {name: tensor for name, tensor in own.items() if name in self._parameters | self._buffers}
+        faults = {name: fault(name, tensor, self.spec) for name, tensor in parts.items()}
+        return [f"{name} {reason}" for name, reason in faults.items() if reason is not None]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CompressedAttention:
         # model.half() must not round scales, thresholds and counts: only their device may change.
         def move(tensor: Tensor) -> Tensor:
@@ -366,6 +489,11 @@ class CompressedAttention(nn.Module):
 
         super()._apply(move, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def _is_empty(state: Any) -> bool:
+    """True of a tensor without data, which stands for what another process holds."""
+    return isinstance(state, Tensor) and state.device.type == "meta"
 
 
 def _recomputing() -> bool:

@@ -13,7 +13,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,49 +25,103 @@ from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import LARGEST_HEAD, NAME, PLAN, CompressedAttention
-from attnpress.models.forward import UnsupportedModelError, noted
+from attnpress.models.example import example_inputs
+from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
 from attnpress.models.modes import evaluation_mode
+
+Model = TypeVar("Model", bound=nn.Module)
+
+OTHER_TOKENS = ("key_value_states", "encoder_hidden_states")
+"""Arguments by which attention modules of Transformers are given the tokens to attend to, if not their own."""
 
 
 def bind(
-    model: PreTrainedModel, spec: AttentionSpec, layers: Mapping[str, AttentionSpec] | None = None
-) -> PreTrainedModel:
+    model: Model,
+    spec: AttentionSpec,
+    layers: Mapping[str, AttentionSpec] | None = None,
+    *,
+    example: Mapping[str, Any] | None = None,
+) -> Model:
     """Attach a `CompressedAttention` to each attention module; a model already bound is bound anew.
 
     Args:
-        model: any Transformers model on the AttentionInterface; changed in place, with a configuration of its own
-            (other models that shared its configuration object keep theirs).
+        model: any Transformers model on the AttentionInterface, or a module that holds some, such as a
+            SentenceTransformer or an adapted model of PEFT; changed in place, with a configuration of its own (other
+            models that shared its configuration object keep theirs).
         spec: what to compress. Nothing is calibrated yet: see `attnpress.calibrate`.
         layers: specs of single attention modules, by index from 0 or by a pattern of their names; the last one counts.
+        example: keyword arguments of the Transformers model's forward, for a small pass that shows which modules
+            attend. Made up where none is given; modules that it does not reach are not bound.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be reached, or its heads are too large; left as it was.
+        UnsupportedModelError: the model's attention cannot be reached, or needs what the method lacks; or no example
+            could be made for it. Like every failure, this leaves the model exactly as it was.
         ConfigError: a key of `layers` names no attention module; likewise.
     """
-    unbind(model)
-    before = model.config._attn_implementation
-    own_config(model)
-    _switch(model, NAME)
-    try:
-        found = find_attention(model)
-        ids = {id(module) for module, *_ in found}
-        names = {id(module): name for name, module in model.named_modules() if id(module) in ids}
-        _check_heads(names, found)
-        specs = layer_specs(list(names.values()), spec, layers or {})
-    except Exception:
-        _switch(model, before)
-        raise
-    for module, query, key in found:
-        own = specs[names[id(module)]]
-        child = CompressedAttention(own, query.shape[1], key.shape[1], query.shape[-1])
-        child.train(module.training)
-        module.add_module(NAME, child.to(query.device))
-    model._attnpress_before = before
-    _give_quantizer(model, spec)
+    roots = transformers_models(model)
+    names = {id(module): name for name, module in model.named_modules()}
+    with _all_or_nothing(model):
+        for root in roots:
+            own_config(root)
+        unbind(model)
+        before = [root.config._attn_implementation for root in roots]
+        found = []
+        for root in roots:
+            _switch(root, NAME)
+            found += find_attention(root, example)
+        _check_calls(names, found)
+        specs = layer_specs([names[id(call.module)] for call in found], spec, layers or {})
+        for call in found:
+            own = specs[names[id(call.module)]]
+            child = CompressedAttention(own, call.query[1], call.key[1], call.query[-1], call.is_cross)
+            child.train(call.module.training)
+            call.module.add_module(NAME, child.to(call.device))
+        for root, implementation in zip(roots, before, strict=True):
+            root._attnpress_before = implementation
+            _give_quantizer(root, spec)
     return model
+
+
+def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
+    """The model itself, or the outermost Transformers models inside it.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    if isinstance(model, PreTrainedModel):
+        return [model]
+    found: dict[int, PreTrainedModel] = {}
+    waiting = list(model.children()) if isinstance(model, nn.Module) else []
+    while waiting:
+        module = waiting.pop(0)
+        if isinstance(module, PreTrainedModel):
+            found[id(module)] = module
+        else:
+            waiting = [*module.children(), *waiting]
+    if not found:
+        inner = ", for example its .model" if isinstance(getattr(model, "model", None), nn.Module) else ""
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a Transformers model and holds none: pass a PreTrainedModel{inner}"
+        )
+    return list(found.values())
+
+
+@contextmanager
+def _all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """Undo whatever was done to the model's modules, but for values of tensors, if the `with` block fails."""
+    held = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, attributes, children in held:
+            module._modules.clear()
+            module._modules.update(children)
+            vars(module).clear()
+            vars(module).update(attributes)
+        raise
 
 
 def layer_specs(
@@ -94,17 +149,16 @@ def layer_specs(
     return found
 
 
-def unbind(model: PreTrainedModel) -> PreTrainedModel:
+def unbind(model: Model) -> Model:
     """Remove what `bind` attached and restore the attention implementation that was in force; returns the model."""
-    for module in model.modules():
+    for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
-    before = getattr(model, "_attnpress_before", None)
-    if before is not None:
-        del model._attnpress_before
-        vars(model).pop(PLAN, None)
-        _take_quantizer(model)
-        _switch(model, before)
+    for root in [module for module in model.modules() if "_attnpress_before" in vars(module)]:
+        before = vars(root).pop("_attnpress_before")
+        vars(root).pop(PLAN, None)
+        _take_quantizer(root)
+        _switch(root, before)
     return model
 
 
@@ -162,33 +216,120 @@ def captured_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
             module.captured = None
 
 
-def find_attention(model: PreTrainedModel) -> list[tuple[nn.Module, Tensor, Tensor]]:
-    """Each attention module once (shared ones too), with the query and key of a small example.
+@dataclass(frozen=True)
+class Found:
+    """An attention module, with the shapes of its first call [B, Hq or Hkv, S, D].
+
+    Attributes:
+        is_cross: whether it attends to other tokens than those of its queries.
+        is_biased: whether it adds something to its scores by way of the mask.
+    """
+
+    module: nn.Module
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    device: torch.device
+    is_cross: bool
+    is_biased: bool
+
+
+def find_attention(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> list[Found]:
+    """Each attention module once (shared ones too), as a small example shows them.
+
+    Args:
+        model: switched to the attention implementation NAME.
+        example: keyword arguments of its forward; None to make some.
 
     Raises:
-        UnsupportedModelError: no module called the interface.
+        UnsupportedModelError: no module called the interface, or the example does not pass through the model.
     """
-    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    failures: list[Exception] = []
+    for inputs in example_inputs(model) if example is None else [example]:
+        try:
+            found = _pass_through(model, inputs)
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # whatever a model may say of an input that does not suit it
+            failures.append(error)
+            continue
+        if not found:
+            raise _unsupported(model)
+        return found
+    reason = " ".join(str(failures[0]).split())[:200] if failures else "its forward takes none of the usual arguments"
+    made = "the example does not pass through it" if example is not None else "no example input could be made for it"
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: {made} ({reason}); pass bind a small batch of the keyword arguments of its forward "
+        "as example={...}"
+    ) from (failures[0] if failures else None)
+
+
+def _pass_through(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Found]:
+    calls: list[NotedCall] = []
+    others: set[int] = set()
+
+    def note_others(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if any(kwargs.get(name) is not None for name in OTHER_TOKENS):
+            others.add(id(module))
+
     token = noted.set(calls)
+    hooks = [module.register_forward_pre_hook(note_others, with_kwargs=True) for module in model.modules()]
     try:
-        with evaluation_mode(model), torch.no_grad():
-            model(**_example(model))
+        with evaluation_mode(model), _learnable(model):
+            model(**inputs)
     finally:
         noted.reset(token)
-    first: dict[int, tuple[nn.Module, Tensor, Tensor]] = {}
+        for hook in hooks:
+            hook.remove()
+    found: dict[int, Found] = {}
     for call in calls:
-        first.setdefault(id(call[0]), call)
-    if not first:
-        raise _unsupported(model)
-    return list(first.values())
+        is_causal = getattr(call.module, "is_causal", False)
+        is_cross = id(call.module) in others or (call.query[2] != call.key[2] and not is_causal)
+        seen = found.get(id(call.module))
+        flags = (
+            is_cross or (seen is not None and seen.is_cross),
+            call.is_biased or (seen is not None and seen.is_biased),
+        )
+        found[id(call.module)] = Found(call.module, call.query, call.key, call.value, call.device, *flags)
+    return list(found.values())
 
 
-def _check_heads(names: Mapping[int, str], found: Sequence[tuple[nn.Module, Tensor, Tensor]]) -> None:
-    for module, query, _ in found:
-        if query.shape[-1] > LARGEST_HEAD:
+@contextmanager
+def _learnable(model: nn.Module) -> Iterator[None]:
+    """Inside the `with` block gradients reach every parameter, so that what is learned shows as `requires_grad`."""
+    frozen = [p for p in model.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+def _check_calls(names: Mapping[int, str], found: Sequence[Found]) -> None:
+    for call in found:
+        name, dim = names[id(call.module)], call.query[-1]
+        if dim > LARGEST_HEAD:
             raise UnsupportedModelError(
-                f"{names[id(module)]}: head size {query.shape[-1]}; compressed attention takes heads of up to "
+                f"{name}: head size {dim}; compressed attention takes heads of up to "
                 f"{LARGEST_HEAD}, beyond which scores of 8-bit codes are no longer exact in float32"
+            )
+        if call.value[-1] != dim:
+            raise UnsupportedModelError(
+                f"{name}: heads of {dim} values in Q and K but {call.value[-1]} in V; compressed attention takes one "
+                "size for all three"
+            )
+        if call.query[1] % call.key[1] or call.key[1] != call.value[1]:
+            raise UnsupportedModelError(
+                f"{name}: {call.query[1]}, {call.key[1]} and {call.value[1]} heads of Q, K and V; compressed attention "
+                "takes as many of V as of K, and a multiple of them of Q"
+            )
+        if call.is_biased:
+            raise UnsupportedModelError(
+                f"{name} ({type(call.module).__name__}) adds a bias to its scores by way of the attention mask; "
+                "compressed attention takes masks that only allow or forbid"
             )
 
 
@@ -240,12 +381,3 @@ def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
         f"{type(model).__name__}: its attention does not go through Transformers' AttentionInterface, so it cannot be "
         "compressed; use a model that does (BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, ViT, ModernBERT, ...)"
     )
-
-
-def _example(model: PreTrainedModel) -> dict[str, Tensor]:
-    config, device = model.config, model.device
-    if model.main_input_name == "pixel_values":
-        size = (1, config.num_channels, config.image_size, config.image_size)
-        return {"pixel_values": torch.zeros(size, dtype=model.dtype, device=device)}
-    limit = getattr(config, "vocab_size", 2) - 1
-    return {name: value.clamp(max=limit).to(device) for name, value in model.dummy_inputs.items()}

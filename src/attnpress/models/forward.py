@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
+from transformers.utils import output_capturing
 
+from attnpress.config import TensorSpec
+from attnpress.core.attention import repeat_heads
+from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.probe import AttentionCall
 from attnpress.models.attention import NAME, CompressedAttention
 
@@ -21,7 +27,25 @@ SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
 BOUNDS = "attnpress_bounds"
 """Argument with the bounds of sequences that lie end to end in one row, int64 [sequences + 1]."""
 
-noted: ContextVar[list[tuple[nn.Module, Tensor, Tensor]] | None] = ContextVar("attention_calls", default=None)
+
+@dataclass(frozen=True)
+class NotedCall:
+    """How a module called its attention while an example passed through the model.
+
+    Attributes:
+        query, key, value: shapes [B, Hq or Hkv, S, D].
+        is_biased: whether the mask is more than one: it adds something to scores, or could learn to.
+    """
+
+    module: nn.Module
+    query: torch.Size
+    key: torch.Size
+    value: torch.Size
+    device: torch.device
+    is_biased: bool
+
+
+noted: ContextVar[list[NotedCall] | None] = ContextVar("attention_calls", default=None)
 """While an example passes through a model that is not bound yet: where each module notes its call."""
 
 
@@ -42,10 +66,11 @@ def attention_forward(
     """The function registered with Transformers' AttentionInterface under the name "attnpress".
 
     Returns:
-        Output [B, S, H, D] in the query's dtype, and the attention weights (only where nothing is compressed).
+        Output [B, S, H, D] in the query's dtype, and the attention weights [B, H, Sq, Sk] where they are asked for.
 
     Raises:
         UnsupportedModelError: scores with a position bias, soft cap or sink, which the integer ones cannot carry.
+        NotCalibratedError: scales or thresholds were never set.
         RuntimeError: the module was never bound, for example because a configuration was copied from a bound model.
     """
     state: CompressedAttention | None = getattr(module, NAME, None)
@@ -57,7 +82,7 @@ def attention_forward(
     if state.probe is not None:
         state.probe(_attention_call(module, query, key, value, attention_mask, scaling))
     if state.observers is not None or (state.spec.is_dense and state.rows is None):
-        output, weights = _eager(module)(
+        output, weights = eager_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
         if state.observers is not None or state.counts is not None:
@@ -66,15 +91,52 @@ def attention_forward(
             state.observe(query, key, value, valid, real)
             state.count_dense(query, key, valid, real)
     else:
+        if state.unset:
+            state.require_calibrated(type(module).__name__, thresholds=state.rows is None)
         valid = valid_pairs(module, query, key, attention_mask)
         real = real_rows(module, query, key, valid)
         scaling = usual_scaling(query) if scaling is None else scaling
         with torch.autocast(query.device.type, enabled=False):
             exact = state(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
-        output, weights = exact.transpose(1, 2).to(query.dtype).contiguous(), None
+            weights = compressed_probs(state, query, key, valid, scaling) if _wants_weights(module, kwargs) else None
+        output = exact.transpose(1, 2).to(query.dtype).contiguous()
     if state.captured is not None:
         state.captured.append(output)
     return output, weights
+
+
+def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    """Whether the caller asks for attention weights: by an argument, by the configuration, or from the whole model.
+
+    Some models, GPT-2 for one, do not pass the argument on; Transformers then has a collector wait for the weights.
+    """
+    asked = kwargs.get("output_attentions")
+    if asked is None:
+        asked = getattr(getattr(module, "config", None), "output_attentions", False) or _is_collecting()
+    return bool(asked)
+
+
+def _is_collecting() -> bool:
+    collector = getattr(output_capturing, "_active_collector", None)
+    if collector is None or torch.compiler.is_compiling():
+        return False
+    return any("attentions" in key for key in collector.get() or ())
+
+
+@torch.no_grad()
+def compressed_probs(
+    state: CompressedAttention, query: Tensor, key: Tensor, valid: Tensor | None, scaling: float
+) -> Tensor:
+    """P as the compressed attention uses it, tails included; [B, Hq, Sq, Sk] in the query's dtype.
+
+    Row i of P is what attention makes of values that are the unit vectors, which two bits at scale 1 hold exactly.
+    """
+    keys = key.shape[2]
+    units = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
+    spec = dataclasses.replace(state.spec, v=TensorSpec(bits=2, granularity="tensor"))
+    scales = dataclasses.replace(state.scales(), v=torch.ones(1, 1, 1, 1, device=key.device))
+    probs = fake_quantize_attention(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
+    return probs.to(query.dtype)
 
 
 def _attention_call(
@@ -105,13 +167,23 @@ def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
     if mask.dtype == torch.bool:
         return mask
     valid = mask == 0
-    if not torch.compiler.is_compiling() and bool((~valid & (mask > torch.finfo(mask.dtype).min / 2)).any()):
+    if not torch.compiler.is_compiling() and adds_bias(mask):
         raise ValueError("attention_mask adds a bias to the scores; compressed attention takes masks of 0 and min only")
     return valid
 
 
+def adds_bias(mask: Tensor) -> bool:
+    """Whether a mask in floating point holds values other than 0 and "very negative"."""
+    return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
+
+
 def real_rows(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Rows of real tokens, bool [B or 1, 1, Sq, 1], or None if all are: a real token may attend to itself."""
+    """Rows of real tokens, bool [B or 1, 1, Sq, 1], or None if all are: a real token may attend to itself.
+
+    In cross-attention the mask says nothing of the rows, however long they are: all count.
+    """
+    if getattr(getattr(module, NAME, None), "is_cross", False):
+        return None
     offset = key.shape[2] - query.shape[2]
     same_tokens = offset == 0 or getattr(module, "is_causal", False)
     if valid is None or not same_tokens:
@@ -121,20 +193,52 @@ def real_rows(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | Non
 
 
 def _without_state(
-    module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *args: Any, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
     seen = noted.get()
     if seen is None:
-        raise RuntimeError(f"{type(module).__name__} asks for attention {NAME!r} but was never bound: call bind(model)")
-    seen.append((module, query, key))
-    value, mask, scaling, dropout = args
-    return _eager(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
+        raise RuntimeError(
+            f"{type(module).__name__} asks for attention {NAME!r} but was never bound: call bind(model), with an "
+            "`example` that passes through this module if bind's own does not"
+        )
+    # Zeros that come from a parameter are a bias too: one that is still to be learned.
+    biased = mask is not None and mask.is_floating_point() and (mask.requires_grad or adds_bias(mask))
+    seen.append(NotedCall(module, query.shape, key.shape, value.shape, query.device, biased))
+    scaling, dropout = args
+    return eager_function(module)(module, query, key, value, mask, scaling=scaling, dropout=dropout, **kwargs)
 
 
-def _eager(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    # Each model file of Transformers has its own eager function; calling that one makes "nothing compressed" exact.
-    function: Callable[..., tuple[Tensor, Tensor | None]] = sys.modules[type(module).__module__].eager_attention_forward
-    return function
+def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The eager attention that belongs to a module: of the file of its class, or of the nearest class it derives from.
+
+    Each model file of Transformers has its own eager function; calling that one makes "nothing compressed" exact. A
+    class of the user's own, derived from none of Transformers, gets the usual formula.
+    """
+    for kind in type(module).__mro__:
+        function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
+        if function is not None:
+            found: Callable[..., tuple[Tensor, Tensor | None]] = function
+            return found
+    return usual_attention
+
+
+def usual_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """softmax(Q K^T * scaling + mask) V as most model files have it, with keys and values repeated for their queries.
+
+    Returns:
+        Output [B, Sq, Hq, D], and the weights [B, Hq, Sq, Sk].
+    """
+    key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
+    scores = query @ key.mT * (usual_scaling(query) if scaling is None else scaling)
+    valid = valid_pairs(module, query, key, attention_mask)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -14,21 +14,27 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
-from attnpress.core.exponential import T_MAX
 from attnpress.core.linear import ProductPlan
-from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
-from attnpress.models.attention import INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
+from attnpress.models.attention import EXTRA, INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
+from attnpress.models.checkpoint import ModelError as ModelError
+from attnpress.models.checkpoint import (
+    check_geometry,
+    check_readable,
+    check_tensors,
+    fault_of,
+    shapes_of,
+    wrong_with,
+)
 from attnpress.models.mapping import leave_files
+from attnpress.models.state import parse_whole_spec, saving_call, unpack_extra
 from attnpress.recipe import parse_spec, spec_to_dict
 
 FORMAT = 1
@@ -37,20 +43,9 @@ FORMAT = 1
 BEFORE_BITS = {"bits": 8}
 """What products of checkpoints had that were saved before their plans said so."""
 
-WHOLE = {
-    "lift": (0, T_MAX),
-    "query_directions": (-DIRECTION_MAX, DIRECTION_MAX),
-    "key_directions": (-DIRECTION_MAX, DIRECTION_MAX),
-    "key_offset": (-OFFSET_MAX, OFFSET_MAX),
-}
-"""Whole numbers of the tail, and the bounds within which its sums fit."""
 
 Size = Annotated[int, Field(ge=1, le=2**16)]
 HeadSize = Annotated[int, Field(ge=1, le=LARGEST_HEAD)]
-
-
-class ModelError(ValueError):
-    """A model that cannot be found or loaded; the message says which, and what to do."""
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -60,12 +55,18 @@ class ModuleSpec:
     Attributes:
         heads, kv_heads, head_dim: Hq, Hkv, D.
         attention: the module's own spec; None for that of the whole model.
+        is_cross: whether its queries are of other tokens than its keys.
     """
 
     heads: Size
     kv_heads: Size
     head_dim: HeadSize
     attention: AttentionSpec | None = None
+    is_cross: bool = False
+
+    def make(self, common: AttentionSpec) -> CompressedAttention:
+        """The state of such a module, empty; `common` is the spec of the whole model."""
+        return CompressedAttention(self.attention or common, self.heads, self.kv_heads, self.head_dim, self.is_cross)
 
 
 @register_quantization_config(NAME)
@@ -121,19 +122,28 @@ class AttnPressConfig(QuantizationConfigMixin):
                 f"quantization_config: attnpress format {found!r}; this version reads {FORMAT}: update attnpress"
             )
         try:
-            modules = {name: parse_spec(ModuleSpec, plain) for name, plain in config_dict["modules"].items()}
+            unknown = sorted(config_dict.keys() - cls().to_dict().keys())
+            if unknown or type(config_dict.get("int8", False)) is not bool:
+                raise ModelError(f"unknown key {unknown[0]!r}" if unknown else "int8 is neither true nor false")
+            modules = {name: _parse_module(name, plain) for name, plain in config_dict["modules"].items()}
             linear = {
                 name: parse_spec(ProductPlan, BEFORE_BITS | plain)
                 for name, plain in config_dict.get("linear", {}).items()
             }
-            attention, int8 = (
-                parse_spec(AttentionSpec, config_dict["attention"]),
-                config_dict.get("int8", False) is True,
-            )
-            config = cls(attention=attention, modules=modules, linear=linear, int8=int8)
+            attention = parse_whole_spec(config_dict["attention"])
+            config = cls(attention=attention, modules=modules, linear=linear, int8=config_dict.get("int8", False))
         except (ConfigError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ModelError(f"quantization_config of attnpress is damaged: {error}") from None
         return (config, kwargs) if return_unused_kwargs else config
+
+
+def _parse_module(name: str, plain: Any) -> ModuleSpec:
+    if plain.get("attention") is not None:
+        try:
+            parse_whole_spec(plain["attention"])
+        except ConfigError as error:
+            raise ConfigError(f"modules.{name}.{error}") from None
+    return parse_spec(ModuleSpec, plain)
 
 
 def _uniform(bits: int, sparsity: float) -> AttentionSpec:
@@ -170,16 +180,23 @@ class AttnPressQuantizer(HfQuantizer):
     ) -> None:
         if not self.pre_quantized:
             return
-        _check_files(checkpoint_files or ())
-        if not self.quantization_config.modules:
+        modules = self.quantization_config.modules
+        if not modules:
             raise ModelError(
                 "quantization_config of attnpress names no attention modules: it is damaged, or a part of a bound "
                 "model was saved; save the whole model that was bound"
             )
-        for name, shape in self.quantization_config.modules.items():
-            spec = shape.attention or self.quantization_config.attention
-            child = CompressedAttention(spec, shape.heads, shape.kv_heads, shape.head_dim)
-            _find(model, name).add_module(NAME, child)
+        files = [str(file) for file in checkpoint_files or ()]
+        check_readable(files)
+        states = {name: module.make(self.quantization_config.attention) for name, module in modules.items()}
+        carriers = {name: _find(model, name) for name in states}
+        check_geometry(model, {carriers[name]: state for name, state in states.items()})
+        check_tensors(files, states)
+        for name, state in states.items():
+            carriers[name].add_module(NAME, state)
+        # What is ours was just checked: neither a histogram that was left out, nor the extra state of an older version
+        # is to be reported as something that should be trained.
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), rf"\.{NAME}\."}
         if self.quantization_config.int8:
             self._place_int8(model)
 
@@ -203,8 +220,10 @@ class AttnPressQuantizer(HfQuantizer):
         if not self.pre_quantized:
             bind(model, self.quantization_config.attention)
             return
+        vars(model).pop("_keys_to_ignore_on_load_missing", None)
         for name, module in attentions(model).items():
-            _check_state(name, module)
+            _check_loaded(name, module)
+        _check_ordinary(model)
         model._attnpress_before = "eager"
         if hasattr(model, INT8):
             leave_files(model)
@@ -212,28 +231,62 @@ class AttnPressQuantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Called first by `save_pretrained`: brings the configuration up to date with the modules.
 
-        Histograms go with the weights, so that training can go on from them, unless there is nothing in them.
+        Histograms go with the weights, so that training can go on from them, unless there is nothing in them. Weights
+        given to `save_pretrained` as `state_dict` are the ones that are stored, with the model's own scales and
+        thresholds where they hold none.
+
+        Raises:
+            NotCalibratedError: scales or thresholds were never set.
+            ModelError: the weights given hold scales that none can have, or of another spec.
         """
-        model.config.quantization_config = self.quantization_config = config_of(model)
+        from attnpress.models.binding import attentions
+
+        for name, module in attentions(model).items():
+            module.require_calibrated(name)
+        state = model.state_dict()
+        given = (saving_call() or {}).get("state_dict")
+        if given is not None:
+            ours = {name: x for name, x in state.items() if f".{NAME}." in name and name not in given}
+            state = {**given, **ours}
+        model.config.quantization_config = self.quantization_config = config_of(model, state)
         # A loader that does not know attnpress stops at this name, rather than run the model dense.
         model.config.attn_implementation = NAME
         ending = f".{NAME}.histogram"
-        return {name: x for name, x in model.state_dict().items() if not name.endswith(ending) or bool(x.any())}, {}
+        return {name: x for name, x in state.items() if not name.endswith(ending) or bool(x.any())}, {}
 
 
-def config_of(model: nn.Module) -> AttnPressConfig:
-    """The configuration of a bound model, with the specs now in force."""
+def config_of(model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> AttnPressConfig:
+    """The configuration of a bound model, with the specs now in force, or those of the weights to be `stored`.
+
+    Raises:
+        ModelError: the weights are of another spec.
+    """
     from attnpress.models.binding import attentions
 
     states = attentions(model)
-    common = next(iter(states.values())).spec
+    specs = {name: _stored_spec(name, state, stored or {}) for name, state in states.items()}
+    common = next(iter(specs.values()))
     modules = {
-        name: ModuleSpec(state.heads, state.kv_heads, state.head_dim, None if state.spec == common else state.spec)
+        name: ModuleSpec(
+            state.heads,
+            state.kv_heads,
+            state.head_dim,
+            None if specs[name] == common else specs[name],
+            state.is_cross,
+        )
         for name, state in states.items()
     }
     return AttnPressConfig(
         attention=common, modules=modules, linear=getattr(model, PLAN, None), int8=hasattr(model, INT8)
     )
+
+
+def _stored_spec(name: str, state: CompressedAttention, stored: Mapping[str, Tensor]) -> AttentionSpec:
+    own = {part: stored[key] for part in state.state_dict() if (key := f"{name}.{NAME}.{part}") in stored}
+    faults = [f"{part} {wrong}" for part, x in own.items() if (wrong := fault_of(part, x, state.spec)) is not None]
+    if faults:
+        raise ModelError(f"state_dict given to save_pretrained: {name}.{NAME}.{faults[0]}")
+    return unpack_extra(own[EXTRA]).spec if EXTRA in own else state.spec
 
 
 def check_compressed(folder: Path) -> None:
@@ -251,17 +304,6 @@ def check_compressed(folder: Path) -> None:
         raise ModelError(f"{folder}: not a compressed model: its quant_method is {method!r}")
 
 
-def _check_files(files: Iterable[str]) -> None:
-    for file in files:
-        if not file.endswith(".safetensors"):
-            raise ModelError(f"{file}: compressed models are read from safetensors files only; save it as one")
-        try:
-            with safe_open(file, "pt"):
-                pass
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{file} is missing or damaged: {error}") from None
-
-
 def _find(model: Any, name: str) -> nn.Module:
     """The module of that name, also where a head was put onto the saved model, or taken off."""
     prefix = f"{model.base_model_prefix}."
@@ -274,33 +316,29 @@ def _find(model: Any, name: str) -> nn.Module:
     raise ModelError(f"quantization_config of attnpress: {type(model).__name__} has no attention module {name!r}")
 
 
-def _check_state(name: str, module: CompressedAttention) -> None:
-    with torch.device("meta"):
-        expected = CompressedAttention(module.spec, module.heads, module.kv_heads, module.head_dim).state_dict()
+def _check_loaded(name: str, module: CompressedAttention) -> None:
+    """Once more where the tensors ended up, since files may have other names for them."""
+    vars(module).pop(EXTRA, None)  # where the file has none, Transformers leaves a tensor of that name
+    expected = shapes_of(module)
     for part, tensor in module.state_dict(keep_vars=True).items():
         # The mark that Transformers leaves on tensors it has loaded; without it, this one is uninitialized memory.
-        if not getattr(tensor, "_is_hf_initialized", False):
-            _refuse_missing(name, part, tensor)
-        elif tensor.shape != expected[part].shape:
-            shapes = f"{list(tensor.shape)} where {list(expected[part].shape)} fits its spec"
-            raise ModelError(f"damaged: {name}.{NAME}.{part} has shape {shapes}")
-        elif not _usable(part, tensor):
-            raise ModelError(f"damaged: {name}.{NAME}.{part} holds values that it cannot have")
+        if part != EXTRA and not getattr(tensor, "_is_hf_initialized", False):
+            if part != "histogram":  # needed only to train on, and then gathered anew
+                raise ModelError(f"damaged: the weights lack {name}.{NAME}.{part}")
+            tensor.zero_()
+        wrong = wrong_with(part, tensor, expected[part], module.spec)
+        if wrong is not None:
+            raise ModelError(f"damaged: {name}.{NAME}.{part} {wrong}")
+    module.unset.clear()
     module.seen.zero_()
     if module.spec.tail != "none":
         module.seen_masses.zero_()
 
 
-def _refuse_missing(name: str, part: str, tensor: Tensor) -> None:
-    if part != "histogram":  # needed only to train on, and then gathered anew
-        raise ModelError(f"damaged: the weights lack {name}.{NAME}.{part}")
-    tensor.zero_()
-
-
-def _usable(part: str, tensor: Tensor) -> bool:
-    if part == "cutoff":  # +inf keeps every pair
-        return not bool(tensor.isnan().any())
-    if part in WHOLE:
-        least, most = WHOLE[part]
-        return bool(((tensor >= least) & (tensor <= most) & (tensor == tensor.round())).all())
-    return bool(tensor.isfinite().all())
+def _check_ordinary(model: Any) -> None:
+    """A model of the very class that was saved lacks nothing; another one may have a head of its own, to be trained."""
+    if type(model).__name__ not in (model.config.architectures or ()):
+        return
+    lost = [name for name, tensor in model.named_parameters() if not getattr(tensor, "_is_hf_initialized", False)]
+    if lost:
+        raise ModelError(f"damaged: the checkpoint lacks {', '.join(lost[:3])}")

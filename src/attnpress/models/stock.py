@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from attnpress.models.forward import eager_function
 from attnpress.models.loading import resolve_model
 
 STOCK: dict[str, Callable[[], Any]] = {
@@ -62,11 +62,6 @@ def load_stock(folder: Path, attention: str | None = None, dtype: torch.dtype = 
     return model
 
 
-def longest_input(model: PreTrainedModel) -> int:
-    """Tokens that the model has positions for."""
-    return int(model.config.max_position_embeddings)
-
-
 @contextmanager
 def attention_seconds(model: PreTrainedModel) -> Iterator[list[float]]:
     """Collect how long each call of attention takes inside the `with` block, whatever implementation is in force.
@@ -93,6 +88,7 @@ def attention_seconds(model: PreTrainedModel) -> Iterator[list[float]]:
 
 
 def _function(module: nn.Module, name: str) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    default = sys.modules[type(module).__module__].eager_attention_forward
-    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(name, default)
+    function: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
+        name, eager_function(module)
+    )
     return function

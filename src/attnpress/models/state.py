@@ -1,0 +1,202 @@
+"""What the state of compressed attention may hold: legal ranges of its tensors, and its spec as a tensor of bytes."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnpress.config import AttentionSpec, ConfigError
+from attnpress.core.exponential import T_MAX
+from attnpress.core.pruner import BINS, COUNTED, NATS_PER_BIN, fixed_cutoff
+from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
+from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
+from attnpress.recipe import parse_spec, spec_to_dict
+
+VERSION = 1
+"""Of the extra state. A reader refuses every other one by its number."""
+
+EXTRA_SIZE = 2048
+"""Bytes of the extra state, padded with spaces: loaders that load in place need one size for all."""
+
+WIDEST = BINS * NATS_PER_BIN
+"""Nats; the widest threshold that the histogram can give. It prunes nothing that has a P code."""
+
+WHOLE = {
+    "lift": (0, T_MAX),
+    "query_directions": (-DIRECTION_MAX, DIRECTION_MAX),
+    "key_directions": (-DIRECTION_MAX, DIRECTION_MAX),
+    "key_offset": (-OFFSET_MAX, OFFSET_MAX),
+}
+"""Whole numbers of the tail, and the bounds within which its sums fit."""
+
+UNSET = ("q_scale", "k_scale", "v_scale", "cutoff")
+"""What calibration sets."""
+
+FREE = ("sparsity", "budget", "threshold_penalty", "observer", "learned", "power_of_two")
+"""Keys of a spec that may differ between a state and the module it is loaded into: they do not change what scales and
+thresholds mean. The sparsity is taken from the state."""
+
+
+class NotCalibratedError(ValueError, RuntimeError):
+    """Compressed attention is asked to compute, to be deployed or saved before it has its scales and thresholds."""
+
+
+class StateError(ValueError):
+    """State of compressed attention that is damaged, of another version, or of another spec."""
+
+
+@dataclass(frozen=True)
+class Extra:
+    """What a state dict holds of one module beside its tensors.
+
+    Attributes:
+        spec: with the sparsity in force.
+        unset: the scales and thresholds that nothing had set yet.
+    """
+
+    spec: AttentionSpec
+    unset: frozenset[str]
+
+
+def pack_extra(spec: AttentionSpec, unset: Iterable[str]) -> Tensor:
+    """The extra state as JSON text in uint8 [EXTRA_SIZE]: a tensor, since safetensors hold nothing else."""
+    plain = {"version": VERSION, "attention": spec_to_dict(spec), "unset": sorted(unset)}
+    text = json.dumps(plain, separators=(",", ":")).encode()
+    return torch.frombuffer(bytearray(text.ljust(EXTRA_SIZE)), dtype=torch.uint8)
+
+
+def unpack_extra(stored: Any) -> Extra:
+    """Read what `pack_extra` gave.
+
+    Raises:
+        StateError: damaged, or of another version.
+    """
+    if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.dim() != 1:
+        raise StateError(f"damaged: uint8 [{EXTRA_SIZE}] expected")
+    try:
+        plain = json.loads(bytes(stored.tolist()))
+    except ValueError:
+        raise StateError("damaged: it is not JSON") from None
+    version = plain.get("version") if isinstance(plain, dict) else None
+    if version != VERSION:
+        raise StateError(f"version {version!r}; this version of attnpress reads {VERSION}: update attnpress")
+    unset = plain.get("unset")
+    if not isinstance(unset, list) or not all(name in UNSET for name in unset):
+        raise StateError(f"damaged: unset is {unset!r}; names among {', '.join(UNSET)} are allowed")
+    try:
+        return Extra(parse_whole_spec(plain.get("attention")), frozenset(unset))
+    except ConfigError as error:
+        raise StateError(f"damaged: {error}") from None
+
+
+def parse_whole_spec(plain: Any) -> AttentionSpec:
+    """A stored spec: unlike a recipe's, it says every key that decides what is computed, none is left to a default.
+
+    Raises:
+        ConfigError: a key is missing, unknown, or has an impossible value.
+    """
+    if not isinstance(plain, Mapping):
+        raise ConfigError(f"attention: an object is expected, found {type(plain).__name__}")
+    for key in ("q", "k", "v", "p", "rule", "sparsity"):
+        if key not in plain:
+            raise ConfigError(f"attention.{key} is missing")
+        if key in ("q", "k", "v", "p") and (not isinstance(plain[key], Mapping) or "bits" not in plain[key]):
+            raise ConfigError(f"attention.{key}.bits is missing")
+    return parse_spec(AttentionSpec, plain)
+
+
+def differences(stored: AttentionSpec, own: AttentionSpec) -> list[str]:
+    """Each field that gives scales and thresholds another meaning, with both values; see FREE."""
+    theirs, ours = dict(_flat(spec_to_dict(stored))), dict(_flat(spec_to_dict(own)))
+    return [
+        f"{key} is {theirs.get(key)} in the state and {ours.get(key)} in the model"
+        for key in ours | theirs
+        if theirs.get(key) != ours.get(key) and key.rpartition(".")[2] not in FREE
+    ]
+
+
+def fault(part: str, tensor: Tensor, spec: AttentionSpec) -> str | None:
+    """What is wrong with the values of a scale, threshold, budget or histogram; None if they are legal.
+
+    Args:
+        part: the tensor's name in `CompressedAttention`.
+        tensor: its values; those of a meta tensor cannot be judged.
+    """
+    if tensor.device.type == "meta":
+        return None
+    expected = torch.float64 if part in ("histogram", "budget", "masses") else torch.float32
+    if tensor.dtype != expected:
+        return f"has dtype {tensor.dtype} instead of {expected}"
+    legal, allowed = _range(part, tensor, spec)
+    if bool(legal.all()):
+        return None
+    return f"holds {float(tensor[~legal][0]):g}; {allowed} is allowed"
+
+
+def _range(part: str, tensor: Tensor, spec: AttentionSpec) -> tuple[Tensor, str]:
+    if part.endswith("_scale"):
+        # A learned one counts by its magnitude.
+        magnitude = tensor.detach().abs() if _is_learned(part, spec) else tensor.detach()
+        inside = (magnitude >= SMALLEST_SCALE) & (magnitude <= LARGEST_SCALE)
+        return inside, f"a scale of {SMALLEST_SCALE:.3g} to {LARGEST_SCALE:.3g}"
+    if part in WHOLE:
+        least, most = WHOLE[part]
+        return (tensor >= least) & (tensor <= most) & (tensor == tensor.round()), f"a whole number of {least} to {most}"
+    if part != "cutoff":
+        finite = tensor.detach().isfinite()
+        return (finite, "a finite number") if part == "trained_cutoff" else (finite & (tensor >= 0), "0 or more")
+    if spec.threshold is not None and spec.rule not in COUNTED:
+        own = fixed_cutoff(spec, tensor.numel()).to(tensor.device).view(tensor.shape)
+        same = torch.isclose(tensor, own, rtol=1e-5, atol=1e-6)
+        return same, f"{float(own.flatten()[0]):g}, which is the spec's own,"
+    if spec.rule == "mass":
+        return ((tensor > 0) & (tensor <= 1)) | (tensor == torch.inf), "a share above 0 and up to 1, or infinity,"
+    widest = WIDEST * (1 + 1e-6)
+    return ((tensor >= 0) & (tensor <= widest)) | (tensor == torch.inf), f"0 to {WIDEST:.4g} nats, or infinity,"
+
+
+def _is_learned(part: str, spec: AttentionSpec) -> bool:
+    return {"q_scale": spec.q, "k_scale": spec.k, "v_scale": spec.v}[part].learned
+
+
+def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in plain.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def saving_call() -> Mapping[str, Any] | None:
+    """The local variables of the `PreTrainedModel.save_pretrained` in progress, `self` and its arguments among them.
+
+    Transformers tells quantizers neither which weights were given to be saved, nor that a part is saved with a whole
+    that has no quantizer: https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "save_pretrained" and frame.f_globals["__name__"] == "transformers.modeling_utils":
+            return frame.f_locals
+        frame = frame.f_back
+    return None
+
+
+def refuse_part() -> None:
+    """Refuse that a Transformers model is saved of which only a part is bound: its config.json would not say so.
+
+    Raises:
+        StateError: with the mend.
+    """
+    saving = saving_call()
+    whole = None if saving is None else saving["self"]
+    if whole is not None and getattr(whole, "hf_quantizer", None) is None:
+        raise StateError(
+            f"only a part of this {type(whole).__name__} is bound, and a checkpoint of the whole would come back "
+            "without compression: unbind the part, bind the whole model and calibrate it, or save the part alone"
+        )
