@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ def quiet() -> None:
     """Silence what Transformers prints while loading, saving and tokenizing; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
+    getLogger("bitsandbytes").setLevel(ERROR)  # tells of kernels that it lacks, wherever it is installed
     logging.disable_progress_bar()
 
 
