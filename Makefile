@@ -8,10 +8,10 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test test-avx2 check docs sanitize fuzz torture style clean
+.PHONY: help setup kernel demo test test-avx2 bench-avx2 check docs sanitize fuzz torture style clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) $(KERNEL) ## create .venv with the pinned dependencies, the package and its kernel
 
@@ -55,6 +55,11 @@ test: setup $(TOOLS) ## run every test
 # The processor of a test must not decide whether it passes. TESTS="tests/kernels ..." runs some of them.
 test-avx2: setup $(TOOLS) ## run every test as on a processor without AVX-512, VNNI and AMX
 	csrc/hold_avx2.sh $(BIN)/python -m pytest $(TESTS)
+
+# All in one thread and in turns; nothing else should run, and the file is meant to be committed.
+bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor without VNNI; some eight minutes
+	csrc/hold_avx2.sh $(BIN)/attnpress bench --whole-model bert-base minilm --seq-len 128 --ragged mrpc --batch 8 \
+	  --linear int8 --threads 1 --peers sdpa onnxruntime-int8 openvino-int8 --json benchmarks/records/whole-int8-avx2-1thread.json
 
 check: setup $(TOOLS) ## format, lint, strict types, house rules
 	$(BIN)/ruff format --check .

@@ -103,28 +103,6 @@ def test_wrong_usage_ends_with_two(arguments: list[str], capsys: pytest.CaptureF
     assert "usage: attnpress" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", ["--batch", "--threads", "--seq-len"])
-@pytest.mark.parametrize("number", ["0", "-1", "1.5", "many"])
-def test_a_bench_of_no_rows_threads_or_tokens_is_refused_by_name(
-    option: str, number: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", f"{option}={number}"])
-    assert ended.value.code == 2
-    assert f"argument {option}: a whole number that starts at 1, found {number}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("number", ["1.5", "1", "-0.1", "nan", "half"])
-def test_a_bench_of_an_impossible_sparsity_is_refused_by_name(number: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        main(["bench", f"--sparsity={number}"])
-    assert ended.value.code == 2
-    assert (
-        f"argument --sparsity: the fraction of pairs pruned, from 0 to below 1, found {number}"
-        in capsys.readouterr().err
-    )
-
-
 LISTS: list[tuple[str, Callable[[], tuple[str, ...]]]] = [
     ("rules", lambda: get_args(RuleName)),
     ("schedules", lambda: get_args(ScheduleName)),

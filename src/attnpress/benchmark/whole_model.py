@@ -7,6 +7,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +30,7 @@ from attnpress.benchmark.attention import (
     require,
 )
 from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
-from attnpress.benchmark.machine import instructions, peak_megabytes, provenance, resident_megabytes
+from attnpress.benchmark.machine import cores, instructions, peak_megabytes, provenance, resident_megabytes
 from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.calibration import REFITS, calibrate, outputs, watching
@@ -157,7 +158,9 @@ def _timings(case: dict[str, Any], peers: Sequence[str], seconds: float) -> Iter
     names, shape = ("ours", *dict.fromkeys(peers)), {key: case[key] for key in ("model", "length", "batch", "ragged")}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        facts: dict[str, dict[str, Any]] = {name: _build(name, f"{folder}/{name}", shape, case) for name in names}
+        with ThreadPoolExecutor(cores()) as pool:  # each waits for a process of its own; none of them is timed
+            built = pool.map(lambda name: _build(name, f"{folder}/{name}", shape, case), names)
+            facts: dict[str, dict[str, Any]] = dict(zip(names, built, strict=True))
         sides = [stack.enter_context(Side(name, held())) for name in names]
         for side in sides:
             place = {"name": side.name, "folder": f"{folder}/{side.name}", "threads": case["threads"]}

@@ -26,6 +26,7 @@ from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, s
 
 LARGEST_HEAD = 256
 NATIVE_RULES = ("relative", "threshold", "topk")
+NATIVE_TAILS = ("none",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -286,7 +287,7 @@ def _check_spec(spec: AttentionSpec) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
-    if spec.tail != "none":
+    if spec.tail not in NATIVE_TAILS:
         raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
 
 

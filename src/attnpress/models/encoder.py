@@ -190,7 +190,8 @@ def _pack(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[
     call = _signature(type(encoder)).bind(encoder, *args, **kwargs)
     hidden = call.arguments["hidden_states"]
     real = _real_tokens(encoder, hidden, call.arguments.get("attention_mask"))
-    wants_each_layer = kwargs.get("output_hidden_states") or encoder.config.output_hidden_states
+    asked = ("output_hidden_states", "output_attentions")
+    wants_each_layer = any(kwargs.get(name) or getattr(encoder.config, name) for name in asked)
     if real is None or wants_each_layer:
         return None
     packed = Packed.of(real)
