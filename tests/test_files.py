@@ -302,6 +302,7 @@ UNWRITABLE: list[tuple[Callable[[Path], Path], int]] = [
     (lambda folder: folder / "new" / ("x" * 256), errno.ENAMETOOLONG),
     (lambda folder: folder.joinpath(*["x" * 200] * 30), errno.ENAMETOOLONG),
     (lambda folder: folder / "circle" / "out", errno.ELOOP),
+    (lambda folder: folder / "circle", errno.ELOOP),
     (lambda _: Path("/proc/out"), errno.ENOENT),
 ]
 

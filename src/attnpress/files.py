@@ -314,7 +314,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
+    """Where a path leads, through every link."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
 
 
 def _check_replaceable(path: Path, target: Path, what: str) -> None:
