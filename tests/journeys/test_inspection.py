@@ -83,3 +83,5 @@ def test_printed_lines_are_the_spec(spec: AttentionSpec) -> None:
 
 def test_lines_hold_what_differs_from_the_defaults() -> None:
     assert recipe_lines(spec_of(8, 0.9)) == {"attention": {"sparsity": 0.9}}
+    tailed = recipe_lines(AttentionSpec(sparsity=0.9, tail="linear", tail_rank=4))
+    assert tailed == {"attention": {"sparsity": 0.9, "tail": "linear", "tail_rank": 4}}
