@@ -212,7 +212,9 @@ def recipe_lines(spec: AttentionSpec) -> dict[str, Any]:
     lines: dict[str, Any] = {
         name: {"bits": getattr(spec, name).bits} for name in "qkvp" if getattr(spec, name) != getattr(usual, name)
     }
-    return {"attention": {**lines, "sparsity": spec.sparsity, **({"smooth_key": True} if spec.smooth_key else {})}}
+    own = {name: getattr(spec, name) for name in ("smooth_key", "tail", "tail_rank")}
+    changed = {name: value for name, value in own.items() if value != getattr(usual, name)}
+    return {"attention": {**lines, "sparsity": spec.sparsity, **changed}}
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:

@@ -85,6 +85,8 @@ def test_printed_lines_are_the_spec(spec: AttentionSpec) -> None:
 
 def test_lines_hold_what_differs_from_the_defaults() -> None:
     assert recipe_lines(spec_of(8, 0.9)) == {"attention": {"sparsity": 0.9}}
+    tailed = recipe_lines(AttentionSpec(sparsity=0.9, tail="linear", tail_rank=4))
+    assert tailed == {"attention": {"sparsity": 0.9, "tail": "linear", "tail_rank": 4}}
 
 
 def test_an_empty_text_has_a_token_that_stands_for_it() -> None:
