@@ -150,7 +150,7 @@ def load_fine_tuned(resolved: str, kind: str, label_names: tuple[str, ...] = ())
 
 def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tuple[PreTrainedModel, set[str]]:
     family, arguments = _family(kind, label_names)
-    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)
+    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)[:2]
 
 
 def take_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,8 +197,8 @@ def load_backbone(resolved: str) -> PreTrainedModel:
 def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
     """A compressed model that `save_pretrained` wrote: bound, with its scales and thresholds.
 
-    What `AutoModelFor...from_pretrained(folder)` gives too, but weights that are missing, have no place in the model, or
-    are of several dtypes are errors here.
+    What `AutoModelFor...from_pretrained(folder)` gives too, but weights that are missing, that have no place in the
+    model, or that are of several dtypes are errors here.
 
     Raises:
         ModelError: no compressed model there, missing or damaged files, or another format.
