@@ -139,7 +139,7 @@ def load_fine_tuned(resolved: str, kind: str, label_names: tuple[str, ...] = ())
     Raises:
         ModelError: nothing loadable there, or weights are missing.
     """
-    model, missing, _ = _load_float32(resolved, kind, label_names)
+    model, missing = _load_float32(resolved, kind, label_names)
     if missing:
         raise ModelError(
             f"checkpoint: {resolved} was not fine-tuned for this task: it lacks {', '.join(sorted(missing)[:3])}; give "
@@ -148,9 +148,9 @@ def load_fine_tuned(resolved: str, kind: str, label_names: tuple[str, ...] = ())
     return model
 
 
-def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tuple[PreTrainedModel, set[str], set[str]]:
+def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tuple[PreTrainedModel, set[str]]:
     family, arguments = _family(kind, label_names)
-    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)
+    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)[:2]
 
 
 def take_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -197,8 +197,8 @@ def load_backbone(resolved: str) -> PreTrainedModel:
 def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
     """A compressed model that `save_pretrained` wrote: bound, with its scales and thresholds.
 
-    What `AutoModelFor...from_pretrained(folder)` gives too, but weights that are missing, have no place in the model,
-    or are of several dtypes are errors here.
+    What `AutoModelFor...from_pretrained(folder)` gives too, but weights that are missing, that have no place in the
+    model, or that are of several dtypes are errors here.
 
     Raises:
         ModelError: no compressed model there, missing or damaged files, or another format.
