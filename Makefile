@@ -8,7 +8,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test test-avx2 bench-avx2 check docs sanitize style clean
+.PHONY: help setup kernel demo test test-avx2 bench-avx2 check docs sanitize fuzz torture style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,10 +75,16 @@ docs: setup $(TOOLS) ## build the documentation into build/docs; a warning is an
 sanitize: setup $(TOOLS) ## run the kernel's tests under the address and undefined-behaviour sanitizers
 	$(MAKE) -f csrc/Makefile sanitize PYTHON=$(BIN)/python
 
+fuzz: setup $(TOOLS) ## MINUTES=1 of random calls, checkpoints, recipes, records, inputs and paths
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),1) $(FUZZ)
+
+torture: setup $(TOOLS) ## MINUTES=1 of kills, full disks and crowds, over compress and run
+	$(BIN)/python -m tests.torture --minutes $(or $(MINUTES),1) $(TORTURE)
+
 style: setup $(TOOLS) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 clean: ## remove caches and build leftovers; keeps .venv and runs
-	rm -rf build dist $(KERNEL) src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist $(KERNEL) src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .fuzz
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 MARKER = ".attnpress.json"
 """In every folder that attnpress may replace or remove: what it is, and the names that attnpress put into it."""
@@ -203,7 +203,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
     """
     if is_stdout(path) and sys.stdout is not None:
         sys.stdout.flush()
-        yield getattr(sys.stdout, "buffer", None) or _Printed()
+        yield cast(BinaryIO, getattr(sys.stdout, "buffer", None) or _Printed())
         sys.stdout.flush()
         return
     with naming(path), path.open("ab") as file:
@@ -314,7 +314,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
+    """Where a path leads, through every link."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
 
 
 def _check_replaceable(path: Path, target: Path, what: str) -> None:

@@ -44,7 +44,7 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{name}: {', '.join(f'{count} {what}' for what, count in sorted(counts[name].items()))}", flush=True)
     failures = sum(found.get("failures", 0) for found in counts.values())
     if options.record is not None:
-        _add_record(options.record, options.minutes, options.seed, counts)
+        add_record(options.record, options.minutes, options.seed, counts)
     print("clean" if failures == 0 else f"{failures} failures, kept in {KEPT}")
     return 1 if failures else 0
 
@@ -75,8 +75,8 @@ def _keep(name: str, seed: int, error: BaseException) -> None:
     print(f"{name}: {str(error)[:500]!a}\n    again: python -m tests.fuzz --only {name} --replay {seed}", flush=True)
 
 
-def _add_record(file: Path, minutes: float, seed: int, counts: dict[str, dict[str, int]]) -> None:
-    """Add a run to the record, the newest last."""
+def add_record(file: Path, minutes: float, seed: int, counts: dict[str, dict[str, int]]) -> None:
+    """Add a run to a record, the newest last."""
     runs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
     runs.append({**origin(), "minutes": minutes, "seed": seed, "counts": counts})
     file.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,9 @@ REGRESSIONS: list[int] = [*range(40)]
 
 NUMBERS = (0.0, -0.0, -1.0, 1e-45, 1e-38, 1e-10, 1e10, 1e38, float("inf"), float("-inf"), float("nan"), -1e-3, 2.0)
 DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int8, torch.int64, torch.bool, torch.uint8)
+LARGE = 1e9
+"""Ordinary weights may be any number; beyond this, or not finite, no finite answer is asked for."""
+
 Tensors = dict[str, Tensor]
 
 
@@ -85,15 +88,18 @@ def _check(folder: Path, model: Any) -> None:
     for name, tensor in _read(folder).items():
         assert name in state, f"{name} was left out without a word"
         assert state[name].shape == tensor.shape, f"{name} has another shape"
-        assert torch.equal(state[name].double(), tensor.double()), f"{name} has other values"
+        same = torch.equal(state[name].double().nan_to_num(7.0), tensor.double().nan_to_num(7.0))
+        assert same, f"{name} has other values"
     for name, module in attentions(model).items():
         for key in module.quantized():
             scale = getattr(module, f"{key}_scale")
             assert bool((scale > 0).all() & scale.isfinite().all()), f"{name}.{key}_scale is {scale}"
         assert bool((module.cutoff >= 0).all()), f"{name}.cutoff is {module.cutoff}"
-    with torch.no_grad():
+    sound = all(bool((weight.abs() < LARGE).all()) for weight in model.parameters())
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of weights that are no numbers
         logits = model(**_batch()).logits
-    assert bool(logits.isfinite().all()), "the model computes no numbers"
+    assert bool(logits.isfinite().all()) or not sound, "the model computes no numbers"
 
 
 def _damage(rng: random.Random, folder: Path) -> str:
@@ -162,7 +168,12 @@ def _whole() -> Path:
     """A sound checkpoint: two layers, one with a spec of its own."""
     folder = Path(_place().name) / "whole"
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **size)).eval()
     bind(model, AttentionSpec(sparsity=0.5), {"0": AttentionSpec(sparsity=0.8, rule="relative")})
     calibrate(model, [_batch()])

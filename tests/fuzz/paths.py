@@ -23,7 +23,7 @@ from attnpress.files import (
     write_text,
 )
 
-REGRESSIONS: list[int] = [*range(100)]
+REGRESSIONS: list[int] = [*range(100), 447291570]
 """Seeds that are replayed as tests: some of every kind, and each that failed once."""
 
 NAMES = (

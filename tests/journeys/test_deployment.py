@@ -8,7 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -271,7 +271,8 @@ def test_copies_and_pickles_give_the_same_bits(
 def test_the_state_of_an_int8_model_loads_into_another() -> None:
     model = deploy(tiny_bert(PRUNED), "reference", linear="int8")
     torch.manual_seed(1)
-    other = bind(BertForSequenceClassification(cast(BertConfig, model.config)).eval(), PRUNED)
+    assert isinstance(model.config, BertConfig)
+    other = bind(BertForSequenceClassification(model.config).eval(), PRUNED)
     calibrate(other, [make_batch(7)])
     deploy(other, "reference", linear="int8")
     assert not torch.equal(logits(other, make_batch()), logits(model, make_batch()))
