@@ -12,7 +12,7 @@ from attnpress.config import AttentionSpec
 from attnpress.core.attention import NanWarning
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
-from tests.kernels.factories import DTYPES, Case, make_case, needs_kernel
+from tests.kernels.factories import DTYPES, Case, make_case, needs_kernel, split
 
 pytestmark = needs_kernel
 
@@ -46,10 +46,10 @@ def test_nan_of_every_dtype_is_seen(target: str, dtype: torch.dtype) -> None:
     case = case.with_(**{name: getattr(case, name).to(dtype) for name in ("query", "key", "value")})
     with pytest.warns(NanWarning):
         ops.attention(*case.arguments)
-    query, key, value, _, *rest = case.arguments
-    one = [x[1:, :, :37] for x in (query, key, value)]
+    query, key, value, rest = split(case)
+    query, key, value = (x[1:, :, :37] for x in (query, key, value))
     with pytest.warns(NanWarning):
-        ops.attention_packed(*one, torch.tensor([0, 5, 37]), *rest)  # type: ignore[arg-type]
+        ops.attention_packed(query, key, value, torch.tensor([0, 5, 37]), *rest)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, 3e38])
