@@ -8,10 +8,10 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test test-avx2 check docs sanitize style clean
+.PHONY: help setup kernel demo test test-avx2 bench-avx2 check docs sanitize fuzz torture style clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup: $(INSTALLED) $(KERNEL) ## create .venv with the pinned dependencies, the package and its kernel
 
@@ -56,6 +56,11 @@ test: setup $(TOOLS) ## run every test
 test-avx2: setup $(TOOLS) ## run every test as on a processor without AVX-512, VNNI and AMX
 	csrc/hold_avx2.sh $(BIN)/python -m pytest $(TESTS)
 
+# All in one thread and in turns; nothing else should run, and the file is meant to be committed.
+bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor without VNNI; some eight minutes
+	csrc/hold_avx2.sh $(BIN)/attnpress bench --whole-model bert-base minilm --seq-len 128 --ragged mrpc --batch 8 \
+	  --linear int8 --threads 1 --peers sdpa onnxruntime-int8 openvino-int8 --json benchmarks/records/whole-int8-avx2-1thread.json
+
 check: setup $(TOOLS) ## format, lint, strict types, house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -70,10 +75,16 @@ docs: setup $(TOOLS) ## build the documentation into build/docs; a warning is an
 sanitize: setup $(TOOLS) ## run the kernel's tests under the address and undefined-behaviour sanitizers
 	$(MAKE) -f csrc/Makefile sanitize PYTHON=$(BIN)/python
 
+fuzz: setup $(TOOLS) ## MINUTES=1 of random calls, checkpoints, recipes, records, inputs and paths
+	$(BIN)/python -m tests.fuzz --minutes $(or $(MINUTES),1) $(FUZZ)
+
+torture: setup $(TOOLS) ## MINUTES=1 of kills, full disks and crowds, over compress and run
+	$(BIN)/python -m tests.torture --minutes $(or $(MINUTES),1) $(TORTURE)
+
 style: setup $(TOOLS) ## format the code and mend what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
 
 clean: ## remove caches and build leftovers; keeps .venv and runs
-	rm -rf build dist $(KERNEL) src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist $(KERNEL) src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .fuzz
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +

@@ -35,7 +35,14 @@ EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
-PAGES = ("README.md", "docs/results.md", "docs/method.md", "docs/leaderboard.md", "docs/benchmarks.md")
+PAGES = (
+    "README.md",
+    "docs/results.md",
+    "docs/method.md",
+    "docs/leaderboard.md",
+    "docs/benchmarks.md",
+    "docs/reliability.md",
+)
 README_CELLS = ("dense", "dense-6epochs", "8888-0.95", "4444-0.95")
 TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
 BITS = "8888"
@@ -74,6 +81,7 @@ def tables() -> dict[str, str]:
         "board": board_markdown(board()),
         "boardpicture": f"![{figure_words(board())}]({Path(BOARD_PICTURE).relative_to('docs')})",
         "boardrules": board_rules_markdown(board()),
+        "reliability": reliability_markdown(),
     }
 
 
@@ -101,6 +109,18 @@ def timings(name: str) -> list[dict[str, Any]]:
     """A committed record of `attnpress bench`."""
     found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def reliability_markdown() -> str:
+    """What the newest run of each harness counted."""
+    rows = ["| date | commit | minutes | target | counts |", "|---|---|---|---|---|"]
+    for name in ("fuzz", "torture"):
+        run = json.loads((ROOT / "records" / "reliability" / f"{name}.json").read_text(encoding="utf-8"))[-1]
+        for target, counts in run["counts"].items():
+            told = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()) if what != "failures")
+            words = f"{told}; {counts.get('failures', 0)} failures"
+            rows.append(f"| {run['date']} | {str(run['commit'])[:7]} | {run['minutes']:g} | {target} | {words} |")
+    return "\n".join(rows)
 
 
 def board() -> BoardRecord:

@@ -128,7 +128,7 @@ with files.whole_folder(path, "model") as scratch:
 def test_a_writer_that_is_killed_loses_nothing_and_the_next_one_clears_up(moment: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"
     with whole_folder(folder, "model") as scratch:
-        (scratch / "weights").write_text("old", encoding="utf-8")
+        write_text(scratch / "weights", "old")  # whole inside of whole
     killed = subprocess.run([sys.executable, "-c", WRITER, moment, str(folder)], capture_output=True, text=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [path.read_text() for path in tmp_path.rglob("weights") if path.read_text() == "old"] == ["old"]
@@ -302,6 +302,7 @@ UNWRITABLE: list[tuple[Callable[[Path], Path], int]] = [
     (lambda folder: folder / "new" / ("x" * 256), errno.ENAMETOOLONG),
     (lambda folder: folder.joinpath(*["x" * 200] * 30), errno.ENAMETOOLONG),
     (lambda folder: folder / "circle" / "out", errno.ELOOP),
+    (lambda folder: folder / "circle", errno.ELOOP),
     (lambda _: Path("/proc/out"), errno.ENOENT),
 ]
 
@@ -313,7 +314,8 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "circle").symlink_to("circle")
     path = place(tmp_path)
-    for check in (lambda: check_file(path, lambda _: True), lambda: check_folder(path, "export")):
+    checks: list[Callable[[], None]] = [lambda: check_file(path, lambda _: True), lambda: check_folder(path, "export")]
+    for check in checks:
         with pytest.raises(OSError, match=os.strerror(number)) as raised:
             check()
         assert (raised.value.errno, raised.value.filename) == (number, str(path))

@@ -186,6 +186,7 @@ def leaderboard(options: argparse.Namespace) -> int:
 def validate(options: argparse.Namespace) -> int:
     """Check a recipe, and print it in full."""
     config = load_config(options.recipe, options.set)
+    _quiet_libraries()
     from attnpress.live import check_trackers
     from attnpress.models.loading import resolve_model
     from attnpress.tasks import check_data

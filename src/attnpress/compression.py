@@ -23,7 +23,7 @@ from attnpress.calibration import calibrate, fit_thresholds, this_process, train
 from attnpress.card import model_card
 from attnpress.config import DENSE, AttentionSpec, ConfigError, RunConfig, TrainSpec
 from attnpress.evaluate import evaluate
-from attnpress.files import sha256_of, whole_folder, write_bytes, write_text
+from attnpress.files import add_text, sha256_of, whole_folder, write_bytes, write_text
 from attnpress.finetune import SparsityCallback, check_autocast, history_lines, read_history, train
 from attnpress.live import check_trackers
 from attnpress.models.binding import attentions, bind, layer_specs, unbind
@@ -177,7 +177,7 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     record.provenance["machine"]["wall_seconds"] = round(sum(known.seconds for known in record.stages), 1)
     if state.is_main_process:
         if name == "progressive":
-            write_text(run.output / name / "README.md", model_card(record, run.data.task.kind))
+            add_text(run.output / name, "README.md", model_card(record, run.data.task.kind))
         write_bytes(samples_file(run.output, name), samples_bytes(samples))
         write_text(run.output / "record.json", to_json(record))
         shutil.rmtree(run.output / "checkpoints" / name, ignore_errors=True)

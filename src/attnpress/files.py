@@ -21,10 +21,10 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 MARKER = ".attnpress.json"
 """In every folder that attnpress may replace or remove: what it is, and the names that attnpress put into it."""
@@ -104,10 +104,10 @@ def whole_folder(path: Path, what: str) -> Iterator[Path]:
         target = _real(path)
         _make_parents(target)
     with _held(target, _make_folder) as (scratch, _):
-        mark(scratch, what)
         yield scratch
         with naming(path):
-            mark(scratch, what, _content(scratch))
+            # In place: the lock that says that this writer lives is the marker's own.
+            (scratch / MARKER).write_text(_marker_text(what, _content(scratch)), encoding="utf-8")
             _swap(scratch, target, lambda: _check_replaceable(path, target, what))
 
 
@@ -149,7 +149,9 @@ def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _
                 return
             held = next((entry.name for entry in target.iterdir()), None)
             if held is not None and (found is not None or not is_own(target)):
-                raise OutputError(f"{path}: holds {held}, and is no folder of kind {what!r}; name another folder")
+                raise OutputError(
+                    f"{path}: holds {_shown({held})}, and is no folder of kind {what!r}; name another folder"
+                )
             mark(target, what)
 
 
@@ -201,7 +203,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
     """
     if is_stdout(path) and sys.stdout is not None:
         sys.stdout.flush()
-        yield getattr(sys.stdout, "buffer", None) or _Printed()
+        yield cast(BinaryIO, getattr(sys.stdout, "buffer", None) or _Printed())
         sys.stdout.flush()
         return
     with naming(path), path.open("ab") as file:
@@ -221,8 +223,14 @@ class _Printed(io.RawIOBase):
 
 def mark(folder: Path, what: str, holds: frozenset[str] | None = None) -> None:
     """Write a folder's marker; see `Marker`."""
+    scratch = folder / f"{MARKER}.{SCRATCH}"  # not by write_text: the folder itself may be locked
+    scratch.write_text(_marker_text(what, holds), encoding="utf-8")
+    scratch.replace(folder / MARKER)
+
+
+def _marker_text(what: str, holds: frozenset[str] | None) -> str:
     plain = {"made_by": "attnpress", "what": what, "holds": None if holds is None else sorted(holds)}
-    (folder / MARKER).write_text(json.dumps(plain) + "\n", encoding="utf-8")
+    return json.dumps(plain) + "\n"
 
 
 def read_marker(folder: Path) -> Marker | None:
@@ -241,14 +249,26 @@ def remove_folder(folder: Path, what: str) -> None:
     """Remove a folder that carries the marker of `what`; one that is not there is fine.
 
     Raises:
-        OutputError: it carries no such marker.
+        OutputError: it carries no such marker, or holds something that attnpress did not write.
     """
     if not folder.is_dir():
         return
     if folder.is_symlink() or (found := read_marker(folder)) is None or found.what != what:
         raise OutputError(f"{folder}: attnpress did not make this folder, so it is not removed; move it away")
+    if found.holds is not None and (foreign := _content(folder) - found.holds):
+        raise OutputError(
+            f"{folder}: {_shown(foreign)} in it is not attnpress's own, so it is not removed; move it away"
+        )
     with contextlib.suppress(FileNotFoundError):  # another process is removing it too
         shutil.rmtree(folder)
+
+
+def add_text(folder: Path, name: str, text: str) -> None:
+    """Write a file into a folder that carries a marker, as one more of those that attnpress may replace or remove."""
+    write_text(folder / name, text)
+    found = read_marker(folder)
+    if found is not None and found.holds is not None:
+        mark(folder, found.what, found.holds | {name})
 
 
 def explain(error: OSError) -> str:
@@ -294,7 +314,11 @@ def sha256_of(path: Path) -> str:
 
 
 def _real(path: Path) -> Path:
-    return Path(os.path.realpath(path))
+    """Where a path leads, through every link."""
+    target = Path(os.path.realpath(path))
+    if target.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return target
 
 
 def _check_replaceable(path: Path, target: Path, what: str) -> None:
@@ -309,18 +333,24 @@ def _check_replaceable(path: Path, target: Path, what: str) -> None:
     found, held = read_marker(target), _content(target)
     if held and (found is None or found.what != what):
         raise OutputError(
-            f"{path}: holds {min(held)}, and is no folder of kind {what!r} that attnpress made, so it is not replaced; "
-            "name another folder"
+            f"{path}: holds {_shown(held)}, and is no folder of kind {what!r} that attnpress made, so it is not "
+            "replaced; name another folder"
         )
     if found is not None and found.holds is not None and (foreign := held - found.holds):
         raise OutputError(
-            f"{path}: holds {min(foreign)}, which attnpress did not write, so it is not replaced; move that away, or "
-            "name another folder"
+            f"{path}: holds {_shown(foreign)}, which attnpress did not write, so it is not replaced; move that away, "
+            "or name another folder"
         )
 
 
+def _shown(names: Collection[str]) -> str:
+    """The first of some names, on one line whatever it holds."""
+    first = min(names)
+    return first if first.isprintable() else repr(first)
+
+
 def _content(folder: Path) -> frozenset[str]:
-    return frozenset(str(path.relative_to(folder)) for path in folder.rglob("*")) - {MARKER}
+    return frozenset(str(path.relative_to(folder)) for path in folder.rglob("*")) - {MARKER, f"{MARKER}.{SCRATCH}"}
 
 
 def _check_room(path: Path, target: Path) -> None:
@@ -351,7 +381,7 @@ def _open_new(path: Path) -> int:
 
 def _make_folder(path: Path) -> int:
     path.mkdir()
-    return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    return _open_new(path / MARKER)
 
 
 @contextmanager
@@ -410,13 +440,17 @@ def _clear(target: Path) -> None:
 
 
 def _is_abandoned(scratch: Path) -> bool:
+    """Whether no writer that lives holds it; a folder is held by its marker, which is made in the same moment."""
+    folder = scratch.is_dir()
+    if folder and not (scratch / MARKER).is_file():
+        return not any(scratch.iterdir())
     try:
-        handle = os.open(scratch, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        handle = os.open(scratch / MARKER if folder else scratch, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
-    free = _lock(handle)  # a writer that lives holds it
+    free = _lock(handle)
     os.close(handle)
-    return free and (scratch.is_file() or read_marker(scratch) is not None or not any(scratch.iterdir()))
+    return free
 
 
 def _remove(path: Path) -> None:

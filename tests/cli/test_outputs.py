@@ -219,7 +219,7 @@ def test_a_search_begins_in_no_folder_of_someone_else(
 ) -> None:
     recipe = dump_config(tiny_recipe).replace("\n", "\n  ")
     text = {
-        "sweep": f"recipe:\n  {recipe}\n",
+        "sweep": f"search: {{sparsity: [0.5, 0.9]}}\nrecipe:\n  {recipe}\n",
         "leaderboard": f"recipe:\n  {recipe}\ntasks: {{film: {{}}}}\nrules: {{ours: {{source: here}}}}\n",
     }[command]
     (tmp_path / "spec.yaml").write_text(text, encoding="utf-8")

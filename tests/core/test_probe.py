@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 
-from attnpress.config import DENSE, RuleName
+from attnpress.config import DENSE, RuleName, TailName
 from attnpress.core.attention import Scales, dense_attention, repeat_heads
 from attnpress.core.probe import AttentionCall, probe, relative_error
 from attnpress.core.pruner import BINS, fit_cutoff, pair_histogram, pruned_pairs
 from attnpress.core.quantizer import dequantize, quantize
 from tests.core.factories import SEEDS, Call, calls, make_call, make_spec
+from tests.core.test_tail import with_tail
 
 QUERY, KEY, VALUE = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 REAL = (torch.arange(7) < torch.tensor([[7], [4]])).view(2, 1, 7, 1)
@@ -30,6 +31,17 @@ def test_p_is_that_of_the_integer_reference(call: Call) -> None:
     value = dequantize(quantize(call.value, call.scales.v, call.spec.v.qmax), call.scales.v)
     output = found.after @ repeat_heads(value, call.query.shape[1])
     torch.testing.assert_close(output, reference.output, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("tail", "rank"), [("mean", 1), ("linear", 3), ("linear", 8)])
+def test_p_shows_the_tail(tail: TailName, rank: int) -> None:
+    call = with_tail(make_call(make_spec(sparsity=0.9), keys=12, mask="padding", spread=2.0), tail, rank)
+    found, reference = probe(seen(call), call.scales, call.cutoff, call.spec), call.integer()
+    assert call.scales.v is not None
+    value = dequantize(quantize(call.value, call.scales.v, call.spec.v.qmax), call.scales.v)
+    torch.testing.assert_close(found.after @ value, reference.output, atol=1e-4, rtol=1e-4)
+    sums = found.after.sum(-1)
+    torch.testing.assert_close(sums[call.allowed().any(-1)], torch.ones(int(call.allowed().any(-1).sum())))
 
 
 def test_dense_attention_loses_nothing_and_is_the_framework_s_own() -> None:

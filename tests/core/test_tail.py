@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import ConfigError, ProbsSpec, TailName, TensorSpec
-from attnpress.core.attention import IntegerAttention, TailedAttention, query_scale, repeat_heads, score_step
+from attnpress.core.attention import (
+    IntegerAttention,
+    Scales,
+    TailedAttention,
+    TailedScales,
+    query_scale,
+    repeat_heads,
+    score_step,
+)
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.tail import Moments, Tail, fit_directions, fit_lift, level, projected, tail_masses
 from attnpress.recipe import parse_spec, spec_to_dict
@@ -40,7 +48,7 @@ def make_tail(call: Call, rank: int, seed: int = 0) -> Tail:
 
 def with_tail(call: Call, tail: TailName, rank: int = 3, seed: int = 0) -> Call:
     spec = parse_spec(type(call.spec), {**plain(call), "tail": tail, "tail_rank": rank})
-    scales = type(call.scales)(call.scales.q, call.scales.k, call.scales.v, make_tail(call, rank, seed))
+    scales = TailedScales(call.scales.q, call.scales.k, call.scales.v, tail=make_tail(call, rank, seed))
     return call.with_(spec=spec, scales=scales)
 
 
@@ -51,7 +59,7 @@ def plain(call: Call) -> dict[str, Any]:
 
 def tail_row(call: Call, found: IntegerAttention, b: int, h: int, row: int) -> tuple[dict[str, Any], list[float]]:
     """The integers of one row's tail in Python, sums over all keys less those over survivors; and the output."""
-    tail, group = call.scales.tail, call.query.shape[1] // call.key.shape[1]
+    tail, group = TailedScales.tail_of(call.scales), call.query.shape[1] // call.key.shape[1]
     assert tail is not None
     assert call.scales.v is not None
     allowed = [j for j in range(call.key.shape[2]) if bool(call.allowed()[b, h, row, j])]
@@ -234,9 +242,9 @@ def put(x: Tensor, exact: Tensor) -> Tensor:
     return x + (exact - x).detach()
 
 
-def flat_formula(call: Call, q: Tensor, k: Tensor, v: Tensor, found: IntegerAttention) -> Tensor:
+def flat_formula(call: Call, found: IntegerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The output in plain float64, autograd through it; what the integers say is put in without changing gradients."""
-    heads, tail = call.query.shape[1], call.scales.tail
+    heads, tail = call.query.shape[1], TailedScales.tail_of(call.scales)
     assert tail is not None
     assert isinstance(found, TailedAttention)
     alpha = score_step(call.scales.q, call.scales.k, call.scaling, heads).double()  # type: ignore[arg-type]
@@ -274,11 +282,11 @@ def test_gradients_are_those_of_the_plain_formula(tail: TailName, rank: int, mas
     ours = [x.clone().requires_grad_() for x in (call.query, call.key, call.value)]
     output = call.with_(query=ours[0], key=ours[1], value=ours[2]).fake()
     codes = [x.double().requires_grad_() for x in (found.q_codes, found.k_codes, found.v_codes)]
-    exact = flat_formula(call, *codes, found)
+    exact = flat_formula(call, found, *codes)
     torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-5)
     wanted = normal(5, *output.shape)
-    output.backward(wanted)  # type: ignore[no-untyped-call]
-    exact.backward(wanted.double())  # type: ignore[no-untyped-call]
+    output.backward(wanted)
+    exact.backward(wanted.double())
     for x, code, scale in zip(ours, codes, (call.scales.q, call.scales.k, call.scales.v), strict=True):
         assert x.grad is not None
         assert code.grad is not None
@@ -294,7 +302,7 @@ def test_a_row_with_one_survivor_learns(tail: TailName) -> None:
     for name, learns in (("none", False), (tail, True)):
         own = call if name == "none" else with_tail(call, tail)
         query = call.query.clone().requires_grad_()
-        own.with_(query=query).fake().square().sum().backward()  # type: ignore[no-untyped-call]
+        own.with_(query=query).fake().square().sum().backward()
         assert query.grad is not None
         assert bool((query.grad.abs().sum(-1) > 0).all()) == learns
 
@@ -303,11 +311,13 @@ def test_a_row_with_one_survivor_learns(tail: TailName) -> None:
 def test_learned_scales_get_the_gradient_of_the_tail(tail: TailName) -> None:
     learned = TensorSpec(learned=True)
     call = with_tail(make_call(make_spec(sparsity=0.9, q=learned, k=learned, v=learned), spread=2.0), tail)
-    scales = [x.clone().requires_grad_() for x in (call.scales.q, call.scales.k, call.scales.v)]  # type: ignore[union-attr]
-    call.with_(scales=type(call.scales)(*scales, call.scales.tail)).fake().square().sum().backward()  # type: ignore
+    known = [x for x in (call.scales.q, call.scales.k, call.scales.v) if x is not None]
+    scales = [x.clone().requires_grad_() for x in known]
+    learning = TailedScales(q=scales[0], k=scales[1], v=scales[2], tail=TailedScales.tail_of(call.scales))
+    call.with_(scales=learning).fake().square().sum().backward()
     bare = [x.detach().clone().requires_grad_() for x in scales]
-    none = call.with_(spec=make_none(call), scales=type(call.scales)(*bare))
-    none.fake().square().sum().backward()  # type: ignore[no-untyped-call]
+    none = call.with_(spec=make_none(call), scales=Scales(*bare))
+    none.fake().square().sum().backward()
     for ours, theirs in zip(scales, bare, strict=True):
         assert ours.grad is not None
         assert bool(ours.grad.isfinite().all())
@@ -326,7 +336,7 @@ def test_dropout_leaves_the_level_alone() -> None:
 def test_lift_restores_the_mass_of_the_tail() -> None:
     call = make_call(make_spec(sparsity=0.9), rows=40, keys=40, spread=3.0).with_(cutoff=torch.full((4,), 0.4))
     bare = Tail(torch.zeros(4))
-    found = with_tail(call, "mean").with_(scales=type(call.scales)(call.scales.q, call.scales.k, call.scales.v, bare))
+    found = with_tail(call, "mean").with_(scales=TailedScales(call.scales.q, call.scales.k, call.scales.v, tail=bare))
     pairs = found.integer()
     assert isinstance(pairs, TailedAttention)
     alpha = score_step(call.scales.q, call.scales.k, call.scaling, 4)  # type: ignore[arg-type]
@@ -336,7 +346,7 @@ def test_lift_restores_the_mass_of_the_tail() -> None:
     masses = tail_masses(p, rest, pairs.tail_level / 255, torch.ones(2, 1, 40, 1, dtype=torch.bool))
     lift = fit_lift(masses)
     assert bool((lift > 50).all())
-    lifted = type(call.scales)(call.scales.q, call.scales.k, call.scales.v, Tail(lift))
+    lifted = TailedScales(call.scales.q, call.scales.k, call.scales.v, tail=Tail(lift))
     again = found.with_(scales=lifted).integer()
     assert isinstance(again, TailedAttention)
     after = tail_masses(p, rest, again.tail_level / 255, torch.ones(2, 1, 40, 1, dtype=torch.bool))

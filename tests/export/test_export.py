@@ -22,6 +22,7 @@ from attnpress.cli import main
 from attnpress.config import DENSE, AttentionSpec, ConfigError, ProbsSpec, RunConfig, TensorSpec
 from attnpress.evaluate import finished_model
 from attnpress.export import ExportError, agreement, export_run
+from attnpress.export.graph import check_exportable
 from attnpress.export.onnx import serve_onnx
 from attnpress.export.run import example_batch
 from attnpress.export.trace import check_trace, write_trace
@@ -99,6 +100,39 @@ def test_a_changed_bit_is_found(name: str, tmp_path: Path) -> None:
     save_file(tensors, file, header)
     with pytest.raises(ExportError, match=r"bert\.encoder\.layer\.1"):
         check_trace(file)
+
+
+TAILS = {
+    "mean": AttentionSpec(sparsity=0.7, tail="mean"),
+    "linear": AttentionSpec(sparsity=0.7, tail="linear", tail_rank=2),
+    "whole": AttentionSpec(sparsity=0.7, tail="linear", tail_rank=512),
+}
+
+
+@pytest.mark.parametrize("tail", TAILS)
+def test_a_trace_holds_the_tail(tail: str, tmp_path: Path) -> None:
+    write_trace(tiny_bert(TAILS[tail]), make_batch(5), tmp_path)
+    file = tmp_path / "trace.safetensors"
+    with safe_open(file, "pt") as trace:
+        header = trace.metadata()
+    tensors = load_file(file)
+    names = [name for name in tensors if "self.tail_" in name]
+    assert any(name.endswith("tail_slope") for name in names) == (tail != "mean")
+    assert any(name.endswith("tail_query") for name in names) == (tail == "linear")
+    described = (DOCS / "trace.md").read_text("utf-8")
+    assert all(f"`{name.rsplit('.', 1)[1]}`" in described for name in names)
+    for name in names:
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name].view(-1)[0] += 999
+        save_file(changed, file, header)
+        with pytest.raises(ExportError, match="not what the reference gives"):
+            check_trace(file)
+
+
+@pytest.mark.parametrize("tail", ["mean", "linear"])
+def test_a_graph_of_a_tail_is_refused_by_name(tail: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=f"tail '{tail}'"):
+        check_exportable(tiny_bert(TAILS[tail]))
 
 
 OTHER = AttentionSpec(rule="threshold", sparsity=0.5, v=TensorSpec(bits=4), p=ProbsSpec(mode="unit"))

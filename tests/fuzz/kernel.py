@@ -22,7 +22,7 @@ from attnpress.core.attention import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
 from tests.kernels.agreement import assert_same, ulps
-from tests.kernels.factories import DTYPES, EXTREMES, Case, make_case, split
+from tests.kernels.factories import DTYPES, EXTREMES, Case, make_case
 
 MOST = 4_000_000
 """Products in a call, about: a second in the readable reference and on the slowest target."""
@@ -80,7 +80,8 @@ def _assert_training(case: Case) -> None:
 
 
 def _assert_packed(case: Case, bounds: Tensor) -> None:
-    query, key, value, rest = split(case)
+    arguments = case.arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
     found = ops.attention_packed(query, key, value, bounds, *rest, causal=case.causal)
     assert found.transpose(1, 2).is_contiguous()
     for begin, end in pairwise(bounds.tolist()):
@@ -128,7 +129,7 @@ def _case(rng: random.Random, seed: int, shape: tuple[int, int, int, int, int, i
     scales, scaling = case.scales, case.scaling
     if rng.random() < 0.25:
         wide = rng.random() < 0.5
-        scales = Scales(_spread(rng, scales.q, wide), _spread(rng, scales.k, wide), _spread(rng, scales.v, wide))
+        scales = Scales(*(_spread(rng, getattr(scales, name), wide) for name in ("q", "k", "v")))
         scaling = 2.0 ** rng.uniform(-32, 32) if wide else scaling * 2.0 ** rng.uniform(-4, 4)
     return case.with_(
         query=query, key=key, value=value, scales=scales, scaling=scaling, cutoff=_cutoff(rng, case.query.shape[1])

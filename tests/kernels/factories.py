@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -110,11 +109,6 @@ def make_case(
     valid = make_mask(mask, (batch, heads, rows, keys), generator)
     scales = make_scales(spec, heads, kv_heads, dim, generator)
     return Case(query, key, value, valid, scales, spread, spec, dim**-0.5, causal)
-
-
-def split(case: Case) -> tuple[Tensor, Tensor, Tensor, list[Any]]:
-    """Query, key, value, and what follows the mask: the arguments of a packed call, less its bounds."""
-    return (*case.arguments[:3], list(case.arguments[4:]))
 
 
 def bits(low: int = 2) -> st.SearchStrategy[int]:

@@ -15,12 +15,11 @@ from attnpress.core.attention import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
 from tests.kernels.agreement import assert_same
-from tests.kernels.factories import Case, make_case, needs_kernel, split
+from tests.kernels.factories import Case, make_case, needs_kernel
 
 pytestmark = needs_kernel
 
 SHAPE = (2, 4, 2, 6, 9, 16)
-DOUBLE = torch.ones(1, 1, 1, 1, dtype=torch.float64)
 SPEC = AttentionSpec(sparsity=0.5, smooth_key=True)
 MASKS: list[tuple[int, ...]] = [
     (), (9,), (6, 9), (6, 1), (4, 1, 9), (4, 6, 1), (2, 1, 1, 9), (2, 1, 6, 1), (1, 1, 6, 9), (1, 4, 6, 9),
@@ -90,7 +89,7 @@ def test_thresholds_are_refused_in_the_words_of_the_reference(rule: RuleName, ba
         {"scaling": -0.25}, {"scaling": 0.0}, {"scaling": math.nan}, {"scaling": math.inf}, {"scaling": 1e-30},
         {"cutoff": torch.ones(3)}, {"cutoff": torch.ones(1, 4)}, {"cutoff": torch.ones(4, dtype=torch.float64)},
         {"scales": Scales(torch.ones(4), torch.ones(2), torch.ones(2))},
-        {"scales": Scales(DOUBLE, DOUBLE, DOUBLE)},
+        {"scales": Scales(*[torch.ones(1, 1, 1, 1, dtype=torch.float64)] * 3)},
         {"scales": Scales(torch.ones(1, 1, 1, 16), torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1))},
         {"valid": torch.ones(6, 8, dtype=torch.bool)}, {"valid": torch.ones(1, 1, 1, 6, 9, dtype=torch.bool)},
         {"valid": torch.ones(6, 9)}, {"valid": torch.ones(3, 1, 1, 9, dtype=torch.bool)},
@@ -163,7 +162,8 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
 
     def attend(**changes: Any) -> Tensor:
-        query, key, value, rest = split(case.with_(**changes))
+        arguments = case.with_(**changes).arguments
+        (query, key, value, _), rest = arguments[:4], arguments[4:]
         return ops.attention_packed(query, key, value, bounds, *rest, backend=backend)
 
     assert attend().shape == (1, 4, tokens, 16)
@@ -182,13 +182,15 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
     ids=["int32", "two dimensions", "meta"],
 )
 def test_bounds_of_another_kind_are_refused(backend: str, bounds: Tensor) -> None:
-    query, key, value, rest = split(make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0))
+    arguments = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
     with pytest.raises(ValueError, match="bounds: int64 that rise from 0"):
         ops.attention_packed(query, key, value, bounds, *rest, backend=backend)
 
 
 def test_bounds_need_not_lie_side_by_side() -> None:
-    query, key, value, rest = split(make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0))
+    arguments = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
     bounds = torch.tensor([[0, 7], [4, 7], [9, 7]])[:, 0]
     found = ops.attention_packed(query, key, value, bounds, *rest)
     assert torch.equal(found, ops.attention_packed(query, key, value, bounds.clone(), *rest))

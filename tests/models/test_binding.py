@@ -25,13 +25,16 @@ from transformers import (
     T5Config,
     T5EncoderModel,
 )
+from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
+from attnpress.core.probe import AttentionCall, probe
+from attnpress.deployment import deploy
 from attnpress.models.attention import NAME
-from attnpress.models.binding import attentions, bind, captured_outputs, unbind
-from attnpress.models.forward import UnsupportedModelError, attention_forward, real_rows, valid_pairs
+from attnpress.models.binding import attentions, bind, captured_outputs, probed, unbind
+from attnpress.models.forward import UnsupportedModelError, attention_forward, eager_function, real_rows, valid_pairs
 from tests.models.factories import (
     DECODERS,
     ENCODERS,
@@ -535,3 +538,150 @@ def test_a_row_is_real_if_its_own_token_is() -> None:
     newest = real_rows(Causal(), heads(1, 2), heads(3, 2), valid)
     assert newest is not None
     assert newest.flatten().tolist() == [False, True]
+
+
+# All or nothing, and whole wrappers.
+
+
+class Wrapper(nn.Module):
+    """As a SentenceTransformer, an adapted model or a module of Lightning: a Transformers model inside another."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.steps = nn.Sequential(nn.Identity(), nn.ModuleDict({"auto_model": model}))
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        model: Any = self.get_submodule("steps.1.auto_model")
+        hidden: Tensor = model(**batch).last_hidden_state
+        return hidden[:, 0]
+
+
+def test_a_module_that_holds_a_transformers_model_may_be_given_whole() -> None:
+    model, twin, batch = Wrapper(make_model()), compressed("BERT", QUANTIZED), make_batch()
+    assert bind(model, QUANTIZED) is model
+    assert next(iter(attentions(model))) == "steps.1.auto_model.encoder.layer.0.attention.self"
+    calibrate(model, [make_batch("BERT", seed=5), make_batch("BERT", lengths=(7, 7), seed=6)])
+    with torch.no_grad():
+        assert torch.equal(model(**batch), outputs(twin, batch)[:, 0])
+    assert not attentions(unbind(model))
+
+
+def test_layers_of_several_models_are_counted_through() -> None:
+    model = nn.ModuleList([make_model(), make_model("ViT")])
+    bind(model, QUANTIZED, {str(LAYERS): PRUNED})
+    assert [state.spec for state in attentions(model).values()] == [*[QUANTIZED] * LAYERS, PRUNED, QUANTIZED]
+
+
+def test_what_holds_no_transformers_model_is_refused_with_what_to_pass() -> None:
+    class Pipeline:
+        model = nn.Linear(2, 2)
+
+    with pytest.raises(UnsupportedModelError, match=r"Linear is not a Transformers model and holds none"):
+        bind(nn.Linear(2, 2), QUANTIZED)
+    with pytest.raises(UnsupportedModelError, match=r"Pipeline .*for example its \.model"):
+        bind(Pipeline(), QUANTIZED)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("wrong", ["layers", "second model"])
+def test_a_failed_bind_leaves_a_bound_model_bound_as_it_was(wrong: str) -> None:
+    whole = nn.ModuleList([compressed(), REFUSED["MPNetModel"]()]) if wrong == "second model" else compressed()
+    model: Any = whole[0] if isinstance(whole, nn.ModuleList) else whole
+    states, config, quantizer = attentions(model), model.config, model.hf_quantizer
+    expected = outputs(model, make_batch())
+    with pytest.raises(ValueError, match=r"no such attention module|MPNetModel"):
+        bind(whole, QUANTIZED, {"99": PRUNED})
+    assert attentions(model) == states
+    assert (model.config, model.hf_quantizer) == (config, quantizer)
+    assert torch.equal(outputs(model, make_batch()), expected)
+
+
+def test_binding_the_whole_unbinds_its_part_first() -> None:
+    model = make_classifier()
+    implementation = model.config._attn_implementation
+    bind(model.get_submodule("bert"), PRUNED)
+    bind(model, QUANTIZED)
+    assert [state.spec for state in attentions(model).values()] == [QUANTIZED] * LAYERS
+    assert unbind(model).config._attn_implementation == implementation
+    body: Any = model.get_submodule("bert")
+    assert body.config._attn_implementation == implementation
+
+
+def test_frozen_parts_keep_their_mode() -> None:
+    model = make_model().train()
+    model.get_submodule("embeddings").eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    bind(model, PRUNED)
+    assert {name: module.training for name, module in model.named_modules() if NAME not in name} == modes
+
+
+# Eager functions, and weights.
+
+
+class OwnAttention(BertSelfAttention):
+    """As a user derives one in a file of their own, which has no eager function."""
+
+
+def test_a_class_derived_elsewhere_is_run_as_the_class_it_derives_from() -> None:
+    model, batch = make_model(), make_batch()
+    model.set_attn_implementation("eager")
+    expected = outputs(model, batch)
+    for module in model.modules():
+        if isinstance(module, BertSelfAttention):
+            module.__class__ = OwnAttention
+    assert torch.equal(outputs(bind(model, DENSE), batch), expected)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_class_derived_from_none_gets_the_usual_formula(kv_heads: int, masked: bool) -> None:
+    torch.manual_seed(0)
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, kv_heads, 7, 8), torch.randn(2, kv_heads, 7, 8)
+    valid = torch.rand(2, 1, 5, 7) > 0.4 if masked else None
+    mask = None if valid is None else torch.where(valid, 0.0, torch.finfo(torch.float32).min)
+    function = eager_function(nn.Identity())
+    output, weights = function(nn.Identity(), query, key, value, mask, scaling=0.3)
+    wanted = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(output, wanted.transpose(1, 2))
+    assert weights is not None
+    assert weights.shape == (2, 4, 5, 7)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_attention_weights_are_given_where_they_are_asked_for(name: str) -> None:
+    model, batch = compressed(name), make_batch(name)
+    plain = outputs(model, batch)
+    calls: list[AttentionCall] = []
+    with torch.no_grad(), probed(model, lambda _, state, call: calls.append(call)):
+        found = model(**batch, output_attentions=True)
+    assert torch.equal(found.last_hidden_state, plain)
+    assert len(found.attentions) == LAYERS
+    states = [*attentions(model).values()] * (LAYERS // layers_of(name))
+    for weights, call, state in zip(found.attentions, calls, states, strict=True):
+        wanted = probe(call, state.scales(), state.active_cutoff(), state.spec).after
+        torch.testing.assert_close(weights, wanted)
+        assert bool((weights == 0).any()), "pruned ones among them"
+
+
+def test_attention_weights_of_a_deployed_model_are_those_of_the_trained_one() -> None:
+    model, batch = compressed(), make_batch()
+    with torch.no_grad():
+        wanted = model(**batch, output_attentions=True).attentions
+        found = deploy(model, "reference", padding="skip")(**batch, output_attentions=True).attentions
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_outputs_may_be_tuples() -> None:
+    model, batch = make_model(), make_batch()
+    model.config.return_dict = False
+    calibrate(bind(model, PRUNED), [batch])
+    with torch.no_grad():
+        found = model(**batch)
+    assert isinstance(found, tuple)
+    assert torch.equal(found[0], outputs_of_twin(batch))
+
+
+def outputs_of_twin(batch: dict[str, Tensor]) -> Tensor:
+    model = bind(make_model(), PRUNED)
+    calibrate(model, [batch])
+    return outputs(model, batch)

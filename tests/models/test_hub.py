@@ -22,8 +22,13 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartModel,
     BitsAndBytesConfig,
     PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
     pipeline,
 )
 
@@ -324,6 +329,10 @@ def reweigh(folder: Path, part: str, change: Callable[[Tensor], Tensor | None]) 
     save_file(kept, folder / WEIGHTS, metadata={"format": "pt"})
 
 
+def add(folder: Path, name: str) -> None:
+    save_file(load_file(folder / WEIGHTS) | {name: torch.ones(1)}, folder / WEIGHTS, metadata={"format": "pt"})
+
+
 def truncate(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
@@ -338,6 +347,7 @@ def as_pickle(folder: Path) -> None:
     (folder / WEIGHTS).unlink()
 
 
+FIRST = "bert.encoder.layer.0.attention.self"
 Damage = tuple[Callable[[Path], object], str]
 NAN = torch.nan
 DAMAGES: dict[str, Damage] = {
@@ -366,6 +376,47 @@ DAMAGES: dict[str, Damage] = {
     "a scale of another shape": (lambda folder: reweigh(folder, "k_scale", lambda x: x[:, :1].clone()), "has shape"),
     "a scale that is no number": (lambda folder: reweigh(folder, "v_scale", lambda x: x * NAN), "v_scale holds"),
     "a threshold that is no number": (lambda folder: reweigh(folder, "cutoff", lambda x: x * NAN), "cutoff holds"),
+    "a scale of zero": (lambda folder: reweigh(folder, "q_scale", lambda x: x * 0), r"safetensors: .*q_scale holds 0;"),
+    "a negative scale": (lambda folder: reweigh(folder, "k_scale", lambda x: -x), "k_scale holds -"),
+    "a tiny scale": (lambda folder: reweigh(folder, "v_scale", lambda x: x * 0 + 1e-45), "v_scale holds 1.4"),
+    "a huge scale": (lambda folder: reweigh(folder, "v_scale", lambda x: x * 0 + 1e38), r"v_scale holds 1e\+38"),
+    "a scale of another dtype": (lambda folder: reweigh(folder, "q_scale", lambda x: x.half()), "q_scale has dtype"),
+    "a scale in whole numbers": (lambda folder: reweigh(folder, "q_scale", lambda x: x.int()), "q_scale has dtype"),
+    "a negative threshold": (lambda folder: reweigh(folder, "cutoff", lambda x: x * 0 - 1), "cutoff holds -1; 0 to"),
+    "a huge threshold": (lambda folder: reweigh(folder, "cutoff", lambda x: x * 0 + 1e38), r"cutoff holds 1e\+38"),
+    "thresholds that prune nothing": (
+        lambda folder: reweigh(folder, "cutoff", lambda x: x + torch.inf), "cutoff keeps every pair.* sparsity of 0.7",
+    ),
+    "negative counts": (lambda folder: reweigh(folder, "histogram", lambda x: x - 1), "histogram holds -1"),
+    "an extra state of nothing": (lambda folder: reweigh(folder, "_extra_state", lambda x: x * 0), "it is not JSON"),
+    "an extra tensor": (lambda folder: add(folder, f"{FIRST}.attnpress.bonus"), "bonus, which .* no place for"),
+    "a tensor of no module": (
+        lambda folder: add(folder, "bert.pooler.attnpress.q_scale"), "names no attention module 'bert.pooler'",
+    ),
+    "a layer left out of the configuration": (
+        lambda folder: rewrite(folder, lambda x: x["modules"].pop(FIRST)), "leaves out the attention module '.*layer.0",
+    ),
+    "a layer left out of the weights": (
+        lambda folder: reweigh(folder, f"{FIRST}.attnpress", lambda x: None), r"weights lack bert\.encoder\.layer\.0",
+    ),
+    "an empty spec": (lambda folder: rewrite(folder, lambda x: x.update(attention={})), r"attention\.q is missing"),
+    "no bits": (lambda folder: rewrite(folder, lambda x: x["attention"]["v"].pop("bits")), r"v\.bits is missing"),
+    "no sparsity": (lambda folder: rewrite(folder, lambda x: x["attention"].pop("sparsity")), "sparsity is missing"),
+    "an empty spec of a layer": (
+        lambda folder: rewrite(folder, lambda x: first_module(x).update(attention={})),
+        r"modules\.bert.*attention\.q is missing",
+    ),
+    "other bits": (lambda folder: rewrite(folder, lambda x: x["attention"]["k"].update(bits=4)), "k.bits is 8 in the"),
+    "another rule": (lambda folder: rewrite(folder, lambda x: x["attention"].update(rule="topk")), "rule is relative"),
+    "another sparsity": (
+        lambda folder: rewrite(folder, lambda x: x["attention"].update(sparsity=0.2)), "sparsity is 0.7, but 0.2",
+    ),
+    "other heads": (lambda folder: rewrite(folder, lambda x: first_module(x).update(head_dim=4)), "head_dim 4, but"),
+    "text for a switch": (lambda folder: rewrite(folder, lambda x: x.update(int8="no")), "int8 is neither"),
+    "an unknown part": (lambda folder: rewrite(folder, lambda x: x.update(bonus=1)), "unknown key 'bonus'"),
+    "an ordinary weight missing": (
+        lambda folder: reweigh(folder, "layer.1.output.dense.weight", lambda x: None), "lacks bert.*dense.weight",
+    ),
 }  # fmt: skip
 
 
@@ -413,3 +464,132 @@ def test_a_lost_histogram_only_has_to_be_gathered_anew(saved: Path) -> None:
     assert torch.equal(logits(model), expected)
     assert not any(bool(state.histogram.any()) for state in attentions(model).values())
     assert torch.equal(logits(load_compressed(saved, "classification", NAMES)), expected)
+
+
+def change_model(folder: Path, **changes: Any) -> None:
+    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(data | changes), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"hidden_size": "wide"}, {"num_attention_heads": None}, {"num_hidden_layers": -1}, {"vocab_size": []}]
+)
+def test_a_damaged_configuration_of_the_model_is_refused_in_one_sentence(changes: Any, saved: Path) -> None:
+    change_model(saved, **changes)
+    with pytest.raises(ModelError, match="could not be loaded") as caught:
+        load_compressed(saved, "classification", NAMES)
+    assert str(saved) in str(caught.value)
+
+
+def test_a_checkpoint_from_before_the_extra_state_loads_as_ever(saved: Path) -> None:
+    expected = logits(load(saved))
+    reweigh(saved, "_extra_state", lambda x: None)
+    model = load(saved)
+    assert torch.equal(logits(model), expected)
+    assert {state.spec.sparsity for state in attentions(model).values()} == {0.7}
+    assert not [name for module in model.modules() for name in vars(module) if name == "_extra_state"]
+
+
+@pytest.mark.parametrize("lost", ["histogram", "_extra_state"])
+def test_nothing_is_reported_as_missing_from_a_model_that_is_whole(
+    lost: str, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    reweigh(saved, lost, lambda x: None)
+    model, report = AutoModelForSequenceClassification.from_pretrained(saved, output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert "MISSING" not in caplog.text
+    assert type(model)._keys_to_ignore_on_load_missing == model._keys_to_ignore_on_load_missing
+
+
+# Other weights than the model's own, and parts.
+
+
+def test_weights_given_to_save_pretrained_are_the_ones_that_are_stored(tmp_path: Path) -> None:
+    model = make_compressed()
+    dense = {name: x for name, x in model.state_dict().items() if ".attnpress." not in name}
+    averaged = {name: x * 0.5 if x.is_floating_point() else x for name, x in dense.items()}
+    model.save_pretrained(tmp_path, state_dict=averaged)
+    twin = make_compressed()
+    twin.load_state_dict(averaged, strict=False)
+    assert torch.equal(logits(load(tmp_path)), logits(twin))
+
+
+def test_a_state_given_to_save_pretrained_brings_its_own_sparsity(tmp_path: Path) -> None:
+    model = make_compressed()
+    state, expected = copy.deepcopy(model.state_dict()), logits(model)
+    SparsityDriver(model, ScheduleSpec(), 0.9, total=1).freeze()
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded = load(tmp_path)
+    assert {one.spec.sparsity for one in attentions(loaded).values()} == {0.7}
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_a_state_of_another_spec_is_not_saved(tmp_path: Path) -> None:
+    other = bind(make_classifier(num_labels=3), AttentionSpec(v=TensorSpec(bits=4)))
+    calibrate(other, [make_batch(seed=3)])
+    with pytest.raises(ModelError, match=r"state_dict given to save_pretrained: .*v\.bits is 4 in the state"):
+        make_compressed().save_pretrained(tmp_path, state_dict=other.state_dict())
+
+
+def test_a_whole_of_which_a_part_is_bound_is_not_saved_as_if_nothing_were(tmp_path: Path) -> None:
+    model = make_classifier(num_labels=3)
+    calibrate(bind(model.get_submodule("bert"), SPECS["relative"]), [make_batch(seed=3)])
+    with pytest.raises(ValueError, match="only a part of this BertForSequenceClassification is bound"):
+        model.save_pretrained(tmp_path / "whole")
+    body: Any = model.get_submodule("bert")
+    body.save_pretrained(tmp_path / "part")
+    assert torch.equal(outputs(AutoModel.from_pretrained(tmp_path / "part"), make_batch()), outputs(body, make_batch()))
+    assert model.state_dict().keys() > {f"bert.{name}" for name in body.state_dict()} - {"bert"}
+
+
+def test_cross_attention_is_still_known_after_loading(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {
+        "vocab_size": 60, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
+        "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 64,
+    }  # fmt: skip
+    model = bind(BartModel(BartConfig(**sizes)).eval(), SPECS["relative"])
+    calibrate(model, [{"input_ids": torch.randint(3, 60, (2, 6))}])
+    model.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    flags = {name: state.is_cross for name, state in attentions(model).items()}
+    assert {name: state.is_cross for name, state in attentions(loaded).items()} == flags
+    assert sum(flags.values()) == 1
+
+
+class Rows(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Eight labelled rows."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": torch.randint(3, VOCABULARY, (7,)), "labels": torch.tensor(index % 3)}
+
+
+def test_the_best_model_of_a_trainer_comes_back_with_its_sparsity(tmp_path: Path) -> None:
+    model = make_compressed(SPECS["relative"])
+    arguments = TrainingArguments(
+        str(tmp_path), max_steps=4, save_steps=1, eval_steps=1, save_strategy="steps", eval_strategy="steps",
+        load_best_model_at_end=True, metric_for_best_model="first", report_to="none", use_cpu=True, disable_tqdm=True,
+        per_device_train_batch_size=4, learning_rate=1e-3, logging_strategy="no",
+    )  # fmt: skip
+    asked = iter([0.2, 0.9, 0.9, 0.9])
+
+    class Raise(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            sparsity = next(asked)
+            for state in attentions(model).values():
+                state.set_sparsity(sparsity)
+
+    class BestFirst(Trainer):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            metrics = {"eval_first": 1.0 / self.state.global_step}
+            self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+            return metrics
+
+    trainer = BestFirst(model, arguments, train_dataset=Rows(), eval_dataset=Rows(), callbacks=[Raise()])
+    trainer.train()
+    assert {state.spec.sparsity for state in attentions(model).values()} == {0.2}
+    best = load(Path(str(trainer.state.best_model_checkpoint)))
+    assert torch.equal(logits(best), logits(model.eval()))

@@ -13,6 +13,7 @@ from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedMod
 
 from attnpress.calibration import calibrate, fit_thresholds
 from attnpress.config import AttentionSpec, RuleName, ScheduleSpec, TailName
+from attnpress.core.attention import TailedScales
 from attnpress.core.cost import PairCounts
 from attnpress.deployment import deploy
 from attnpress.export.errors import ExportError
@@ -163,7 +164,7 @@ def test_one_layer_may_have_its_own() -> None:
     first, second = states(model)
     assert not hasattr(first, "lift")
     assert second.has_directions
-    assert first.scales().tail is None
+    assert TailedScales.tail_of(first.scales()) is None
 
 
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "ViT"])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.benchmark.machine import provenance
+from attnpress.benchmark.machine import cores, provenance
 from attnpress.benchmark.problem import Problem, make_problem, save_problem
 from attnpress.benchmark.sides import PEERS
 from attnpress.benchmark.turns import Side, in_turns, median_of, paired_ratio, spread
@@ -175,9 +175,8 @@ def check_counts(**counts: Sequence[int]) -> None:
 
 def check_threads(threads: int) -> None:
     """Raise BenchmarkError for more threads than this process has cores: no side would run what its row says."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if threads > cores:
-        raise BenchmarkError(f"threads: this process has {cores} core{'s' * (cores > 1)}, found {threads}")
+    if threads > cores():
+        raise BenchmarkError(f"threads: this process has {cores()} core{'s' * (cores() > 1)}, found {threads}")
 
 
 def check_held(peers: Iterable[str]) -> None:

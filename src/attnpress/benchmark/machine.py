@@ -33,6 +33,11 @@ def provenance(*packages: str) -> dict[str, Any]:
     }
 
 
+def cores() -> int:
+    """Those that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def instructions() -> str:
     """What libraries of this process find the processor to have, and torch uses: "AVX2" or "AVX512, VNNI", say."""
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *(["VNNI"] if cpu.has_vnni() else [])])

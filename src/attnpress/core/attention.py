@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,15 +38,23 @@ class NanWarning(UserWarning):
 
 @dataclass(frozen=True)
 class Scales:
-    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token).
-
-    With them goes what else calibration fits before thresholds: `tail`, None for one without a lift.
-    """
+    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token)."""
 
     q: Tensor | None = None
     k: Tensor | None = None
     v: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TailedScales(Scales):
+    """The same, with what calibration fits for the tail; without it, a tail has no lift."""
+
     tail: Tail | None = None
+
+    @staticmethod
+    def tail_of(scales: Scales) -> Tail | None:
+        """Of any scales."""
+        return scales.tail if isinstance(scales, TailedScales) else None
 
 
 @dataclass(frozen=True)
@@ -174,7 +183,7 @@ def integer_attention(
     pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
     sums, numerator, divisor = None, weighted.float(), pairs.divisor
-    tail = active_tail(spec, scales.tail, cutoff, query)
+    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
     if tail is not None:
         scored, rate = scored_codes(q_codes, k_codes, spec, tail), exponent_rate(alpha)
         rest = pairs.valid & (pairs.codes == 0)
@@ -191,11 +200,14 @@ def integer_attention(
 
 
 def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
-    whole = [getattr(found, field.name) for field in fields(found)]
-    tail = sums.count.int(), sums.distance.long(), sums.exponent, sums.level, sums.value.long()
+    whole: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
+    whole |= {
+        "tail_count": sums.count.int(), "tail_distance": sums.distance.long(), "tail_exponent": sums.exponent,
+        "tail_level": sums.level, "tail_value": sums.value.long(),
+    }  # fmt: skip
     if sums.score is None or sums.slope is None:
-        return TailedAttention(*whole, *tail)
-    return LinearTailedAttention(*whole, *tail, sums.score.long(), sums.slope.long())
+        return TailedAttention(**whole)
+    return LinearTailedAttention(**whole, tail_score=sums.score.long(), tail_slope=sums.slope.long())
 
 
 def checked_mask(

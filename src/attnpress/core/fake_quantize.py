@@ -17,6 +17,7 @@ from attnpress.config import AttentionSpec
 from attnpress.core.arguments import some_key
 from attnpress.core.attention import (
     Scales,
+    TailedScales,
     checked_mask,
     key_validity,
     prune_and_code,
@@ -28,7 +29,8 @@ from attnpress.core.attention import (
 )
 from attnpress.core.exponential import code_table, exponent, exponent_rate
 from attnpress.core.pruner import BIN_WIDTH, pair_bins, relative_cut
-from attnpress.core.quantizer import EXACT, learned_step, quantize_straight_through, smooth_key
+from attnpress.core.quantizer import EXACT as EXACT
+from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
 from attnpress.core.tail import Tail, active_tail, project_straight_through, score_steps, scored_codes, with_tail
 from attnpress.core.tail_training import TailRows, add_tail_gradients, sum_tail_by_products, tail_pairs
 
@@ -78,7 +80,7 @@ def fake_quantize_attention(
         v_scale = static_scale(scales.v, value, spec.v.qmax)
         v_codes = quantize_straight_through(value, v_scale, spec.v.qmax)
         v_scale = repeat_heads(v_scale, heads)
-    tail = active_tail(spec, scales.tail, cutoff, query)
+    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
     scored = None if tail is None else scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
     k_codes, v_codes = (repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes))
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
@@ -168,7 +170,7 @@ class _Attend(torch.autograd.Function):
         grad = grads[0].float()
         grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         tails = TailRows.of(saved) if saved else None
-        grad_scored = [None if x is None else torch.zeros_like(x) for x in (q_scored, k_scored)]
+        grad_scored = [torch.zeros_like(x) for x in (q_scored, k_scored) if x is not None]
         for part in batch_slices(codes.shape, q.device):
             scaled, step = grad[part] * v_scale, batch_part(alpha, part)
             survivors = codes[part].float()
@@ -197,12 +199,13 @@ class _Attend(torch.autograd.Function):
         grad_alpha = grad_v_scale = None
         if ctx.needs_input_grad[3]:
             moved = (grad_q * q).sum(-1, keepdim=True)
-            if grad_scored[0] is not None:
+            if grad_scored:
                 moved = moved + (grad_scored[0] * q_scored).sum(-1, keepdim=True)
             grad_alpha = (moved / alpha).sum_to_size(alpha.shape)
         if ctx.needs_input_grad[4]:
             grad_v_scale = (grad * output / v_scale).sum_to_size(v_scale.shape)
-        return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, *grad_scored, None, None, None, None, None
+        rest = (None,) * 5
+        return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, *(grad_scored or (None, None)), *rest
 
 
 class CodedPairs(NamedTuple):

@@ -12,10 +12,20 @@ from torch import Tensor
 
 from attnpress.config import DENSE, AttentionSpec, TensorSpec
 from attnpress.core.arguments import pair_mask
-from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, query_scale, repeat_heads
+from attnpress.core.attention import (
+    Pairs,
+    Scales,
+    TailedScales,
+    key_validity,
+    prune_and_code,
+    query_scale,
+    repeat_heads,
+)
+from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import scores_operands
 from attnpress.core.pruner import BINS, pair_bins, pair_histogram
 from attnpress.core.quantizer import dequantize, quantize, smooth_key
+from attnpress.core.tail import active_tail, mean_score, score_steps, scored_codes, sum_tail
 
 COARSE = 32
 """Fine bins in one bin of a probe's histogram: a quarter of an octave."""
@@ -63,7 +73,7 @@ def probe(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: Atte
     """
     call = replace(call, valid=pair_mask(call.valid, call.query, call.key))
     dense, pairs = _pairs(call, Scales(), None, DENSE), _pairs(call, scales, cutoff, spec)
-    before, after = (one.codes / one.divisor for one in (dense, pairs))
+    before, after = dense.codes / dense.divisor, _compressed(call, scales, cutoff, spec, pairs)
     counted = pairs.valid if call.real is None else pairs.valid & call.real
     bins = pair_histogram(pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance), counted)
     loss = _loss(call, scales, spec, before, after, counted)
@@ -78,6 +88,25 @@ def relative_error(loss: Tensor) -> Tensor:
 def _pairs(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec) -> Pairs:
     q, k, alpha = scores_operands(call.query, call.key, call.valid, scales, spec, call.scaling)
     return prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, call.valid, alpha, cutoff, spec)
+
+
+def _compressed(
+    call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec, pairs: Pairs
+) -> Tensor:
+    """P as the output has it: survivors by their codes, the pairs of the tail by its level."""
+    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, call.query)
+    if tail is None:
+        return pairs.codes / pairs.divisor
+    q, k, alpha = scores_operands(call.query, call.key, call.valid, scales, spec, call.scaling)
+    heads, scored = q.shape[1], scored_codes(q, k, spec, tail)
+    rest = pairs.valid & (pairs.codes == 0)
+    rate, qmax = exponent_rate(alpha), spec.p.qmax
+    sums = sum_tail(rest, pairs.distance, repeat_heads(k, heads), scored, rate, tail.lift, qmax)
+    share = rest.float()
+    if scored is not None:
+        step = score_steps(alpha, tail, heads)
+        share = share * (1 + step * (scored[0] @ scored[1].mT - mean_score(sums)))
+    return (pairs.codes + sums.level * share) / (pairs.divisor + sums.level * sums.count)
 
 
 def _loss(

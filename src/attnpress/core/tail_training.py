@@ -137,7 +137,7 @@ def add_tail_gradients(
 
 def _dot(q: Tensor, keys: Tensor) -> Tensor:
     """q . keys row by row, float64 [.., 1]."""
-    return torch.linalg.vecdot(q.double(), keys.double()).unsqueeze(-1)
+    return (q.double() * keys.double()).sum(-1, keepdim=True)
 
 
 def _product(left: Tensor, right: Tensor, largest: float, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -16,13 +16,17 @@ from torch import Tensor, nn
 from attnpress.config import AttentionSpec
 from attnpress.core.attention import (
     IntegerAttention,
+    Pairs,
     Scales,
+    TailedScales,
     integer_attention,
     prune_and_code,
     query_scale,
     repeat_heads,
     score_step,
 )
+from attnpress.core.exponential import exponent_rate
+from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.agreement import usable_backend
 from attnpress.export.errors import ExportError
 from attnpress.kernels import ops
@@ -53,6 +57,8 @@ def write_trace(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
         ExportError: a matrix is not quantized, a module is called more than once, or the integers disagree.
     """
     modules = attentions(model)
+    for name, module in modules.items():
+        module.require_calibrated(name)
     backend = usable_backend(modules.values())
     with evaluation_mode(model), torch.no_grad():
         layers = {name: _traced(name, module, model, batch, backend) for name, module in modules.items()}
@@ -127,6 +133,11 @@ def _tensors(
     tensors |= {"valid": allowed.expand(query.shape[0], -1, query.shape[2], key.shape[2])}
     tensors |= {"q_scale": q_scale, "k_scale": scales.k, "v_scale": scales.v}
     tensors["alpha"] = score_step(q_scale, scales.k, scaling, query.shape[1])
+    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+    if tail is not None:
+        tensors["tail_lift"] = tail.lift
+        if tail.directions is not None:
+            tensors |= {f"tail_{name}": x for name, x in vars(tail.directions).items()}
     if cutoff is not None:
         tensors["cutoff"] = cutoff
     return {key: tensor.detach().clone() for key, tensor in tensors.items()}
@@ -148,10 +159,33 @@ def _check_layer(layer: str, spec: AttentionSpec, t: Tensors) -> None:
     acc = (t["q_codes"].double() @ k.mT).to(torch.int32)
     pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec)
     weighted = pairs.codes.double() @ v
+    numerator, divisor, tail = weighted.float(), pairs.divisor, dict[str, Tensor]()
+    if "tail_lift" in t:
+        numerator, divisor, tail = _tailed(t, spec, pairs, v, numerator)
     recomputed: dict[str, Any] = {
         "acc": acc, "keep": pairs.keep, "p_codes": pairs.codes.to(torch.uint8), "weighted": weighted.long(),
         "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
-        "output": (weighted.float() * repeat_heads(t["v_scale"], heads)) / pairs.divisor,
+        "output": (numerator * repeat_heads(t["v_scale"], heads)) / divisor, **tail,
     }  # fmt: skip
     for name, expected in recomputed.items():
         _expect(layer, name, expected, t[name])
+
+
+def _tailed(
+    t: Tensors, spec: AttentionSpec, pairs: Pairs, v: Tensor, weighted: Tensor
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Numerator and divisor of the output with the tail of a trace, and the tail's integers by name."""
+    parts = [t.get(f"tail_{field.name}") for field in dataclasses.fields(Directions)]
+    found = [part for part in parts if part is not None]
+    tail = Tail(t["tail_lift"], Directions(*found) if len(found) == len(parts) else None)
+    scored = scored_codes(t["q_codes"], t["k_codes"], spec, tail)
+    rest = pairs.valid & (pairs.codes == 0)
+    sums = sum_tail(rest, pairs.distance, v, scored, exponent_rate(t["alpha"]), tail.lift, spec.p.qmax)
+    made = with_tail(weighted, pairs.divisor, sums, score_steps(t["alpha"], tail, v.shape[1]))
+    named = {
+        "tail_count": sums.count.int(), "tail_distance": sums.distance.long(), "tail_exponent": sums.exponent,
+        "tail_level": sums.level, "tail_value": sums.value.long(),
+    }  # fmt: skip
+    if sums.score is not None and sums.slope is not None:
+        named |= {"tail_score": sums.score.long(), "tail_slope": sums.slope.long()}
+    return *made, named

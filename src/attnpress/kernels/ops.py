@@ -26,6 +26,7 @@ from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, s
 
 LARGEST_HEAD = 256
 NATIVE_RULES = ("relative", "threshold", "topk")
+NATIVE_TAILS = ("none",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -170,7 +171,7 @@ def _compiled(
 
 
 def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool) -> Tensor:
-    query, key, value, _, *rest = call
+    query, key, value, _, scales, cutoff, spec, scaling = call
     arguments = compiled_arguments(*call, causal)
     of_pair = 2 * query.shape[1] * query.shape[3]
     if _is_short(of_pair * sum((end - begin) ** 2 for begin, end in pairwise(places))):
@@ -181,7 +182,7 @@ def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool
     output = _room(query)
     for first, last in sequences(places, of_pair, _most()):
         at, inner = slice(places[first], places[last]), [place - places[first] for place in places[first : last + 1]]
-        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, *rest)
+        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, scales, cutoff, spec, scaling)
         alone = last - first == 1
         output[:, :, at] = (
             _compiled(*own, causal) if alone else _compiled_packed(own, bounds.new_tensor(inner), inner, causal)
@@ -286,7 +287,7 @@ def _check_spec(spec: AttentionSpec) -> None:
             f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
-    if spec.tail != "none":
+    if spec.tail not in NATIVE_TAILS:
         raise ValueError(f"backend 'cpu' cannot run tail {spec.tail!r} yet; use backend='reference'")
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
 from attnpress.core.arguments import pair_mask, some_key
-from attnpress.core.attention import Pairs, Scales, key_validity, prune_and_code, repeat_heads
+from attnpress.core.attention import Pairs, Scales, TailedScales, key_validity, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import (
@@ -258,7 +258,7 @@ class CompressedAttention(nn.Module):
         """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
         learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
-        return Scales(**(values | learned), tail=self.tail())
+        return TailedScales(**(values | learned), tail=self.tail())
 
     def active_cutoff(self) -> Tensor | None:
         """The thresholds [Hq], or None while nothing is to be pruned."""
@@ -280,6 +280,8 @@ class CompressedAttention(nn.Module):
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far, unless they are trained."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
         if self.spec.threshold_penalty is None:
+            if sparsity > 0 and self.fits_thresholds():
+                self.unset.add("cutoff")  # until they are fitted: where that fails, old ones must not go on unseen
             self.fit()
 
     def fit(self) -> None:

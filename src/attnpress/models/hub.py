@@ -298,7 +298,7 @@ def check_compressed(folder: Path) -> None:
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         method = saved["quantization_config"]["quant_method"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise ModelError(f"{folder}: not a compressed model: config.json is missing or damaged ({error!r})") from None
     if method != NAME:
         raise ModelError(f"{folder}: not a compressed model: its quant_method is {method!r}")

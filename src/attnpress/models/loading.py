@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from attnpress.files import sha256_of
+from attnpress.models.attention import INT8
 from attnpress.models.hub import ModelError, check_compressed
 
 PREFIX = "package:"
@@ -38,6 +40,7 @@ def quiet() -> None:
     """Silence what Transformers prints while loading, saving and tokenizing; errors still show."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
+    getLogger("bitsandbytes").setLevel(ERROR)  # tells of kernels that it lacks, wherever it is installed
     logging.disable_progress_bar()
 
 
@@ -147,7 +150,7 @@ def load_fine_tuned(resolved: str, kind: str, label_names: tuple[str, ...] = ())
 
 def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tuple[PreTrainedModel, set[str]]:
     family, arguments = _family(kind, label_names)
-    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)
+    return _from_pretrained(family, resolved, attn_implementation="eager", dtype=torch.float32, **arguments)[:2]
 
 
 def take_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -186,7 +189,7 @@ def load_backbone(resolved: str) -> PreTrainedModel:
     Raises:
         ModelError: nothing loadable there.
     """
-    model, _ = _from_pretrained(AutoModel, resolved, attn_implementation="eager")
+    model, _, _ = _from_pretrained(AutoModel, resolved, attn_implementation="eager")
     model.eval()
     return model
 
@@ -194,17 +197,24 @@ def load_backbone(resolved: str) -> PreTrainedModel:
 def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
     """A compressed model that `save_pretrained` wrote: bound, with its scales and thresholds.
 
-    What `AutoModelFor...from_pretrained(folder)` gives too, but a weight that is missing is an error here.
+    What `AutoModelFor...from_pretrained(folder)` gives too, but weights that are missing, that have no place in the
+    model, or that are of several dtypes are errors here.
 
     Raises:
         ModelError: no compressed model there, missing or damaged files, or another format.
     """
     check_compressed(folder)
     family, arguments = _family(kind, label_names)
-    model, missing = _from_pretrained(family, str(folder), **arguments)
+    model, missing, unexpected = _from_pretrained(family, str(folder), **arguments)
     lost = sorted(name for name in missing if not name.endswith(".histogram"))
     if lost:
         raise ModelError(f"{folder}: damaged: {WEIGHTS} lacks {', '.join(lost[:3])}")
+    if unexpected:
+        names = ", ".join(sorted(unexpected)[:3])
+        raise ModelError(f"{folder}: damaged: {WEIGHTS} holds {names}, for which the model has no place")
+    dtypes = sorted({str(weight.dtype) for weight in model.parameters() if weight.is_floating_point()})
+    if len(dtypes) > 1 and not hasattr(model, INT8):  # which keeps word embeddings in half precision
+        raise ModelError(f"{folder}: damaged: {WEIGHTS} holds weights of several dtypes: {', '.join(dtypes)}")
     return model
 
 
@@ -217,8 +227,8 @@ def _family(kind: str, label_names: tuple[str, ...]) -> tuple[Any, dict[str, Any
     return AutoModelForSequenceClassification, labels | {"problem_type": problem}
 
 
-def _from_pretrained(family: Any, resolved: str, **arguments: Any) -> tuple[PreTrainedModel, set[str]]:
-    """The model, and the names of weights that were missing."""
+def _from_pretrained(family: Any, resolved: str, **arguments: Any) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model, and the names of weights that were missing, and of those that have no place in it."""
     try:
         model, report = family.from_pretrained(resolved, output_loading_info=True, **arguments)
     except MemoryError:
@@ -228,7 +238,7 @@ def _from_pretrained(family: Any, resolved: str, **arguments: Any) -> tuple[PreT
         if not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
             reason = f"its config.json or weights are damaged ({type(error).__name__}: {error})"
         raise ModelError(f"model: {resolved} could not be loaded: {reason}") from error
-    return model, report["missing_keys"]
+    return model, set(report["missing_keys"]), set(report["unexpected_keys"])
 
 
 def _local_or_hub(name: str) -> str:

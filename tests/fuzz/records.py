@@ -1,0 +1,121 @@
+"""Records by mutation: of runs, sweeps and leaderboards, read and drawn. Allowed: a page, or one RecordError that names
+the file.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from attnpress import board_record, sweep_record
+from attnpress.report.leaderboard import board_table
+from attnpress.report.page import make_report
+from attnpress.report.render import front_table, stages_table
+from attnpress.results import RecordError, read_record
+from tests.fuzz.mutations import as_json, damage_bytes, damage_plain, damage_text, to_bytes
+
+ROOT = Path(__file__).parents[2]
+REGRESSIONS: list[int] = [*range(25)]
+"""Seeds that are replayed as tests: some of every kind, and each that failed once."""
+
+DRAWN = 0.02
+"""Share of records whose figures are drawn as well: that takes seconds."""
+
+
+def run(seconds: float, seed: int) -> dict[str, int]:
+    """Replay one seed after another for so long; a failure raises, and its message names the seed."""
+    counts: Counter[str] = Counter(records=0)
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:
+        counts["records"] += 1
+        counts[replay(seed)] += 1
+        seed += 1
+    return dict(counts)
+
+
+def replay(seed: int) -> str:
+    """One record; returns how it ended.
+
+    Raises:
+        AssertionError: not as it may; names the seed.
+    """
+    rng = random.Random(seed)
+    kind, text = rng.choice(_samples())
+    how = rng.choice(("plain", "plain", "plain", "text", "bytes"))
+    if how == "plain":
+        plain = json.loads(text)
+        for _ in range(rng.choice((1, 1, 2))):
+            plain = damage_plain(rng, plain)
+        content = to_bytes(as_json(plain))
+    else:
+        content = to_bytes(damage_text(rng, text)) if how == "text" else damage_bytes(rng, text.encode())
+    try:
+        return _show(kind, content, drawn=rng.random() < DRAWN)
+    except Exception as error:
+        raise AssertionError(f"seed {seed}: {error!r:.2000}") from error
+
+
+def _show(kind: str, content: bytes, *, drawn: bool) -> str:
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        file = folder / kind
+        file.write_bytes(content)
+        try:
+            _tables(kind, folder)
+            if kind != board_record.FILE:
+                with _undrawn() if not drawn else mock.MagicMock():
+                    make_report([folder], [])
+        except RecordError as error:
+            said = str(error)
+        else:
+            return "drawn" if drawn else "read"
+    assert kind in said, f"the file is not named: {said}"
+    assert len(said) < 2000, f"a message of {len(said)} characters"
+    return "refused"
+
+
+def _tables(kind: str, folder: Path) -> None:
+    if kind == sweep_record.FILE:
+        front_table(sweep_record.read_sweep(folder))
+    elif kind == board_record.FILE:
+        board_table(board_record.read_board(folder))
+    else:
+        stages_table(read_record(folder))
+
+
+def _undrawn() -> Any:
+    """A page's text and tables only."""
+    return mock.patch("attnpress.report.plots.to_svg", return_value="<svg ></svg>")
+
+
+@functools.cache
+def _samples() -> list[tuple[str, str]]:
+    """Records of the project, the smallest of each kind first of all."""
+    found: list[tuple[str, str]] = []
+    for file in sorted((ROOT / "records").rglob("*.json"), key=lambda path: (path.stat().st_size, str(path))):
+        text = file.read_text(encoding="utf-8")
+        for kind, read in _READERS.items():
+            with tempfile.TemporaryDirectory() as folder:
+                (Path(folder) / kind).write_text(text, encoding="utf-8")
+                try:
+                    read(Path(folder))
+                except RecordError:
+                    continue
+                found += [(kind, text)] if [name for name, _ in found].count(kind) < 3 else []
+                break
+    assert {kind for kind, _ in found} >= {"record.json"}, "there are records of runs"
+    return found
+
+
+_READERS = {
+    "record.json": read_record,
+    sweep_record.FILE: sweep_record.read_sweep,
+    board_record.FILE: board_record.read_board,
+}

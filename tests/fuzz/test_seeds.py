@@ -1,0 +1,48 @@
+"""Seeds of the fuzzers that are kept: some of every kind, and each that failed once. And the runner itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from tests.fuzz import __main__ as runner
+from tests.fuzz import checkpoints, input_lines, paths, recipes, records
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.mark.parametrize("target", [checkpoints, input_lines, paths, recipes, records], ids=lambda one: one.__name__)
+def test_seeds_that_are_kept(target: SimpleNamespace) -> None:
+    ends = {target.replay(seed) for seed in target.REGRESSIONS}
+    assert "refused" in ends, "damage is refused"
+    assert len(ends) > 1, "and what is sound is not"
+
+
+def test_a_failure_is_kept_and_passed_by(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def replay(seed: int) -> str:
+        if seed == 12:
+            raise AssertionError("seed 12: wrong")
+        return "fine"
+
+    def run(seconds: float, seed: int) -> dict[str, int]:
+        done = 0
+        while seed < 20:
+            replay(seed)
+            seed, done = seed + 1, done + 1
+        monkeypatch.setattr("tests.fuzz.__main__.time.monotonic", lambda: 1e9)
+        return {"cases": done}
+
+    target = SimpleNamespace(run=run, replay=replay)
+    monkeypatch.setattr("tests.fuzz.__main__.importlib.import_module", lambda _: target)
+    monkeypatch.setattr(runner, "KEPT", tmp_path / ".fuzz")
+    assert runner.main(["--only", "paths", "--seed", "10", "--record", str(tmp_path / "fuzz.json")]) == 1
+    assert (tmp_path / ".fuzz" / "paths-12.txt").is_file()
+    assert "again: python -m tests.fuzz --only paths --replay 12" in capsys.readouterr().out
+    record = json.loads((tmp_path / "fuzz.json").read_text(encoding="utf-8"))
+    assert record[0]["counts"] == {"paths": {"failures": 1, "before failures": 2, "cases": 7}}
+    assert {"date", "commit", "machine", "cpu_targets", "minutes", "seed"} < record[0].keys()
