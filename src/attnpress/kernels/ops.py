@@ -175,8 +175,8 @@ def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool
     arguments = compiled_arguments(*call, causal)
     of_pair = 2 * query.shape[1] * query.shape[3]
     if _is_short(of_pair * sum((end - begin) ** 2 for begin, end in pairwise(places))):
-        arguments = (*arguments[:3], bounds, *arguments[4:])
-        output: Tensor = _run(torch.ops.attnpress.attention_packed, arguments, call)
+        packed = (*arguments[:3], bounds, *arguments[4:])
+        output: Tensor = _run(torch.ops.attnpress.attention_packed, packed, call)
         return output
     checked_mask(*call)
     output = _room(query)
