@@ -314,7 +314,8 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     (tmp_path / "circle").symlink_to("circle")
     path = place(tmp_path)
-    for check in (lambda: check_file(path, lambda _: True), lambda: check_folder(path, "export")):
+    checks: list[Callable[[], None]] = [lambda: check_file(path, lambda _: True), lambda: check_folder(path, "export")]
+    for check in checks:
         with pytest.raises(OSError, match=os.strerror(number)) as raised:
             check()
         assert (raised.value.errno, raised.value.filename) == (number, str(path))

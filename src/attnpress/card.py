@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import PurePath
+from typing import Any
 
+from attnpress.kernels.ops import NATIVE_TAILS
 from attnpress.results import Record, StageRecord
 
 FIGURES = {
@@ -18,6 +20,11 @@ FIGURES = {
 AUTO_CLASSES = {"qa": "AutoModelForQuestionAnswering"}
 PIPELINES = {"qa": "question-answering"}
 
+DEPLOY = {
+    True: "attnpress.deploy(model)  # optional: the same integers from the compiled CPU kernel",
+    False: 'attnpress.deploy(model, "reference")  # optional: the same integers; the compiled kernel has no tail',
+}
+
 CARD = """---
 {header}
 ---
@@ -25,7 +32,7 @@ CARD = """---
 # {task}, with compressed attention
 
 {base}, fine-tuned on {task}, with query, key, value and attention probabilities (Q/K/V/P) at {bits} bits and
-probabilities pruned by the rule `{rule}`. Made by attnpress {version}; the recipe and every figure by
+probabilities pruned by the rule `{rule}`{tail}. Made by attnpress {version}; the recipe and every figure by
 layer and head are in its run folder.
 
 | | dense | compressed |
@@ -49,7 +56,7 @@ import attnpress  # registers with Transformers; loading fails without it
 from transformers import {auto}, pipeline
 
 model = {auto}.from_pretrained(folder)  # this folder: scales and thresholds come along
-attnpress.deploy(model)  # optional: the same integers from the compiled CPU kernel
+{deploy}
 
 pipeline("{pipeline}", folder)
 ```
@@ -78,7 +85,17 @@ def model_card(record: Record, kind: str, name: str = "progressive") -> str:
         version=record.provenance["versions"]["attnpress"], scores=_scores(stage, dense),
         rows=record.provenance["rows"]["eval"], figures=_figures(stage), keys=stage.keys_per_row,
         auto=AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification"), pipeline=pipeline,
+        tail=_tail(recipe["attention"]), deploy=DEPLOY[recipe["attention"].get("tail", "none") in NATIVE_TAILS],
     )  # fmt: skip
+
+
+def _tail(attention: Mapping[str, Any]) -> str:
+    """Records from before there were tails do not name one."""
+    name = attention.get("tail", "none")
+    if name == "none":
+        return ""
+    rank = f", {attention['tail_rank']} directions" if name == "linear" else ""
+    return f"; pairs without a code still count, by a tail (`{name}`{rank})"
 
 
 def _public_name(model: str) -> str:

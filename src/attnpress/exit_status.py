@@ -102,13 +102,13 @@ def _printing_anything() -> Iterator[None]:
     """Inside the `with` block, what the terminal cannot show is printed as an escape."""
     before = [(stream, stream.errors) for stream in _streams() if hasattr(stream, "reconfigure")]
     for stream, _ in before:
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
+        stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
         for stream, errors in before:
             with contextlib.suppress(OSError, ValueError):  # it flushes, into what may be closed
-                stream.reconfigure(errors=errors)  # type: ignore[attr-defined]
+                stream.reconfigure(errors=errors)
 
 
 @contextmanager

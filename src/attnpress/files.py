@@ -24,7 +24,7 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 MARKER = ".attnpress.json"
 """In every folder that attnpress may replace or remove: what it is, and the names that attnpress put into it."""
@@ -203,7 +203,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
     """
     if is_stdout(path) and sys.stdout is not None:
         sys.stdout.flush()
-        yield getattr(sys.stdout, "buffer", None) or _Printed()
+        yield cast(BinaryIO, getattr(sys.stdout, "buffer", None) or _Printed())
         sys.stdout.flush()
         return
     with naming(path), path.open("ab") as file:

@@ -23,6 +23,7 @@ from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.probe import AttentionCall, probe
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions, bind, probed
+from attnpress.tasks.tokens import encode as token_ids
 
 TOLERANCE = 0.5
 """Largest relative change of the hidden states, before training, that a suggestion allows. On the dense model of the
@@ -211,11 +212,14 @@ def recipe_lines(spec: AttentionSpec) -> dict[str, Any]:
     lines: dict[str, Any] = {
         name: {"bits": getattr(spec, name).bits} for name in "qkvp" if getattr(spec, name) != getattr(usual, name)
     }
-    return {"attention": {**lines, "sparsity": spec.sparsity, **({"smooth_key": True} if spec.smooth_key else {})}}
+    own = {name: getattr(spec, name) for name in ("smooth_key", "tail", "tail_rank")}
+    changed = {name: value for name, value in own.items() if value != getattr(usual, name)}
+    return {"attention": {**lines, "sparsity": spec.sparsity, **changed}}
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    """The texts as one padded batch."""
-    limit = min(tokenizer.model_max_length, 512)
-    padding = len(texts) > 1
-    return dict(tokenizer(list(texts), padding=padding, truncation=True, max_length=limit, return_tensors="pt"))
+    """The texts as one padded batch; one without tokens has one that stands for it, see `tasks.tokens`."""
+    encoded = token_ids(tokenizer, [texts], min(tokenizer.model_max_length, 512))
+    if len(texts) == 1:  # also of a tokenizer that cannot pad
+        return {key: torch.tensor(rows) for key, rows in encoded.items()}
+    return dict(tokenizer.pad(encoded, return_tensors="pt"))

@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 import pytest
 
+from attnpress.benchmark.machine import cores
 from attnpress.benchmark.turns import Side
 from attnpress.cli import build_parser, main
 from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName
@@ -165,7 +166,9 @@ def test_a_backend_that_predicts_otherwise_fails(
 
 WRONG_BENCHES: list[tuple[list[str], str]] = [
     (["--peers", "flash"], "no peer called 'flash'; use some of sdpa, sdpa-bf16, eager, openvino"),
-    (["--threads", "4096"], "found 4096"),
+    (["--sparsity", "1.5"], "sparsity is the fraction of pairs pruned"),
+    (["--threads", "0"], "threads: starts at 1, found 0"),
+    (["--threads", "1024"], "cores, found 1024" if cores() > 1 else "core, found 1024"),
     (["--from", "runs/mrpc"], "drop --seq-len and --sparsity"),
     (["--layer", "2"], "--layer chooses among the layers of --from"),
     (["--whole-model", "bert-huge"], "no model called 'bert-huge'; use some of minilm, bert-base, modernbert-base"),

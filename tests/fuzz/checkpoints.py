@@ -168,7 +168,12 @@ def _whole() -> Path:
     """A sound checkpoint: two layers, one with a spec of its own."""
     folder = Path(_place().name) / "whole"
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     model = BertForSequenceClassification(BertConfig(vocab_size=50, max_position_embeddings=32, **size)).eval()
     bind(model, AttentionSpec(sparsity=0.5), {"0": AttentionSpec(sparsity=0.8, rule="relative")})
     calibrate(model, [_batch()])

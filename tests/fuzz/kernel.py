@@ -80,7 +80,8 @@ def _assert_training(case: Case) -> None:
 
 
 def _assert_packed(case: Case, bounds: Tensor) -> None:
-    query, key, value, _, *rest = case.arguments
+    arguments = case.arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
     found = ops.attention_packed(query, key, value, bounds, *rest, causal=case.causal)
     assert found.transpose(1, 2).is_contiguous()
     for begin, end in pairwise(bounds.tolist()):

@@ -30,7 +30,8 @@ def odd(rng: random.Random) -> Any:
 
 def places(value: Any, limit: int = 20_000) -> list[tuple[Any, Any]]:
     """Every container in plain data with each of its keys or places."""
-    found, left = [], [value]
+    found: list[tuple[Any, Any]] = []
+    left = [value]
     while left and len(found) < limit:
         inside = left.pop()
         keys = list(inside) if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else []

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import random
 import resource
 import selectors
@@ -19,7 +20,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ ROOM = 6 << 30
 COMPARABLE = 4_000_000
 """Products up to which a result is compared with that of the reference."""
 
-REGRESSIONS: list[tuple[int, int]] = [(0, 40), (53, 1), (75, 1), (94, 1)]
+REGRESSIONS: list[tuple[int, int]] = [(50, 45)]
 """Seeds that are replayed as tests, each the first and how many: some of all kinds, and each that failed once."""
 
 COMMAND = ("-m", "tests.fuzz.operators")
@@ -84,23 +85,38 @@ def outcomes(first: int, count: int) -> Iterator[str]:
         AssertionError: see `run`.
     """
     command = [sys.executable, *COMMAND, str(first), str(count)]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as child:
+    said: list[str] = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
         assert child.stdout is not None
-        selector = selectors.DefaultSelector()
-        selector.register(child.stdout, selectors.EVENT_READ)
-        said: list[str] = []
+        lines = _lines(child.stdout)
         try:
             for seed in range(first, first + count):
-                while not (said and said[-1].startswith(f"{seed} ")):
-                    if not selector.select(PATIENCE):
-                        raise AssertionError(f"seed {seed}: did not end\n{''.join(said)}")
-                    said.append(child.stdout.readline())
-                    if not said[-1]:
-                        raise AssertionError(f"seed {seed}: its process ended with {child.wait(10)}\n{''.join(said)}")
+                for line in lines:
+                    said.append(line)
+                    if line.startswith(f"{seed} "):
+                        break
+                else:
+                    raise AssertionError(f"seed {seed}: its process ended with {child.wait(10)}\n" + "\n".join(said))
                 yield said[-1].split()[1]
                 said.clear()
+        except TimeoutError:
+            raise AssertionError(f"seed {seed}: did not end\n" + "\n".join(said)) from None
         finally:
             child.kill()
+
+
+def _lines(stream: IO[bytes]) -> Iterator[str]:
+    """Lines as they come; a TimeoutError where none comes for PATIENCE."""
+    selector = selectors.DefaultSelector()
+    selector.register(stream, selectors.EVENT_READ)
+    rest = b""
+    while selector.select(PATIENCE):
+        part = os.read(stream.fileno(), 1 << 16)  # past the stream's own buffer, of which a selector knows nothing
+        *whole, rest = (rest + part).split(b"\n")
+        yield from (line.decode(errors="replace") for line in whole)
+        if not part:
+            return
+    raise TimeoutError
 
 
 def replay(seed: int) -> str:
@@ -117,10 +133,8 @@ def replay(seed: int) -> str:
 def _attention(rng: random.Random, seed: int) -> str:
     count = rng.choice((1, 1, 2, 3))
     case = _spoiled(rng, kernel.draw(rng, seed), count)
-    compiled, reference = (
-        _result(lambda backend=backend: ops.attention(*case.arguments, causal=case.causal, backend=backend))
-        for backend in ("cpu", "reference")
-    )
+    compiled = _result(lambda: ops.attention(*case.arguments, causal=case.causal, backend="cpu"))
+    reference = _result(lambda: ops.attention(*case.arguments, causal=case.causal, backend="reference"))
     return _judged(compiled, reference, _products(case.query, case.key), count > 1)
 
 
@@ -130,7 +144,8 @@ def _packed(rng: random.Random, seed: int) -> str:
     count, bad_bounds = rng.choice((0, 0, 1, 1, 2)), rng.random() < 0.6
     case = _spoiled(rng, case, count)
     bounds = spoil(rng, bounds) if bad_bounds else bounds
-    query, key, value, _, *rest = case.arguments
+    arguments = case.arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
 
     def attend(backend: str) -> Tensor:
         return ops.attention_packed(query, key, value, bounds, *rest, causal=case.causal, backend=backend)
@@ -235,7 +250,7 @@ def spoil(rng: random.Random, x: Any) -> Any:
             return rng.choice(("", "mass", "nm", "relative", "topk", "unit", "row", "x" * 999))
         case Tensor():
             return rng.choice((_values, _values, _dtype, _shape, _strides, _huge, _place))(rng, x)
-    return torch.ones([rng.choice(SIZES) for _ in range(rng.randint(0, 4))])
+    return torch.ones([rng.choice(SIZES[:9]) for _ in range(rng.randint(0, 4))])
 
 
 def _values(rng: random.Random, x: Tensor) -> Tensor:

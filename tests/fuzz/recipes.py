@@ -9,6 +9,7 @@ import random
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +130,11 @@ def _set(rng: random.Random) -> str:
     kind = rng.choice(("odd", "pieces", "legal", "none"))
     if kind == "none":
         return rng.choice(("", "=", "a", "=1", ".=1", "a..b=1", "seed.x=1", " = "))
-    value = {"odd": lambda: str(odd(rng)), "pieces": lambda: "".join(rng.choices(PIECES, k=3)), "legal": lambda: "0.5"}
+    value: dict[str, Callable[[], str]] = {
+        "odd": lambda: str(odd(rng)),
+        "pieces": lambda: "".join(rng.choices(PIECES, k=3)),
+        "legal": lambda: "0.5",
+    }
     return f"{key}={value[kind]()}"
 
 

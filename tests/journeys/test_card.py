@@ -53,6 +53,16 @@ def test_the_card_names_no_folder_of_the_machine_it_was_made_on(record: Record) 
     assert "AutoModelForQuestionAnswering" in text
 
 
+def test_the_card_says_what_becomes_of_pruned_pairs(record: Record) -> None:
+    attention = record.recipe["attention"]
+    tails = {"none": "`relative`. Made", "mean": "a tail (`mean`).", "linear": "a tail (`linear`, 4 directions)."}
+    for tail, says in tails.items():
+        own = record.recipe | {"attention": attention | {"tail": tail, "tail_rank": 4}}
+        text = model_card(dataclasses.replace(record, recipe=own), "classification")
+        assert says in text
+        assert ('attnpress.deploy(model, "reference")' in text) == (tail != "none")
+
+
 def test_a_run_that_is_not_finished_has_no_card(record: Record) -> None:
     with pytest.raises(ValueError, match="no stage 'progressive'"):
         model_card(dataclasses.replace(record, stages=[]), "classification")

@@ -35,7 +35,7 @@ def tiny_bert(spec: AttentionSpec, *, calibrated: bool = True) -> PreTrainedMode
         vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
         max_position_embeddings=64,
     )  # fmt: skip
-    model = bind(BertForSequenceClassification(config).eval(), spec)
+    model: PreTrainedModel = bind(BertForSequenceClassification(config).eval(), spec)
     if calibrated:
         calibrate(model, [make_batch(seed) for seed in range(3)])
     return model
@@ -271,6 +271,7 @@ def test_copies_and_pickles_give_the_same_bits(
 def test_the_state_of_an_int8_model_loads_into_another() -> None:
     model = deploy(tiny_bert(PRUNED), "reference", linear="int8")
     torch.manual_seed(1)
+    assert isinstance(model.config, BertConfig)
     other = bind(BertForSequenceClassification(model.config).eval(), PRUNED)
     calibrate(other, [make_batch(7)])
     deploy(other, "reference", linear="int8")

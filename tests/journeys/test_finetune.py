@@ -197,6 +197,18 @@ def test_what_comes_back_is_the_best_model_as_it_was_evaluated(
     assert not torch.equal(scores.answers[2], scores.answers[4])
 
 
+def test_a_best_model_from_before_the_target_comes_back_with_a_warning(
+    dense: PreTrainedModel, data: TaskData, tmp_path: Path
+) -> None:
+    model = bound(dense, data)
+    with pytest.warns(
+        UserWarning, match=r"checkpoint-2, is from before the target was reached: its sparsity is 0\.\d+"
+    ):
+        scores = trained_to_the_best(model, data, tmp_path, 2, "linear")
+    assert in_force(model) == {sparsity_at(1, 4, ScheduleSpec("linear", end=1.0), TARGET)}
+    assert torch.equal(answer(model, scores.batch), scores.answers[2])
+
+
 def test_the_last_step_is_evaluated_at_the_target(dense: PreTrainedModel, data: TaskData, tmp_path: Path) -> None:
     model = bound(dense, data)
     scores = trained_to_the_best(model, data, tmp_path, 4, "linear")

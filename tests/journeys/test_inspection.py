@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from attnpress import inspection
 from attnpress.config import AttentionSpec
@@ -83,3 +85,12 @@ def test_printed_lines_are_the_spec(spec: AttentionSpec) -> None:
 
 def test_lines_hold_what_differs_from_the_defaults() -> None:
     assert recipe_lines(spec_of(8, 0.9)) == {"attention": {"sparsity": 0.9}}
+    tailed = recipe_lines(AttentionSpec(sparsity=0.9, tail="linear", tail_rank=4))
+    assert tailed == {"attention": {"sparsity": 0.9, "tail": "linear", "tail_rank": 4}}
+
+
+def test_an_empty_text_has_a_token_that_stands_for_it() -> None:
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[END]": 1, "good": 2}, unk_token="[END]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", eos_token="[END]")
+    assert encode(tokenizer, [""])["input_ids"].tolist() == [[1]]
+    assert encode(tokenizer, ["", "good"])["attention_mask"].tolist() == [[1], [1]]

@@ -11,6 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModel, BertForMaskedLM, PreTrainedModel, pipeline
 
@@ -295,6 +296,20 @@ def test_what_was_saved_in_8_bits_gives_the_same_bits_on_every_processor(
             loaded = AutoModel.from_pretrained(tmp_path)
             assert {m.bits for m in loaded.modules() if isinstance(m, Int8Linear)} == {bits}
             assert torch.equal(hidden(deploy(loaded, "reference")), expected), held
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_bits_loads_with_8() -> None:
+    folder = Path(__file__).parents[1] / "models" / "int8_before_bits"
+    found = load_file(folder / "expected.safetensors")
+    expected = {name: found.pop(name) for name in ("last_hidden_state", "pooler_output")}
+    model = AutoModel.from_pretrained(folder)
+    assert {product.bits for product in getattr(model, PLAN).values()} == {8}
+    with torch.no_grad():
+        for given in (model(**found), deploy(model, "reference")(**found)):
+            for name, value in expected.items():
+                real_value = value[found["attention_mask"].bool()] if value.dim() == 3 else value
+                near = given[name][found["attention_mask"].bool()] if value.dim() == 3 else given[name]
+                assert torch.allclose(near, real_value, atol=1e-3)
 
 
 def test_a_plan_without_bits_is_one_of_8() -> None:

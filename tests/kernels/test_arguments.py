@@ -162,7 +162,8 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
 
     def attend(**changes: Any) -> Tensor:
-        query, key, value, _, *rest = case.with_(**changes).arguments
+        arguments = case.with_(**changes).arguments
+        (query, key, value, _), rest = arguments[:4], arguments[4:]
         return ops.attention_packed(query, key, value, bounds, *rest, backend=backend)
 
     assert attend().shape == (1, 4, tokens, 16)
@@ -181,13 +182,15 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
     ids=["int32", "two dimensions", "meta"],
 )
 def test_bounds_of_another_kind_are_refused(backend: str, bounds: Tensor) -> None:
-    query, key, value, _, *rest = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
+    arguments = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
     with pytest.raises(ValueError, match="bounds: int64 that rise from 0"):
         ops.attention_packed(query, key, value, bounds, *rest, backend=backend)
 
 
 def test_bounds_need_not_lie_side_by_side() -> None:
-    query, key, value, _, *rest = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
+    arguments = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
     bounds = torch.tensor([[0, 7], [4, 7], [9, 7]])[:, 0]
     found = ops.attention_packed(query, key, value, bounds, *rest)
     assert torch.equal(found, ops.attention_packed(query, key, value, bounds.clone(), *rest))

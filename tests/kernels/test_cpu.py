@@ -80,8 +80,7 @@ FEW_BITS = [
 @pytest.mark.parametrize(("query_bits", "key_bits", "dim"), FEW_BITS)
 @pytest.mark.parametrize("rule", ["relative", "topk"])
 def test_few_bits_of_queries_and_keys(target: str, query_bits: int, key_bits: int, dim: int, rule: RuleName) -> None:
-    few = {"q": TensorSpec(bits=query_bits), "k": TensorSpec(bits=key_bits)}
-    spec = AttentionSpec(rule=rule, sparsity=0.8, **few)
+    spec = AttentionSpec(TensorSpec(bits=query_bits), TensorSpec(bits=key_bits), rule=rule, sparsity=0.8)
     assert_same(make_case((2, 4, 2, 23, 70, dim), spec, cutoff=3.0, mask="holes", transposed=False))
     largest = make_case((1, 1, 1, 8, 600, dim), spec, cutoff=3.0)
     largest.query.abs_().add_(100)  # every code is the largest there is

@@ -46,10 +46,11 @@ def test_nan_of_every_dtype_is_seen(target: str, dtype: torch.dtype) -> None:
     case = case.with_(**{name: getattr(case, name).to(dtype) for name in ("query", "key", "value")})
     with pytest.warns(NanWarning):
         ops.attention(*case.arguments)
-    query, key, value, _, *rest = case.arguments
-    one = [x[1:, :, :37] for x in (query, key, value)]
+    arguments = case.arguments
+    (query, key, value, _), rest = arguments[:4], arguments[4:]
+    query, key, value = query[1:, :, :37], key[1:, :, :37], value[1:, :, :37]
     with pytest.warns(NanWarning):
-        ops.attention_packed(*one, torch.tensor([0, 5, 37]), *rest)  # type: ignore[arg-type]
+        ops.attention_packed(query, key, value, torch.tensor([0, 5, 37]), *rest)
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, 3e38])

@@ -602,7 +602,8 @@ def test_binding_the_whole_unbinds_its_part_first() -> None:
     bind(model, QUANTIZED)
     assert [state.spec for state in attentions(model).values()] == [QUANTIZED] * LAYERS
     assert unbind(model).config._attn_implementation == implementation
-    assert model.get_submodule("bert").config._attn_implementation == implementation
+    body: Any = model.get_submodule("bert")
+    assert body.config._attn_implementation == implementation
 
 
 def test_frozen_parts_keep_their_mode() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,10 +21,12 @@ from transformers import (
     BertConfig,
     BertForMultipleChoice,
     BertLMHeadModel,
+    BertModel,
     CLIPConfig,
     CLIPModel,
     DeepseekV3Config,
     DeepseekV3Model,
+    EncoderDecoderModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     LlamaConfig,
@@ -45,6 +49,7 @@ from attnpress.config import AttentionSpec
 from attnpress.core.cost import PairCounts
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind
+from attnpress.models.example import example_inputs
 from attnpress.models.forward import UnsupportedModelError
 from tests.models.factories import GPT
 
@@ -89,6 +94,12 @@ TAKEN: dict[str, tuple[Callable[[], PreTrainedModel], int]] = {
             WhisperConfig(num_mel_bins=8, max_source_positions=10, decoder_start_token_id=0, **PAIR | ENDS)
         ), 3,
     ),
+    "models put together": (
+        lambda: EncoderDecoderModel(
+            encoder=BertModel(BertConfig(vocab_size=60, **SIZES)),
+            decoder=BertLMHeadModel(BertConfig(vocab_size=60, is_decoder=True, add_cross_attention=True, **SIZES)),
+        ), 3,
+    ),
     "decoder with cross-attention": (
         lambda: BertLMHeadModel(BertConfig(vocab_size=60, is_decoder=True, add_cross_attention=True, **SIZES)), 2,
     ),
@@ -106,6 +117,28 @@ def test_an_example_is_made_for_every_kind_of_input(name: str) -> None:
     assert [parameter.requires_grad for name, parameter in model.named_parameters() if NAME not in name] == frozen
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_pre_hooks for module in model.modules()), "nothing listens any more"
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_every_kind_comes_back_from_its_checkpoint_the_same(name: str, tmp_path: Path) -> None:
+    model: Any = TAKEN[name][0]().eval()
+    batch = first_example(model)
+    calibrate(bind(model, SPEC), [batch])
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch)[0], model(**batch)[0])
+    flags = {key: state.is_cross for key, state in attentions(model).items()}
+    assert {key: state.is_cross for key, state in attentions(loaded).items()} == flags
+
+
+def first_example(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The first that bind makes which passes through a model."""
+    for inputs in example_inputs(model):
+        with contextlib.suppress(Exception), torch.no_grad():
+            model(**inputs)
+            return inputs
+    raise AssertionError(type(model).__name__)
 
 
 # Cross-attention.
@@ -207,13 +240,10 @@ def test_where_no_example_can_be_made_one_is_asked_for() -> None:
 
 def snapshot(model: nn.Module) -> list[Any]:
     """What bind could change, as far as it can be compared."""
-    configs = [(id(module.config), module.config._attn_implementation) for module in model.modules() if has(module)]
+    known: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = [(id(config), getattr(config, "_attn_implementation", None)) for config in known]
     children = [name for name, _ in model.named_modules()]
     attributes = [sorted(vars(module)) for module in model.modules()]
     grads = [parameter.requires_grad for parameter in model.parameters()]
     assert not any(name.endswith(NAME) for name in children)
     return [configs, children, attributes, grads, [module.training for module in model.modules()]]
-
-
-def has(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "config", None), "_attn_implementation")

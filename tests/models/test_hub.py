@@ -394,7 +394,7 @@ DAMAGES: dict[str, Damage] = {
         lambda folder: add(folder, "bert.pooler.attnpress.q_scale"), "names no attention module 'bert.pooler'",
     ),
     "a layer left out of the configuration": (
-        lambda folder: rewrite(folder, lambda x: x["modules"].pop(FIRST)), r"leaves out the attention module '.*layer\.0",
+        lambda folder: rewrite(folder, lambda x: x["modules"].pop(FIRST)), "leaves out the attention module '.*layer.0",
     ),
     "a layer left out of the weights": (
         lambda folder: reweigh(folder, f"{FIRST}.attnpress", lambda x: None), r"weights lack bert\.encoder\.layer\.0",

@@ -20,6 +20,8 @@ from transformers import PreTrainedModel
 from attnpress.calibration import calibrate, fit_thresholds
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, ScheduleSpec, TensorSpec
 from attnpress.deployment import deploy
+from attnpress.export.onnx import write_onnx
+from attnpress.export.trace import write_trace
 from attnpress.finetune import SparsityDriver
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.binding import attentions, bind
@@ -310,3 +312,22 @@ def test_a_state_error_is_raised_to_whoever_sets_an_extra_state() -> None:
     state = CompressedAttention(AttentionSpec(), 4, 4, 8)
     with pytest.raises(StateError, match=r"v\.bits is 4 in the state and 8 in the model"):
         state.set_extra_state(pack_extra(AttentionSpec(v=FOUR), []))
+
+
+def test_a_sparsity_that_cannot_be_fitted_is_not_computed_without() -> None:
+    model = made()
+    for state in attentions(model).values():
+        state.set_scales({name: torch.full((1, 1, 1, 1), 0.05) for name in "qkv"})
+    assert logits(model).isfinite().all()
+    for state in attentions(model).values():
+        with pytest.raises(ValueError, match="calibrate on real batches first"):
+            state.set_sparsity(0.5)
+    with pytest.raises(NotCalibratedError, match="cutoff not set"):
+        logits(model)
+
+
+@pytest.mark.parametrize("write", [write_onnx, write_trace])
+def test_what_was_not_calibrated_is_not_exported(write: Callable[..., object], tmp_path: Path) -> None:
+    with pytest.raises(NotCalibratedError, match="call calibrate"):
+        write(made().eval(), make_batch(), tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -111,7 +111,12 @@ def _tiny_model(folder: Path) -> None:
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
     PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names).save_pretrained(folder)
     torch.manual_seed(0)
-    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    size: dict[str, Any] = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    }
     BertModel(
         BertConfig(vocab_size=len(WORDS), max_position_embeddings=64, initializer_range=0.2, **size)
     ).save_pretrained(folder)
@@ -137,9 +142,9 @@ def _recipe(place: Path, seed: int) -> Path:
         "attention": {"sparsity": 0.5}, "calibration": {"batches": 1, "batch_size": 16},
         "dense": train, "compress": train, "dense_control": True,
     }  # fmt: skip
-    file = place / "recipe.yaml"
-    file.write_text(yaml.safe_dump(plain), encoding="utf-8")
-    return file
+    path = place / "recipe.yaml"
+    path.write_text(yaml.safe_dump(plain), encoding="utf-8")
+    return path
 
 
 def _source(file: Path, seed: int) -> Path:

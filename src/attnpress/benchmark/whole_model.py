@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from attnpress.calibration import REFITS, calibrate, outputs, watching
 from attnpress.config import AttentionSpec
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu, ops
+from attnpress.linear import linear_layers
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.linear import Int8Linear
@@ -69,7 +70,7 @@ class ModelTiming(Comparison):
         sparsity: of P, over all layers.
         ragged: the task whose lengths the rows have, padded to the longest; None where no row has padding.
         linear: what our linear layers were while they were timed: "float", or "int8" (and no padding then).
-        linear_layers: how many of ours ran in "int8" and in "float"; three that have one input may run as one.
+        linear_layers: how many of ours ran in which way; see `attnpress.linear.LinearLayers`.
         activation_bits: of the codes that our int8 layers take in, each number once; empty where there are none.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
@@ -243,7 +244,7 @@ def prepare(name: str, folder: str, threads: int) -> Prepared:
         run = _forward(stock, inputs)
         facts["threads"] = torch.get_num_threads()
         if name == "ours":
-            facts |= {"target": cpu.active_target(), **_linear_layers(stock)}
+            facts |= {"target": cpu.active_target(), **_layers(stock)}
     facts["peak_mb"] = peak_megabytes(run)
     facts["model_mb"] = facts["peak_mb"] - before
     facts |= _differences(_hidden(run()), load_file(place / EXPECTED), inputs["attention_mask"].bool())
@@ -258,15 +259,14 @@ def _put_into_int8(model: Any, name: str) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         deploy(model, "cpu", linear="int8")
-    if not _linear_layers(model)["linear_layers"]["int8"]:
+    if not linear_layers(model).int8:
         raise BenchmarkError(f"{name} has no int8 linear layers: {'; '.join(str(each.message) for each in said)}")
 
 
-def _linear_layers(model: nn.Module) -> dict[str, Any]:
-    """How many linear layers run in 8 bits and in float, and the bits of the codes that the former multiply."""
-    eights = [module.bits for module in model.modules() if isinstance(module, Int8Linear)]
-    floats = sum(isinstance(module, nn.Linear) for module in model.modules())
-    return {"linear_layers": {"int8": len(eights), "float": floats}, "activation_bits": sorted(set(eights))}
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """How linear layers run, and the bits of the codes that those in int8 take in."""
+    bits = {module.bits for module in model.modules() if isinstance(module, Int8Linear)}
+    return {"linear_layers": asdict(linear_layers(model)), "activation_bits": sorted(bits)}
 
 
 def _hidden(found: Any) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from attnpress.core.ordered import fma
 from attnpress.core.quantizer import positive_scale, quantize
 
 Bits = Literal[7, 8]
@@ -92,17 +93,17 @@ def column_sums(weight: Tensor) -> Tensor:
 
 
 def finish(sums: Tensor, coded: Coded, column: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Make sums of products of codes the layer's output; each step is rounded by itself.
+    """Make sums of products of codes the layer's output, in two steps of `core.ordered.fma` and one product.
 
     Args:
         sums: float32 [..., N], each rounded once from its integer.
         coded: the tokens; only scale and zero are read.
         column: from `column_sums`.
     """
-    centred = sums - coded.zero.unsqueeze(-1) * column
-    out = centred * weight_scale * coded.scale.unsqueeze(-1)
+    centred = fma(-coded.zero.unsqueeze(-1), column, sums)
     # A missing bias is one of zeros: -0 + 0 is +0 wherever it is computed.
-    return out + (torch.zeros_like(weight_scale) if bias is None else bias)
+    shift = torch.zeros_like(weight_scale) if bias is None else bias
+    return fma(centred * weight_scale, coded.scale.unsqueeze(-1), shift)
 
 
 def linear(coded: Coded, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -2,12 +2,13 @@
 
 A library's sums follow the width of its registers and the number of its threads, and its erf and tanh those of its
 version. What stands between the integers of a deployed encoder is therefore defined here, in steps that IEEE 754
-rounds in one way only: +, -, *, / and sqrt of float32, each rounded by itself, never two of them in one instruction.
+rounds in one way only: +, -, *, /, sqrt and fma of float32. fma(a, b, c) is a * b + c, rounded once.
 
     sum(x)      lane j of 64 adds x[j], x[j + 64], ... to 0, in that order; lanes are added j and j + 32, then j and
                 j + 16, j + 8, j + 4; then (lane 0 + lane 1) + (lane 2 + lane 3)
-    norm(x)     c = x - sum(x) / K;  c * (1 / sqrt(sum(c * c) / K + epsilon)) * weight + bias, from the left
-    gelu(x)     x/2 + x/2 * erf(x * 0.70710678), erf a quotient of polynomials with its argument within +-4
+    sum(x * y)  likewise, but that lane j becomes fma(x[i], y[i], lane j)
+    norm(x)     c = x - sum(x) / K;  fma(c * (1 / sqrt(sum(c * c) / K + epsilon)), weight, bias)
+    gelu(x)     fma(x/2, erf(x * 0.70710678), x/2), erf a quotient of polynomials with its argument within +-4
     tanh(x)     a quotient of polynomials with its argument within +-7.9053111
 """
 
@@ -47,13 +48,33 @@ class Passes(NamedTuple):
     tanh: Callable[[Tensor], Tensor]
 
 
-def ordered_sum(x: Tensor) -> Tensor:
-    """Sum of float32 [..., K] over the last dimension, in the one order: float32 [...]."""
-    count = x.shape[-1]
-    padded = torch.nn.functional.pad(x, (0, -count % LANES))
-    lanes = x.new_zeros(*x.shape[:-1], LANES)
-    for block in padded.split(LANES, -1):
-        lanes = lanes + block
+def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of float32, rounded once.
+
+    The product is exact in float64. Their sum there is rounded to odd, the one rounding that may go before another:
+    where it is inexact and its last bit even, it moves to its neighbour on the side of what was lost.
+    """
+    product, addend = a.double() * b.double(), c.double()
+    total = product + addend
+    moved = total - product
+    lost = (product - (total - moved)) + (addend - moved)
+    even = (total.view(torch.int64) & 1) == 0
+    neighbour = torch.nextafter(total, torch.copysign(torch.full_like(total, torch.inf), lost))
+    return torch.where(even & (lost != 0) & lost.isfinite(), neighbour, total).float()
+
+
+def ordered_sum(x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Sum of float32 [..., K], or of its products with a weight [..., K], in the one order: float32 [...]."""
+    padding = (0, -x.shape[-1] % LANES)
+    blocks = torch.nn.functional.pad(x, padding).split(LANES, -1)
+    shape = x.shape if weight is None else torch.broadcast_shapes(x.shape, weight.shape)
+    lanes = x.new_zeros(*shape[:-1], LANES)
+    if weight is None:
+        for block in blocks:
+            lanes = lanes + block
+    else:
+        for block, factors in zip(blocks, torch.nn.functional.pad(weight, padding).split(LANES, -1), strict=True):
+            lanes = fma(block, factors, lanes)
     for half in (32, 16, 8, 4):
         lanes = lanes[..., :half] + lanes[..., half : 2 * half]
     return (lanes[..., 0] + lanes[..., 1]) + (lanes[..., 2] + lanes[..., 3])
@@ -63,16 +84,16 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     """float32 [..., K] normalized over the last dimension."""
     size = torch.tensor(float(x.shape[-1]))
     centred = x - (ordered_sum(x) / size).unsqueeze(-1)
-    variance = ordered_sum(centred * centred) / size + torch.tensor(epsilon)
+    variance = ordered_sum(centred, centred) / size + torch.tensor(epsilon)
     # By way of float64: torch's float32 root is a vector library's, and not always the nearest number.
     factor = 1.0 / variance.double().sqrt().float()
-    return centred * factor.unsqueeze(-1) * weight + bias
+    return fma(centred * factor.unsqueeze(-1), weight, bias)
 
 
 def gelu(x: Tensor) -> Tensor:
     """x/2 (1 + erf(x / sqrt 2)) of float32, a few units in the last place from the true one."""
     half = x * 0.5
-    return half + half * _quotient((x * 0.70710678).clamp(-ERF_LIMIT, ERF_LIMIT), ERF_ABOVE, ERF_BELOW)
+    return fma(half, _quotient((x * 0.70710678).clamp(-ERF_LIMIT, ERF_LIMIT), ERF_ABOVE, ERF_BELOW), half)
 
 
 def tanh(x: Tensor) -> Tensor:
@@ -81,8 +102,8 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A float32 linear layer, [..., K] -> [..., N]: ordered sums of products rounded by themselves, then the bias."""
-    rows = [ordered_sum(row * weight) for row in x.reshape(-1, x.shape[-1])]
+    """A float32 linear layer, [..., K] -> [..., N]: ordered sums of products, then the bias."""
+    rows = [ordered_sum(row, weight) for row in x.reshape(-1, x.shape[-1])]
     out = torch.stack(rows) if rows else x.new_zeros(0, len(weight))
     out = out.view(*x.shape[:-1], len(weight))
     return out if bias is None else out + bias
@@ -97,5 +118,5 @@ def _quotient(u: Tensor, above: tuple[float, ...], below: tuple[float, ...]) -> 
 def _polynomial(x: Tensor, coefficients: tuple[float, ...]) -> Tensor:
     value = torch.full_like(x, coefficients[0])
     for coefficient in coefficients[1:]:
-        value = value * x + coefficient
+        value = fma(value, x, torch.full_like(x, coefficient))
     return value

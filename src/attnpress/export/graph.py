@@ -129,6 +129,8 @@ def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
         ExportError: names the module and the option.
     """
     modules = {name: module for name, module in attentions(model).items() if not module.spec.is_dense}
+    for name, module in modules.items():
+        module.require_calibrated(name)
     if not modules:
         raise ExportError("the model has no compressed attention: export takes a model after bind and calibrate")
     for name, module in modules.items():

@@ -57,6 +57,8 @@ def write_trace(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
         ExportError: a matrix is not quantized, a module is called more than once, or the integers disagree.
     """
     modules = attentions(model)
+    for name, module in modules.items():
+        module.require_calibrated(name)
     backend = usable_backend(modules.values())
     with evaluation_mode(model), torch.no_grad():
         layers = {name: _traced(name, module, model, batch, backend) for name, module in modules.items()}

@@ -121,7 +121,7 @@ def attention_packed(
     checked_mask(*call)
     parts = [
         attention(
-            *(x[:, :, begin:end] for x in (query, key, value)), None, scales, cutoff, spec, scaling,
+            query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], None, scales, cutoff, spec, scaling,
             causal=causal, backend=backend,
         ).transpose(1, 2)
         for begin, end in pairwise(places) if begin < end
@@ -171,7 +171,7 @@ def _compiled(
 
 
 def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool) -> Tensor:
-    query, key, value, _, *rest = call
+    query, key, value, _, scales, cutoff, spec, scaling = call
     arguments = compiled_arguments(*call, causal)
     of_pair = 2 * query.shape[1] * query.shape[3]
     if _is_short(of_pair * sum((end - begin) ** 2 for begin, end in pairwise(places))):
@@ -182,7 +182,7 @@ def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool
     output = _room(query)
     for first, last in sequences(places, of_pair, _most()):
         at, inner = slice(places[first], places[last]), [place - places[first] for place in places[first : last + 1]]
-        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, *rest)
+        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, scales, cutoff, spec, scaling)
         alone = last - first == 1
         output[:, :, at] = (
             _compiled(*own, causal) if alone else _compiled_packed(own, bounds.new_tensor(inner), inner, causal)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec
 from attnpress.core.arguments import pair_mask
-from attnpress.core.attention import Scales, key_validity
+from attnpress.core.attention import Scales, TailedScales, key_validity
 from attnpress.core.quantizer import smooth_key
 from attnpress.core.tail import Directions, Tail
 
@@ -98,20 +98,21 @@ def _smoothed(call: Call, causal: bool) -> Call:
 def _part(call: Call, batch: slice, kv_heads: slice, heads: slice, rows: slice, keys: slice) -> Call:
     query, key, value, valid, scales, cutoff, spec, scaling = call
     key, value = key[batch, kv_heads, keys], value[batch, kv_heads, keys]
-    tail = _tail(scales.tail, heads, kv_heads)
-    own = Scales(_of(scales.q, 1, heads), _of(scales.k, 1, kv_heads), _of(scales.v, 1, kv_heads), tail)
+    own = _scales(scales, heads, kv_heads)
     for dim, part in enumerate((batch, heads, rows, keys)):
         valid = _of(valid, dim, part)
     cutoff = None if cutoff is None else cutoff[heads]
     return query[batch, heads, rows], key, value, valid, own, cutoff, spec, scaling
 
 
-def _tail(tail: Tail | None, heads: slice, kv_heads: slice) -> Tail | None:
+def _scales(scales: Scales, heads: slice, kv_heads: slice) -> Scales:
+    q, k, v = _of(scales.q, 1, heads), _of(scales.k, 1, kv_heads), _of(scales.v, 1, kv_heads)
+    tail = TailedScales.tail_of(scales)
     if tail is None:
-        return None
+        return Scales(q, k, v)
     of = tail.directions
     directions = of and Directions(of.query[kv_heads], of.key[kv_heads], of.offset[kv_heads], of.step[kv_heads])
-    return Tail(tail.lift[heads], directions)
+    return TailedScales(q, k, v, Tail(tail.lift[heads], directions))
 
 
 def _of(x: Any, dim: int, part: slice) -> Any:

@@ -280,6 +280,8 @@ class CompressedAttention(nn.Module):
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far, unless they are trained."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
         if self.spec.threshold_penalty is None:
+            if sparsity > 0 and self.fits_thresholds():
+                self.unset.add("cutoff")  # until they are fitted: where that fails, old ones must not go on unseen
             self.fit()
 
     def fit(self) -> None:

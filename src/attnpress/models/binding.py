@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from attnpress.config import AttentionSpec, ConfigError
@@ -154,7 +154,8 @@ def unbind(model: Model) -> Model:
     for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
-    for root in [module for module in model.modules() if "_attnpress_before" in vars(module)]:
+    bound = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for root in [module for module in bound if "_attnpress_before" in vars(module)]:
         before = vars(root).pop("_attnpress_before")
         vars(root).pop(PLAN, None)
         _take_quantizer(root)
@@ -372,6 +373,15 @@ def weight_quantization(model: PreTrainedModel) -> str | None:
 
 def _switch(model: PreTrainedModel, name: str) -> None:
     model.set_attn_implementation(name)
+    parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    known = {id(part.config) for part in parts}
+    # Transformers reaches configurations of models. A model put together from others gives these new ones, and leaves
+    # their layers with those that they were made with.
+    for part in parts:
+        for module in part.modules():
+            config = getattr(module, "config", None)
+            if isinstance(config, PreTrainedConfig) and id(config) not in known:
+                config._attn_implementation_internal = part.config._attn_implementation
     if model.config._attn_implementation != name:
         raise _unsupported(model)
 

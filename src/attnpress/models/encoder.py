@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +187,7 @@ class Packing:
 
 
 def _pack(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    call = _signature(type(encoder)).bind(encoder, *args, **kwargs)
+    call = _signature(type(encoder).forward).bind(encoder, *args, **kwargs)
     hidden = call.arguments["hidden_states"]
     real = _real_tokens(encoder, hidden, call.arguments.get("attention_mask"))
     asked = ("output_hidden_states", "output_attentions")
@@ -213,8 +213,8 @@ def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 
 
 @functools.cache
-def _signature(encoder: type[nn.Module]) -> inspect.Signature:
-    return inspect.signature(encoder.forward)
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    return inspect.signature(forward)
 
 
 def _real_tokens(encoder: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor | None:

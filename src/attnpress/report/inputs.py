@@ -96,9 +96,20 @@ class LogPart:
 
 
 @dataclass(frozen=True)
-class PagePart:
-    """What a page needs of a record beyond the types of its fields."""
+class WorkPart:
+    """What a page shows of a stage's work."""
 
+    bit_operations_dense: Some
+    bit_operations_remaining: Whole
+    bytes_dense: Some
+    bytes_remaining: Whole
+
+
+@dataclass(frozen=True)
+class PagePart:
+    """What a page needs of a record beyond the types of its fields; `work` is by stage."""
+
+    work: dict[str, WorkPart]
     recipe: RecipePart
     provenance: ProvenancePart
     training: dict[str, list[LogPart]]
@@ -152,6 +163,7 @@ def read_drawable(path: Path) -> Record:
     """
     record, where = read_record(path), str(path / "record.json" if path.is_dir() else path)
     plain = {name: getattr(record, name) for name in ("recipe", "provenance", "training")}
+    plain["work"] = {stage.name: stage.work for stage in record.stages}
     found = build_record(PagePart, plain, where, "damaged record", extra=True)
     if record.stage("dense") and "dense" not in found.provenance.weights:
         raise RecordError(f"{where}: damaged record (provenance.weights 'dense'): this key is missing")

@@ -88,10 +88,10 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 def _linear(record: Mapping[str, Any]) -> str:
     """What the linear layers of ours were: "int8 (7-bit inputs)", with the number of those that stayed in float."""
-    bits, floats = record.get("activation_bits"), record.get("linear_layers", {}).get("float", 0)
-    kind = record.get("linear", "float")
-    if not bits:
+    kind, bits, layers = record.get("linear", "float"), record.get("activation_bits"), record.get("linear_layers")
+    if not bits or not layers:
         return str(kind)
+    floats = sum(layers.values()) - layers["int8"]
     return f"{kind} ({'- and '.join(map(str, bits))}-bit inputs{f', {floats} in float' if floats else ''})"
 
 

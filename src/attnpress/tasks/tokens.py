@@ -46,7 +46,9 @@ def stand_in(tokenizer: PreTrainedTokenizerBase) -> int:
         TaskError: the tokenizer has none.
     """
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
-    known = [token for token in (*named, tokenizer.unk_token_id, tokenizer.pad_token_id) if token is not None]
+    known: list[int] = [
+        token for token in (*named, tokenizer.unk_token_id, tokenizer.pad_token_id) if token is not None
+    ]
     if not known:
         raise TaskError("model: its tokenizer makes no token of an empty text, and has no special one; set bos_token")
     return next((token for token in known if token != tokenizer.pad_token_id), known[0])

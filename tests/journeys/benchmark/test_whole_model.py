@@ -94,7 +94,7 @@ def test_ragged_batches_and_int8_layers(tmp_path: Path) -> None:
     assert padded.facts["linear_layers"]["int8"] == 0
     assert padded.facts["activation_bits"] == []
     assert padded.facts["linear_difference"] is None
-    assert packed.facts["linear_layers"] == {"int8": 8, "float": 1}, "of two layers, and the pooler"
+    assert packed.facts["linear_layers"] == {"int8": 8, "ordered": 1, "library": 0}, "of two layers, and the pooler"
     assert packed.facts["activation_bits"] == [ACTIVATION_BITS]
     assert 1e-4 < packed.facts["linear_difference"] < 0.1, "rounded, but the same model"
     assert packed.facts["file_mb"] < padded.facts["file_mb"]
@@ -151,7 +151,11 @@ def test_a_record_says_what_was_measured_not_what_was_asked(tmp_path: Path) -> N
     assert (timing["linear"], timing["linear_layers"]["int8"], timing["target"]) == ("int8", 8, cpu.active_target())
     assert timing["provenance"]["ours"]["threads"] == torch.get_num_threads()
     assert timing["ours_linear_difference"] < timing["ours_difference"]
-    facts["ours"] |= {"linear_layers": {"int8": 0, "float": 13}, "activation_bits": [], "linear_difference": None}
+    facts["ours"] |= {
+        "linear_layers": {"int8": 0, "ordered": 0, "library": 13},
+        "activation_bits": [],
+        "linear_difference": None,
+    }
     floats = asdict(whole_model._timing(case, "sdpa", times, facts))
     assert floats["linear"] == "float", "though int8 was asked for"
     assert f"int8 ({ACTIVATION_BITS}-bit inputs, 1 in float) and float linear layers" in str(
