@@ -114,8 +114,8 @@ def timings(name: str) -> list[dict[str, Any]]:
 def reliability_markdown() -> str:
     """What the newest run of each harness counted."""
     rows = ["| date | commit | minutes | target | counts |", "|---|---|---|---|---|"]
-    for name in ("fuzz", "torture"):
-        run = json.loads((ROOT / "records" / "reliability" / f"{name}.json").read_text(encoding="utf-8"))[-1]
+    for file in sorted((ROOT / "records" / "reliability").glob("*.json")):
+        run = json.loads(file.read_text(encoding="utf-8"))[-1]
         for target, counts in run["counts"].items():
             told = ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items()) if what != "failures")
             words = f"{told}; {counts.get('failures', 0)} failures"

@@ -30,7 +30,7 @@ from attnpress.models.loading import load_compressed
 from tests.fuzz.mutations import as_json, damage_bytes, damage_plain, damage_text, odd, to_bytes
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-REGRESSIONS: list[int] = [*range(40)]
+REGRESSIONS: list[int] = [*range(40), 53, 104]
 """Seeds that are replayed as tests: some of every kind, and each that failed once."""
 
 NUMBERS = (0.0, -0.0, -1.0, 1e-45, 1e-38, 1e-10, 1e10, 1e38, float("inf"), float("-inf"), float("nan"), -1e-3, 2.0)

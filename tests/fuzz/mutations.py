@@ -43,7 +43,10 @@ def places(value: Any, limit: int = 20_000) -> list[tuple[Any, Any]]:
 
 def damage_plain(rng: random.Random, value: Any) -> Any:
     """A copy of plain data with one thing wrong, somewhere; not all that is done makes it wrong."""
-    value = copy.deepcopy(value)
+    try:
+        value = copy.deepcopy(value)
+    except RecursionError:  # so deep that there is nothing to add
+        return value
     spots = places(value)
     if not spots:
         return odd(rng)

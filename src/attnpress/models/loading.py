@@ -212,7 +212,7 @@ def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) 
     if unexpected:
         names = ", ".join(sorted(unexpected)[:3])
         raise ModelError(f"{folder}: damaged: {WEIGHTS} holds {names}, for which the model has no place")
-    dtypes = sorted({str(weight.dtype) for weight in model.parameters() if weight.is_floating_point()})
+    dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
     if len(dtypes) > 1 and not hasattr(model, INT8):  # which keeps word embeddings in half precision
         raise ModelError(f"{folder}: damaged: {WEIGHTS} holds weights of several dtypes: {', '.join(dtypes)}")
     return model
