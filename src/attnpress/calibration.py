@@ -55,7 +55,7 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
         for module in modules:
             module.observers = None
-    _fit_directions(model, kept, [module for module in modules if module.has_directions])
+    _fit_directions(model, kept, modules)
     _fit(model, kept, modules)
     spread = [module for module in modules if module.spec.budget == "sensitivity" and module.spec.sparsity > 0]
     if spread:
@@ -111,15 +111,19 @@ def _in_force(module: CompressedAttention) -> Tensor:
 
 
 def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
-    for module in modules:
+    """Fit the directions of those modules that have some, before any threshold is."""
+    chosen = [module for module in modules if module.has_directions]
+    for module in chosen:
         module.moments = Moments.none_yet(module.kv_heads, module.head_dim, module.cutoff.device)
     try:
-        for _ in outputs(model, batches if modules else []):
-            pass
-        for module in modules:
+        # Watched, though at no row: modules then do without the thresholds that nothing has fitted yet.
+        with watching([module for module in modules if not module.spec.is_dense], slice(0)):
+            for _ in outputs(model, batches if chosen else []):
+                pass
+        for module in chosen:
             module.fit_directions(reduce_over_ranks)
     finally:  # a module that keeps its moments would go on adding to them
-        for module in modules:
+        for module in chosen:
             module.moments = None
 
 
