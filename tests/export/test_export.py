@@ -26,7 +26,7 @@ from attnpress.export.graph import check_exportable
 from attnpress.export.onnx import serve_onnx
 from attnpress.export.run import example_batch
 from attnpress.export.trace import check_trace, write_trace
-from attnpress.files import sha256_of
+from attnpress.files import MARKER, sha256_of
 from attnpress.models.binding import bind
 from tests.journeys.test_deployment import logits, make_batch, tiny_bert
 
@@ -59,7 +59,12 @@ def _inputs(folder: Path) -> Any:
 
 def test_openvino(finished: Path, tiny_recipe: RunConfig, tmp_path: Path) -> None:
     record = export_run(finished, tiny_recipe, "openvino", tmp_path / "exported")
-    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == ["export.json", "model.bin", "model.xml"]
+    assert sorted(path.name for path in (tmp_path / "exported").iterdir()) == [
+        MARKER,
+        "export.json",
+        "model.bin",
+        "model.xml",
+    ]
     assert record["evaluation"]["difference"] <= 0.2
     assert record["attention_products"] == {"expected": 4, "int8": 4}
     assert all(product["int8"] and product["layer_type"] == "MatMul" for product in record["execution_graph"])

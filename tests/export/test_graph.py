@@ -115,12 +115,12 @@ def test_openvino_gives_the_reference_but_for_the_division_in_two_int8_products(
 )
 def test_what_operators_cannot_say_is_refused_with_its_module(spec: AttentionSpec, said: str) -> None:
     with pytest.raises(ExportError, match=rf"bert\.encoder\.layer\.0.*{said}"):
-        check_exportable(tiny_bert(spec, calibrated=False))
+        check_exportable(tiny_bert(spec))
 
 
 def test_openvino_refuses_topk() -> None:
     with pytest.raises(ExportError, match="only relative, threshold"):
-        check_exportable(tiny_bert(AttentionSpec(rule="topk", sparsity=0.5), calibrated=False), openvino.RULES)
+        check_exportable(tiny_bert(AttentionSpec(rule="topk", sparsity=0.5)), openvino.RULES)
 
 
 def test_an_unbound_model_is_refused() -> None:

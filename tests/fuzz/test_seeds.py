@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,11 +36,11 @@ def test_a_failure_is_kept_and_passed_by(
         while seed < 20:
             replay(seed)
             seed, done = seed + 1, done + 1
-        monkeypatch.setattr("tests.fuzz.__main__.time.monotonic", lambda: 1e9)
+        monkeypatch.setattr(time, "monotonic", lambda: 1e9)
         return {"cases": done}
 
     target = SimpleNamespace(run=run, replay=replay)
-    monkeypatch.setattr("tests.fuzz.__main__.importlib.import_module", lambda _: target)
+    monkeypatch.setattr(importlib, "import_module", lambda _: target)
     monkeypatch.setattr(runner, "KEPT", tmp_path / ".fuzz")
     assert runner.main(["--only", "paths", "--seed", "10", "--record", str(tmp_path / "fuzz.json")]) == 1
     assert (tmp_path / ".fuzz" / "paths-12.txt").is_file()

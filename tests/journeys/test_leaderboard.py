@@ -13,6 +13,7 @@ from attnpress.board_record import BoardRecord, read_board
 from attnpress.cli import main
 from attnpress.compression import compress
 from attnpress.config import ConfigError, RunConfig, TrainSpec
+from attnpress.files import take_folder
 from attnpress.leaderboard import BoardSpec, EntrySpec, run_board
 from attnpress.leaderboard.spec import Cell, plan, teacher_folder
 from attnpress.recipe import dump_config, load_spec
@@ -39,8 +40,8 @@ def board(tiny_recipe: RunConfig) -> BoardSpec:
 @pytest.fixture(scope="module")
 def folder(board: BoardSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a board whose first task was run to its end, and whose second was interrupted after its first cell."""
-    folder = tmp_path_factory.mktemp("board")
-    (folder / "board.yaml").write_text(dump_config(board), encoding="utf-8")
+    folder = tmp_path_factory.mktemp("board") / "study"
+    folder.with_name("board.yaml").write_text(dump_config(board), encoding="utf-8")
 
     def stop(line: str) -> None:
         if line.startswith("run ") and "short-fixed" in line:
@@ -100,7 +101,7 @@ def test_a_finished_run_is_not_run_again_and_the_command_ends_the_rest(
         return compress(config, output, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr("attnpress.teacher.compress", watched)
-    assert main(["leaderboard", str(folder / "board.yaml"), "--output", str(folder)]) == 0
+    assert main(["leaderboard", str(folder.with_name("board.yaml")), "--output", str(folder)]) == 0
     printed = capsys.readouterr().out
     assert "run 7 of 10: short-fixed-0.7-seed0" in printed
     assert "run 6 of 10" not in printed
@@ -120,6 +121,7 @@ def test_what_another_process_is_at_work_on_comes_last(
         return SimpleNamespace(metrics={"f1": 0.0}, sparsity=0.0)
 
     monkeypatch.setattr("attnpress.leaderboard.run.run_cell", run_cell)
+    take_folder(tmp_path, "leaderboard")
     with alone(tmp_path / "runs" / first.name, lambda: None):
         run_board(board, tmp_path)
     assert begun == [*(cell.name for cell in rest), first.name]

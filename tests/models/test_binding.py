@@ -373,6 +373,7 @@ def test_an_empty_batch_gives_an_empty_output(spec: AttentionSpec) -> None:
     assert not state.counts.pairs.any()
 
 
+@pytest.mark.filterwarnings("ignore:attention met NaN:attnpress.core.attention.NanWarning")
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_token_that_is_not_finite_spoils_no_other_sequence(bad: float) -> None:
     model = compressed()

@@ -29,7 +29,8 @@ def stage(name: str, score: float, sparsity: float = 0.95, keys: float = 2.0) ->
 
 def record(seed: int, *stages: StageRecord, epochs: float = 3.0) -> Record:
     provenance = {"rows": {"train": 4000, "eval": 408}, "seed": seed, "weights": {"dense": f"hash {seed}"}}
-    return Record({"compress": {"epochs": epochs}}, "f1", 81.22, provenance, list(stages))
+    recipe = {"model": "tiny", "data": {"task": "mrpc"}, "compress": {"epochs": epochs}}
+    return Record(recipe, "f1", 81.22, provenance, list(stages))
 
 
 @pytest.fixture

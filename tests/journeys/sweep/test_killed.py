@@ -58,8 +58,8 @@ def spec(tiny_recipe: RunConfig) -> SweepSpec:
 @pytest.fixture(scope="module")
 def folder(spec: SweepSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of a sweep that two workers began and were killed in, and that two others ended; with what these printed."""
-    folder = tmp_path_factory.mktemp("sweep")
-    recipe = folder / "sweep.yaml"
+    folder = tmp_path_factory.mktemp("sweep") / "study"
+    recipe = folder.with_name("sweep.yaml")
     recipe.write_text(dump_config(spec), encoding="utf-8")
     run_until_killed(recipe, folder)
     ended = [start(recipe, folder, "-m", "attnpress.cli") for _ in range(2)]
@@ -148,13 +148,16 @@ def test_another_search_in_the_same_storage_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = ["--set", "search.bits=[8]", "--output", str(folder)]
-    assert main(["sweep", str(folder / "sweep.yaml"), *other]) == 1
+    assert main(["sweep", str(folder.with_name("sweep.yaml")), *other]) == 1
     assert "searches otherwise (differs in search.bits); choose another --output" in capsys.readouterr().err
 
 
 def test_a_finished_sweep_goes_on_when_more_is_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["sweep", str(folder / "sweep.yaml"), "--output", str(folder)]) == 0
+    assert main(["sweep", str(folder.with_name("sweep.yaml")), "--output", str(folder)]) == 0
     assert "trial " not in capsys.readouterr().out.replace("trials", "").split("the least work")[0]
     done = len(read_sweep(folder).trials)
-    assert main(["sweep", str(folder / "sweep.yaml"), "--set", f"trials={done + 1}", "--output", str(folder)]) == 0
+    assert (
+        main(["sweep", str(folder.with_name("sweep.yaml")), "--set", f"trials={done + 1}", "--output", str(folder)])
+        == 0
+    )
     assert len(read_sweep(folder).trials) == done + 1
