@@ -324,7 +324,7 @@ def test_the_folder_of_another_recipe_a_full_disk_and_an_unwritable_output_are_r
     for output, override, message in (
         ("run", "seed=1", "holds a run of another recipe (differs in seed); choose another --output"),
         ("run", "seed=0", "MiB of disk, 0 MiB are free"),
-        ("file", "seed=0", "cannot be written (File exists); choose another --output"),
+        ("file", "seed=0", "cannot be written (Not a directory); choose another --output"),
     ):
         assert main(["compress", str(recipe), "--set", override, "--output", str(tmp_path / output)]) == 1
         told = capsys.readouterr().err

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from attnpress.config import DataSpec, RunConfig
+from attnpress.recipe import spec_to_dict
 from attnpress.report.evidence import (
     ablation_markdown,
     caption,
@@ -29,7 +31,8 @@ def stage(name: str, score: float, sparsity: float = 0.95, keys: float = 2.0) ->
 
 def record(seed: int, *stages: StageRecord, epochs: float = 3.0) -> Record:
     provenance = {"rows": {"train": 4000, "eval": 408}, "seed": seed, "weights": {"dense": f"hash {seed}"}}
-    recipe = {"model": "tiny", "data": {"task": "mrpc"}, "compress": {"epochs": epochs}}
+    recipe = spec_to_dict(RunConfig(model="tiny", data=DataSpec(task="mrpc")))
+    recipe["compress"]["epochs"] = epochs
     return Record(recipe, "f1", 81.22, provenance, list(stages))
 
 

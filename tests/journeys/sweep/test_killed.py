@@ -116,7 +116,7 @@ def test_the_front_is_what_no_other_beats(record: SweepRecord) -> None:
 
 
 def test_the_front_is_written_as_recipes_that_validate(folder: Path, spec: SweepSpec, record: SweepRecord) -> None:
-    written = sorted((folder / "front").iterdir())
+    written = sorted((folder / "front").glob("*.yaml"))
     assert [file.name for file in written] == [
         f"{place:02}-trial-{number}.yaml" for place, number in enumerate(record.front, start=1)
     ]
