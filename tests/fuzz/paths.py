@@ -147,9 +147,8 @@ def _plant(rng: random.Random, root: Path) -> None:
             else:
                 path.mkdir(parents=True, exist_ok=True)
             if kind in ("folder", "ours with a file"):
-                # In a folder of ours, "weights" would be our own file, which somebody wrote over.
-                names = ("thesis", "weights", "notes") if kind == "folder" else ("thesis", "notes", "poem")
-                (path / rng.choice(names)).write_text(f"{CONTENT} too", encoding="utf-8")
+                # Not "weights": in a folder of ours that would be our own file, which somebody wrote over.
+                (path / rng.choice(("thesis", "poem", "notes"))).write_text(f"{CONTENT} too", encoding="utf-8")
             if kind == "checkpoints":
                 mark(path, "model" if rng.random() < 0.5 else "checkpoints")
         except (OSError, OutputError):
