@@ -54,11 +54,14 @@ def test_layers_that_differ_are_refused(tmp_path: Path) -> None:
 
 def test_accelforge_maps_it(tmp_path: Path) -> None:
     accelforge = pytest.importorskip("accelforge")
-    write_accelforge(sequences(), SPECS, tmp_path)
-    latency = {}
-    for kept in (2, 8):
+    main = pytest.importorskip("accelforge.mapper.FFM.main")
+    metrics = pytest.importorskip("accelforge.frontend.mapper.metrics")
+    tokens = write_accelforge(sequences(), SPECS, tmp_path)["tokens"]
+    assert isinstance(tokens, int)
+    for kept in (2, 8):  # one multiplier, so that cycles are the multiplications
         spec = accelforge.Spec.from_yaml(
             accelforge.examples.arches.simple, tmp_path / FILE, jinja_parse_data={"KEPT": kept}
         )
-        latency[kept] = float(spec.map_workload_to_arch().latency())
-    assert 0 < latency[2] < latency[8]
+        spec.mapper.metrics = metrics.Metrics.LATENCY
+        found = main.map_workload_to_arch(spec, eval_in_detail=False, print_progress=False).data
+        assert float(found["Total<SEP>latency"].iloc[0]) == 2 * tokens * 16 * (tokens + kept)

@@ -41,10 +41,13 @@ def test_a_run_with_a_load_balance_draws_it(finished: Path, tmp_path: Path) -> N
 
 def test_the_table_has_every_layer_and_all_of_them() -> None:
     lines = lanes_markdown(RECORD).splitlines()
-    assert lines[0] == "| layer | 16 lanes: in order, packed, split, ideal | 32 lanes: in order, packed, split, ideal |"
-    assert lines[2] == "| 0 | 400, 200, 150, 100 | 200, 100, 75, 50 |"
-    assert lines[4] == "| all | 600, 320, 260, 200 | 300, 160, 130, 100 |"
-    assert lines[5] == "| lanes busy | 33%, 62%, 77% | 33%, 62%, 77% |"
+    assert (
+        lines[0]
+        == "| layer | 16 lanes: in order / packed / split / ideal | 32 lanes: in order / packed / split / ideal |"
+    )
+    assert lines[2] == "| 0 | 400 / 200 / 150 / 100 | 200 / 100 / 75 / 50 |"
+    assert lines[4] == "| all | 600 / 320 / 260 / 200 | 300 / 160 / 130 / 100 |"
+    assert lines[5] == "| lanes busy | 33% / 62% / 77% | 33% / 62% / 77% |"
 
 
 def test_nothing_counted_is_nothing_drawn() -> None:

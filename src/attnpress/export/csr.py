@@ -74,8 +74,8 @@ def packed_rows(sequences: Sequence[AttendedSequence]) -> Tensors:
 
     Returns:
         lengths, key_lengths int32 [sequences]; start int64 [rows + 1], key int32 and code uint8 [survivors]; v_codes
-        int8 [keys, D] and weighted int32 [rows, D], which holds sums of up to 66,311 keys. Rows are ordered by sequence, query head, query; keys by sequence,
-        key head, key; `key` counts from the first key of its sequence.
+        int8 [keys, D] and weighted int32 [rows, D], which holds sums of up to 66,311 keys. Rows are ordered by
+        sequence, query head, query; keys by sequence, key head, key; `key` counts from the first key of its sequence.
     """
     parts = [csr_of(one.codes.unsqueeze(0)) for one in sequences]
     counts = torch.cat([part["csr_start"].diff() for part in parts])

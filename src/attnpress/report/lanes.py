@@ -46,16 +46,16 @@ def lanes_markdown(record: LaneRecord) -> str:
     """Cycles of each layer and of all, for every number of lanes."""
     heads = ("in order", "packed", "split", "ideal")
     lines = [
-        "| layer | " + " | ".join(f"{lanes} lanes: {', '.join(heads)}" for lanes in record.lanes) + " |",
+        "| layer | " + " | ".join(f"{lanes} lanes: {' / '.join(heads)}" for lanes in record.lanes) + " |",
         "| --- |" + " --- |" * len(record.lanes),
     ]
     for number, layer in enumerate(record.layers):
-        cells = [", ".join(f"{count:,}" for count in _in_turn(layer.cycles[str(lanes)])) for lanes in record.lanes]
+        cells = [" / ".join(f"{count:,}" for count in _in_turn(layer.cycles[str(lanes)])) for lanes in record.lanes]
         lines.append(f"| {number} | " + " | ".join(cells) + " |")
-    totals = [", ".join(f"{record.total(lanes, each):,}" for each in (*WORDS, "ideal")) for lanes in record.lanes]
+    totals = [" / ".join(f"{record.total(lanes, each):,}" for each in (*WORDS, "ideal")) for lanes in record.lanes]
     lines.append("| all | " + " | ".join(totals) + " |")
     busy = [
-        ", ".join(f"{record.total(lanes, 'ideal') / max(1, record.total(lanes, each)):.0%}" for each in WORDS)
+        " / ".join(f"{record.total(lanes, 'ideal') / max(1, record.total(lanes, each)):.0%}" for each in WORDS)
         for lanes in record.lanes
     ]
     return "\n".join([*lines, "| lanes busy | " + " | ".join(busy) + " |"])
