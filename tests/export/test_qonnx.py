@@ -47,7 +47,7 @@ def test_qonnx_gives_the_bits_of_the_reference(name: str, tmp_path: Path) -> Non
 
 
 def test_other_bits_are_not_taken_for_the_reference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(file: Path, inputs: dict[str, np.ndarray]) -> dict[str, object]:  # type: ignore[type-arg]
+    def other(file: Path, inputs: dict[str, np.ndarray]) -> dict[str, object]:
         found = run_qonnx(file, inputs)
         found["quants"][3] = found["quants"][3] + 1
         return found

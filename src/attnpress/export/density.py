@@ -66,7 +66,8 @@ def tile_histogram(sequence: AttendedSequence, rows: int, keys: int) -> Tensor:
 
 def _tile_sums(mask: Tensor, rows: int, keys: int) -> Tensor:
     whole = mask[:, : mask.shape[1] // rows * rows, : mask.shape[2] // keys * keys].long()
-    return whole.unflatten(1, (-1, rows)).unflatten(-1, (-1, keys)).sum((2, 4)).flatten()
+    found: Tensor = whole.unflatten(1, (-1, rows)).unflatten(-1, (-1, keys)).sum((2, 4)).flatten()
+    return found
 
 
 def fits(histogram: Sequence[int], population: int, density: float) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def fits(histogram: Sequence[int], population: int, density: float) -> dict[str,
         "fixed": fixed(size, density),
         "hypergeometric": hypergeometric(size, max(population, size), marked),
     }
-    parameters = {
+    parameters: dict[str, dict[str, float]] = {
         "fixed": {"density": density},
         "hypergeometric": {"population": max(population, size), "survivors": marked},
     }

@@ -65,7 +65,9 @@ def sanger_row(sequence: AttendedSequence) -> SangerRow:
 
 def _vectors(mask: torch.Tensor) -> torch.Tensor:
     """Pairs in each vector of PORTS keys; int64 [H, rows, vectors]."""
-    return F.pad(mask.long(), (0, -mask.shape[-1] % PORTS)).unflatten(-1, (-1, PORTS)).sum(-1)
+    padded = F.pad(mask.long(), (0, -mask.shape[-1] % PORTS))
+    found: torch.Tensor = padded.unflatten(-1, (-1, PORTS)).sum(-1)
+    return found
 
 
 def write_sanger(sequences: Iterable[AttendedSequence], folder: Path) -> None:
