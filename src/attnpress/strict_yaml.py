@@ -1,6 +1,7 @@
 """YAML as recipes need it: small, without surprises, and with every fault named by its line.
 
-Scalars are read as YAML 1.2 has them: `no` is a text, and so are dates and `1:30`. What PyYAML writes is read back.
+Scalars are read as YAML 1.2 has them: `no` is a text, and so are dates and `1:30`. Every key is a text. What PyYAML
+writes is read back.
 """
 
 from __future__ import annotations
@@ -22,6 +23,19 @@ class YamlError(ValueError):
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Keys are texts, as in JSON: the 0 of `layers: {0: ...}` is "0"."""
+        self.flatten_mapping(node)
+        node.value = [(_as_text(key), value) for key, value in node.value]
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+def _as_text(key: yaml.Node) -> yaml.Node:
+    if not isinstance(key, yaml.ScalarNode):
+        return key
+    return yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
 
 
 def _resolve(tag: str, pattern: str, first: str) -> None:
