@@ -6,6 +6,7 @@ writes is read back.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -58,7 +59,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a document: plain data in which nothing is shared; None if it is empty.
 
     Raises:
-        YamlError: not YAML, a key that a mapping holds twice, a value that cannot be made, or too large or too deep.
+        YamlError: not YAML, a key that a mapping holds twice, a value that cannot be made, a number that is infinite or
+            NaN, or too large or too deep.
     """
     if len(text) > LARGEST:
         raise YamlError(f"longer than {LARGEST:,} characters, which no recipe is")
@@ -135,6 +137,8 @@ def _see_value(event: yaml.Event, line: int, around: list[_Open]) -> None:
 
 def _unshared(value: Any) -> Any:
     """A copy in which an anchor's value is another object wherever it is used: each can be overridden by itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise YamlError(f"a number that is {value}, which no recipe has")
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

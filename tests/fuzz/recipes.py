@@ -27,7 +27,7 @@ PATIENCE = 20.0
 
 LONGEST_MESSAGE = 20_000
 
-REGRESSIONS: list[int] = [*range(40), 55, 104, 607]
+REGRESSIONS: list[int] = [*range(40), 55, 104, 607, 332550738]
 """Seeds that are replayed as tests: some of every kind, and each that failed once."""
 
 
