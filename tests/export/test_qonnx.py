@@ -25,7 +25,8 @@ SPECS = {
         sparsity=0.5, q=FOUR, k=TensorSpec(bits=3, granularity="tensor"), v=FOUR, p=ProbsSpec(bits=5), smooth_key=True
     ),
     "unit": AttentionSpec(sparsity=0.7, rule="threshold", p=ProbsSpec(mode="unit", renormalize=True)),
-    "signed": AttentionSpec(sparsity=0.7, p=ProbsSpec(signed=True)),
+    "signed, tail mean": AttentionSpec(sparsity=0.7, p=ProbsSpec(signed=True), tail="mean"),
+    "tail linear": AttentionSpec(sparsity=0.7, tail="linear", tail_rank=2),
 }
 
 
@@ -60,7 +61,7 @@ def test_other_bits_are_not_taken_for_the_reference(tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("spec", "word"),
     [
-        (AttentionSpec(sparsity=0.7, tail="mean"), "tail 'mean'"),
+        (AttentionSpec(sparsity=0.7, rule="nm"), "rule 'nm'"),
         (AttentionSpec(sparsity=0.7, rule="mass"), "rule 'mass'"),
     ],
 )

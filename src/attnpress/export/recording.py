@@ -114,7 +114,8 @@ def _record_calls(name: str, module: CompressedAttention, calls: list[tuple[Tens
         _expect(name, "output", found.output, trained)
         if backend == "cpu":
             kernel = ops.compiled_integers(*call)
-            for part in ("q_codes", "row_max", "p_codes", "code_sum", "weighted", "output"):
+            tailed = [part for part in kernel if part.startswith("tail_")]
+            for part in ("q_codes", "row_max", "p_codes", "code_sum", "weighted", "output", *tailed):
                 _expect(name, part, getattr(found, part), kernel[part])
         calls.append((_tensors(name, found, call, real.pop()), call))
         return trained
