@@ -84,7 +84,8 @@ def graph_attention(coder: Coder) -> Attend:
             key = smooth_key(key, key_validity(valid))
         # Each tensor is coded last of all, right before its product: runtimes look for codes there.
         q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8)
-        k = coder(repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads).mT, torch.int8)
+        keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
+        k = coder(keys.mT, torch.int8)
         v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8)
         alpha = score_step(q_scale, scales.k, scaling, heads)
         pairs = prune_and_code(q @ k, valid, alpha, cutoff, spec)
@@ -93,7 +94,8 @@ def graph_attention(coder: Coder) -> Attend:
         tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
         if tail is not None:
             tail = _for_each_query_head(tail, heads)
-            scored = scored_codes(q, k.mT, spec, tail)
+            # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.
+            scored = scored_codes(q, keys.round(), spec, tail)
             sums = sum_tail(pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax)
             weighted, divisor = with_tail(weighted, divisor, sums, score_steps(alpha, tail, heads))
         return weighted * repeat_heads(scales.v, heads) / divisor
