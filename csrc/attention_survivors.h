@@ -217,32 +217,37 @@ template <class I> class Survivors {
     // Below 2^15 * 2^16.
     ATTN_INLINE int32_t slack_sum(const Row& row) const { return I::sum_shorts(slack_ + row.first, row.count); }
 
-    // Scores of a row's survivors as the directions see them; returns their sum.
-    ATTN_INLINE int64_t score(const Job<I>& job, const Head<I>& unit, const Row& row, const int16_t* query, int32_t* scores) const {
-        int64_t sum = 0;
-        for (int64_t i = 0; i < row.count; i += 4) {
-            const int64_t last = row.count - 1;
-            const uint16_t* keys = keys_ + row.first;
+    // Scores of a row's survivors as the directions see them.
+    ATTN_INLINE void score(const Job<I>& job, const Head<I>& unit, const Row& row, const int16_t* query, int32_t* scores) const {
+        const uint16_t* keys = keys_ + row.first;
+        for (int i = 0; i < row.count; i += 4) {
             const int16_t* from[4];
-            for (int g = 0; g < 4; ++g) from[g] = unit.seen + keys[least<int64_t>(i + g, last)] * job.seen_width;
+            for (int g = 0; g < 4; ++g) {
+                // Vectors of zeros end the lists, or the next row's keys follow; scalars end nothing.
+                const int place = I::LANES > 1 ? i + g : least(i + g, row.count - 1);
+                from[g] = unit.seen + keys[place] * job.seen_width;
+            }
             int32_t four[4];
             I::dot_four(query, from, job.seen_width, four);
             std::memcpy(scores + i, four, sizeof(four));
         }
-        for (int64_t i = 0; i < row.count; ++i) sum += scores[i];
-        return sum;
     }
 
-    // Raised scores as SCORE_BYTES lists of codes; what fills a group up gets 0. Rows come in order: a vector reaches into the next.
-    ATTN_INLINE void code_scores(const Row& row, const int32_t* scores) {
-        const auto zero = I::set1(0), low = I::set1(255), offset = I::set1(SCORE_OFFSET);
-        for (int64_t i = 0; i < round_up(row.count, I::VALUE_GROUP); i += I::LANES) {
+    // Raised scores as SCORE_BYTES lists of codes; what fills a group up gets 0. Returns the sum of the scores. Rows come in order: a
+    // vector reaches into the next.
+    ATTN_INLINE int64_t code_scores(const Row& row, const int32_t* scores) {
+        const auto low = I::set1(255), offset = I::set1(SCORE_OFFSET);
+        int64_t sum = -static_cast<int64_t>(row.count) * SCORE_OFFSET;
+        for (int i = 0; i < row.count; i += I::LANES) {
             const int64_t at = row.first + i;
-            const auto raised = I::select_le(zero, I::load_short(slack_ + at), I::add(I::load(scores + i), offset));
+            const auto inside = I::set1(row.count - 1 - i);
+            const auto raised = I::select_le(I::iota(), inside, I::add(I::load(scores + i), offset));
+            sum += I::total(raised);
             I::store_code(codes_ + room_ + at, I::band(raised, low));
             I::store_code(codes_ + 2 * room_ + at, I::band(I::template shr<8>(raised), low));
             I::store_code(codes_ + 3 * room_ + at, I::template shr<16>(raised));
         }
+        return sum;
     }
 
   private:

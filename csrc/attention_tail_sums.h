@@ -112,8 +112,10 @@ void slopes_of(const Job<I>& job, const Matrix<I>& matrix, const RowSlope& row, 
 // LANES of X modulo 2^32, from sums over survivors: of `bytes` bytes of their scores, and of 1.
 template <class I> class ShortSlopes {
   public:
+    ShortSlopes() = default;  // of no slopes
     ShortSlopes(const Matrix<I>& matrix, const RowSlope& row)
-        : applied_(row.applied), columns_(matrix.columns), planes_(matrix.planes), common_(I::set1(static_cast<int32_t>(static_cast<uint64_t>(-matrix.bias() * row.query_sum)))),
+        : applied_(row.applied), columns_(matrix.columns), planes_(matrix.planes),
+          common_(I::set1(static_cast<int32_t>(static_cast<uint64_t>(-matrix.bias() * row.query_sum)))),
           offset_(I::set1(row.offset)) {}
     template <int BYTES, class Bytes> ATTN_INLINE typename I::I32 at(int64_t d, typename I::I32 present, Bytes bytes) const {
         typename I::I32 x = I::sub(common_, I::mullo(offset_, present));
@@ -124,10 +126,10 @@ template <class I> class ShortSlopes {
     }
 
   private:
-    const int32_t* applied_;
-    int64_t columns_;
-    int planes_;
-    typename I::I32 common_, offset_;
+    const int32_t* applied_ = nullptr;
+    int64_t columns_ = 0;
+    int planes_ = 0;
+    typename I::I32 common_ = I::set1(0), offset_ = I::set1(0);
 };
 
 // The tails of a pass whose rows have their survivors, and its output.
@@ -201,8 +203,8 @@ template <class I> class PassTails {
         auto* scores = scratch_.projected.template get<int32_t>(unit_.padded + 64);
         RowTail& tail = tails_[r];
         RowSlope& slope = slopes_[r];
-        tail.score = -survivors_.score(job_, unit_, row, seen_ + r * stride_, scores);
-        survivors_.code_scores(row, scores);
+        survivors_.score(job_, unit_, row, seen_ + r * stride_, scores);
+        tail.score = -survivors_.code_scores(row, scores);
         slope.query_sum = 0;
         slope.offset = -SCORE_OFFSET;
         for (int64_t i = 0; i < stride_; ++i) {
@@ -225,7 +227,7 @@ template <class I> class PassTails {
     // P lists of codes: those of P, and bytes of scores.
     template <int P> void emit_row(int64_t r) {
         const Row& row = rows_[r];
-        const ShortSlopes<I> slopes(sums_.slopes, slopes_[r]);
+        const ShortSlopes<I> slopes = P > 1 ? ShortSlopes<I>(sums_.slopes, slopes_[r]) : ShortSlopes<I>();
         if (job_.width != job_.W || job_.a.dim != job_.W || job_.a.trace != nullptr || !slopes_[r].is_short) return emit_stored<P>(r, slopes);
         typename I::I32 acc[P + 1][I::COLS];  // usual: all in registers
         const int32_t code_sum = survivors_.template weigh_in_registers<P>(job_, unit_, row, acc);

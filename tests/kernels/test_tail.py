@@ -160,7 +160,9 @@ def spoiled(case: Case, part: str, value: Any) -> Case:
     assert tail.directions is not None
     whole = {"lift": tail.lift, **vars(tail.directions)}
     x = whole[part].clone()
-    whole[part] = value if isinstance(value, torch.Tensor) else x.flatten().index_fill(0, torch.tensor(1), value).view(x.shape)
+    whole[part] = (
+        value if isinstance(value, torch.Tensor) else x.flatten().index_fill(0, torch.tensor(1), value).view(x.shape)
+    )
     lift = whole.pop("lift")
     return case.with_(scales=dataclasses.replace(case.scales, tail=Tail(lift, Directions(**whole))))
 
@@ -173,7 +175,9 @@ def spoiled(case: Case, part: str, value: Any) -> Case:
      ("key", math.inf), ("key", torch.zeros(2, 16, 2)), ("offset", 2.0**21), ("offset", torch.zeros(4, 3)),
      ("step", math.nan), ("step", -1.0), ("step", torch.zeros(2, dtype=torch.float64))],
 )  # fmt: skip
-def test_what_no_calibration_gives_is_refused_in_the_words_of_the_reference(part: str, value: Any, rule: RuleName) -> None:
+def test_what_no_calibration_gives_is_refused_in_the_words_of_the_reference(
+    part: str, value: Any, rule: RuleName
+) -> None:
     case = make_case((1, 4, 2, 5, 9, 16), make_spec("linear", 3, rule=rule), cutoff=2.0)
     case = spoiled(case, part, value)
     said = []

@@ -131,7 +131,9 @@ def check_tail(tail: Tail, query: Tensor, key: Tensor, *, values: bool = True) -
         return
     rank = found.query.shape[-1] if found.query.dim() == 3 else 0
     if not 1 <= rank <= LARGEST_RANK:
-        raise ValueError(f"tail query: directions [Hkv, D, 1 to {LARGEST_RANK}] are needed, found {_described(found.query)}")
+        raise ValueError(
+            f"tail query: directions [Hkv, D, 1 to {LARGEST_RANK}] are needed, found {_described(found.query)}"
+        )
     for name in ("query", "key"):
         bounds = (-DIRECTION_MAX, DIRECTION_MAX)
         _check_whole(name, getattr(found, name), (kv_heads, dim, rank), bounds, query.device, values)

@@ -96,7 +96,9 @@ def graph_attention(coder: Coder) -> Attend:
             tail = _for_each_query_head(tail, heads)
             # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.
             scored = scored_codes(q, keys.round(), spec, tail)
-            sums = sum_tail(pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax)
+            sums = sum_tail(
+                pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax
+            )
             weighted, divisor = with_tail(weighted, divisor, sums, score_steps(alpha, tail, heads))
         return weighted * repeat_heads(scales.v, heads) / divisor
 
