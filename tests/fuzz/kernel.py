@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -32,21 +30,6 @@ RANKS = (1, 2, 4, 8, 8, 13, 32, 256)
 RULES: tuple[RuleName, ...] = ("relative", "relative", "relative", "threshold", "topk")
 REGRESSIONS: list[int] = [*range(16), 117]
 """Seeds that are replayed as tests: a sample of all kinds of calls, and each that failed once."""
-
-
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Replay one seed after another for so long.
-
-    Returns:
-        How many calls there were, of which kinds; a failure raises, and its message names the seed.
-    """
-    counts: Counter[str] = Counter(calls=0, packed=0, targets=len(cpu.supported_targets()))
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        counts["calls"] += 1
-        counts[replay(seed)] += 1
-        seed += 1
-    return dict(counts)
 
 
 def replay(seed: int) -> str:
