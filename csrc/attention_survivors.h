@@ -39,11 +39,10 @@ ATTN_INLINE int32_t gather_to(const typename I::Value* values, int64_t width, co
     return sum;
 }
 
-// The same for P lists of codes at once, `plane` apart, and for a 1 wherever the first has a code: to[P + 1][width]; returns
-// the sum of the first. T tiles of W columns at a time.
+// The same for P lists of codes at once, `plane` apart, and in acc[P] for a 1 wherever the first has a code; returns the sum
+// of the first.
 template <class I, int P, int T>
-ATTN_INLINE int32_t gather_planes(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, int32_t* to) {
-    typename I::I32 acc[P + 1][T * I::COLS];
+ATTN_INLINE int32_t gather_planes(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, typename I::I32 (&acc)[P + 1][T * I::COLS]) {
 #pragma GCC unroll 8
     for (int p = 0; p <= P; ++p) {
 #pragma GCC unroll 16
@@ -71,21 +70,28 @@ ATTN_INLINE int32_t gather_planes(const typename I::Value* values, int64_t width
             }
         }
     }
+    return I::first(sum);
+}
+
+template <class I, int P, int T>
+ATTN_INLINE int32_t gather_planes_to(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, int32_t* to) {
+    typename I::I32 acc[P + 1][T * I::COLS];
+    const int32_t sum = gather_planes<I, P, T>(values, width, keys, codes, plane, count, acc);
 #pragma GCC unroll 8
     for (int p = 0; p <= P; ++p) {
 #pragma GCC unroll 16
         for (int c = 0; c < T * I::COLS; ++c) I::store(to + p * width + c * I::LANES, acc[p][c]);
     }
-    return I::first(sum);
+    return sum;
 }
 
 template <class I, int P> int32_t weigh_planes(const Job<I>& job, const typename I::Value* values, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, int32_t* to) {
     constexpr int T = I::SUMS / ((P + 1) * I::COLS) >= 2 ? 2 : 1;
     int32_t sum = 0;
     int64_t d = 0;
-    for (; d + T * job.W <= job.width; d += T * job.W) sum = gather_planes<I, P, T>(values + d, job.width, keys, codes, plane, count, to + d);
+    for (; d + T * job.W <= job.width; d += T * job.W) sum = gather_planes_to<I, P, T>(values + d, job.width, keys, codes, plane, count, to + d);
     if constexpr (T > 1) {
-        if (d < job.width) sum = gather_planes<I, P, 1>(values + d, job.width, keys, codes, plane, count, to + d);
+        if (d < job.width) sum = gather_planes_to<I, P, 1>(values + d, job.width, keys, codes, plane, count, to + d);
     }
     return sum;
 }
@@ -203,28 +209,45 @@ template <class I> class Survivors {
         return weigh_planes<I, P>(job, unit.values, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
     }
 
-    int32_t slack_sum(const Row& row) const {
-        int32_t sum = 0;  // below 2^15 * 2^16
-        for (int64_t i = row.first; i < row.first + row.count; ++i) sum += slack_[i];
-        return sum;
+    // The same, with sums in registers, where values are one tile wide.
+    template <int P> ATTN_INLINE int32_t weigh_in_registers(const Job<I>& job, const Head<I>& unit, const Row& row, typename I::I32 (&sums)[P + 1][I::COLS]) const {
+        return gather_planes<I, P, 1>(unit.values, job.width, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
     }
 
-    // Scores of a row's survivors as the directions see them: their bytes, and what they and their magnitudes add up to.
-    void score(const Job<I>& job, const Head<I>& unit, const Row& row, const int16_t* query, int64_t& sum, int64_t& magnitude) {
-        sum = magnitude = 0;
-        const int64_t end = row.first + row.count;
-        for (int64_t i = row.first; i < end; i += 4) {
+    // Below 2^15 * 2^16.
+    ATTN_INLINE int32_t slack_sum(const Row& row) const { return I::sum_shorts(slack_ + row.first, row.count); }
+
+    // Scores of a row's survivors as the directions see them.
+    ATTN_INLINE void score(const Job<I>& job, const Head<I>& unit, const Row& row, const int16_t* query, int32_t* scores) const {
+        const uint16_t* keys = keys_ + row.first;
+        for (int i = 0; i < row.count; i += 4) {
             const int16_t* from[4];
-            for (int g = 0; g < 4; ++g) from[g] = unit.seen + keys_[least<int64_t>(i + g, end - 1)] * job.seen_width;
-            int32_t scores[4];
-            I::dot_four(query, from, job.seen_width, scores);
-            for (int64_t j = i; j < i + 4; ++j) {
-                const int32_t one = j < end ? scores[j - i] : 0, raised = j < end ? one + SCORE_OFFSET : 0;
-                sum += one;
-                magnitude += one < 0 ? -one : one;
-                for (int byte = 0; byte < SCORE_BYTES; ++byte) codes_[(1 + byte) * room_ + j] = static_cast<typename I::Prob>(raised >> (8 * byte) & 255);
+            for (int g = 0; g < 4; ++g) {
+                // Vectors of zeros end the lists, or the next row's keys follow; scalars end nothing.
+                const int place = I::LANES > 1 ? i + g : least(i + g, row.count - 1);
+                from[g] = unit.seen + keys[place] * job.seen_width;
             }
+            int32_t four[4];
+            I::dot_four(query, from, job.seen_width, four);
+            std::memcpy(scores + i, four, sizeof(four));
         }
+    }
+
+    // Raised scores as SCORE_BYTES lists of codes; what fills a group up gets 0. Returns the sum of the scores. Rows come in order: a
+    // vector reaches into the next.
+    ATTN_INLINE int64_t code_scores(const Row& row, const int32_t* scores) {
+        const auto low = I::set1(255), offset = I::set1(SCORE_OFFSET);
+        int64_t sum = -static_cast<int64_t>(row.count) * SCORE_OFFSET;
+        for (int i = 0; i < row.count; i += I::LANES) {
+            const int64_t at = row.first + i;
+            const auto inside = I::set1(row.count - 1 - i);
+            const auto raised = I::select_le(I::iota(), inside, I::add(I::load(scores + i), offset));
+            sum += I::total(raised);
+            I::store_code(codes_ + room_ + at, I::band(raised, low));
+            I::store_code(codes_ + 2 * room_ + at, I::band(I::template shr<8>(raised), low));
+            I::store_code(codes_ + 3 * room_ + at, I::template shr<16>(raised));
+        }
+        return sum;
     }
 
   private:

@@ -91,138 +91,197 @@ template <class I> const HeadSums<I>& head_sums(const Job<I>& job, const Head<I>
     return sums;
 }
 
-// What `linear` needs of one row beyond its tail: how its query sees keys, and its survivors' scores.
+// What `linear` needs of one row beyond its tail: its query times the slopes of the head, and the offset of its survivors' scores.
 struct RowSlope {
-    const int32_t* applied;     // from `apply`, with the slopes of the head
-    int64_t query_sum;          // of the codes that were applied
-    int64_t query_magnitude;    // and of their magnitudes
-    int64_t survivors;          // sum of magnitudes of the survivors' scores
-    int32_t offset;             // what bytes of scores lack
+    const int32_t* applied = nullptr;  // digits, from `apply`
+    int64_t query_sum = 0;             // of the codes that were applied
+    int32_t offset = 0;                // what the bytes of scores lack
+    bool is_short = true;              // X fits 32 bits
 };
 
-// X of a row, modulo the range of Whole, an unsigned type.
-template <class Whole, class I>
-void slopes_of(const Job<I>& job, const Matrix<I>& matrix, const RowSlope& row, const int32_t* survivors, int bytes, Whole* to) {
+// X of a row, exact.
+template <class I>
+void slopes_of(const Job<I>& job, const Matrix<I>& matrix, const RowSlope& row, const int32_t* survivors, int bytes, int64_t* to) {
     const int64_t width = job.width;
-    const int32_t* present = survivors + (1 + bytes) * width;
-    const auto common = static_cast<Whole>(-matrix.bias() * row.query_sum), offset = static_cast<Whole>(static_cast<int64_t>(row.offset));
-    for (int64_t d = 0; d < width; ++d) to[d] = common - offset * static_cast<Whole>(static_cast<int64_t>(present[d]));
-    for (int p = 0; p < matrix.planes; ++p) {
-        const int32_t* digit = row.applied + p * matrix.columns;
-        for (int64_t d = 0; d < width; ++d) to[d] += static_cast<Whole>(static_cast<int64_t>(digit[d])) << (I::DIGIT_BITS * p);
-    }
-    for (int byte = 0; byte < bytes; ++byte) {
-        const int32_t* own = survivors + (1 + byte) * width;
-        for (int64_t d = 0; d < width; ++d) to[d] -= static_cast<Whole>(static_cast<int64_t>(own[d])) << (8 * byte);
+    for (int64_t d = 0; d < width; ++d) {
+        to[d] = entry_of(matrix, row.applied, d, row.query_sum) - static_cast<int64_t>(row.offset) * survivors[(1 + bytes) * width + d];
+        for (int byte = 0; byte < bytes; ++byte) to[d] -= survivors[(1 + byte) * width + d] * (int64_t{1} << (8 * byte));
     }
 }
+
+// LANES of X modulo 2^32, from sums over survivors: of `bytes` bytes of their scores, and of 1.
+template <class I> class ShortSlopes {
+  public:
+    ShortSlopes() = default;  // of no slopes
+    ShortSlopes(const Matrix<I>& matrix, const RowSlope& row)
+        : applied_(row.applied), columns_(matrix.columns), planes_(matrix.planes),
+          common_(I::set1(static_cast<int32_t>(static_cast<uint64_t>(-matrix.bias() * row.query_sum)))),
+          offset_(I::set1(row.offset)) {}
+    template <int BYTES, class Bytes> ATTN_INLINE typename I::I32 at(int64_t d, typename I::I32 present, Bytes bytes) const {
+        typename I::I32 x = I::sub(common_, I::mullo(offset_, present));
+        for (int p = 0; p < planes_; ++p) x = I::add(x, I::sllv(I::load(applied_ + p * columns_ + d), I::set1(I::DIGIT_BITS * p)));
+#pragma GCC unroll 4
+        for (int byte = 0; byte < BYTES; ++byte) x = I::sub(x, I::sllv(bytes(byte), I::set1(8 * byte)));
+        return x;
+    }
+
+  private:
+    const int32_t* applied_ = nullptr;
+    int64_t columns_ = 0;
+    int planes_ = 0;
+    typename I::I32 common_ = I::set1(0), offset_ = I::set1(0);
+};
 
 // The tails of a pass whose rows have their survivors, and its output.
 template <class I> class PassTails {
   public:
-    PassTails(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, int64_t count, Survivors<I>& survivors, Scratch<I>& scratch)
-        : job_(job), unit_(unit), survivors_(survivors), sums_(head_sums(job, unit, scratch)) {
-        const int64_t width = job.width;
-        left_ = as_left<I>(codes, count * width, scratch);
-        of_keys_ = scratch.mapped.template get<int32_t>(count * sums_.keys.line());
-        apply<I, 8>(sums_.keys, left_, width, count, of_keys_);
-        if (job.a.tail.kind != TailKind::linear) return;
-        of_slopes_ = scratch.raw.template get<int32_t>(count * sums_.slopes.line());
-        if (!job.directed) {
-            stride_ = width;
-            apply<I, 8>(sums_.slopes, left_, stride_, count, of_slopes_);
-            return;
-        }
-        stride_ = job.seen_width;
-        seen_ = scratch.slopes.template get<int16_t>(count * stride_ + 64);
-        project(job, of_head(job.query_map, unit.kv_head), codes, count, nullptr, seen_, scratch);
-        auto* narrow = scratch.planes.template get<typename I::Left>(count * stride_);
-        for (int64_t i = 0; i < count * stride_; ++i) narrow[i] = static_cast<typename I::Left>(seen_[i]);
-        left_ = narrow;
-        apply<I, 8>(sums_.slopes, left_, stride_, count, of_slopes_);
+    PassTails(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Survivors<I>& survivors, Scratch<I>& scratch)
+        : job_(job), unit_(unit), rows_(rows), count_(count), survivors_(survivors), scratch_(scratch), sums_(head_sums(job, unit, scratch)) {
+        left_ = as_left<I>(codes, count * job.width, scratch);
+        stride_ = job.width;
+        sum_rows();
+        if (job.a.tail.kind == TailKind::mean) return;
+        if (job.directed) see_queries(codes);
+        auto* applied = scratch.raw.template get<int32_t>(count * sums_.slopes.line());
+        apply<I, 8>(sums_.slopes, left_, stride_, count, applied);
+        for (int64_t r = 0; r < count; ++r) slopes_[r].applied = applied + r * sums_.slopes.line();
     }
 
-    void emit_row(Row& row, int64_t r) {
-        const int32_t* of_keys = of_keys_ + r * sums_.keys.line();
-        const int64_t query_sum = of_keys[1], seen = entry_of(sums_.keys, of_keys, 0, query_sum);
-        const int64_t top = row.max - I::KEY_OFFSET * query_sum, slack = survivors_.slack_sum(row);
-        RowTail tail;
-        tail.count = unit_.count - row.count;
-        tail.distance = unit_.count * top - seen - (static_cast<int64_t>(row.count) * row.cut - slack);
-        if (job_.a.tail.kind == TailKind::mean) return emit<1>(row, tail, nullptr);
-        RowSlope slope{of_slopes_ + r * sums_.slopes.line(), query_sum, 0, 0, 0};
-        const auto* left = left_ + r * stride_;
-        for (int64_t i = 0; i < stride_; ++i) slope.query_magnitude += left[i] < 0 ? -left[i] : left[i];
-        if (!job_.directed) {
-            slope.offset = static_cast<int32_t>(top) - row.cut;
-            slope.survivors = static_cast<int64_t>(row.count) * (slope.offset < 0 ? -slope.offset : slope.offset) + slack;
-            tail.score = seen - (static_cast<int64_t>(row.count) * slope.offset + slack);
-            return emit<3>(row, tail, &slope);
+    void emit() {
+        if (job_.a.tail.kind == TailKind::linear) {
+            for (int64_t r = 0; r < count_; ++r) job_.directed ? score_seen(r) : score_whole(r);
         }
-        int64_t scores;
-        survivors_.score(job_, unit_, row, seen_ + r * stride_, scores, slope.survivors);
-        slope.offset = -SCORE_OFFSET;
-        slope.query_sum = 0;
-        for (int64_t i = 0; i < stride_; ++i) {
-            slope.query_sum += left[i];
-            tail.score += static_cast<int64_t>(left[i]) * sums_.seen[i];
+        find_levels(job_, unit_, rows_, tails_, count_);
+        for (int64_t r = 0; r < count_; ++r) {
+            if (job_.a.tail.kind == TailKind::mean) emit_row<1>(r); else if (job_.directed) emit_row<1 + SCORE_BYTES>(r); else emit_row<3>(r);
         }
-        tail.score -= scores;
-        emit<1 + SCORE_BYTES>(row, tail, &slope);
     }
 
   private:
+    // What follows from the sums of keys: g and T, and the parts of Y and X for which queries are taken as they are.
+    void sum_rows() {
+        auto* of_keys = scratch_.mapped.template get<int32_t>(count_ * sums_.keys.line());
+        apply<I, 8>(sums_.keys, left_, stride_, count_, of_keys);
+        for (int64_t r = 0; r < count_; ++r) {
+            const Row& row = rows_[r];
+            const int32_t* applied = of_keys + r * sums_.keys.line();
+            const int64_t query_sum = applied[1], seen = entry_of(sums_.keys, applied, 0, query_sum);
+            const int64_t top = row.max - I::KEY_OFFSET * query_sum;
+            slack_[r] = survivors_.slack_sum(row);
+            tails_[r].count = unit_.count - row.count;
+            tails_[r].distance = unit_.count * top - seen - (static_cast<int64_t>(row.count) * row.cut - slack_[r]);
+            tails_[r].score = seen;
+            slopes_[r].query_sum = query_sum;
+            slopes_[r].offset = static_cast<int32_t>(top) - row.cut;
+        }
+    }
+
+    // From here on queries are what the directions see of them.
+    void see_queries(const typename I::Query* codes) {
+        stride_ = job_.seen_width;
+        seen_ = scratch_.slopes.template get<int16_t>(count_ * stride_ + 64);
+        project(job_, of_head(job_.query_map, unit_.kv_head), codes, count_, nullptr, seen_, scratch_);
+        if constexpr (std::is_same_v<typename I::Left, int16_t>) {
+            left_ = seen_;
+        } else {
+            auto* narrow = scratch_.planes.template get<typename I::Left>(count_ * stride_ + 64);
+            for (int64_t i = 0; i < count_ * stride_; ++i) narrow[i] = static_cast<typename I::Left>(seen_[i]);
+            left_ = narrow;
+        }
+    }
+
+    // Y, and the offset of scores that are those of the row, whose slack is their bytes.
+    void score_whole(int64_t r) {
+        const int64_t count = rows_[r].count, offset = slopes_[r].offset;
+        tails_[r].score -= count * offset + slack_[r];
+        note_reach(r, count * (offset < 0 ? -offset : offset) + slack_[r]);
+    }
+
+    // The same where scores are what the directions see.
+    void score_seen(int64_t r) {
+        const Row& row = rows_[r];
+        auto* scores = scratch_.projected.template get<int32_t>(unit_.padded + 64);
+        RowTail& tail = tails_[r];
+        RowSlope& slope = slopes_[r];
+        survivors_.score(job_, unit_, row, seen_ + r * stride_, scores);
+        tail.score = -survivors_.code_scores(row, scores);
+        slope.query_sum = 0;
+        slope.offset = -SCORE_OFFSET;
+        for (int64_t i = 0; i < stride_; ++i) {
+            slope.query_sum += left_[r * stride_ + i];
+            tail.score += static_cast<int64_t>(left_[r * stride_ + i]) * sums_.seen[i];
+        }
+        note_reach(r, row.count * (MOST_SEEN * MOST_SEEN * job_.a.tail.rank));
+    }
+
+    // Whether X fits 32 bits: it is at most the largest slope times the magnitudes of the query's codes, and 127 times those of the
+    // survivors' scores.
+    ATTN_INLINE void note_reach(int64_t r, int64_t survivors) {
+        const int64_t room = INT32_MAX - 127 * survivors;
+        if (sums_.largest * MOST_SEEN * job_.a.tail.rank < room) return;
+        int64_t magnitude = 0;
+        for (int64_t i = 0; i < stride_; ++i) magnitude += left_[r * stride_ + i] < 0 ? -left_[r * stride_ + i] : left_[r * stride_ + i];
+        slopes_[r].is_short = sums_.largest * magnitude < room;
+    }
+
     // P lists of codes: those of P, and bytes of scores.
-    template <int P> void emit(Row& row, RowTail& tail, const RowSlope* slope) {
+    template <int P> void emit_row(int64_t r) {
+        const Row& row = rows_[r];
+        const ShortSlopes<I> slopes = P > 1 ? ShortSlopes<I>(sums_.slopes, slopes_[r]) : ShortSlopes<I>();
+        if (job_.width != job_.W || job_.a.dim != job_.W || job_.a.trace != nullptr || !slopes_[r].is_short) return emit_stored<P>(r, slopes);
+        typename I::I32 acc[P + 1][I::COLS];  // usual: all in registers
+        const int32_t code_sum = survivors_.template weigh_in_registers<P>(job_, unit_, row, acc);
+        const TailedOutput<I> output(job_, row, tails_[r], code_sum);
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) {
+            const int64_t d = c * I::LANES;
+            const auto values = I::to_float(I::sub(I::load(sums_.values + d), acc[P][c]));
+            I::storef(row.output + d, output(d, I::to_float(acc[0][c]), values, [&] {
+                return I::to_float(slopes.template at<P - 1>(d, acc[P][c], [&](int byte) { return acc[1 + byte][c]; }));
+            }));
+        }
+    }
+
+    template <int P> __attribute__((noinline)) void emit_stored(int64_t r, const ShortSlopes<I>& slopes) {
         const int64_t width = job_.width;
+        const Row& row = rows_[r];
         alignas(64) int32_t survivors[(P + 1) * (MAX_DIM + 64)];
-        alignas(64) float slopes[MAX_DIM + 64];
+        int64_t exact[MAX_DIM + 64] = {};
+        alignas(64) float wide[MAX_DIM + 64];
         const int32_t code_sum = survivors_.template weigh<P>(job_, unit_, row, survivors);
         const int32_t *present = survivors + P * width, *values = sums_.values;
-        find_level(job_, unit_, row, tail);
-        if constexpr (P > 1) find_slopes(*slope, survivors, P - 1, slopes);
-        emit_tailed(job_, row, tail, code_sum, [&](int64_t d) { return I::to_float(I::load(survivors + d)); },
+        const bool is_short = slopes_[r].is_short;
+        if (P > 1 && (!is_short || job_.a.trace != nullptr)) {
+            slopes_of(job_, sums_.slopes, slopes_[r], survivors, P - 1, exact);
+            for (int64_t d = 0; d < width; ++d) wide[d] = static_cast<float>(exact[d]);
+        }
+        emit_tailed(job_, row, tails_[r], code_sum, [&](int64_t d) { return I::to_float(I::load(survivors + d)); },
                     [&](int64_t d) { return I::to_float(I::sub(I::load(values + d), I::load(present + d))); },
                     [&](int64_t d) {
-                        if constexpr (P > 1) return I::loadf(slopes + d); else return I::set1f(0.0f);
+                        if constexpr (P == 1) return I::set1f(0.0f);
+                        if (!is_short) return I::loadf(wide + d);
+                        return I::to_float(slopes.template at<P - 1>(d, I::load(present + d), [&](int byte) { return I::load(survivors + (1 + byte) * width + d); }));
                     });
         if (job_.a.trace == nullptr) return;
         record_row(job_, row, survivors, nullptr, code_sum);
         survivors_.record_codes(job_, unit_, row);
-        uint64_t exact[MAX_DIM + 64] = {};
-        if constexpr (P > 1) slopes_of(job_, sums_.slopes, *slope, survivors, P - 1, exact);
-        record_tail(job_, row, tail, [&](int64_t d) { return values[d] - present[d]; }, [&](int64_t d) { return static_cast<int64_t>(exact[d]); });
-    }
-
-    // float32(X), which 32 bits hold unless codes are far larger than usual.
-    void find_slopes(const RowSlope& row, const int32_t* survivors, int bytes, float* to) const {
-        const int64_t width = job_.width, reach = sums_.largest * row.query_magnitude + 127 * row.survivors;
-        if (reach < INT32_MAX) {
-            uint32_t whole[MAX_DIM + 64];
-            slopes_of(job_, sums_.slopes, row, survivors, bytes, whole);
-            for (int64_t d = 0; d < width; ++d) to[d] = static_cast<float>(static_cast<int32_t>(whole[d]));
-        } else {
-            uint64_t whole[MAX_DIM + 64];
-            slopes_of(job_, sums_.slopes, row, survivors, bytes, whole);
-            for (int64_t d = 0; d < width; ++d) to[d] = static_cast<float>(static_cast<int64_t>(whole[d]));
-        }
+        record_tail(job_, row, tails_[r], [&](int64_t d) { return values[d] - present[d]; }, [&](int64_t d) { return exact[d]; });
     }
 
     const Job<I>& job_;
     const Head<I>& unit_;
+    Row* rows_;
+    int64_t count_;
     Survivors<I>& survivors_;
+    Scratch<I>& scratch_;
     const HeadSums<I>& sums_;
     const typename I::Left* left_;
     int16_t* seen_ = nullptr;
-    int32_t *of_keys_, *of_slopes_ = nullptr;
-    int64_t stride_ = 0;
+    int64_t stride_;
+    RowTail tails_[Job<I>::PASS];
+    RowSlope slopes_[Job<I>::PASS];
+    int64_t slack_[Job<I>::PASS];
 };
-
-template <class I>
-void emit_tails(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Survivors<I>& survivors, Scratch<I>& scratch) {
-    PassTails<I> tails(job, unit, codes, count, survivors, scratch);
-    for (int64_t r = 0; r < count; ++r) tails.emit_row(rows[r], r);
-}
 
 }  // namespace
 }  // namespace attnpress

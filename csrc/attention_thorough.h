@@ -231,6 +231,7 @@ void emit_thorough_tails(const Job<I>& job, const Head<I>& unit, const typename 
         }
         tails[r] = rest_of_row(job, rows[r], scores + r * padded, own, offset, begin, end, probs + r * padded, rest + r * padded, plane);
     }
+    find_levels(job, unit, rows, tails, R);
     weigh_wide<I, R>(job, unit, probs, begin, end, dense, scratch, weighted, wide);
     for (int p = 0; p < planes; ++p) {
         weigh_wide<I, R>(job, unit, rest + p * plane, begin, end, true, scratch, weighted, wide + (1 + p) * R * width);
@@ -242,7 +243,6 @@ void emit_thorough_tails(const Job<I>& job, const Head<I>& unit, const typename 
             slopes[d] = -int64_t{SCORE_OFFSET} * values[d];
             for (int p = 1; p < planes; ++p) slopes[d] += values[p * R * width + d] * (int64_t{1} << (8 * (p - 1)));
         }
-        find_level(job, unit, rows[r], tails[r]);
         alignas(64) float summed[3][MAX_DIM + 64];
         for (int64_t d = 0; d < width; ++d) {
             summed[0][d] = static_cast<float>(weights[d]);

@@ -112,6 +112,19 @@ struct Avx2 : VectorProducts {
     static ATTN_INLINE I32 round_within(F32 a, F32 limit) { return round(clamp(a, subf(set1f(0.0f), limit), limit)); }
     static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
     static ATTN_INLINE F32 addf(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+    static ATTN_INLINE F32 quotient(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+    static ATTN_INLINE F32 as_float(I32 a) { return _mm256_castsi256_ps(a); }
+    static ATTN_INLINE I32 mullo(I32 a, I32 b) { return _mm256_mullo_epi32(a, b); }
+    // Of numbers below 2^15; reads a vector past the last.
+    static ATTN_INLINE int32_t sum_shorts(const uint16_t* from, int count) {
+        const I32 place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        I32 sum = set1(0);
+        for (int i = 0; i < count; i += 16) {
+            const I32 inside = _mm256_cmpgt_epi16(set1_short(static_cast<int16_t>(least(count - i, 16))), place);
+            sum = add(sum, _mm256_madd_epi16(_mm256_and_si256(at(from + i), inside), ones()));
+        }
+        return total(sum);
+    }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm256_min_ps(a, b); }
     static ATTN_INLINE F32 maxf(F32 a, F32 b) { return _mm256_max_ps(a, b); }

@@ -82,6 +82,18 @@ struct Avx512Vnni : VectorProducts {
     }
     static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
     static ATTN_INLINE F32 addf(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+    static ATTN_INLINE F32 quotient(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+    static ATTN_INLINE F32 as_float(I32 a) { return _mm512_castsi512_ps(a); }
+    static ATTN_INLINE I32 mullo(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
+    // Of numbers below 2^15.
+    static ATTN_INLINE int32_t sum_shorts(const uint16_t* from, int count) {
+        I32 sum = set1(0);
+        for (int i = 0; i < count; i += 32) {
+            const __mmask32 inside = count - i >= 32 ? ~uint32_t{0} : (uint32_t{1} << (count - i)) - 1;
+            sum = add(sum, _mm512_madd_epi16(_mm512_maskz_loadu_epi16(inside, from + i), set1_short(1)));
+        }
+        return total(sum);
+    }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm512_min_ps(a, b); }
     static ATTN_INLINE F32 maxf(F32 a, F32 b) { return _mm512_max_ps(a, b); }

@@ -36,8 +36,9 @@ struct Scalar : VectorProducts {
     static void store_code(int32_t* p, I32 x) { *p = x; }
     static I32 broadcast(const int32_t* p) { return *p; }
 
-    static I32 add(I32 a, I32 b) { return a + b; }
-    static I32 sub(I32 a, I32 b) { return a - b; }
+    // Sums of digits wrap round where only their low bits count.
+    static I32 add(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+    static I32 sub(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
     static I32 band(I32 a, I32 b) { return a & b; }
     static I32 max(I32 a, I32 b) { return most(a, b); }
     template <int N> static I32 shr(I32 a) { return static_cast<int32_t>(static_cast<uint32_t>(a) >> N); }
@@ -59,6 +60,18 @@ struct Scalar : VectorProducts {
     static I32 round_within(F32 a, F32 limit) { return round(clamp(a, -limit, limit)); }
     static F32 mulf(F32 a, F32 b) { return a * b; }
     static F32 addf(F32 a, F32 b) { return a + b; }
+    static F32 quotient(F32 a, F32 b) { return a / b; }
+    static F32 as_float(I32 a) {
+        float x;
+        std::memcpy(&x, &a, sizeof(x));
+        return x;
+    }
+    static I32 mullo(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
+    static int32_t sum_shorts(const uint16_t* from, int count) {
+        int32_t sum = 0;
+        for (int i = 0; i < count; ++i) sum += from[i];
+        return sum;
+    }
     static F32 subf(F32 a, F32 b) { return a - b; }
     static F32 minf(F32 a, F32 b) { return least(a, b); }
     static F32 maxf(F32 a, F32 b) { return most(a, b); }

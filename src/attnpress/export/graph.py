@@ -87,7 +87,8 @@ def graph_attention(coder: Coder) -> Attend:
             key = smooth_key(key, key_validity(valid))
         # Each tensor is coded last of all, right before its product: runtimes look for codes there.
         q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8, spec.q.qmax)
-        k = coder(repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads).mT, torch.int8, spec.k.qmax)
+        keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
+        k = coder(keys.mT, torch.int8, spec.k.qmax)
         v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8, spec.v.qmax)
         alpha = score_step(q_scale, scales.k, scaling, heads)
         pairs = prune_and_code(q @ k, valid, alpha, cutoff, spec)
@@ -96,7 +97,8 @@ def graph_attention(coder: Coder) -> Attend:
         tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
         if tail is not None:
             tail = _for_each_query_head(tail, heads)
-            scored = scored_codes(q, k.mT, spec, tail)
+            # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.
+            scored = scored_codes(q, keys.round(), spec, tail)
             sums = sum_tail(
                 pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax
             )
