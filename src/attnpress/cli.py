@@ -243,7 +243,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tail", choices=["mean", "linear"],
-        help="let what is pruned still count, and compare with the same call without a tail (peer no-tail, the default then)",
+        help="let what is pruned still count; the default peer is then no-tail, the same call without a tail",
     )  # fmt: skip
     parser.add_argument(
         "--tail-rank", type=whole("--tail-rank", 1, 512), metavar="R", help="directions of --tail linear (default: 8)"

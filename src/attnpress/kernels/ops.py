@@ -245,7 +245,8 @@ def compiled_integers(
 ) -> dict[str, Tensor]:  # fmt: skip
     """The integers that the compiled kernel works with, by their names in `IntegerAttention`; holds S x S P codes.
 
-    With a tail also those of `TailedAttention`. For tests, and to look into a kernel. Codes of keys that no query may attend to are 0: they are never made.
+    With a tail also those of `TailedAttention`. For tests, and to look into a kernel. Codes of keys that no query may
+    attend to are 0: they are never made.
     """
     arguments = compiled_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal)
     call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
