@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import Scales
+from attnpress.core.exponential import power_table
 from attnpress.kernels import gpu, ops
+from attnpress.kernels.triton.steps import power
 from tests.kernels.agreement import NAMES
 from tests.kernels.factories import DTYPES, EXTREMES, MASKS, Case, cases, make_case
 
@@ -48,6 +52,12 @@ def on_device(case: Case) -> Case:
     return case.with_(scales=Scales(**moved), **placed)
 
 
+@triton.jit
+def power_kernel(distance: Any, found: Any, COUNT: tl.constexpr) -> None:  # noqa: N803 - Triton's own style
+    n = tl.arange(0, COUNT)
+    tl.store(found + n, power(tl.load(distance + n), tl.full([COUNT], 1.0, tl.float32)))
+
+
 def attend(case: Case, **options: Any) -> Tensor:
     return ops.attention(*on_device(case).arguments, causal=case.causal, backend="gpu", **options).cpu()
 
@@ -58,6 +68,22 @@ def assert_same(case: Case) -> None:
     for name in (*NAMES, "k_codes", "v_codes"):
         assert torch.equal(found[name].cpu(), getattr(expected, name)), name
     assert torch.equal(found["output"].cpu(), expected.output)
+
+
+def test_powers_of_every_exponent() -> None:
+    distance = torch.arange(2**15, dtype=torch.float32, device=gpu.device())
+    found = torch.empty(2**15, dtype=torch.int32, device=gpu.device())
+    power_kernel[(1,)](distance, found, 2**15)
+    expected = power_table(torch.device("cpu"))
+    assert torch.equal(found[: len(expected)].cpu(), expected)
+    assert int(found[len(expected) :].abs().max()) == 0
+
+
+@pytest.mark.parametrize("mode", ["row", "unit"])
+def test_pairs_that_are_not_allowed_stay_out_however_small_the_scale(mode: Any) -> None:
+    case = make_case(SHAPE, AttentionSpec(p=ProbsSpec(mode=mode)), mask="holes")
+    tiny = torch.full((1, 1, 1, 1), 2.0**-40)  # no distance makes a pair less probable
+    assert_same(case.with_(scales=dataclasses.replace(case.scales, q=tiny, k=tiny)))
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -30,8 +30,8 @@ LARGEST = 256
 RULES = ("relative", "threshold", "topk")
 MODES = ("row", "unit", "unit_renormalized")
 
-SPAN = 1024
-"""Bytes of a mask that `span_kernel` reads at a time."""
+SPAN = 32 if triton.knobs.runtime.interpret else 1024
+"""Bytes of a mask that `span_kernel` reads at a time; few in the interpreter, so that small masks have several."""
 
 
 @dataclass(frozen=True)
