@@ -51,19 +51,21 @@ def make_call(
 
 def ptx_of(launch: Launch) -> str:
     """PTX of a launch as Triton would compile it on a GPU of that capability, tensors aligned to 16 bytes."""
-    constants = {parameter.name for parameter in launch.kernel.params if parameter.is_constexpr}
-    signature = {
-        name: "constexpr" if name in constants else _type(value)
-        for name in launch.kernel.arg_names
-        for value in (launch.arguments[name],)
-    }
-    aligned = {
-        (place,): [["tt.divisibility", 16]]
-        for place, name in enumerate(launch.kernel.arg_names)
-        if name not in constants and isinstance(launch.arguments[name], Tensor)
-    }
-    source = ASTSource(launch.kernel, signature, {name: launch.arguments[name] for name in constants}, aligned)
-    compiled = triton.compile(source, target=TARGET, options=launch.options())
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {}
+    for place, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        free = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or (free and value == 1):  # Triton makes a constant of a 1
+            signature[name], constants[name] = "constexpr", value
+            continue
+        signature[name] = _type(value)
+        if isinstance(value, Tensor) or (free and value % 16 == 0):
+            aligned[(place,)] = [["tt.divisibility", 16]]
+    compiled = triton.compile(
+        ASTSource(launch.kernel, signature, constants, aligned), target=TARGET, options=launch.options()
+    )
     text: str = compiled.asm["ptx"]
     return text
 

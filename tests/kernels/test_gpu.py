@@ -61,6 +61,16 @@ def count_kinds(text: str) -> dict[str, int]:
     return {kind: len(re.findall(pattern, code)) for kind, pattern in KINDS.items()}
 
 
+@needs_triton
+def test_the_script_for_a_machine_with_a_gpu_works(tmp_path: Path) -> None:
+    record = tmp_path / "device.json"
+    in_a_process("benchmarks/device.py", "--tiny", "--only", "inference", "--json", str(record))
+    found = json.loads(record.read_text("utf-8"))
+    assert found["versions"].keys() >= {"torch", "triton", "attnpress"}
+    assert found["inference"][0]["milliseconds"].keys() == {"ours", "sdpa"}
+    assert 0 < found["inference"][0]["off_dense"] < 0.3
+
+
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]:
     """Instructions in the PTX for compute capability 9.0, by case and kind."""
