@@ -298,7 +298,7 @@ def main() -> int:
         os.environ["TRITON_INTERPRET"] = "1"
     elif not torch.cuda.is_available():
         parser.error("torch finds no NVIDIA GPU here; --tiny tries the script without one")
-    sizes = ({16: 2}, {16: 2}, 1, 1) if options.tiny else (INFERENCE, TRAINING, 20, 10)
+    sizes = ({16: 1}, {16: 2}, 1, 1) if options.tiny else (INFERENCE, TRAINING, 20, 10)
     lengths, steps, rounds, calls = sizes
     found = machine() | {"command": " ".join(["python", *sys.argv]), "tiny": options.tiny}
     parts: dict[str, Run] = {
