@@ -28,9 +28,8 @@ from attnpress.core.linear import ProductPlan
 from attnpress.deployment import deploy
 from attnpress.evaluate import finished_model, metrics_of, predicted_logits
 from attnpress.linear import calibrate_linear, linear_layers
-from attnpress.models.attention import PLAN
 from attnpress.models.binding import bind
-from attnpress.models.encoder import entries, find_encoder
+from attnpress.models.encoder import entries, find_encoder, set_plan
 from attnpress.models.loading import load_fine_tuned, load_tokenizer, quiet, resolve_model
 from attnpress.recipe import load_config
 from attnpress.tasks import TaskData, load_task
@@ -114,7 +113,7 @@ def use_bits(model: PreTrainedModel, bits: int) -> None:
     """Deploy with every product int8, and inputs of so many bits."""
     encoder = find_encoder(model)
     assert encoder is not None
-    setattr(model, PLAN, {name: ProductPlan(bits=8 if bits == 8 else 7) for name in entries(model, encoder)})
+    set_plan(model, {name: ProductPlan(bits=8 if bits == 8 else 7) for name in entries(model, encoder)})
     deploy(model, "cpu", linear="int8")
 
 

@@ -13,6 +13,7 @@ constexpr float SMALLEST_SCALING = 0x1p-32f, LARGEST_SCALING = 0x1p32f;
 enum class DType : int32_t { f32, bf16, f16 };
 enum class Rule : int32_t { relative, threshold, topk };
 enum class ProbMode : int32_t { row, unit, unit_renormalized };
+enum class TailKind : int32_t { none, mean, linear };
 
 // A tensor [B, H, S, D] whose last dimension is contiguous; strides in bytes.
 struct Rows {
@@ -42,6 +43,19 @@ struct Keys {
     int32_t packed_count, seen_count;
 };
 
+// What the pairs of a row without a P code add (numerics, section 8). Whole numbers as float32, contiguous, but for step.
+struct Tail {
+    TailKind kind;
+    int64_t rank;        // directions; D where the whole score is seen
+    const float* lift;   // [Hq]; TAIL_OFF for a head without a tail
+    const float *query, *key;  // [Hkv, D, rank]; null where the whole score is seen
+    const float *offset, *step;  // [Hkv, rank] and [Hkv]; likewise
+};
+
+// Bounds of what `Tail` points to, within which sums fit: core/tail.py.
+constexpr float TAIL_OFF = -0x1p20f, LARGEST_LIFT = 18 * 1024, LARGEST_DIRECTION = 32767, LARGEST_OFFSET = 0x1p20f;
+constexpr int64_t LARGEST_RANK = 256;
+
 // Where to record the integers of a call; null in normal use. Codes of keys that nobody may attend to stay untouched.
 struct Trace {
     int8_t *q_codes, *k_codes, *v_codes;  // [B, Hq or Hkv, S, D]
@@ -49,6 +63,10 @@ struct Trace {
     uint8_t* p_codes;                     // [B, Hq, Sq, Sk], zeroed by the caller
     int64_t* code_sum;                    // [B, Hq, Sq]
     int64_t* weighted;                    // [B, Hq, Sq, D]
+    int32_t *tail_count, *tail_exponent;  // [B, Hq, Sq], as are the next two
+    int64_t *tail_distance, *tail_score;
+    float* tail_level;
+    int64_t *tail_value, *tail_slope;     // [B, Hq, Sq, D]
 };
 
 struct Attention {
@@ -57,6 +75,7 @@ struct Attention {
     const Keys* keys;  // [B]
     Scale q_scale, k_scale, v_scale;
     const float* cutoff;  // [Hq]: -ln tau, or theta for rule threshold; null prunes nothing
+    Tail tail;
     const Trace* trace;
     bool* met_nan;  // set where a value to be coded is NaN, or where a sum of values leaves float32
     // Runs body(context, begin, end) over [0, count) on torch's threads.

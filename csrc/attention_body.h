@@ -14,16 +14,11 @@
 
 #include "attention_blocks.h"
 #include "attention_pack.h"
+#include "attention_tail_sums.h"
 #include "attention_thorough.h"
 
 namespace attnpress {
 namespace {
-
-// Calls f(R, first) for each group of rows, R a compile-time number: I::ROWS, and for what is left of them less.
-template <class I, int R = I::ROWS, class F> ATTN_INLINE void in_groups(int64_t count, F f, int64_t first = 0) {
-    for (; first + R <= count; first += R) f(std::integral_constant<int, R>{}, first);
-    if constexpr (R > 1) in_groups<I, I::BLOCK == 1 ? R - 1 : R / 2>(count, f, first);
-}
 
 template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_t index, Row& row, Scratch<I>& scratch) {
     const Attention& a = job.a;
@@ -35,6 +30,7 @@ template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_
     row.end = most(row.begin, mask.spans[index].end);
     row.bytes = mask.bytes == nullptr ? nullptr : mask.bytes + unit.head * mask.byte_head + index * mask.byte_row;
     const float alpha = (unit.q_scales[index] * scale_of(a.k_scale, unit.kv_head)) * a.scaling;
+    row.alpha = alpha;
     row.rate = (alpha * 1.4426950408889634f) * 1024.0f;
     if (scratch.cut_of != unit.head || scratch.cut_alpha != alpha) {
         const float cutoff = a.rule == Rule::relative && a.cutoff != nullptr ? a.cutoff[unit.head] : INFINITY;
@@ -111,17 +107,18 @@ void survive_short_rows(const Job<I>& job, const Head<I>& unit, const typename I
 // All lists first, then all codes, then all sums of values: what one row waits for, another fills.
 template <class I>
 void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Scratch<I>& scratch) {
-    Survivors<I> survivors(unit, scratch);
+    Survivors<I> survivors(job, unit, scratch);
     if (unit.padded <= SHORT) {
         survive_short_rows(job, unit, codes, rows, count, scratch, survivors);
     } else {
         survive_long(job, unit, codes, rows, count, scratch, survivors);
     }
     survivors.code(job, rows, count);
+    if (job.tailed) PassTails<I>(job, unit, codes, rows, count, survivors, scratch).emit();
     auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
     int64_t found = 0, pairs = 0;
     for (int64_t r = 0; r < count; ++r) {
-        survivors.emit_row(job, unit, rows[r], weighted);
+        if (!job.tailed) survivors.emit_row(job, unit, rows[r], weighted);
         found += rows[r].count;
         pairs += rows[r].end - rows[r].begin;
     }
@@ -139,15 +136,17 @@ template <class I> void attend(const Job<I>& job, const Head<I>& unit, int64_t f
         start_row(job, unit, first + r, rows[r], scratch);
         widest = most(widest, rows[r].cut);
     }
-    const bool streamable = a.rule == Rule::relative && a.mode == ProbMode::row && unit.count <= CHUNK;
+    const bool streamable = a.rule == Rule::relative && a.mode == ProbMode::row && unit.count <= CHUNK &&
+                            (!job.tailed || see_all(unit, rows, count));
     if (streamable && widest <= MAX_CUT && !scratch.many) return attend_streaming(job, unit, codes, rows, count, scratch);
     in_groups<I>(count, [&](auto R, int64_t r) { consider<I, R.value>(job, unit, codes + r * job.width, rows + r, scratch); });
 }
 
 template <class I> Head<I> head_of(const Job<I>& job, const Batch<I>& batch, int64_t head) {
-    const int64_t kv = head / job.group;
+    const int64_t kv = head / job.group, tile_sums = job.tailed ? batch.padded / job.W * job.width : 0;
     return {batch.queries + head * job.a.q_rows * job.width, batch.q_scales + head * job.a.q_rows,
             batch.keys + kv * batch.padded * job.a.dim, batch.values + kv * batch.padded * job.width,
+            batch.key_sums + kv * tile_sums, batch.value_sums + kv * tile_sums, batch.seen + kv * batch.padded * job.seen_width,
             *batch.mask, batch.index, head, kv, batch.count, batch.padded};
 }
 
@@ -174,7 +173,7 @@ template <class I, class Share> void attend_batch(const Job<I>& job, int64_t ind
         }
     });
     share(a.q_heads * passes, [&](int64_t begin, int64_t end, Scratch<I>& scratch) {
-        scratch.cut_of = scratch.panel_of = -1;
+        scratch.cut_of = scratch.panel_of = scratch.sums.of = -1;
         scratch.many = false;
         for (int64_t work = begin; work < end; ++work) {
             attend(job, head_of(job, batch, work / passes), work % passes * job.PASS, scratch);
@@ -183,7 +182,9 @@ template <class I, class Share> void attend_batch(const Job<I>& job, int64_t ind
 }
 
 template <class I> Job<I>::Job(const Attention& args)
-    : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1) {
+    : a(args), steps(args.dim / I::GROUP), width(round_up(args.dim, W)), group(args.q_heads / args.kv_heads), last_exponent(args.mode == ProbMode::row ? last_coded_exponent(args.p_max) : T_MAX - 1),
+      tailed(args.tail.kind != TailKind::none), directed(args.tail.query != nullptr), seen_width(directed ? round_up(args.tail.rank, SEEN_STEP) : 0) {
+    if (directed) make_maps(*this, map_room, query_map, key_map);
     v_scale = room.template get<float>(2 * a.kv_heads * width + a.kv_heads + a.q_heads);
     v_inverse = v_scale + a.kv_heads * width;
     k_inverse = v_inverse + a.kv_heads * width;

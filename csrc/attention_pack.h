@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "attention_types.h"
+#include "attention_matrix.h"
 
 namespace attnpress {
 namespace {
@@ -171,7 +171,30 @@ template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batc
     batch.keys = batch.key_buffer.template get<typename I::Key>(a.kv_heads * batch.padded * a.dim);
     batch.values = batch.value_buffer.template get<typename I::Value>(a.kv_heads * batch.padded * job.width);
     batch.means = batch.mean_buffer.template get<float>(a.kv_heads * job.width);
+    const int64_t sums = a.kv_heads * batch.padded / job.W * job.width;
+    batch.key_sums = job.tailed ? batch.sum_buffer.template get<int32_t>(2 * sums) : nullptr;
+    batch.value_sums = job.tailed ? batch.key_sums + sums : nullptr;
+    batch.seen = job.directed ? batch.seen_buffer.template get<int16_t>(a.kv_heads * batch.padded * job.seen_width + 64) : nullptr;
 }
+
+// Sums of the codes of a tile, by head; null where nobody asks for them. Padding has codes of 0.
+template <class I> class TileSums {
+  public:
+    TileSums(const Job<I>& job, const Batch<I>& batch, int32_t* sums, int64_t first)
+        : sums_(sums == nullptr ? nullptr : sums + first / job.W * job.width), head_(batch.padded / job.W * job.width) {
+        for (int64_t head = 0; sums_ != nullptr && head < job.a.kv_heads; ++head) std::memset(sums_ + head * head_, 0, job.width * sizeof(int32_t));
+    }
+    ATTN_INLINE void add(int64_t head, int64_t d, const typename I::I32 (&codes)[I::COLS]) const {
+        if (sums_ == nullptr) return;
+        int32_t* to = sums_ + head * head_ + d;
+#pragma GCC unroll 4
+        for (int c = 0; c < I::COLS; ++c) I::store(to + c * I::LANES, I::add(I::load(to + c * I::LANES), codes[c]));
+    }
+
+  private:
+    int32_t* sums_;
+    int64_t head_;
+};
 
 template <class I> void record(int8_t* where, const typename I::Query* codes, int64_t dim) {
     for (int64_t d = 0; d < dim; ++d) where[d] = static_cast<int8_t>(codes[d]);
@@ -193,6 +216,7 @@ template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, const Tile
     const Reader<I> keys(a.key, batch.index, a.dim, scratch);
     const auto limit = I::set1f(static_cast<float>(a.k_max));
     const float *inverses = job.k_inverse, *means = batch.means;
+    const TileSums<I> sums(job, batch, batch.key_sums, tile.first);
     NanWatch<I> watch(a.met_nan);
     const auto pack = [&](auto smooth) {
         for (int64_t i = 0; i < tile.count; ++i) {
@@ -203,7 +227,10 @@ template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, const Tile
                 quantize<I>(width, limit, watch, [&](int64_t d) {
                     if constexpr (smooth.value) return I::mulf(I::subf(I::loadf(x + d), I::loadf(means + head * width + d)), inverse);
                     else return I::mulf(I::loadf(x + d), inverse);
-                }, [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_ordered(row + d, some); });
+                }, [&](int64_t d, const typename I::I32(&some)[I::COLS]) {
+                    I::store_ordered(row + d, some);
+                    sums.add(head, d, some);
+                });
             }
         }
     };
@@ -212,6 +239,7 @@ template <class I> void pack_keys(const Job<I>& job, Batch<I>& batch, const Tile
         auto* of_head = codes + head * head_size;
         std::memset(of_head + tile.count * width, 0, (job.W - tile.count) * width * sizeof(*of_head));
         I::pack_tile(of_head, width, job.steps, batch.keys + (head * batch.padded + tile.first) * a.dim);
+        if (job.directed) see_keys(job, of_head, head, batch.seen + (head * batch.padded + tile.first) * job.seen_width, scratch);
         if (a.trace == nullptr) continue;
         int8_t* traced = a.trace->k_codes + (batch.index * heads + head) * a.key_rows * a.dim;
         for (int64_t i = 0; i < tile.count; ++i) record<I>(traced + tile.tokens[i] * a.dim, of_head + i * width, a.dim);
@@ -245,12 +273,15 @@ template <class I> void pack_values(const Job<I>& job, Batch<I>& batch, const Ti
     auto* codes = batch.values + tile.first * width;
     const Reader<I> values(a.value, batch.index, a.dim, scratch);
     const auto limit = I::set1f(static_cast<float>(a.v_max));
+    const TileSums<I> sums(job, batch, batch.value_sums, tile.first);
     NanWatch<I> watch(a.met_nan);
     for (int64_t i = 0; i < tile.count; ++i) {
         for (int64_t head = 0; head < heads; ++head) {
             auto* row = codes + head * head_size + i * width;
-            quantize_value(job, values(tile.tokens[i], head), head, limit, watch,
-                           [&](int64_t d, const typename I::I32(&some)[I::COLS]) { I::store_arranged(row + d, some); });
+            quantize_value(job, values(tile.tokens[i], head), head, limit, watch, [&](int64_t d, const typename I::I32(&some)[I::COLS]) {
+                I::store_arranged(row + d, some);
+                sums.add(head, d, some);
+            });
         }
     }
     for (int64_t head = 0; head < heads; ++head) {

@@ -24,12 +24,15 @@ template <class I> ATTN_INLINE typename I::I32 row_code(typename I::I32 p, typen
 
 ATTN_INLINE int32_t bits_of(int32_t qmax) { return 32 - __builtin_clz(static_cast<uint32_t>(qmax)); }
 
+// 1 - 2^-x in units of 2^-16, x a fraction in the same units: core/exponential.py.
+inline int32_t drop_of(int64_t fraction) {
+    return static_cast<int32_t>((fraction * (45324 - ((fraction * (15148 - ((fraction * 2596) >> 16))) >> 16))) >> 16);
+}
+
 // The same for one distance, to find where codes end.
 inline int32_t row_code_at(int32_t t, int32_t qmax) {
-    const int64_t fraction = (t & 1023) << 6;
     const int32_t octaves = t >> 10;
-    const int64_t drop = (fraction * (45324 - ((fraction * (15148 - ((fraction * 2596) >> 16))) >> 16))) >> 16;
-    const int64_t p = ((ONE - drop) + ((int64_t{1} << octaves) >> 1)) >> octaves;
+    const int64_t p = ((ONE - drop_of((t & 1023) << 6)) + ((int64_t{1} << octaves) >> 1)) >> octaves;
     return static_cast<int32_t>((p * qmax + ONE / 2) >> 16);
 }
 

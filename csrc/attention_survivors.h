@@ -39,6 +39,63 @@ ATTN_INLINE int32_t gather_to(const typename I::Value* values, int64_t width, co
     return sum;
 }
 
+// The same for P lists of codes at once, `plane` apart, and in acc[P] for a 1 wherever the first has a code; returns the sum
+// of the first.
+template <class I, int P, int T>
+ATTN_INLINE int32_t gather_planes(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, typename I::I32 (&acc)[P + 1][T * I::COLS]) {
+#pragma GCC unroll 8
+    for (int p = 0; p <= P; ++p) {
+#pragma GCC unroll 16
+        for (int c = 0; c < T * I::COLS; ++c) acc[p][c] = I::set1(0);
+    }
+    typename I::I32 sum = I::set1(0);
+    const auto ones = I::ones();
+    for (int64_t i = 0; i < count; i += I::VALUE_GROUP) {
+        const typename I::Value* from[I::VALUE_GROUP];
+#pragma GCC unroll 4
+        for (int g = 0; g < I::VALUE_GROUP; ++g) from[g] = values + keys[i + g] * width;
+        typename I::I32 group[P + 1];
+#pragma GCC unroll 8
+        for (int p = 0; p < P; ++p) group[p] = I::broadcast(codes + p * plane + i);
+        group[P] = I::at_most_one(group[0]);
+        sum = I::dot_values(sum, group[0], ones);
+#pragma GCC unroll 8
+        for (int t = 0; t < T; ++t) {
+            typename I::I32 columns[I::COLS];
+            I::interleave(from, t * I::COLS * I::LANES, columns);
+#pragma GCC unroll 8
+            for (int p = 0; p <= P; ++p) {
+#pragma GCC unroll 4
+                for (int c = 0; c < I::COLS; ++c) acc[p][t * I::COLS + c] = I::dot_values(acc[p][t * I::COLS + c], group[p], columns[c]);
+            }
+        }
+    }
+    return I::first(sum);
+}
+
+template <class I, int P, int T>
+ATTN_INLINE int32_t gather_planes_to(const typename I::Value* values, int64_t width, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, int32_t* to) {
+    typename I::I32 acc[P + 1][T * I::COLS];
+    const int32_t sum = gather_planes<I, P, T>(values, width, keys, codes, plane, count, acc);
+#pragma GCC unroll 8
+    for (int p = 0; p <= P; ++p) {
+#pragma GCC unroll 16
+        for (int c = 0; c < T * I::COLS; ++c) I::store(to + p * width + c * I::LANES, acc[p][c]);
+    }
+    return sum;
+}
+
+template <class I, int P> int32_t weigh_planes(const Job<I>& job, const typename I::Value* values, const uint16_t* keys, const typename I::Prob* codes, int64_t plane, int64_t count, int32_t* to) {
+    constexpr int T = I::SUMS / ((P + 1) * I::COLS) >= 2 ? 2 : 1;
+    int32_t sum = 0;
+    int64_t d = 0;
+    for (; d + T * job.W <= job.width; d += T * job.W) sum = gather_planes_to<I, P, T>(values + d, job.width, keys, codes, plane, count, to + d);
+    if constexpr (T > 1) {
+        if (d < job.width) sum = gather_planes_to<I, P, 1>(values + d, job.width, keys, codes, plane, count, to + d);
+    }
+    return sum;
+}
+
 // Past the list, up to a whole group, codes must be 0 and keys must exist.
 template <class I> int32_t weigh_list(const Job<I>& job, const typename I::Value* values, const uint16_t* keys, const typename I::Prob* codes, int64_t count, int32_t* weighted) {
     int32_t sum = 0;
@@ -73,6 +130,14 @@ template <class I> struct Rescale {
     }
 };
 
+template <class I> void record_row(const Job<I>& job, const Row& row, const int32_t* weighted, const int64_t* wide, int64_t code_sum) {
+    const Trace& trace = *job.a.trace;
+    trace.code_sum[row.place] = code_sum;
+    const bool empty = row.max == LOW;
+    trace.row_max[row.place] = empty ? 0 : row.max - I::KEY_OFFSET * row.query_sum;
+    for (int64_t d = 0; d < job.a.dim; ++d) trace.weighted[row.place * job.a.dim + d] = wide == nullptr ? weighted[d] : wide[d];
+}
+
 template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* weighted, const int64_t* wide, int64_t code_sum) {
     const Attention& a = job.a;
     const Rescale<I> scaled(row, a.mode == ProbMode::unit ? static_cast<float>(a.p_max) : static_cast<float>(most<int64_t>(code_sum, 1)));
@@ -87,22 +152,17 @@ template <class I> void emit(const Job<I>& job, const Row& row, const int32_t* w
         for (int64_t d = 0; d < dim; d += I::LANES) I::storef(room + d, scaled(I::loadf(room + d), d));
         std::memcpy(output, room, dim * sizeof(float));
     }
-    if (a.trace == nullptr) return;
-    a.trace->code_sum[row.place] = code_sum;
-    const bool empty = row.max == LOW;
-    a.trace->row_max[row.place] = empty ? 0 : row.max - I::KEY_OFFSET * row.query_sum;
-    for (int64_t d = 0; d < a.dim; ++d) a.trace->weighted[row.place * a.dim + d] = wide == nullptr ? weighted[d] : wide[d];
+    if (a.trace != nullptr) record_row(job, row, weighted, wide, code_sum);
 }
 
 // Survivors of a pass, row after row. Each row ends on a whole group, filled up with what codes to 0.
 template <class I> class Survivors {
   public:
-    Survivors(const Head<I>& unit, Scratch<I>& scratch) {
-        const int64_t room = Job<I>::PASS * (unit.padded + I::VALUE_GROUP) + 64;
-        keys_ = scratch.list_keys.template get<uint16_t>(room);
-        slack_ = scratch.list_slack.template get<uint16_t>(room);
-        codes_ = scratch.listed.template get<typename I::Prob>(room);
-    }
+    Survivors(const Job<I>& job, const Head<I>& unit, Scratch<I>& scratch)
+        : room_(Job<I>::PASS * (unit.padded + I::VALUE_GROUP) + 64),
+          keys_(scratch.list_keys.template get<uint16_t>(room_)), slack_(scratch.list_slack.template get<uint16_t>(room_)),
+          codes_(scratch.listed.template get<typename I::Prob>(room_ * (job.a.tail.kind == TailKind::linear ? 1 + SCORE_BYTES : 1))),
+          slack_bytes_(job.a.tail.kind == TailKind::linear && !job.directed) {}
 
     // list(keys, slack) writes the survivors of the row there, and returns how many.
     template <class List> ATTN_INLINE void add(Row& row, List list) {
@@ -136,9 +196,58 @@ template <class I> class Survivors {
         }
         const int32_t sum = weigh_list(job, unit.values, keys, codes, row.count, weighted);
         emit(job, row, weighted, nullptr, sum);
-        if (job.a.trace == nullptr) return;
+        if (job.a.trace != nullptr) record_codes(job, unit, row);
+    }
+
+    void record_codes(const Job<I>& job, const Head<I>& unit, const Row& row) const {
         uint8_t* traced = job.a.trace->p_codes + row.place * job.a.key_rows;
-        for (int64_t i = 0; i < row.count; ++i) traced[unit.mask.packed[keys[i]]] = static_cast<uint8_t>(codes[i]);
+        for (int64_t i = row.first; i < row.first + row.count; ++i) traced[unit.mask.packed[keys_[i]]] = static_cast<uint8_t>(codes_[i]);
+    }
+
+    // Sums over the survivors of a row, for its tail: [P + 1][width], see `gather_planes`; returns the sum of codes.
+    template <int P> int32_t weigh(const Job<I>& job, const Head<I>& unit, const Row& row, int32_t* sums) const {
+        return weigh_planes<I, P>(job, unit.values, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
+    }
+
+    // The same, with sums in registers, where values are one tile wide.
+    template <int P> ATTN_INLINE int32_t weigh_in_registers(const Job<I>& job, const Head<I>& unit, const Row& row, typename I::I32 (&sums)[P + 1][I::COLS]) const {
+        return gather_planes<I, P, 1>(unit.values, job.width, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
+    }
+
+    // Below 2^15 * 2^16.
+    ATTN_INLINE int32_t slack_sum(const Row& row) const { return I::sum_shorts(slack_ + row.first, row.count); }
+
+    // Scores of a row's survivors as the directions see them.
+    ATTN_INLINE void score(const Job<I>& job, const Head<I>& unit, const Row& row, const int16_t* query, int32_t* scores) const {
+        const uint16_t* keys = keys_ + row.first;
+        for (int i = 0; i < row.count; i += 4) {
+            const int16_t* from[4];
+            for (int g = 0; g < 4; ++g) {
+                // Vectors of zeros end the lists, or the next row's keys follow; scalars end nothing.
+                const int place = I::LANES > 1 ? i + g : least(i + g, row.count - 1);
+                from[g] = unit.seen + keys[place] * job.seen_width;
+            }
+            int32_t four[4];
+            I::dot_four(query, from, job.seen_width, four);
+            std::memcpy(scores + i, four, sizeof(four));
+        }
+    }
+
+    // Raised scores as SCORE_BYTES lists of codes; what fills a group up gets 0. Returns the sum of the scores. Rows come in order: a
+    // vector reaches into the next.
+    ATTN_INLINE int64_t code_scores(const Row& row, const int32_t* scores) {
+        const auto low = I::set1(255), offset = I::set1(SCORE_OFFSET);
+        int64_t sum = -static_cast<int64_t>(row.count) * SCORE_OFFSET;
+        for (int i = 0; i < row.count; i += I::LANES) {
+            const int64_t at = row.first + i;
+            const auto inside = I::set1(row.count - 1 - i);
+            const auto raised = I::select_le(I::iota(), inside, I::add(I::load(scores + i), offset));
+            sum += I::total(raised);
+            I::store_code(codes_ + room_ + at, I::band(raised, low));
+            I::store_code(codes_ + 2 * room_ + at, I::band(I::template shr<8>(raised), low));
+            I::store_code(codes_ + 3 * room_ + at, I::template shr<16>(raised));
+        }
+        return sum;
     }
 
   private:
@@ -146,13 +255,18 @@ template <class I> class Survivors {
         const auto rate = I::set1f(row.rate);
         const auto cut = I::set1(row.cut), bits = I::set1(bits_of(job.a.p_max));
         for (int64_t i = begin; i < end; i += I::LANES) {
-            const auto distance = I::sub(cut, I::load_short(slack_ + i));
+            const auto slack = I::load_short(slack_ + i), distance = I::sub(cut, slack);
             I::store_code(codes_ + i, I::select_le(distance, cut, row_code<I>(probability<I>(distance, rate), bits)));
+            if (!slack_bytes_) continue;
+            I::store_code(codes_ + room_ + i, I::select_le(distance, cut, I::band(slack, I::set1(255))));
+            I::store_code(codes_ + 2 * room_ + i, I::select_le(distance, cut, I::template shr<8>(slack)));
         }
     }
 
+    const int64_t room_;
     uint16_t *keys_, *slack_;  // slack: cut minus distance
-    typename I::Prob* codes_;
+    typename I::Prob* codes_;  // and, with `linear`, SCORE_BYTES more lists, room_ apart
+    const bool slack_bytes_;
     int64_t end_ = 0;
 };
 

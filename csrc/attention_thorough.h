@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention_stream.h"
+#include "attention_tail.h"
 
 namespace attnpress {
 namespace {
@@ -173,6 +174,89 @@ void weigh(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs
     }
 }
 
+// The same over any number of keys.
+template <class I, int R>
+void weigh_wide(const Job<I>& job, const Head<I>& unit, const typename I::Prob* probs, int64_t begin, int64_t end, bool dense, Scratch<I>& scratch, int32_t* weighted, int64_t* wide) {
+    std::memset(wide, 0, R * job.width * sizeof(*wide));
+    for (int64_t from = begin; from < end; from += CHUNK) {
+        weigh<I, R>(job, unit, probs, from, least(end, from + CHUNK), dense, scratch, weighted);
+        for (int64_t i = 0; i < R * job.width; ++i) wide[i] += weighted[i];
+    }
+}
+
+// Codes of the pairs of one row's tail, planes `plane` apart: 1, and with `linear` the bytes of their raised scores.
+template <class I>
+RowTail rest_of_row(const Job<I>& job, const Row& row, const int32_t* scores, const int32_t* seen, int32_t seen_offset, int64_t begin, int64_t end, const typename I::Prob* probs, typename I::Prob* rest, int64_t plane) {
+    using Prob = typename I::Prob;
+    RowTail tail;
+    for (int64_t key = begin; key < end; ++key) {
+        const int32_t distance = row.max - scores[key];
+        const bool in = row.max != LOW && distance <= VALID && probs[key] == 0;
+        rest[key] = static_cast<Prob>(in);
+        tail.count += in;
+        tail.distance += in ? distance : 0;
+    }
+    if (job.a.tail.kind == TailKind::mean) return tail;
+    for (int64_t key = begin; key < end; ++key) {
+        const bool in = rest[key] != 0;
+        const int32_t score = in ? seen[key] - seen_offset : 0, raised = in ? score + SCORE_OFFSET : 0;
+        tail.score += score;
+        for (int byte = 0; byte < SCORE_BYTES; ++byte) rest[(1 + byte) * plane + key] = static_cast<Prob>(raised >> (8 * byte) & 255);
+    }
+    return tail;
+}
+
+// What R rows with tails give, by direct sums over the pairs of the tails: masks of any kind.
+template <class I, int R>
+void emit_thorough_tails(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, const int32_t* scores, const typename I::Prob* probs, const int64_t (&code_sums)[R], bool dense, int64_t begin, int64_t end, Scratch<I>& scratch) {
+    const Attention& a = job.a;
+    const bool linear = a.tail.kind == TailKind::linear;
+    const int64_t padded = unit.padded, plane = I::ROWS * padded, width = job.width;
+    const int planes = linear ? 1 + SCORE_BYTES : 1;
+    auto* rest = scratch.planes.template get<typename I::Prob>(planes * plane);
+    auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * width);
+    auto* wide = scratch.wide.template get<int64_t>((1 + planes) * R * width);
+    auto* queries = scratch.slopes.template get<int16_t>(R * job.seen_width);
+    auto* seen = scratch.mapped.template get<int32_t>(padded);
+    if (job.directed) project(job, of_head(job.query_map, unit.kv_head), codes, R, nullptr, queries, scratch);
+    RowTail tails[R];
+    for (int r = 0; r < R; ++r) {
+        const int32_t* own = scores + r * padded;
+        int32_t offset = 0;
+        if (job.directed) {
+            see_all_keys(job, unit, queries + r * job.seen_width, begin, end, seen);
+            own = seen;
+        } else {
+            for (int64_t d = 0; linear && d < a.dim; ++d) offset += I::KEY_OFFSET * codes[r * width + d];
+        }
+        tails[r] = rest_of_row(job, rows[r], scores + r * padded, own, offset, begin, end, probs + r * padded, rest + r * padded, plane);
+    }
+    find_levels(job, unit, rows, tails, R);
+    weigh_wide<I, R>(job, unit, probs, begin, end, dense, scratch, weighted, wide);
+    for (int p = 0; p < planes; ++p) {
+        weigh_wide<I, R>(job, unit, rest + p * plane, begin, end, true, scratch, weighted, wide + (1 + p) * R * width);
+    }
+    for (int r = 0; r < R; ++r) {
+        const int64_t *weights = wide + r * width, *values = weights + R * width;
+        int64_t slopes[MAX_DIM + 64];
+        for (int64_t d = 0; linear && d < width; ++d) {
+            slopes[d] = -int64_t{SCORE_OFFSET} * values[d];
+            for (int p = 1; p < planes; ++p) slopes[d] += values[p * R * width + d] * (int64_t{1} << (8 * (p - 1)));
+        }
+        alignas(64) float summed[3][MAX_DIM + 64];
+        for (int64_t d = 0; d < width; ++d) {
+            summed[0][d] = static_cast<float>(weights[d]);
+            summed[1][d] = static_cast<float>(values[d]);
+            summed[2][d] = linear ? static_cast<float>(slopes[d]) : 0.0f;
+        }
+        const auto at = [&](int which) { return [&summed, which](int64_t d) { return I::loadf(summed[which] + d); }; };
+        emit_tailed(job, rows[r], tails[r], code_sums[r], at(0), at(1), at(2));
+        if (a.trace == nullptr) continue;
+        record_row(job, rows[r], nullptr, weights, code_sums[r]);
+        record_tail(job, rows[r], tails[r], [&](int64_t d) { return values[d]; }, [&](int64_t d) { return slopes[d]; });
+    }
+}
+
 // The thorough way, for R rows.
 template <class I, int R>
 void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, Scratch<I>& scratch) {
@@ -211,17 +295,15 @@ void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* c
     }
     scratch.many = survivors * MANY > R * (end - begin);
     const bool dense = survivors * MANY > R * (end - begin);
-    const bool several = end - begin > CHUNK;
+    if (job.tailed) return emit_thorough_tails<I, R>(job, unit, codes, rows, scores, probs, sums, dense, begin, end, scratch);
     int64_t* wide = nullptr;
-    if (several) {
+    if (end - begin > CHUNK) {
         wide = scratch.wide.template get<int64_t>(R * job.width);
-        std::memset(wide, 0, R * job.width * sizeof(*wide));
+        weigh_wide<I, R>(job, unit, probs, begin, end, dense, scratch, weighted, wide);
+    } else {
+        weigh<I, R>(job, unit, probs, begin, end, dense, scratch, weighted);
     }
-    for (int64_t from = begin; from < end || from == begin; from += CHUNK) {
-        weigh<I, R>(job, unit, probs, from, least(end, from + CHUNK), dense, scratch, weighted);
-        for (int64_t i = 0; several && i < R * job.width; ++i) wide[i] += weighted[i];
-    }
-    for (int r = 0; r < R; ++r) emit(job, rows[r], weighted + r * job.width, several ? wide + r * job.width : nullptr, sums[r]);
+    for (int r = 0; r < R; ++r) emit(job, rows[r], weighted + r * job.width, wide != nullptr ? wide + r * job.width : nullptr, sums[r]);
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <type_traits>
 
 #include "attention.h"
 
@@ -23,6 +24,9 @@ constexpr int MAX_DIM = 256;
 constexpr int64_t KEPT = 1 << 23;        // bytes of a buffer that a thread may hold on to when it needs far less
 constexpr int64_t SHORT = 512;           // keys up to which slack of a few rows stays in the first cache
 constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
+
+constexpr int SCORE_BYTES = 3;           // of a score that a tail sees, raised to lie above zero
+constexpr int32_t SCORE_OFFSET = 1 << 22;  // above 127 * 127 * LARGEST_RANK
 
 ATTN_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
 template <class T> ATTN_INLINE T least(T a, T b) { return a < b ? a : b; }
@@ -69,7 +73,7 @@ struct Row {
     float* output;
     const uint8_t* bytes;
     uint16_t *keys, *slack;  // survivors: index, and cut minus distance
-    float rate;
+    float rate, alpha;
     int32_t begin, end, cut, max, count, query_sum;
     int32_t start;            // a score and this make slack
     int32_t floor;            // slack below it cannot survive
@@ -80,12 +84,14 @@ struct Row {
 
 // One batch element as codes, all heads.
 template <class I> struct Batch {
-    Buffer query_buffer, scale_buffer, key_buffer, value_buffer, mean_buffer;
+    Buffer query_buffer, scale_buffer, key_buffer, value_buffer, mean_buffer, sum_buffer, seen_buffer;
     typename I::Query* queries;  // [Hq][Sq][width]
     float* q_scales;             // [Hq][Sq]
     typename I::Key* keys;       // [Hkv][tiles][D / GROUP][W][GROUP]
     typename I::Value* values;   // [Hkv][padded][width], each W columns in the order that I::interleave undoes
     float* means;                // [Hkv][width], of K
+    int32_t *key_sums, *value_sums;  // [Hkv][tiles][width], of codes; null without a tail
+    int16_t* seen;               // [Hkv][padded][seen_width]: K as the tail's directions see it; null where they are none
     const Keys* mask;
     int64_t index, count, padded;
 };
@@ -96,12 +102,38 @@ template <class I> struct Head {
     const float* q_scales;             // [Sq]
     const typename I::Key* keys;
     const typename I::Value* values;
+    const int32_t *key_sums, *value_sums;  // [tiles][width]
+    const int16_t* seen;                   // [padded][seen_width]
     const Keys& mask;
     int64_t batch, head, kv_head, count, padded;
 };
 
+// An integer matrix as digits, for products with codes (attention_matrix.h).
+template <class I> struct Matrix {
+    typename I::Digit* tiles;  // [vectors][steps][LANES][DIGIT_GROUP]; column p * columns + c is digit p of column c
+    int64_t steps, columns, vectors;
+    int planes;
+    ATTN_INLINE int64_t size() const { return vectors * steps * I::LANES * I::DIGIT_GROUP; }
+    ATTN_INLINE int64_t line() const { return vectors * I::LANES; }
+    // Added to each entry, so that digits without a sign can stand for it.
+    ATTN_INLINE int64_t bias() const { return I::SIGNED_DIGITS ? 0 : int64_t{1} << (I::DIGIT_BITS * planes - 1); }
+};
+
+// Sums over all packed keys of a head, which its tails are made of (attention_tail.h).
+template <class I> struct HeadSums {
+    Buffer value_buffer, key_buffer, slope_buffer, seen_buffer;
+    int32_t* values;    // [width]
+    Matrix<I> keys;     // [D][2]: sums of codes, and ones
+    Matrix<I> slopes;   // [rank][width], with `linear`: of codes of K, as its directions see them, times those of V
+    int32_t* seen;      // [seen_width]: of K as its directions see it
+    int64_t largest;    // magnitude in slopes
+    int64_t of = -1;    // which head
+};
+
 template <class I> struct Scratch {
     Buffer floats, codes, keys, slack, blocks, scores, probs, listed, list_keys, list_slack, panel, weighted, wide;
+    Buffer left, mapped, planes, projected, slopes, key_codes, raw;  // of the tail
+    HeadSums<I> sums;
     int64_t panel_of = -1;  // which head the panel holds
     bool many = false;      // what the last rows were like
     int64_t cut_of = -1;    // which head, and which step alpha, the cut belongs to
@@ -123,8 +155,18 @@ template <class I> struct Job {
     Buffer room;
     float *v_scale, *v_inverse;      // [Hkv][width]
     float *k_inverse, *q_inverse;    // [Hkv], [Hq]; q_inverse is null where Q is scaled row by row
+    const bool tailed, directed;     // whether rows have a tail, and whether it sees the score in directions
+    const int64_t seen_width;        // rank in whole steps; 0 where there are no directions
+    Buffer map_room;
+    Matrix<I> query_map, key_map;    // [D][seen_width] of the first key head; others follow
     explicit Job(const Attention& args);
 };
+
+// Calls f(R, first) for each group of rows, R a compile-time number: I::ROWS, and for what is left of them less.
+template <class I, int R = I::ROWS, class F> ATTN_INLINE void in_groups(int64_t count, F f, int64_t first = 0) {
+    for (; first + R <= count; first += R) f(std::integral_constant<int, R>{}, first);
+    if constexpr (R > 1) in_groups<I, I::BLOCK == 1 ? R - 1 : R / 2>(count, f, first);
+}
 
 }  // namespace
 }  // namespace attnpress

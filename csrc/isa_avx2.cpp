@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "attention_body.h"
+#include "dot_four.h"
 
 namespace attnpress {
 namespace {
@@ -36,6 +37,10 @@ struct Avx2 : VectorProducts {
     using Query = int16_t;
     using Prob = int16_t;
     using Value = int16_t;
+    using Left = int16_t;
+    using Digit = int16_t;
+    static constexpr int DIGIT_GROUP = 2, DIGIT_BITS = 16, SUMS = 12;
+    static constexpr bool SIGNED_DIGITS = true;
     using Short = __m256i;
     using Slack = __m256i;
 
@@ -106,6 +111,20 @@ struct Avx2 : VectorProducts {
     }
     static ATTN_INLINE I32 round_within(F32 a, F32 limit) { return round(clamp(a, subf(set1f(0.0f), limit), limit)); }
     static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
+    static ATTN_INLINE F32 addf(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+    static ATTN_INLINE F32 quotient(F32 a, F32 b) { return _mm256_div_ps(a, b); }
+    static ATTN_INLINE F32 as_float(I32 a) { return _mm256_castsi256_ps(a); }
+    static ATTN_INLINE I32 mullo(I32 a, I32 b) { return _mm256_mullo_epi32(a, b); }
+    // Of numbers below 2^15; reads a vector past the last.
+    static ATTN_INLINE int32_t sum_shorts(const uint16_t* from, int count) {
+        const I32 place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+        I32 sum = set1(0);
+        for (int i = 0; i < count; i += 16) {
+            const I32 inside = _mm256_cmpgt_epi16(set1_short(static_cast<int16_t>(least(count - i, 16))), place);
+            sum = add(sum, _mm256_madd_epi16(_mm256_and_si256(at(from + i), inside), ones()));
+        }
+        return total(sum);
+    }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm256_min_ps(a, b); }
     static ATTN_INLINE F32 maxf(F32 a, F32 b) { return _mm256_max_ps(a, b); }
@@ -122,6 +141,15 @@ struct Avx2 : VectorProducts {
     static ATTN_INLINE I32 ones() { return _mm256_set1_epi16(1); }
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi32(acc, _mm256_madd_epi16(key, query)); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return _mm256_add_epi32(acc, _mm256_madd_epi16(code, value)); }
+    static ATTN_INLINE I32 dot_digits(I32 acc, I32 digits, I32 codes) { return _mm256_add_epi32(acc, _mm256_madd_epi16(digits, codes)); }
+    static ATTN_INLINE void dot_four(const int16_t* query, const int16_t* const (&keys)[4], int64_t count, int32_t (&to)[4]) {
+        attnpress::dot_four(query, keys, count, to);
+    }
+    static ATTN_INLINE I32 at_most_one(I32 codes) { return _mm256_min_epi16(codes, ones()); }
+    // The code at one place of each group, as it is packed.
+    static ATTN_INLINE I32 member(I32 group, int place) {
+        return place == 0 ? _mm256_srai_epi32(_mm256_slli_epi32(group, 16), 16) : _mm256_srai_epi32(group, 16);
+    }
     // In 128-bit halves: codes 4 L to 4 L + 3 of both, the order that interleave undoes.
     static ATTN_INLINE void store_arranged(Value* where, const I32 (&codes)[COLS]) { to(where, _mm256_packs_epi32(codes[0], codes[1])); }
     static ATTN_INLINE void store_ordered(Query* where, const I32 (&codes)[COLS]) {
@@ -251,6 +279,7 @@ struct Avx2Short : Avx2 {
     }
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(key, query)); }
     static ATTN_INLINE I32 widen(I32 halves) { return _mm256_madd_epi16(halves, ones()); }
+    static ATTN_INLINE I32 member(I32 group, int place) { return band(_mm256_srli_epi32(group, 8 * place), set1(255)); }
 
     static ATTN_INLINE void store_ordered(Query* where, const I32 (&codes)[COLS]) {
         const I32 shorts = _mm256_permute4x64_epi64(_mm256_packs_epi32(codes[0], codes[1]), 0xd8);

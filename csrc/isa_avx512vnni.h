@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "attention_body.h"
+#include "dot_four.h"
 
 namespace attnpress {
 namespace {
@@ -20,6 +21,10 @@ struct Avx512Vnni : VectorProducts {
     using Query = int8_t;
     using Prob = uint8_t;
     using Value = int8_t;
+    using Left = int8_t;
+    using Digit = uint8_t;
+    static constexpr int DIGIT_GROUP = 4, DIGIT_BITS = 8, SUMS = 24;
+    static constexpr bool SIGNED_DIGITS = false;
     using Short = __m512i;
     struct Slack {
         __m512i low, high;
@@ -76,6 +81,19 @@ struct Avx512Vnni : VectorProducts {
         return _mm512_maskz_cvtps_epi32(_mm512_cmp_ps_mask(a, a, _CMP_ORD_Q), _mm512_range_ps(a, limit, LEAST_MAGNITUDE_SIGN_OF_FIRST));
     }
     static ATTN_INLINE F32 mulf(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+    static ATTN_INLINE F32 addf(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+    static ATTN_INLINE F32 quotient(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+    static ATTN_INLINE F32 as_float(I32 a) { return _mm512_castsi512_ps(a); }
+    static ATTN_INLINE I32 mullo(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
+    // Of numbers below 2^15.
+    static ATTN_INLINE int32_t sum_shorts(const uint16_t* from, int count) {
+        I32 sum = set1(0);
+        for (int i = 0; i < count; i += 32) {
+            const __mmask32 inside = count - i >= 32 ? ~uint32_t{0} : (uint32_t{1} << (count - i)) - 1;
+            sum = add(sum, _mm512_madd_epi16(_mm512_maskz_loadu_epi16(inside, from + i), set1_short(1)));
+        }
+        return total(sum);
+    }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm512_min_ps(a, b); }
     static ATTN_INLINE F32 maxf(F32 a, F32 b) { return _mm512_max_ps(a, b); }
@@ -97,6 +115,13 @@ struct Avx512Vnni : VectorProducts {
     }
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return dot(acc, key, query); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return dot(acc, code, value); }
+    static ATTN_INLINE I32 dot_digits(I32 acc, I32 digits, I32 codes) { return dot(acc, digits, codes); }
+    static ATTN_INLINE void dot_four(const int16_t* query, const int16_t* const (&keys)[4], int64_t count, int32_t (&to)[4]) {
+        attnpress::dot_four(query, keys, count, to);
+    }
+    static ATTN_INLINE I32 at_most_one(I32 codes) { return _mm512_min_epu8(codes, ones()); }
+    // The code at one place of each group, as it is packed.
+    static ATTN_INLINE I32 member(I32 group, int place) { return band(_mm512_srli_epi32(group, 8 * place), set1(255)); }
 
     static ATTN_INLINE I32 ones() { return _mm512_set1_epi8(1); }
 

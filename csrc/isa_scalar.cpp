@@ -12,6 +12,10 @@ struct Scalar : VectorProducts {
     using Query = int32_t;
     using Prob = int32_t;
     using Value = int32_t;
+    using Left = int32_t;
+    using Digit = int32_t;
+    static constexpr int DIGIT_GROUP = 1, DIGIT_BITS = 16, SUMS = 8;
+    static constexpr bool SIGNED_DIGITS = true;
     using Short = int16_t;
     struct Slack {
         int16_t of[COLS];
@@ -32,8 +36,9 @@ struct Scalar : VectorProducts {
     static void store_code(int32_t* p, I32 x) { *p = x; }
     static I32 broadcast(const int32_t* p) { return *p; }
 
-    static I32 add(I32 a, I32 b) { return a + b; }
-    static I32 sub(I32 a, I32 b) { return a - b; }
+    // Sums of digits wrap round where only their low bits count.
+    static I32 add(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b)); }
+    static I32 sub(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) - static_cast<uint32_t>(b)); }
     static I32 band(I32 a, I32 b) { return a & b; }
     static I32 max(I32 a, I32 b) { return most(a, b); }
     template <int N> static I32 shr(I32 a) { return static_cast<int32_t>(static_cast<uint32_t>(a) >> N); }
@@ -54,6 +59,19 @@ struct Scalar : VectorProducts {
     static F32 clamp(F32 a, F32 low, F32 high) { return a != a ? 0.0f : least(most(a, low), high); }
     static I32 round_within(F32 a, F32 limit) { return round(clamp(a, -limit, limit)); }
     static F32 mulf(F32 a, F32 b) { return a * b; }
+    static F32 addf(F32 a, F32 b) { return a + b; }
+    static F32 quotient(F32 a, F32 b) { return a / b; }
+    static F32 as_float(I32 a) {
+        float x;
+        std::memcpy(&x, &a, sizeof(x));
+        return x;
+    }
+    static I32 mullo(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
+    static int32_t sum_shorts(const uint16_t* from, int count) {
+        int32_t sum = 0;
+        for (int i = 0; i < count; ++i) sum += from[i];
+        return sum;
+    }
     static F32 subf(F32 a, F32 b) { return a - b; }
     static F32 minf(F32 a, F32 b) { return least(a, b); }
     static F32 maxf(F32 a, F32 b) { return most(a, b); }
@@ -63,6 +81,15 @@ struct Scalar : VectorProducts {
     static I32 ones() { return 1; }
     static I32 dot_scores(I32 acc, I32 key, I32 query) { return acc + key * query; }
     static I32 dot_values(I32 acc, I32 code, I32 value) { return acc + code * value; }
+    static I32 dot_digits(I32 acc, I32 digit, I32 code) { return acc + digit * code; }
+    static void dot_four(const int16_t* query, const int16_t* const (&keys)[4], int64_t count, int32_t (&to)[4]) {
+        for (int g = 0; g < 4; ++g) {
+            to[g] = 0;
+            for (int64_t i = 0; i < count; ++i) to[g] += query[i] * keys[g][i];
+        }
+    }
+    static I32 at_most_one(I32 codes) { return least(codes, 1); }
+    static I32 member(I32 group, int) { return group; }
     static void store_arranged(Value* to, const I32 (&codes)[COLS]) { std::memcpy(to, codes, sizeof(codes)); }
     static void store_ordered(Query* to, const I32 (&codes)[COLS]) { std::memcpy(to, codes, sizeof(codes)); }
     static void interleave(const Value* const (&from)[1], int64_t offset, I32 (&columns)[COLS]) {

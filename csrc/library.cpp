@@ -121,7 +121,52 @@ struct Options {
     std::string rule, mode;
     int64_t q_max, k_max, v_max, p_max;
     bool smooth_key, q_power_of_two;
+    std::string tail;
+    std::optional<Tensor> lift, tail_query, tail_key, tail_offset, tail_step;
 };
+
+// Whole numbers within a range, float32 and contiguous.
+const float* whole_numbers(const std::optional<Tensor>& x, const std::vector<int64_t>& shape, float low, float high, const char* name) {
+    bool fits = x.has_value() && x->is_cpu() && x->scalar_type() == ScalarType::Float && x->dim() == static_cast<int64_t>(shape.size()) && x->is_contiguous();
+    for (size_t d = 0; fits && d < shape.size(); ++d) fits = x->size(static_cast<int64_t>(d)) == shape[d];
+    STD_TORCH_CHECK(fits, "attnpress: ", name, " has another shape, dtype or device than the tail of this call, or is not contiguous");
+    const auto* values = static_cast<const float*>(x->const_data_ptr());
+    bool inside = true;
+    for (int64_t i = 0; i < x->numel(); ++i) inside &= values[i] >= low && values[i] <= high && std::nearbyint(values[i]) == values[i];
+    STD_TORCH_CHECK(inside, "attnpress: ", name, " must be whole numbers from ", low, " to ", high);
+    return values;
+}
+
+attnpress::Tail tail_of(const Attention& a, const Options& o) {
+    attnpress::Tail tail{};
+    if (o.tail == "none") return tail;
+    STD_TORCH_CHECK(o.tail == "mean" || o.tail == "linear", "attnpress: no tail '", o.tail, "'; use none, mean or linear");
+    STD_TORCH_CHECK(a.mode == attnpress::ProbMode::row, "attnpress: a tail needs mode row");
+    tail.kind = o.tail == "mean" ? attnpress::TailKind::mean : attnpress::TailKind::linear;
+    tail.lift = whole_numbers(o.lift, {a.q_heads}, attnpress::TAIL_OFF, attnpress::LARGEST_LIFT, "tail_lift");
+    for (int64_t head = 0; head < a.q_heads; ++head) {
+        STD_TORCH_CHECK(tail.lift[head] >= 0 || tail.lift[head] == attnpress::TAIL_OFF, "attnpress: tail_lift must be 0 or more, or -2^20");
+    }
+    tail.rank = a.dim;
+    if (tail.kind == attnpress::TailKind::mean || !o.tail_query.has_value()) return tail;
+    STD_TORCH_CHECK(o.tail_query->dim() == 3, "attnpress: tail_query must be [Hkv, D, rank]");
+    tail.rank = o.tail_query->size(2);
+    STD_TORCH_CHECK(tail.rank >= 1 && tail.rank <= attnpress::LARGEST_RANK, "attnpress: the rank of a tail is 1 to 256, found ", tail.rank);
+    const auto directions = [&](const std::optional<Tensor>& x, const char* name) {
+        return whole_numbers(x, {a.kv_heads, a.dim, tail.rank}, -attnpress::LARGEST_DIRECTION, attnpress::LARGEST_DIRECTION, name);
+    };
+    tail.query = directions(o.tail_query, "tail_query");
+    tail.key = directions(o.tail_key, "tail_key");
+    tail.offset = whole_numbers(o.tail_offset, {a.kv_heads, tail.rank}, -attnpress::LARGEST_OFFSET, attnpress::LARGEST_OFFSET, "tail_offset");
+    const bool fits = o.tail_step.has_value() && o.tail_step->is_cpu() && o.tail_step->scalar_type() == ScalarType::Float &&
+                      o.tail_step->dim() == 1 && o.tail_step->size(0) == a.kv_heads && o.tail_step->is_contiguous();
+    STD_TORCH_CHECK(fits, "attnpress: tail_step must be float32 [Hkv], contiguous");
+    tail.step = static_cast<const float*>(o.tail_step->const_data_ptr());
+    for (int64_t head = 0; head < a.kv_heads; ++head) {
+        STD_TORCH_CHECK(is_within(tail.step[head], 0.0f, attnpress::LARGEST_SCALE), "attnpress: tail_step must be 0 to 2^40, found ", tail.step[head]);
+    }
+    return tail;
+}
 
 // All of a call but its masks and its output.
 Attention call_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& k_scale, const Tensor& v_scale, const Options& o) {
@@ -157,6 +202,7 @@ Attention call_of(const Tensor& query, const Tensor& key, const Tensor& value, c
     a.mode = mode_of(o.mode);
     a.smooth_key = o.smooth_key;
     a.q_power_of_two = o.q_power_of_two;
+    a.tail = tail_of(a, o);
     return a;
 }
 
@@ -214,8 +260,10 @@ void attend_sequence(const Attention& whole, const attnpress::Target& target, in
 Tensor attention_packed(Tensor query, Tensor key, Tensor value, Tensor bounds, bool causal, double scaling,
                         std::optional<Tensor> q_scale, Tensor k_scale, Tensor v_scale, std::optional<Tensor> cutoff,
                         std::string rule, double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max,
-                        int64_t p_max, bool smooth_key, bool q_power_of_two) {
-    const Options options{std::nullopt, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+                        int64_t p_max, bool smooth_key, bool q_power_of_two, std::string tail, std::optional<Tensor> tail_lift,
+                            std::optional<Tensor> tail_query, std::optional<Tensor> tail_key, std::optional<Tensor> tail_offset,
+                            std::optional<Tensor> tail_step) {
+    const Options options{std::nullopt, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two, tail, tail_lift, tail_query, tail_key, tail_offset, tail_step};
     Attention a = call_of(query, key, value, k_scale, v_scale, options);
     STD_TORCH_CHECK(a.batch == 1 && a.q_rows == a.key_rows, "attnpress: packed tensors are [1, H, tokens, D], as many keys as queries");
     const int64_t* at = bounds_of(bounds, a.q_rows);
@@ -237,12 +285,14 @@ Tensor attention_packed(Tensor query, Tensor key, Tensor value, Tensor bounds, b
 Tensor attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> valid, bool causal, double scaling,
                  std::optional<Tensor> q_scale, Tensor k_scale, Tensor v_scale, std::optional<Tensor> cutoff, std::string rule,
                  double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max, int64_t p_max,
-                 bool smooth_key, bool q_power_of_two) {
-    const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+                 bool smooth_key, bool q_power_of_two, std::string tail, std::optional<Tensor> tail_lift,
+                            std::optional<Tensor> tail_query, std::optional<Tensor> tail_key, std::optional<Tensor> tail_offset,
+                            std::optional<Tensor> tail_step) {
+    const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two, tail, tail_lift, tail_query, tail_key, tail_offset, tail_step};
     return run(query, key, value, k_scale, v_scale, options, nullptr);
 }
 
-using Integers = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Integers = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 template <class T> T* zeroed(Tensor& tensor) {
     torch::stable::zero_(tensor);
@@ -252,8 +302,10 @@ template <class T> T* zeroed(Tensor& tensor) {
 Integers attention_integers(Tensor query, Tensor key, Tensor value, std::optional<Tensor> valid, bool causal, double scaling,
                             std::optional<Tensor> q_scale, Tensor k_scale, Tensor v_scale, std::optional<Tensor> cutoff,
                             std::string rule, double sparsity, std::string mode, int64_t q_max, int64_t k_max, int64_t v_max,
-                            int64_t p_max, bool smooth_key, bool q_power_of_two) {
-    const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two};
+                            int64_t p_max, bool smooth_key, bool q_power_of_two, std::string tail, std::optional<Tensor> tail_lift,
+                            std::optional<Tensor> tail_query, std::optional<Tensor> tail_key, std::optional<Tensor> tail_offset,
+                            std::optional<Tensor> tail_step) {
+    const Options options{valid, q_scale, cutoff, causal, scaling, sparsity, rule, mode, q_max, k_max, v_max, p_max, smooth_key, q_power_of_two, tail, tail_lift, tail_query, tail_key, tail_offset, tail_step};
     call_of(query, key, value, k_scale, v_scale, options);  // what follows asks tensors for four sizes
     const auto room = [](std::vector<int64_t> shape, ScalarType type) { return torch::stable::empty(shape, type); };
     const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3);
@@ -262,10 +314,16 @@ Integers attention_integers(Tensor query, Tensor key, Tensor value, std::optiona
     Tensor v = room({batch, kv_heads, keys, dim}, ScalarType::Char), max = room({batch, heads, rows, 1}, ScalarType::Int);
     Tensor p = room({batch, heads, rows, keys}, ScalarType::Byte), sum = room({batch, heads, rows, 1}, ScalarType::Long);
     Tensor weighted = room({batch, heads, rows, dim}, ScalarType::Long);
+    Tensor count = room({batch, heads, rows, 1}, ScalarType::Int), exponent = room({batch, heads, rows, 1}, ScalarType::Int);
+    Tensor distance = room({batch, heads, rows, 1}, ScalarType::Long), score = room({batch, heads, rows, 1}, ScalarType::Long);
+    Tensor level = room({batch, heads, rows, 1}, ScalarType::Float), total = room({batch, heads, rows, dim}, ScalarType::Long);
+    Tensor slope = room({batch, heads, rows, dim}, ScalarType::Long);
     const attnpress::Trace trace{zeroed<int8_t>(q), zeroed<int8_t>(k), zeroed<int8_t>(v), zeroed<int32_t>(max),
-                                 zeroed<uint8_t>(p), zeroed<int64_t>(sum), zeroed<int64_t>(weighted)};
+                                 zeroed<uint8_t>(p), zeroed<int64_t>(sum), zeroed<int64_t>(weighted),
+                                 zeroed<int32_t>(count), zeroed<int32_t>(exponent), zeroed<int64_t>(distance), zeroed<int64_t>(score),
+                                 zeroed<float>(level), zeroed<int64_t>(total), zeroed<int64_t>(slope)};
     Tensor output = run(query, key, value, k_scale, v_scale, options, &trace);
-    return {q, k, v, max, p, sum, weighted, output};
+    return {q, k, v, max, p, sum, weighted, output, count, exponent, distance, level, total, score, slope};
 }
 
 bool last_met_nan() { return met_nan; }
@@ -285,12 +343,14 @@ std::vector<std::string> supported_targets() {
 #define ATTENTION_ARGUMENTS(WHERE)                                                                                          \
     "(Tensor query, Tensor key, Tensor value, " WHERE ", bool causal, float scaling, Tensor? q_scale, Tensor k_scale, "     \
     "Tensor v_scale, Tensor? cutoff, str rule, float sparsity, str mode, int q_max, int k_max, int v_max, int p_max, "      \
-    "bool smooth_key, bool q_power_of_two)"
+    "bool smooth_key, bool q_power_of_two, str tail=\"none\", Tensor? tail_lift=None, Tensor? tail_query=None, "           \
+    "Tensor? tail_key=None, Tensor? tail_offset=None, Tensor? tail_step=None)"
 
 STABLE_TORCH_LIBRARY(attnpress, m) {
     m.def("attention" ATTENTION_ARGUMENTS("Tensor? valid") " -> Tensor");
     m.def("attention_packed" ATTENTION_ARGUMENTS("Tensor bounds") " -> Tensor");
-    m.def("attention_integers" ATTENTION_ARGUMENTS("Tensor? valid") " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+    m.def("attention_integers" ATTENTION_ARGUMENTS("Tensor? valid") " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, "
+          "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
     m.def("active_target() -> str");
     m.def("met_nan() -> bool");
     m.def("supported_targets() -> str[]");

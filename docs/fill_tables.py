@@ -92,6 +92,7 @@ def speeds() -> dict[str, str]:
     return {
         "speed_attention": attention_markdown([*timings("attention-1thread"), *timings("attention-2threads")]),
         "speed_amx": attention_markdown([*timings("attention-amx-1thread"), *timings("attention-amx-2threads")]),
+        "speed_models_avx2": models_markdown(timings("whole-int8-avx2-1thread")),
         "speed_models_amx": models_markdown(timings("whole-int8-bert-amx-1thread")),
         "speed_settings": settings_markdown(
             {

@@ -251,7 +251,7 @@ def test_an_empty_folder_is_taken_and_a_link_to_ours_is_followed(tmp_path: Path)
 def test_only_a_folder_with_the_right_marker_is_removed(tmp_path: Path) -> None:
     someones(tmp_path / "someones")
     (tmp_path / "checkpoints").mkdir()
-    mark(tmp_path / "checkpoints", "checkpoints")
+    mark(tmp_path / "checkpoints", "checkpoints", frozenset({"checkpoint-8"}))
     (tmp_path / "checkpoints" / "checkpoint-8").mkdir()
     (tmp_path / "link").symlink_to("checkpoints")
     for folder, what in (("someones", "checkpoints"), ("checkpoints", "model"), ("link", "checkpoints")):
@@ -261,6 +261,17 @@ def test_only_a_folder_with_the_right_marker_is_removed(tmp_path: Path) -> None:
     remove_folder(tmp_path / "checkpoints", "checkpoints")
     remove_folder(tmp_path / "checkpoints", "checkpoints")
     assert listing(tmp_path) == ["link", "someones"]
+
+
+@pytest.mark.parametrize(
+    "replace", [lambda folder: check_folder(folder, "sweep"), lambda folder: remove_folder(folder, "sweep")]
+)
+def test_a_folder_whose_marker_lists_nothing_is_kept(replace: Callable[[Path], None], tmp_path: Path) -> None:
+    mark(tmp_path, "sweep")
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(OutputError, match="notes"):
+        replace(tmp_path)
+    assert "notes" in listing(tmp_path)
 
 
 def test_permissions_are_those_of_the_file_before_or_of_the_umask(tmp_path: Path) -> None:

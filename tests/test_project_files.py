@@ -50,7 +50,8 @@ def is_date(match: re.Match[str] | None) -> bool:
 
 def unpinned(files: Files) -> list[str]:
     """Lines of the requirements that are not an exact pin, and needs of pyproject.toml that no pin meets."""
-    lines = [line for line in files["requirements.txt"].splitlines() if line and not line.startswith("#")]
+    whole = [line for line in files["requirements.txt"].splitlines() if line and not line.startswith("#")]
+    lines = [line.partition("; ")[0] for line in whole]  # what follows says for which systems there is one
     offences = [f"{line}: write name==version" for line in lines if not re.fullmatch(r"[\w.-]+==[\w.]+", line)]
     pins = {canonical(name): version for name, _, version in (line.partition("==") for line in lines)}
     for need in map(Requirement, files["needs"].splitlines()):

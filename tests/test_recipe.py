@@ -199,7 +199,7 @@ BROKEN: list[tuple[str, list[str], str]] = [
     ("", ["=1"], r"--set =1: write it as key=value"),
     ("", ["seed=["], r"--set seed=\[: the value is not valid YAML"),
     ("seed: 1", ["seed.x=1"], r"--set seed\.x=1: seed is a single value"),
-    ("1: 2", [], r"recipe\.yaml:\n1: Keys should be strings"),
+    ("1: 2", [], r"recipe\.yaml:\n1: unknown key; known keys: model, checkpoint"),
     ("sede: 1", [], r"recipe\.yaml:\nsede: unknown key; did you mean 'seed'\?"),
     ("", ["atention.sparsity=0.5"], r"atention: unknown key; did you mean 'attention'\?"),
     ("attention:", [], r"attention: "),

@@ -22,17 +22,22 @@ from attnpress.results import (
     to_json,
 )
 
+WORK = {"bit_operations_dense": 9, "bit_operations_remaining": 5, "bytes_dense": 7, "bytes_remaining": 3}
+
 
 def stage(name: str, score: float = 90.0) -> StageRecord:
     head = HeadRecord(sparsity=0.9, pruned=0.8, tile_sparsity=0.1, keys_per_row=2.5, threshold=0.25)
     layer = LayerRecord("layer.0", 0.9, 0.8, 0.95, 0.1, 2.5, {"q": [0.5, 0.25]}, [head, head])
     bits = {"q": 8, "k": 8, "v": None, "p": 4}
-    return StageRecord(
-        name, {"f1": score}, 0.9, 0.8, 0.95, 64, 0.1, 2.5, bits, 100, 55, {"bytes_dense": 7}, [layer], 1.5
-    )
+    return StageRecord(name, {"f1": score}, 0.9, 0.8, 0.95, 64, 0.1, 2.5, bits, 100, 55, WORK, [layer], 1.5)
 
 
-RECORD = Record({"seed": 0}, "f1", 50.0, {"seed": 0}, [stage("dense")], {"dense": [{"step": 1, "loss": 0.5}]})
+RECIPE = {
+    "seed": 0, "model": "bert", "data": {"task": "mrpc"}, "compress": {"epochs": 3},
+    "attention": {"sparsity": 0.9, **{name: {"bits": 8} for name in "qkvp"}},
+}  # fmt: skip
+PROVENANCE = {"seed": 0, "rows": {"train": 10, "eval": 5}, "weights": {"base": "00", "dense": "11"}}
+RECORD = Record(RECIPE, "f1", 50.0, PROVENANCE, [stage("dense")], {"dense": [{"step": 1, "loss": 0.5}]})
 
 
 def test_a_record_survives_json() -> None:

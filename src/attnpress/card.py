@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
-from attnpress.kernels.ops import NATIVE_TAILS
 from attnpress.results import Record, StageRecord
 
 FIGURES = {
@@ -19,11 +18,6 @@ FIGURES = {
 
 AUTO_CLASSES = {"qa": "AutoModelForQuestionAnswering"}
 PIPELINES = {"qa": "question-answering"}
-
-DEPLOY = {
-    True: "attnpress.deploy(model)  # optional: the same integers from the compiled CPU kernel",
-    False: 'attnpress.deploy(model, "reference")  # optional: the same integers; the compiled kernel has no tail',
-}
 
 CARD = """---
 {header}
@@ -56,7 +50,7 @@ import attnpress  # registers with Transformers; loading fails without it
 from transformers import {auto}, pipeline
 
 model = {auto}.from_pretrained(folder)  # this folder: scales and thresholds come along
-{deploy}
+attnpress.deploy(model)  # optional: the same integers from the compiled CPU kernel
 
 pipeline("{pipeline}", folder)
 ```
@@ -85,7 +79,7 @@ def model_card(record: Record, kind: str, name: str = "progressive") -> str:
         version=record.provenance["versions"]["attnpress"], scores=_scores(stage, dense),
         rows=record.provenance["rows"]["eval"], figures=_figures(stage), keys=stage.keys_per_row,
         auto=AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification"), pipeline=pipeline,
-        tail=_tail(recipe["attention"]), deploy=DEPLOY[recipe["attention"].get("tail", "none") in NATIVE_TAILS],
+        tail=_tail(recipe["attention"]),
     )  # fmt: skip
 
 

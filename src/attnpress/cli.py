@@ -35,6 +35,7 @@ EXAMPLES = """examples:
   attnpress ls tasks
   attnpress ls backends
   attnpress bench --seq-len 128 384 --sparsity 0.95 --threads 1 --peers sdpa openvino --json bench.json
+  attnpress bench --seq-len 384 1024 --tail linear --tail-rank 8 --json tail.json
   attnpress bench --from runs/demo --layer 0 5 --batch 8 --peers sdpa openvino
   attnpress bench --whole-model minilm bert-base --seq-len 128 384 512 --peers sdpa eager
 """
@@ -240,6 +241,13 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=whole("--batch", 1, 65536), metavar="N",
         help="rows (default: about 1,536 tokens; whole models: 1)",
     )  # fmt: skip
+    parser.add_argument(
+        "--tail", choices=["mean", "linear"],
+        help="let what is pruned still count, and compare with the same call without a tail (peer no-tail, the default then)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tail-rank", type=whole("--tail-rank", 1, 512), metavar="R", help="directions of --tail linear (default: 8)"
+    )
     threads = whole("--threads", 1, 1024)
     parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")
     parser.add_argument(

@@ -261,14 +261,20 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
 
     shared = {"threads": options.threads, **({"peers": options.peers} if options.peers else {})}
     if options.run_dir:
-        if options.seq_len or options.sparsity is not None:
-            raise BenchmarkError("--from takes the run's own lengths and sparsity: drop --seq-len and --sparsity")
+        if options.seq_len or options.sparsity is not None or options.tail or options.tail_rank:
+            raise BenchmarkError(
+                "--from takes the run's own lengths, sparsity and tail: drop --seq-len, --sparsity, --tail and --tail-rank"
+            )
         config = _run_config(options.run_dir)
         _quiet_libraries()
         return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
     if options.layer:
         raise BenchmarkError("--layer chooses among the layers of --from RUN_DIR")
     sparsity, lengths = 0.95 if options.sparsity is None else options.sparsity, options.seq_len or [128, 512, 2048]
+    if options.tail_rank and options.tail != "linear":
+        raise BenchmarkError("--tail-rank is the number of directions of --tail linear")
+    if options.whole_model and options.tail:
+        raise BenchmarkError("--tail times one call of attention: drop it, or --whole-model")
     if options.whole_model:
         _quiet_libraries()
         from attnpress.benchmark.whole_model import bench_models
@@ -284,7 +290,8 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         )
     if options.linear == "int8" or options.ragged:
         raise BenchmarkError("--linear and --ragged are about whole models: add --whole-model NAME")
-    return bench(lengths, sparsity=sparsity, batch=options.batch, **shared)
+    tail = {"tail": options.tail or "none", **({"tail_rank": options.tail_rank} if options.tail_rank else {})}
+    return bench(lengths, sparsity=sparsity, batch=options.batch, **tail, **shared)
 
 
 def _print_table(table: object, talk: TextIO | None, width: int = 140) -> None:

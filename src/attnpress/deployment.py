@@ -18,14 +18,14 @@ from attnpress.core.inference import without_gradient
 from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.linear import int8_encoder, pack_int8, use_int8
-from attnpress.models.attention import INT8, PLAN, CompressedAttention
+from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.encoder import Packing, find_encoder
+from attnpress.models.encoder import Packing, find_encoder, is_int8, plan_of
 
 AUTO = "auto"
 
 PACKING = "_attnpress_packing"
-"""Attribute of a model whose encoder runs without padding."""
+"""Attribute of an encoder that runs without padding."""
 
 Linear = Literal["float", "int8"]
 Padding = Literal["keep", "skip"]
@@ -64,11 +64,11 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     for name, module in modules.items():
         if not module.spec.is_dense:
             _check(name, module, chosen[id(module)])
-    if "gpu" in chosen.values() and (linear == "int8" or hasattr(model, INT8)):
+    if "gpu" in chosen.values() and (linear == "int8" or is_int8(model)):
         raise ValueError("int8 linear layers run on the CPU alone: deploy with linear='float', or backend 'cpu'")
     _unpack(model)
     _deploy_linear(model, linear)
-    usual: Padding = "skip" if linear == "int8" or hasattr(model, INT8) else "keep"
+    usual: Padding = "skip" if linear == "int8" or is_int8(model) else "keep"
     if (padding or usual) == "skip":
         _pack(model)
     for module in modules.values():
@@ -80,10 +80,12 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
 def undeploy(model: Model) -> Model:
     """Give the model back its training forward; returns it. Does nothing to a model that was not deployed.
 
+    The model stays in evaluation mode, into which `deploy` put it: call `model.train()` to train on.
+
     Raises:
         ValueError: its linear layers are int8, so their float32 weights are gone.
     """
-    if hasattr(model, INT8):
+    if is_int8(model):
         raise ValueError("the linear layers are int8, and their float32 weights gone: load the model again")
     _unpack(model)
     for module in attentions(model).values():
@@ -93,11 +95,11 @@ def undeploy(model: Model) -> Model:
 
 def _deploy_linear(model: nn.Module, linear: Linear) -> None:
     """Put linear layers into 8 bits if that is asked for, and have those that are run as fast as they can."""
-    if linear == "int8" and not hasattr(model, INT8):
+    if linear == "int8" and not is_int8(model):
         encoder = int8_encoder(model)
         if encoder is not None:
-            use_int8(model, encoder, getattr(model, PLAN, None) or {})
-    if hasattr(model, INT8):
+            use_int8(model, encoder, plan_of(model) or {})
+    if is_int8(model):
         pack_int8(model)
 
 
@@ -107,11 +109,12 @@ def _pack(model: nn.Module) -> None:
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
     else:
-        setattr(model, PACKING, Packing(encoder))
+        setattr(encoder, PACKING, Packing(encoder))
 
 
 def _unpack(model: nn.Module) -> None:
-    packing: Packing | None = vars(model).pop(PACKING, None)
+    encoder = find_encoder(model)
+    packing: Packing | None = None if encoder is None else vars(encoder).pop(PACKING, None)
     if packing is not None:
         packing.remove()
 

@@ -27,7 +27,8 @@ from attnpress.core.linear import ProductPlan
 from attnpress.deployment import Linear, deploy
 from attnpress.kernels import cpu, gpu
 from attnpress.linear import calibrate_linear, linear_layers
-from attnpress.models.attention import PLAN, CompressedAttention
+from attnpress.models.attention import CompressedAttention
+from attnpress.models.encoder import plan_of
 from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
 from attnpress.recipe import checked
 from attnpress.results import HeadRecord, LayerRecord, StageRecord
@@ -292,8 +293,7 @@ def plan_linear(model: PreTrainedModel, data: Callable[[], TaskData], config: Ru
     Args:
         data: of the run; asked for only if the model has no plan, which is then made from its calibration batches.
     """
-    plan: dict[str, ProductPlan] | None = getattr(model, PLAN, None)
-    return plan or calibrate_linear(model, training_batches(data(), config.calibration, config.seed))
+    return plan_of(model) or calibrate_linear(model, training_batches(data(), config.calibration, config.seed))
 
 
 def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -23,6 +24,9 @@ from attnpress.teacher import alone, check_one_process, is_held
 
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"
+FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.+-]{0,99}", re.ASCII)
+"""What names of rows and cells look like: records and folders are called by them."""
+
 CELL_STAGES = {"progressive": ("dense", "quantized", "one_shot", "progressive"), "one_shot": ("one_shot",)}
 """What is run for a cell, by the last of it."""
 
@@ -56,9 +60,18 @@ class EvidenceSpec:
     recipe: RunConfig
     cells: dict[str, CellSpec]
 
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if not FILE_NAME.fullmatch(name):
+            raise ValueError(f"{name!r:.80} is part of file names: use letters, digits, '.', '_', '+' and '-'")
+        return name
+
     @field_validator("cells")
     @classmethod
     def _free_names(cls, cells: dict[str, CellSpec]) -> dict[str, CellSpec]:
+        for cell in cells:
+            cls._plain_name(cell)
         if taken := [cell for cell in cells if cell.startswith(DENSE_CELL)]:
             raise ValueError(f"{taken[0]!r} begins as the names of dense models do; call the cell otherwise")
         return cells

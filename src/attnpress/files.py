@@ -45,11 +45,16 @@ class Marker:
 
     Attributes:
         what: it is, such as "export".
-        holds: paths inside, as they were when it was made; None for a folder whose content changes while it is used.
+        holds: paths inside, as they were when it was made; None for a folder whose content changes while it is used,
+            which is never replaced or removed as a whole.
     """
 
     what: str
     holds: frozenset[str] | None = None
+
+    def foreign(self, content: frozenset[str]) -> frozenset[str]:
+        """What of a folder's content was not there when it was made."""
+        return content - (self.holds or frozenset())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -255,7 +260,7 @@ def remove_folder(folder: Path, what: str) -> None:
         return
     if folder.is_symlink() or (found := read_marker(folder)) is None or found.what != what:
         raise OutputError(f"{folder}: attnpress did not make this folder, so it is not removed; move it away")
-    if found.holds is not None and (foreign := _content(folder) - found.holds):
+    if foreign := found.foreign(_content(folder)):
         raise OutputError(
             f"{folder}: {_shown(foreign)} in it is not attnpress's own, so it is not removed; move it away"
         )
@@ -336,7 +341,7 @@ def _check_replaceable(path: Path, target: Path, what: str) -> None:
             f"{path}: holds {_shown(held)}, and is no folder of kind {what!r} that attnpress made, so it is not "
             "replaced; name another folder"
         )
-    if found is not None and found.holds is not None and (foreign := held - found.holds):
+    if found is not None and (foreign := found.foreign(held)):
         raise OutputError(
             f"{path}: holds {_shown(foreign)}, which attnpress did not write, so it is not replaced; move that away, "
             "or name another folder"

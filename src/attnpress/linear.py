@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from attnpress.calibration import outputs
 from attnpress.core.linear import ACTIVATION_BITS, Bits, ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PASSES, PackedProduct
-from attnpress.models.attention import INT8, PLAN
-from attnpress.models.encoder import entries, find_encoder, place_int8
+from attnpress.models.encoder import entries, find_encoder, is_int8, place_int8, set_plan
 from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
 from attnpress.models.ordered import OrderedLinear, place_ordered
@@ -84,7 +83,7 @@ def calibrate_linear(
     if encoder is None:
         return {}
     plan = _judge(model, encoder, kept[:JUDGED], tolerance, bits)
-    setattr(model, PLAN, plan)
+    set_plan(model, plan)
     return plan
 
 
@@ -101,7 +100,7 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
     if next(encoder.parameters()).dtype != torch.float32:
         say_float(type(model).__name__, "its weights are not float32")
         return None
-    if hasattr(model, INT8):
+    if is_int8(model):
         raise ValueError("the linear layers are int8 already, and their float32 weights gone: load the model again")
     return encoder
 
@@ -111,8 +110,7 @@ def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPla
     entire = dict(plan) or {name: ProductPlan() for name in entries(model, encoder)}
     for layer, replaced in place_int8(model, encoder, entire):
         layer.take(replaced)
-    setattr(model, PLAN, entire)
-    setattr(model, INT8, True)
+    set_plan(model, entire)
 
 
 def pack_int8(model: nn.Module) -> None:

@@ -27,7 +27,7 @@ from attnpress.deployment import Linear, deploy
 from attnpress.evaluate import finished_classifier, plan_linear
 from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
 from attnpress.kernels import gpu
-from attnpress.models.attention import PLAN
+from attnpress.models.encoder import plan_of
 from attnpress.models.loading import weights_hash
 from attnpress.strict_json import JsonError, dump_json, is_unicode, parse_json
 from attnpress.tasks import TASKS, load_task, text_columns
@@ -446,7 +446,7 @@ def run_file(
     texts = Texts(tuple(columns) or texts.columns, texts.max_length)
     if linear == "int8" and config is not None:
         plan_linear(model, lambda: load_task(config.data, tokenizer, config.seed), config)
-    elif linear == "int8" and not getattr(model, PLAN, None):
+    elif linear == "int8" and not plan_of(model):
         raise PredictionError(
             f"{folder}: has no plan for int8 layers, and no recipe with data to make one; run it float"
         )

@@ -127,9 +127,7 @@ def override(kind: type[Any], data: dict[Any, Any], item: str) -> None:
         raise ConfigError(f"--set {item:.200}: the value is not valid YAML: {error}") from None
     *parents, last = keys
     for parent in parents:
-        # YAML reads the 0 of `layers: {0: ...}` as a number.
-        number = int(parent) if parent.isascii() and parent.isdecimal() and len(parent) < 10 else None
-        data = data.setdefault(number if number in data else parent, {})
+        data = data.setdefault(parent, {})
         if not isinstance(data, dict):
             raise ConfigError(f"--set {item}: {parent} is a single value and has no keys inside")
     data[last] = value

@@ -97,6 +97,94 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
+class TensorPart:
+    """What is read of a matrix."""
+
+    bits: int | None
+
+
+@dataclass(frozen=True)
+class AttentionPart:
+    """What is read of a spec."""
+
+    q: TensorPart
+    k: TensorPart
+    v: TensorPart
+    p: TensorPart
+    sparsity: Share
+
+
+@dataclass(frozen=True)
+class DataPart:
+    """What is read of a task."""
+
+    task: str
+
+
+@dataclass(frozen=True)
+class TrainPart:
+    """What is read of a stage's training."""
+
+    epochs: Amount
+
+
+@dataclass(frozen=True)
+class RecipePart:
+    """What is read of a recipe; it has more, and older ones had less."""
+
+    model: str
+    data: DataPart
+    attention: AttentionPart
+    compress: TrainPart
+    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RowsPart:
+    """How many rows there were."""
+
+    train: Whole
+    eval: Whole
+
+
+@dataclass(frozen=True)
+class ProvenancePart:
+    """What is read of where figures came from."""
+
+    rows: RowsPart
+    weights: dict[str, str | None]
+    seed: int = 0
+    machine: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class LogPart:
+    """An entry of a log of training."""
+
+    step: Whole
+
+
+@dataclass(frozen=True)
+class WorkPart:
+    """What is read of a stage's work."""
+
+    bit_operations_dense: Some
+    bit_operations_remaining: Whole
+    bytes_dense: Some
+    bytes_remaining: Whole
+
+
+@dataclass(frozen=True)
+class PlainPart:
+    """What is read of the plain data of a record; `work` is by stage."""
+
+    work: dict[str, WorkPart]
+    recipe: RecipePart
+    provenance: ProvenancePart
+    training: dict[str, list[LogPart]]
+
+
+@dataclass(frozen=True)
 class Record:
     """A whole run.
 
@@ -222,7 +310,7 @@ def _is_unicode(data: Any) -> bool:
 
 
 def _checked(record: Record, where: str) -> Record:
-    """Returns `record`, whose stages are each there once, with the headline and with layers alike."""
+    """Returns `record`: each stage is there once, has the headline and layers alike, and its plain data have parts."""
     names = [stage.name for stage in record.stages]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RecordError(f"{where}: damaged record (stages): {twice[0]!r} is there twice")
@@ -233,4 +321,9 @@ def _checked(record: Record, where: str) -> Record:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): no metric {record.headline!r}")
         if len({len(layer.heads) for layer in stage.layers} - {0}) > 1:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): layers differ in their heads")
+    plain = {name: getattr(record, name) for name in ("recipe", "provenance", "training")}
+    plain["work"] = {stage.name: stage.work for stage in record.stages}
+    found = build_record(PlainPart, plain, where, "damaged record", extra=True)
+    if record.stage("dense") and "dense" not in found.provenance.weights:
+        raise RecordError(f"{where}: damaged record (provenance.weights 'dense'): this key is missing")
     return record

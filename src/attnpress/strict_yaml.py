@@ -1,10 +1,12 @@
 """YAML as recipes need it: small, without surprises, and with every fault named by its line.
 
-Scalars are read as YAML 1.2 has them: `no` is a text, and so are dates and `1:30`. What PyYAML writes is read back.
+Scalars are read as YAML 1.2 has them: `no` is a text, and so are dates and `1:30`. Every key is a text. What PyYAML
+writes is read back.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +24,19 @@ class YamlError(ValueError):
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Keys are texts, as in JSON: the 0 of `layers: {0: ...}` is "0"."""
+        self.flatten_mapping(node)
+        node.value = [(_as_text(key), value) for key, value in node.value]
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
+
+
+def _as_text(key: yaml.Node) -> yaml.Node:
+    if not isinstance(key, yaml.ScalarNode):
+        return key
+    return yaml.ScalarNode("tag:yaml.org,2002:str", key.value, key.start_mark, key.end_mark)
 
 
 def _resolve(tag: str, pattern: str, first: str) -> None:
@@ -44,7 +59,8 @@ def parse_yaml(text: str) -> Any:
     """The value of a document: plain data in which nothing is shared; None if it is empty.
 
     Raises:
-        YamlError: not YAML, a key that a mapping holds twice, a value that cannot be made, or too large or too deep.
+        YamlError: not YAML, a key that a mapping holds twice, a value that cannot be made, a number that is infinite or
+            NaN, or too large or too deep.
     """
     if len(text) > LARGEST:
         raise YamlError(f"longer than {LARGEST:,} characters, which no recipe is")
@@ -121,6 +137,8 @@ def _see_value(event: yaml.Event, line: int, around: list[_Open]) -> None:
 
 def _unshared(value: Any) -> Any:
     """A copy in which an anchor's value is another object wherever it is used: each can be overridden by itself."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise YamlError(f"a number that is {value}, which no recipe has")
     if isinstance(value, dict):
         return {key: _unshared(item) for key, item in value.items()}
     return [_unshared(item) for item in value] if isinstance(value, list) else value

@@ -28,6 +28,7 @@ from attnpress.export.onnx import serve_onnx
 from attnpress.export.openvino import products, serve_openvino
 from attnpress.kernels import cpu
 from tests.core.factories import Call, make_call, make_spec
+from tests.core.test_tail import with_tail
 from tests.journeys.test_deployment import tiny_bert
 
 FOUR, BY_TOKEN = TensorSpec(bits=4), TensorSpec(bits=5, granularity="token")
@@ -41,6 +42,15 @@ CALLS: dict[str, Callable[[], Call]] = {
     ),
     "topk, Q by token, V by channel": lambda: make_call(
         make_spec(8, "topk", 0.7, q=BY_TOKEN, k=FOUR, v=TensorSpec(granularity="channel")), 4, keys=30, mask="pairs"
+    ),
+}
+TAILED: dict[str, Callable[[], Call]] = {
+    "mean": lambda: with_tail(make_call(make_spec(8, sparsity=0.9), 1, rows=24, keys=24, mask="padding"), "mean"),
+    "linear, GQA": lambda: with_tail(
+        make_call(make_spec(8, sparsity=0.9), 2, kv_heads=2, rows=9, keys=20, mask="pairs"), "linear", 3
+    ),
+    "linear, whole score, threshold": lambda: with_tail(
+        make_call(make_spec(4, "threshold", 0.9), 3, keys=30, mask="causal"), "linear", 64
     ),
 }
 
@@ -73,9 +83,9 @@ def write(call: Call, coder: Coder, file: Path) -> dict[str, Tensor]:
     return inputs
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [*CALLS, *TAILED])
 def test_onnx_runtime_gives_the_reference_bit_for_bit(name: str, tmp_path: Path) -> None:
-    call = CALLS[name]()
+    call = (CALLS | TAILED)[name]()
     inputs = write(call, quantize_dequantize, tmp_path / "attention.onnx")
     found = serve_onnx(tmp_path / "attention.onnx", threads=1)(**inputs)["output"]
     assert torch.equal(found, call.integer().output)
@@ -102,6 +112,15 @@ def test_openvino_gives_the_reference_but_for_the_division_in_two_int8_products(
     torch.testing.assert_close(served(**inputs)["output"], call.integer().output, rtol=1e-6, atol=1e-6)
     found = products(compiled)
     assert [product.is_int8 for product in found] == [True, True], found
+
+
+@pytest.mark.parametrize("name", ["mean", "linear, GQA"])
+def test_openvino_has_tails_too(name: str, tmp_path: Path) -> None:
+    call = within_64(TAILED[name]())
+    inputs = write(call, openvino_fake_quantize, tmp_path / "attention.onnx")
+    served, _ = serve_openvino(tmp_path / "attention.onnx", threads=1)
+    # Its sums over a tail are of float32, not exact; a pair more or less in a tail would show far above this.
+    torch.testing.assert_close(served(**inputs)["output"], call.integer().output, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

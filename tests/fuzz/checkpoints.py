@@ -11,9 +11,7 @@ import json
 import random
 import shutil
 import tempfile
-import time
 import warnings
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +37,6 @@ LARGE = 1e9
 """Ordinary weights may be any number; beyond this, or not finite, no finite answer is asked for."""
 
 Tensors = dict[str, Tensor]
-
-
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Replay one seed after another for so long; a failure raises, and its message names the seed."""
-    counts: Counter[str] = Counter(checkpoints=0)
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        counts["checkpoints"] += 1
-        counts[replay(seed)] += 1
-        seed += 1
-    return dict(counts)
 
 
 def replay(seed: int) -> str:

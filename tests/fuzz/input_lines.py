@@ -7,8 +7,6 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,17 +25,6 @@ WORDS = ("good", "dull", "ça", "", " ", "a, b", 'say "no"', "two\nlines", "\u20
 
 class StoppedError(Exception):
     """What stands for a kill: it ends the writing in the middle."""
-
-
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Replay one seed after another for so long; a failure raises, and its message names the seed."""
-    counts: Counter[str] = Counter(files=0)
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        counts["files"] += 1
-        counts[replay(seed)] += 1
-        seed += 1
-    return dict(counts)
 
 
 def replay(seed: int) -> str:

@@ -6,10 +6,9 @@ the ends of their ranges; packed calls are compared with their sequences alone.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import random
-import time
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import Scales
+from attnpress.core.attention import Scales, TailedScales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
 from tests.kernels.agreement import assert_same, ulps
@@ -27,24 +26,10 @@ from tests.kernels.factories import DTYPES, EXTREMES, Case, make_case
 MOST = 4_000_000
 """Products in a call, about: a second in the readable reference and on the slowest target."""
 
+RANKS = (1, 2, 4, 8, 8, 13, 32, 256)
 RULES: tuple[RuleName, ...] = ("relative", "relative", "relative", "threshold", "topk")
 REGRESSIONS: list[int] = [*range(16), 117]
 """Seeds that are replayed as tests: a sample of all kinds of calls, and each that failed once."""
-
-
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Replay one seed after another for so long.
-
-    Returns:
-        How many calls there were, of which kinds; a failure raises, and its message names the seed.
-    """
-    counts: Counter[str] = Counter(calls=0, packed=0, targets=len(cpu.supported_targets()))
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        counts["calls"] += 1
-        counts[replay(seed)] += 1
-        seed += 1
-    return dict(counts)
 
 
 def replay(seed: int) -> str:
@@ -129,7 +114,9 @@ def _case(rng: random.Random, seed: int, shape: tuple[int, int, int, int, int, i
     scales, scaling = case.scales, case.scaling
     if rng.random() < 0.25:
         wide = rng.random() < 0.5
-        scales = Scales(*(_spread(rng, getattr(scales, name), wide) for name in ("q", "k", "v")))
+        spread = [_spread(rng, getattr(scales, name), wide) for name in ("q", "k", "v")]
+        tail = TailedScales.tail_of(scales)
+        scales = Scales(*spread) if tail is None else TailedScales(*spread, tail=tail)
         scaling = 2.0 ** rng.uniform(-32, 32) if wide else scaling * 2.0 ** rng.uniform(-4, 4)
     return case.with_(
         query=query, key=key, value=value, scales=scales, scaling=scaling, cutoff=_cutoff(rng, case.query.shape[1])
@@ -148,7 +135,7 @@ def draw_spec(rng: random.Random) -> AttentionSpec:
     def bits() -> int:
         return rng.choice((2, 3, 4, 4, 5, 6, 7, 8, 8, 8, 8))
 
-    return AttentionSpec(
+    spec = AttentionSpec(
         q=TensorSpec(bits(), rng.choice(("tensor", "head", "token")), power_of_two=rng.random() < 0.3),
         k=TensorSpec(bits(), rng.choice(("tensor", "head"))),
         v=TensorSpec(bits(), rng.choice(("tensor", "head", "channel"))),
@@ -157,6 +144,9 @@ def draw_spec(rng: random.Random) -> AttentionSpec:
         sparsity=rng.choice((0.0, 0.1, 0.3, 0.5, 0.9, 0.98, 0.9999)),
         smooth_key=rng.random() < 0.4,
     )
+    if spec.p.mode != "row" or rng.random() < 0.5:
+        return spec
+    return dataclasses.replace(spec, tail=rng.choice(("mean", "linear")), tail_rank=rng.choice(RANKS))
 
 
 def draw_mask(rng: random.Random, pairs: tuple[int, int, int, int]) -> Tensor | None:

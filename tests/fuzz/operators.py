@@ -15,9 +15,7 @@ import resource
 import selectors
 import subprocess
 import sys
-import time
 import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -59,30 +57,11 @@ HUGE = (2**18, 2**29, 2**31 - 256, 2**31, 2**33, 2**40)
 Arguments = list[Any]
 
 
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Replay one seed after another for so long, in processes of their own.
-
-    Returns:
-        How many calls there were, and how each ended.
-
-    Raises:
-        AssertionError: a call crashed, did not end or gave a wrong result; names the seed.
-    """
-    counts: Counter[str] = Counter(calls=0)
-    ends = time.monotonic() + seconds
-    for outcome in outcomes(seed, 10**9):
-        counts["calls"] += 1
-        counts[outcome] += 1
-        if time.monotonic() > ends:
-            break
-    return dict(counts)
-
-
 def outcomes(first: int, count: int) -> Iterator[str]:
     """What became of so many calls, made by one other process.
 
     Raises:
-        AssertionError: see `run`.
+        AssertionError: a call crashed, did not end or gave a wrong result; names the seed.
     """
     command = [sys.executable, *COMMAND, str(first), str(count)]
     said: list[str] = []

@@ -8,8 +8,6 @@ import functools
 import json
 import random
 import tempfile
-import time
-from collections import Counter
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,22 +20,11 @@ from attnpress.results import RecordError, read_record
 from tests.fuzz.mutations import as_json, damage_bytes, damage_plain, damage_text, to_bytes
 
 ROOT = Path(__file__).parents[2]
-REGRESSIONS: list[int] = [*range(25)]
+REGRESSIONS: list[int] = [*range(25), 41]
 """Seeds that are replayed as tests: some of every kind, and each that failed once."""
 
 DRAWN = 0.02
 """Share of records whose figures are drawn as well: that takes seconds."""
-
-
-def run(seconds: float, seed: int) -> dict[str, int]:
-    """Replay one seed after another for so long; a failure raises, and its message names the seed."""
-    counts: Counter[str] = Counter(records=0)
-    ends = time.monotonic() + seconds
-    while time.monotonic() < ends:
-        counts["records"] += 1
-        counts[replay(seed)] += 1
-        seed += 1
-    return dict(counts)
 
 
 def replay(seed: int) -> str:

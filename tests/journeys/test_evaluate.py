@@ -15,9 +15,8 @@ from attnpress.config import DENSE, ConfigError, DataSpec, RunConfig
 from attnpress.core.linear import ProductPlan
 from attnpress.evaluate import compare_backends, evaluate, predict, predicted_logits, reevaluate
 from attnpress.kernels import ops
-from attnpress.models.attention import PLAN
 from attnpress.models.binding import attentions, bind
-from attnpress.models.encoder import entries, find_encoder
+from attnpress.models.encoder import entries, find_encoder, set_plan
 from attnpress.models.loading import load_compressed, load_model, load_tokenizer
 from attnpress.results import read_record
 from attnpress.tasks import TaskData, TaskError, load_task
@@ -97,7 +96,7 @@ def test_a_comparison_of_int8_layers_is_refused_where_none_can_be(
         encoder = find_encoder(model)
         assert encoder is not None
         plan = {name: ProductPlan(error=9.0, quantized=False) for name in entries(model, encoder)}
-        setattr(model, PLAN, plan)
+        set_plan(model, plan)
         return plan
 
     monkeypatch.setattr("attnpress.evaluate.plan_linear", float_plan)

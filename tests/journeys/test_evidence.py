@@ -187,7 +187,12 @@ def test_unknown_cells_and_bad_changes_are_named(spec: EvidenceSpec, tmp_path: P
         ConfigError, match=r"cells\.a\.change:\nattention\.sparsty: unknown key; did you mean 'sparsity'"
     ):
         plan(wrong, tmp_path, tmp_path)
-    data: dict[str, Any] = {"name": "x", "recipe": {}, "cells": {"dense": {"seeds": [0]}}}
+    data: dict[str, Any] = {"name": "x", "recipe": {}, "cells": {"../up": {"seeds": [0]}}}
+    with pytest.raises(ConfigError, match=r"cells: '\.\./up' is part of file names"):
+        parse_spec(EvidenceSpec, data)
+    with pytest.raises(ConfigError, match=r"name: '\.hidden' is part of file names"):
+        parse_spec(EvidenceSpec, {"name": ".hidden", "recipe": {}, "cells": {}})
+    data = {"name": "x", "recipe": {}, "cells": {"dense": {"seeds": [0]}}}
     with pytest.raises(ConfigError, match="call the cell otherwise"):
         parse_spec(EvidenceSpec, data)
 

@@ -12,18 +12,17 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, BertForMaskedLM, PreTrainedModel, pipeline
 
 from attnpress import deployment, linear
 from attnpress.calibration import calibrate, watching
 from attnpress.config import DENSE, AttentionSpec
 from attnpress.core.linear import Bits, ProductPlan
-from attnpress.deployment import deploy, undeploy
+from attnpress.deployment import PACKING, deploy, undeploy
 from attnpress.linear import LinearLayers, calibrate_linear, linear_layers
-from attnpress.models.attention import PLAN
 from attnpress.models.binding import attentions, bind, unbind
-from attnpress.models.encoder import Packing
+from attnpress.models.encoder import Packing, plan_of, set_plan
 from attnpress.models.hub import AttnPressConfig, ModelError
 from attnpress.models.linear import Int8Linear
 from tests.kernels.factories import needs_kernel
@@ -186,10 +185,10 @@ def test_what_costs_too_much_stays_in_float() -> None:
 
 def test_every_mixture_of_float_and_int8_runs() -> None:
     expected = real(hidden(planned()))
-    for name in getattr(planned(), PLAN):
+    for name in plan_of(planned()) or {}:
         model = planned()
-        plan = {key: ProductPlan(quantized=key != name) for key in getattr(model, PLAN)}
-        setattr(model, PLAN, plan)
+        plan = {key: ProductPlan(quantized=key != name) for key in plan_of(model) or {}}
+        set_plan(model, plan)
         found = real(hidden(deploy(model, "reference", linear="int8")))
         assert float((found - expected).norm() / expected.norm()) < 0.1, name
 
@@ -199,14 +198,14 @@ def test_saved_then_loaded_then_deployed_gives_the_same_bits(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     expected = hidden(deploy(model, "reference", linear="int8"))
     loaded = AutoModel.from_pretrained(tmp_path)
-    assert getattr(loaded, PLAN) == getattr(model, PLAN)
+    assert plan_of(loaded) == plan_of(model)
     assert torch.equal(hidden(deploy(loaded, "reference", linear="int8")), expected)
 
 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: str, tmp_path: Path) -> None:
     model = planned(name)
-    setattr(model, PLAN, {**getattr(model, PLAN), "1.down": ProductPlan(quantized=False)})
+    set_plan(model, {**(plan_of(model) or {}), "1.down": ProductPlan(quantized=False)})
     expected = hidden(deploy(model, "reference", linear="int8"))
     model.save_pretrained(tmp_path / "one")
     with safe_open(tmp_path / "one" / "model.safetensors", "pt") as file:
@@ -243,7 +242,7 @@ def test_nothing_of_the_deployed_forms_file_stays_in_memory(tmp_path: Path) -> N
 def test_the_word_embedding_is_in_half_precision_where_the_plan_has_it(name: str) -> None:
     model = planned(name)
     words = model.get_input_embeddings().weight.detach()
-    plan = getattr(model, PLAN)
+    plan = plan_of(model) or {}
     assert plan["embedding"].quantized
     assert plan["embedding"].error > 0
     deploy(model, "reference", linear="int8")
@@ -251,7 +250,7 @@ def test_the_word_embedding_is_in_half_precision_where_the_plan_has_it(name: str
     assert torch.equal(found, words.half().float())
     assert model.dtype == found.dtype == torch.float32
     older = planned(name)
-    setattr(older, PLAN, {key: entry for key, entry in plan.items() if key != "embedding"})
+    set_plan(older, {key: entry for key, entry in plan.items() if key != "embedding"})
     assert deploy(older, "reference", linear="int8").get_input_embeddings().weight.dtype == torch.float32
 
 
@@ -286,7 +285,7 @@ def test_what_was_saved_in_8_bits_gives_the_same_bits_on_every_processor(
 ) -> None:
     model = compressed()
     calibrate_linear(model, BATCHES, tolerance=10.0, bits=bits)
-    assert {product.bits for product in getattr(model, PLAN).values()} == {bits}
+    assert {product.bits for product in (plan_of(model) or {}).values()} == {bits}
     expected = hidden(deploy(model, "reference", linear="int8"))
     model.save_pretrained(tmp_path)
     for held in HELD:
@@ -303,7 +302,7 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_bits_loads_with_8() -> N
     found = load_file(folder / "expected.safetensors")
     expected = {name: found.pop(name) for name in ("last_hidden_state", "pooler_output")}
     model = AutoModel.from_pretrained(folder)
-    assert {product.bits for product in getattr(model, PLAN).values()} == {8}
+    assert {product.bits for product in (plan_of(model) or {}).values()} == {8}
     with torch.no_grad():
         for given in (model(**found), deploy(model, "reference")(**found)):
             for name, value in expected.items():
@@ -353,7 +352,7 @@ def test_without_a_plan_all_products_are_int8_and_a_plan_goes_with_its_binding()
     deployed = deploy(compressed(), "reference", linear="int8")
     assert sum(isinstance(module, Int8Linear) for module in deployed.modules()) == 8
     model = planned()
-    assert not hasattr(unbind(model), PLAN)
+    assert plan_of(unbind(model)) is None
     with pytest.raises(ValueError, match="at least one batch"):
         calibrate_linear(compressed(), [])
 
@@ -399,4 +398,30 @@ def test_a_pipeline_runs_an_int8_model(finished: Path) -> None:
     deploy(model, "reference", linear="int8")
     found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, batch_size=3)
     assert [one["label"] for one in found] == [one["label"] for one in expected]
-    assert Packing.__name__ == type(model._attnpress_packing).__name__
+    assert isinstance(getattr(model.bert.encoder, PACKING), Packing)
+
+
+class Wrapper(nn.Module):
+    """What people put around an encoder."""
+
+    def __init__(self, encoder: PreTrainedModel) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, **inputs: Tensor) -> Any:
+        return self.encoder(**inputs)
+
+
+def test_a_wrapper_and_what_it_holds_are_deployed_as_one(tmp_path: Path) -> None:
+    wrapper: Any = Wrapper(make_model("BERT"))
+    bind(wrapper, PRUNED)
+    calibrate(wrapper, BATCHES)
+    plan = calibrate_linear(wrapper, BATCHES, tolerance=10.0)
+    assert plan_of(wrapper.encoder) == plan
+    expected = hidden(deploy(wrapper, "reference", linear="int8"))
+    assert torch.equal(hidden(deploy(wrapper.encoder, "reference", linear="int8")), expected), "int8 already"
+    wrapper.encoder.save_pretrained(tmp_path)
+    loaded = AutoModel.from_pretrained(tmp_path)
+    assert torch.equal(hidden(deploy(loaded, "reference")), expected)
+    with pytest.raises(ValueError, match="int8"):
+        undeploy(wrapper.encoder)

@@ -28,9 +28,8 @@ from attnpress.core.linear import Bits, ProductPlan
 from attnpress.deployment import deploy
 from attnpress.kernels import cpu
 from attnpress.kernels.linear import multiplication
-from attnpress.models.attention import PLAN
 from attnpress.models.binding import attentions, bind
-from attnpress.models.encoder import entries, find_encoder
+from attnpress.models.encoder import entries, find_encoder, set_plan
 
 HASHES: dict[str, str] = {
     "BERT, 7 bits": "d3fb7b418de3c175e521d80505f73013e3ebbe3474fa647b75ddea546b1fccb5",
@@ -73,7 +72,7 @@ def unchanging_model(family: str, bits: Bits = 7, padding: Literal["skip", "keep
             state.cutoff.copy_(integers(state.heads, seed).float() / 64 + 4)
     encoder = find_encoder(model)
     assert encoder is not None
-    setattr(model, PLAN, {name: ProductPlan(bits=bits) for name in entries(model, encoder)})
+    set_plan(model, {name: ProductPlan(bits=bits) for name in entries(model, encoder)})
     return deploy(model, "cpu", linear="int8", padding=padding)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -21,7 +23,9 @@ def ulps(left: Tensor, right: Tensor) -> int:
 
 def assert_same(case: Case) -> None:
     expected, found = case.integer(), ops.compiled_integers(*case.arguments, causal=case.causal)
-    for name in NAMES:
+    tailed = {field.name for field in dataclasses.fields(expected) if field.name.startswith("tail_")}
+    assert tailed == {name for name in found if name.startswith("tail_")}
+    for name in (*NAMES, *sorted(tailed)):
         assert torch.equal(found[name], getattr(expected, name)), name
     seen = key_validity(case.allowed())
     assert seen is not None

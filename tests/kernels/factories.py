@@ -11,8 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import IntegerAttention, Scales
+from attnpress.config import AttentionSpec, ProbsMode, ProbsSpec, RuleName, TailName, TensorSpec
+from attnpress.core.attention import IntegerAttention, Scales, TailedScales
+from attnpress.core.tail import Directions, Tail
 from attnpress.kernels import cpu
 from attnpress.kernels.ops import causal_pairs
 from tests.core.factories import Call
@@ -87,7 +88,26 @@ def make_scales(spec: AttentionSpec, heads: int, kv_heads: int, dim: int, genera
         )
         return (torch.rand(shape, generator=generator) * 3 + 0.5) / tensor_spec.qmax
 
-    return Scales(q=scale(spec.q, heads), k=scale(spec.k, kv_heads), v=scale(spec.v, kv_heads))
+    found = Scales(q=scale(spec.q, heads), k=scale(spec.k, kv_heads), v=scale(spec.v, kv_heads))
+    if spec.tail == "none":
+        return found
+    return TailedScales(found.q, found.k, found.v, make_tail(spec, heads, kv_heads, dim, generator))
+
+
+def make_tail(spec: AttentionSpec, heads: int, kv_heads: int, dim: int, generator: torch.Generator) -> Tail:
+    """Any tail that calibration could fit: small and large lifts and directions."""
+    lift = torch.randint(0, 3000, (heads,), generator=generator).float()
+    if spec.tail == "mean" or spec.tail_rank >= dim:
+        return Tail(lift)
+    rank = spec.tail_rank
+
+    def whole(most: int, *shape: int) -> Tensor:
+        return torch.randint(-most, most + 1, shape, generator=generator).float()
+
+    reach = (200, 2000, 32767)[int(torch.randint(0, 3, (), generator=generator))]
+    step = torch.rand(kv_heads, generator=generator) / 10
+    shape = (kv_heads, dim, rank)
+    return Tail(lift, Directions(whole(reach, *shape), whole(reach, *shape), whole(40, kv_heads, rank), step))
 
 
 def make_case(
@@ -118,6 +138,8 @@ def bits(low: int = 2) -> st.SearchStrategy[int]:
 @st.composite
 def specs(draw: st.DrawFn) -> AttentionSpec:
     rules: tuple[RuleName, ...] = ("relative", "relative", "threshold", "topk")
+    mode: ProbsMode = draw(st.sampled_from(("row", "unit")))
+    tails: tuple[TailName, ...] = ("none", "mean", "linear") if mode == "row" else ("none",)
     return AttentionSpec(
         q=TensorSpec(
             bits=draw(bits()),
@@ -127,12 +149,14 @@ def specs(draw: st.DrawFn) -> AttentionSpec:
         k=TensorSpec(bits=draw(bits()), granularity=draw(st.sampled_from(("tensor", "head")))),
         v=TensorSpec(bits=draw(bits()), granularity=draw(st.sampled_from(("tensor", "head", "channel")))),
         p=ProbsSpec(
-            bits=draw(bits()), mode=draw(st.sampled_from(("row", "unit"))), signed=draw(st.booleans()),
+            bits=draw(bits()), mode=mode, signed=draw(st.booleans()),
             renormalize=draw(st.booleans()),
         ),
         rule=draw(st.sampled_from(rules)),
         sparsity=draw(st.sampled_from((0.0, 0.3, 0.5, 0.9, 0.98))),
         smooth_key=draw(st.booleans()),
+        tail=draw(st.sampled_from(tails)),
+        tail_rank=draw(st.sampled_from((1, 2, 3, 8, 9, 20, 256))),
     )  # fmt: skip
 
 

@@ -251,7 +251,7 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
     case = on_device(make_case((1, 2, 2, 5, 5, 16), AttentionSpec()))
     changes: list[tuple[dict[str, Any], str]] = [
         ({"spec": AttentionSpec(rule="mass", sparsity=0.5)}, "backend 'gpu' has no kernel for rule 'mass'"),
-        ({"spec": AttentionSpec(tail="mean", sparsity=0.5)}, "backend 'gpu' cannot run tail 'mean' yet"),
+        ({"spec": AttentionSpec(tail="mean", sparsity=0.5)}, "backend 'gpu' cannot run tail 'mean'; use backend 'cpu'"),
         ({"spec": AttentionSpec(v=TensorSpec(bits=None))}, "set bits for all"),
         ({"query": case.query.double()}, "query: backend 'gpu' takes float32"),
     ]

@@ -16,13 +16,13 @@ from attnpress.config import AttentionSpec, RuleName, ScheduleSpec, TailName
 from attnpress.core.attention import TailedScales
 from attnpress.core.cost import PairCounts
 from attnpress.deployment import deploy
-from attnpress.export.errors import ExportError
-from attnpress.export.graph import check_exportable
 from attnpress.finetune import SparsityDriver
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
+from attnpress.models.encoder import find_encoder
 from attnpress.models.hub import ModelError
 from attnpress.models.loading import WEIGHTS
+from tests.kernels.factories import needs_kernel
 from tests.models.factories import ENDS, MODELS, SIZES, as_dtype, make_batch, make_model, outputs
 
 FITTED = ("lift", "query_directions", "key_directions", "key_offset", "direction_step")
@@ -191,12 +191,17 @@ def test_generation_with_a_cache_is_that_without_one(tail: TailName) -> None:
     assert torch.equal(*tokens)
 
 
-def test_backends_that_cannot_run_it_say_so() -> None:
-    model = make_tailed("mean")
-    with pytest.raises(ValueError, match=r"tail 'mean'.*backend='reference'"):
-        deploy(model, "cpu")
-    with pytest.raises(ExportError, match="tail 'mean'"):
-        check_exportable(model)
+@needs_kernel
+@pytest.mark.parametrize("family", [name for name in MODELS if name != "ViT"])
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("padding", ["keep", "skip"])
+def test_the_kernel_gives_what_was_trained(name: str, family: str, padding: Any) -> None:
+    model = make_tailed(name, family)
+    batch = make_batch(family)
+    real = batch.get("attention_mask", torch.ones(1, 1)).bool().unsqueeze(-1)
+    found = outputs(model, batch) * real
+    deploy(model, "auto", padding=padding if find_encoder(model) else "keep")
+    assert torch.equal(outputs(model, batch) * real, found)
 
 
 def test_sparsity_stays_the_share_without_a_code() -> None:

@@ -45,3 +45,13 @@ def test_whole_models_show_what_only_the_framework_tells() -> None:
         "| bert-base, int8 | 128 (8) | 1 | 12.3 | 3.20 | 1.05 | 7% | 4% | 0.50 | 0.43 |",
         "| bert-base, int8 | MRPC's, to 128 (8) | 1 | 12.3 |  | 1.20 |  |  |  |  |",
     ]
+
+
+def test_int8_sides_show_how_far_they_are_off() -> None:
+    found = [
+        whole("onnxruntime-int8", 1.2) | {"ours_unpruned_difference": 0.0123, "peer_difference": 0.2081},
+        whole("sdpa", 2.0) | {"ours_unpruned_difference": 0.0123, "peer_difference": 0.0},
+    ]
+    header, _, row = models_markdown(found).splitlines()
+    assert header.endswith("| file | error, ours | error, ONNX Runtime int8 |")
+    assert row.endswith("| 0.43 | 1.2% | 20.8% |")

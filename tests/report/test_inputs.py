@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from attnpress.board_record import read_board
-from attnpress.report.inputs import read_drawable, read_timings
-from attnpress.results import RecordError
+from attnpress.report.inputs import read_timings
+from attnpress.results import RecordError, read_record
 from attnpress.sweep_record import read_sweep
 
 ROOT = Path(__file__).parents[2]
@@ -44,12 +44,12 @@ RECORDS: list[tuple[Change, str]] = [
 def test_a_record_that_no_page_can_be_made_of_is_named(change: Change, message: str, tmp_path: Path) -> None:
     file = changed(ROOT / "records" / "demo.json", tmp_path / "run.json", change)
     with pytest.raises(RecordError, match=rf"run\.json: damaged record \({message}"):
-        read_drawable(file)
+        read_record(file)
 
 
 def test_every_record_of_the_project_can_be_drawn() -> None:
     records = [ROOT / "records" / "demo.json", *sorted((ROOT / "records" / "evidence").glob("*-seed0.json"))]
-    assert [read_drawable(file).headline for file in records]
+    assert [read_record(file).headline for file in records]
     assert read_board(ROOT / "records" / "leaderboard").cells
 
 

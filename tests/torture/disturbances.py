@@ -43,7 +43,7 @@ def _kill_until_done(subject: Subject, name: str, folder: Path, rng: random.Rand
     output, kills = subject.output(name, folder), 0
     loading = 0.7 * subject.seconds[RUN]  # nothing is written while Python imports
     while kills < MOST_KILLS:
-        moment = loading + rng.uniform(0, max(1.0, subject.seconds[name] - loading) / 2)
+        moment = loading + rng.uniform(0, max(1.0, subject.seconds[name] - loading) / 2) * (1 + kills / 8)
         status, errors = _run(subject.command(name, output), kill_after=moment)
         killed = status == -signal.SIGKILL
         kills += killed

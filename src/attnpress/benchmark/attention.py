@@ -13,9 +13,9 @@ from typing import Any
 
 from attnpress.benchmark.machine import cores, provenance
 from attnpress.benchmark.problem import Problem, make_problem, save_problem
-from attnpress.benchmark.sides import PEERS
+from attnpress.benchmark.sides import PEERS, UNTAILED
 from attnpress.benchmark.turns import Side, in_turns, median_of, paired_ratio, spread
-from attnpress.config import RunConfig
+from attnpress.config import AttentionSpec, RunConfig, TailName
 from attnpress.kernels import cpu
 
 SECONDS = 4.0
@@ -74,6 +74,7 @@ class Timing(Comparison):
             without VNNI, where that is slower than attention as a whole and no yardstick.
         product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
         source, layer: "synthetic" and None, or the run folder and the module that the inputs were captured from.
+        tail, tail_rank: of ours; beside peer "no-tail", 1 / ratio is what the tail costs.
     """
 
     heads: int
@@ -82,11 +83,14 @@ class Timing(Comparison):
     product_share: float | None
     source: str
     layer: str | None
+    tail: TailName = "none"
+    tail_rank: int | None = None
 
 
 def bench(
     seq_lens: Iterable[int], *, sparsity: float = 0.95, batch: int | None = None, heads: int = 12, head_dim: int = 64,
-    threads: int = 1, peers: Iterable[str] = ("sdpa",), seconds: float = SECONDS,
+    threads: int = 1, peers: Iterable[str] | None = None, seconds: float = SECONDS, tail: TailName = "none",
+    tail_rank: int = 8,
 ) -> list[Timing]:  # fmt: skip
     """Time synthetic attention of a stated sparsity.
 
@@ -95,22 +99,24 @@ def bench(
         sparsity: fraction of pairs pruned; the cutoff of each head is fitted to it on the inputs themselves.
         batch: None picks one that makes about 1,536 tokens, at most 8.
         threads: of each side.
-        peers: of PEERS.
+        peers: of PEERS, or "no-tail", the same call without its tail; None takes that where there is a tail, else "sdpa".
         seconds: how long each side is timed, at least seven calls.
+        tail, tail_rank: see `config.AttentionSpec`; directions are fitted to the inputs themselves.
 
     Raises:
         BenchmarkError: an unknown peer, or one whose package is not installed; a number out of its range.
         BackendUnavailableError: the kernel is not built.
         SideError: a side failed.
     """
-    names, lengths = list(peers), list(seq_lens)
-    check_peers(names, PEERS)
+    names, lengths = list(peers or ([UNTAILED] if tail != "none" else ["sdpa"])), list(seq_lens)
+    check_peers(names, (*PEERS, UNTAILED) if tail != "none" else PEERS)
     check_counts(lengths=lengths, threads=[threads], batch=[1 if batch is None else batch])
     check_threads(threads)
     check_sparsity(sparsity)
     cpu.load()
+    spec = AttentionSpec(tail=tail, tail_rank=tail_rank)
     problems = (
-        make_problem(length, usual_batch(length) if batch is None else batch, heads, head_dim, sparsity)
+        make_problem(length, usual_batch(length) if batch is None else batch, heads, head_dim, sparsity, spec=spec)
         for length in lengths
     )
     return _compare(problems, names, threads, seconds)
@@ -243,6 +249,7 @@ def _timing(
     return Timing(
         seq_len=length, batch=batch, heads=heads, head_dim=dim, sparsity=round(problem.sparsity, 4), threads=threads,
         **shared, product_ms=product, product_share=None if product is None else product / shared["ours_ms"],
-        source=problem.source, layer=problem.layer,
+        source=problem.source, layer=problem.layer, tail=problem.spec.tail,
+        tail_rank=problem.spec.tail_rank if problem.spec.tail == "linear" else None,
         provenance={**provenance(peer), "ours": facts["ours"], "peer": facts[peer]},
     )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.attention import Scales
+from attnpress.core.attention import Scales, TailedScales
 from attnpress.core.quantizer import positive_scale
+from attnpress.core.tail import Directions, Moments, Tail, fit_directions, sees_whole_score
 from attnpress.kernels import ops
 from attnpress.recipe import parse_spec, spec_to_dict
 
@@ -56,7 +57,7 @@ def make_problem(
 ) -> Problem:
     """Normal Q, K, V with absmax scales, and the cutoff that prunes `sparsity` of the pairs, on a sample of rows.
 
-    `spec` gives the bits: 8 everywhere if None.
+    `spec` gives the bits and the tail: 8 everywhere and none if None.
     """
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
@@ -70,8 +71,11 @@ def make_problem(
         )
     )
     cutoff = _fitted_cutoff(query, key, sparsity, scaling) if sparsity > 0 else None
-    problem = Problem(query, key, value, None, scales, cutoff, spec, scaling, sparsity)
-    return replace(problem, sparsity=_measured_sparsity(problem))
+    bare = Problem(query, key, value, None, scales, cutoff, replace(spec, tail="none"), scaling, sparsity)
+    codes = _first_codes(bare)
+    p = codes["p_codes"]
+    scales = _with_tail(scales, spec, codes["q_codes"], codes["k_codes"])
+    return replace(bare, spec=spec, scales=scales, sparsity=1 - int(p.count_nonzero()) / p.numel())
 
 
 def _fitted_cutoff(query: Tensor, key: Tensor, sparsity: float, scaling: float) -> Tensor:
@@ -80,18 +84,37 @@ def _fitted_cutoff(query: Tensor, key: Tensor, sparsity: float, scaling: float) 
     return below[:, round((1 - sparsity) * (below.shape[1] - 1))].contiguous()
 
 
-def _measured_sparsity(problem: Problem) -> float:
-    """Fraction of pairs whose P code is zero in the first batch element, all pairs being valid."""
+def _first_codes(problem: Problem) -> dict[str, Tensor]:
+    """The integers of the first batch element, in which all pairs are valid."""
     p = problem
-    first = ops.compiled_integers(p.query[:1], p.key[:1], p.value[:1], None, p.scales, p.cutoff, p.spec, p.scaling)
-    codes = first["p_codes"]
-    return 1 - int(codes.count_nonzero()) / codes.numel()
+    return ops.compiled_integers(p.query[:1], p.key[:1], p.value[:1], None, p.scales, p.cutoff, p.spec, p.scaling)
+
+
+def _with_tail(scales: Scales, spec: AttentionSpec, q_codes: Tensor, k_codes: Tensor) -> Scales:
+    """The scales with directions fitted to these codes where the tail wants them; its lift, which costs nothing, is 0."""
+    if spec.tail == "none":
+        return scales
+    heads, dim = q_codes.shape[1], q_codes.shape[3]
+    tail = Tail(torch.zeros(heads))
+    if spec.tail == "linear" and not sees_whole_score(spec, dim):
+        moments = Moments.none_yet(heads, dim, q_codes.device)
+        moments.add(q_codes, k_codes, *(torch.ones(1, 1, x.shape[2], 1) for x in (q_codes, k_codes)))
+        tail = replace(tail, directions=fit_directions(moments, spec.tail_rank))
+    return TailedScales(scales.q, scales.k, scales.v, tail)
+
+
+def without_tail(problem: Problem) -> Problem:
+    """The same problem, whose rows have no tail."""
+    return replace(problem, spec=replace(problem.spec, tail="none"))
 
 
 def save_problem(problem: Problem, file: Path) -> None:
     """Write a problem, so that every side is timed on the same inputs."""
     p = problem
     named = {"valid": p.valid, "q_scale": p.scales.q, "k_scale": p.scales.k, "v_scale": p.scales.v, "cutoff": p.cutoff}
+    if (tail := TailedScales.tail_of(p.scales)) is not None:
+        named["tail_lift"] = tail.lift
+        named |= {} if tail.directions is None else {f"tail_{name}": x for name, x in vars(tail.directions).items()}
     stored = {"query": p.query.transpose(1, 2), "key": p.key.transpose(1, 2), "value": p.value.transpose(1, 2)}
     tensors = {name: x.detach().contiguous().clone() for name, x in {**stored, **named}.items() if x is not None}
     plain = {"scaling": p.scaling, "sparsity": p.sparsity, "source": p.source, "layer": p.layer}
@@ -106,5 +129,9 @@ def load_problem(file: Path) -> Problem:
     spec = parse_spec(AttentionSpec, json.loads(metadata["spec"]))
     query, key, value = (named[name].transpose(1, 2) for name in ("query", "key", "value"))
     scales = Scales(named.get("q_scale"), named.get("k_scale"), named.get("v_scale"))
+    if "tail_lift" in named:
+        parts = [named.get(f"tail_{part.name}") for part in fields(Directions)]
+        found = None if parts[0] is None else Directions(*(x for x in parts if x is not None))
+        scales = TailedScales(scales.q, scales.k, scales.v, Tail(named["tail_lift"], found))
     plain = json.loads(metadata["plain"])
     return Problem(query, key, value, named.get("valid"), scales, named.get("cutoff"), spec, **plain)

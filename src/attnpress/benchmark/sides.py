@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from attnpress.benchmark.machine import instructions
-from attnpress.benchmark.problem import Problem, load_problem
+from attnpress.benchmark.problem import Problem, load_problem, without_tail
 from attnpress.benchmark.turns import Prepared, Run, take_turn
 from attnpress.core.attention import repeat_heads
 from attnpress.core.quantizer import quantize
@@ -41,6 +41,10 @@ def prepare(name: str, file: str, threads: int) -> Prepared:
 def _ours(problem: Problem) -> Run:
     p = problem
     return lambda: ops.attention(p.query, p.key, p.value, p.valid, p.scales, p.cutoff, p.spec, p.scaling)
+
+
+def _untailed(problem: Problem) -> Run:
+    return _ours(without_tail(problem))
 
 
 def _sdpa(problem: Problem, dtype: torch.dtype = torch.float32) -> Run:
@@ -156,6 +160,9 @@ def _bias(valid: Tensor | None) -> Tensor | None:
 
 
 _TORCH: dict[str, Callable[[Problem], Run]] = {"sdpa": _sdpa, "sdpa-bf16": _sdpa_bf16, "eager": _eager}
-_OURS: dict[str, Callable[[Problem], Run]] = {"ours": _ours, "product": _product}
+UNTAILED = "no-tail"
+"""Our own kernel on the same call without its tail."""
+
+_OURS: dict[str, Callable[[Problem], Run]] = {"ours": _ours, "product": _product, UNTAILED: _untailed}
 
 PEERS = (*_TORCH, "openvino")

@@ -52,7 +52,7 @@ SECONDS = 4.0
 INPUTS = "inputs.safetensors"
 EXPECTED = "expected.safetensors"
 TOLD = ("peak_mb", "model_mb", "file_mb", "attention", "difference")
-FIELDS = (*TOLD, "linear_difference", "sparsity", "linear_layers", "activation_bits", "target")
+FIELDS = (*TOLD, "unpruned_difference", "sparsity", "linear_layers", "activation_bits", "target")
 """What a side says that has fields of `ModelTiming`; the former for each side."""
 SHARE_CALLS = 3
 CALIBRATION_TOKENS = 512
@@ -83,8 +83,7 @@ class ModelTiming(Comparison):
         ours_difference, peer_difference: how far the last hidden state is from that of the same model in float32 with
             nothing pruned, on real tokens: the norm of the difference over the norm. Ours holds what pruning does to
             weights that were never trained with it.
-        ours_linear_difference: how far ours is from the same model with float linear layers: what int8 layers change.
-            None where linear layers are in float.
+        ours_unpruned_difference: the same of ours with nothing pruned: what bits alone change, as with the peers.
     """
 
     model: str
@@ -96,7 +95,7 @@ class ModelTiming(Comparison):
     linear_layers: dict[str, int]
     activation_bits: list[int]
     ours_difference: float
-    ours_linear_difference: float | None
+    ours_unpruned_difference: float
     peer_difference: float
     ours_peak_mb: float
     peer_peak_mb: float
@@ -186,7 +185,7 @@ def _timing(
         model=case["model"], seq_len=case["length"], batch=case["batch"], threads=case["threads"],
         sparsity=round(ours["sparsity"], 4), ragged=case["ragged"], linear="int8" if layers["int8"] else "float",
         linear_layers=layers, activation_bits=ours["activation_bits"], **compared(times, peer, ours["target"]),
-        ceiling=None if share is None else 1 / (1 - share), ours_linear_difference=ours["linear_difference"],
+        ceiling=None if share is None else 1 / (1 - share), ours_unpruned_difference=ours["unpruned_difference"],
         **{f"ours_{key}": ours[key] for key in TOLD}, **{f"peer_{key}": theirs[key] for key in TOLD},
         provenance={**provenance("transformers", *_packages(peer)), **_surroundings(ours=ours, peer=theirs)},
     )  # fmt: skip
@@ -213,19 +212,19 @@ def build(
     inputs = _tokens(stock.config.vocab_size, ragged_lengths(ragged, batch) if ragged else [length] * batch)
     place.mkdir(parents=True)
     facts: dict[str, Any] = {}
-    expected = {"dense": _hidden(_forward(stock, inputs)())}
+    expected = _hidden(_forward(stock, inputs)())
     if name in RUNTIMES:
         RUNTIMES[name].write(stock, inputs, place / RUNTIMES[name].file)
     else:
         if name == "ours":
             facts["sparsity"] = _deploy(stock, inputs, sparsity)
             if linear == "int8":
-                expected["float linear"] = _hidden(_forward(stock, inputs)())
                 _put_into_int8(stock, model)
+            facts["unpruned_difference"] = _difference(_unpruned(stock, inputs, sparsity), expected, inputs)
         stock.save_pretrained(place)
     facts["file_mb"] = sum(file.stat().st_size for file in place.iterdir()) / 1e6
     save_file(inputs, place / INPUTS)
-    save_file(expected, place / EXPECTED)
+    save_file({"last_hidden_state": expected}, place / EXPECTED)
     return Prepared(lambda: None, facts)
 
 
@@ -247,7 +246,7 @@ def prepare(name: str, folder: str, threads: int) -> Prepared:
             facts |= {"target": cpu.active_target(), **_layers(stock)}
     facts["peak_mb"] = peak_megabytes(run)
     facts["model_mb"] = facts["peak_mb"] - before
-    facts |= _differences(_hidden(run()), load_file(place / EXPECTED), inputs["attention_mask"].bool())
+    facts["difference"] = _difference(_hidden(run()), load_file(place / EXPECTED)["last_hidden_state"], inputs)
     if name not in RUNTIMES:
         with attention_seconds(stock) as seconds:
             facts["attention"] = _share(run, seconds)
@@ -275,16 +274,22 @@ def _hidden(found: Any) -> Tensor:
     return torch.as_tensor(found[0] if hidden is None else hidden).float().contiguous()
 
 
-def _differences(found: Tensor, expected: dict[str, Tensor], real: Tensor) -> dict[str, float | None]:
+def _difference(found: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> float:
     """Norm of the difference over the norm, on real tokens."""
+    real = inputs["attention_mask"].bool()
+    exact = expected[real].double()
+    return float((found[real].double() - exact).norm() / exact.norm())
 
-    def off(name: str) -> float | None:
-        if name not in expected:
-            return None
-        exact = expected[name][real].double()
-        return float((found[real].double() - exact).norm() / exact.norm())
 
-    return {"difference": off("dense"), "linear_difference": off("float linear")}
+def _unpruned(model: Any, inputs: dict[str, Tensor], sparsity: float) -> Tensor:
+    """What a deployed model gives with nothing pruned; it is pruned as before when this returns."""
+    modules = list(attentions(model).values())
+    for module in modules:
+        module.set_sparsity(0.0)
+    found = _hidden(_forward(model, inputs)())
+    for module in modules:
+        module.set_sparsity(sparsity)
+    return found
 
 
 def _tokens(vocabulary: int, lengths: Sequence[int]) -> dict[str, Tensor]:

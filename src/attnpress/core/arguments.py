@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from attnpress.core.exponential import T_MAX
 from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
+from attnpress.core.tail import DIRECTION_MAX, LARGEST_RANK, OFF, OFFSET_MAX, Tail
 
 SMALLEST_SCALING, LARGEST_SCALING = 2.0**-32, 2.0**32
 """With scales in their range, alpha and its octaves stay ordinary float32 numbers."""
@@ -111,6 +113,54 @@ def check_cutoff(cutoff: Tensor, query: Tensor) -> None:
     wrong = [x for x in _numbers(cutoff) if not x >= 0]
     if wrong:
         raise ValueError(f"cutoff: thresholds are 0 or more, up to inf, found {wrong[0]}; calibrate the model again")
+
+
+def check_tail(tail: Tail, query: Tensor, key: Tensor, *, values: bool = True) -> None:
+    """Refuse what calibration does not give a tail, and what its sums would not fit; see `check_values`.
+
+    Args:
+        values: False looks at shapes, dtypes and devices alone.
+
+    Raises:
+        ValueError: names the part, what it must be, and what was found.
+    """
+    kv_heads, dim = key.shape[1], key.shape[3]
+    _check_whole("lift", tail.lift, (query.shape[1],), (0, T_MAX), query.device, values)
+    found = tail.directions
+    if found is None:
+        return
+    rank = found.query.shape[-1] if found.query.dim() == 3 else 0
+    if not 1 <= rank <= LARGEST_RANK:
+        raise ValueError(
+            f"tail query: directions [Hkv, D, 1 to {LARGEST_RANK}] are needed, found {_described(found.query)}"
+        )
+    for name in ("query", "key"):
+        bounds = (-DIRECTION_MAX, DIRECTION_MAX)
+        _check_whole(name, getattr(found, name), (kv_heads, dim, rank), bounds, query.device, values)
+    _check_whole("offset", found.offset, (kv_heads, rank), (-int(OFFSET_MAX), int(OFFSET_MAX)), query.device, values)
+    _check_parts("step", found.step, (kv_heads,), query.device)
+    wrong = [x for x in _numbers(found.step) if not 0 <= x <= LARGEST_SCALE] if values else []
+    if wrong:
+        raise ValueError(f"tail step: 0 to 2^40 is needed, found {wrong[0]}; calibrate the model again")
+
+
+def _check_whole(
+    name: str, x: Tensor, shape: tuple[int, ...], bounds: tuple[int, int], device: torch.device, values: bool
+) -> None:
+    _check_parts(name, x, shape, device)
+    if not values or not is_real(x):
+        return
+    inside = (x == x.round()) & (x >= bounds[0]) & (x <= bounds[1]) | ((x == OFF) if name == "lift" else False)
+    if not bool(inside.all()):
+        raise ValueError(
+            f"tail {name}: whole numbers from {bounds[0]} to {bounds[1]} are needed, found {float(x[~inside][0])}; "
+            "calibrate the model again"
+        )
+
+
+def _check_parts(name: str, x: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if x.dtype != torch.float32 or x.shape != shape or x.device != device:
+        raise ValueError(f"tail {name}: float32 {list(shape)} on {device} is needed, found {_described(x)}")
 
 
 def _check_scale(name: str, scale: Tensor, sizes: Sequence[tuple[int, ...]], device: torch.device) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.arguments import (
+    check_tail,
     check_tensors,
     check_values,
     four_dims,
@@ -222,6 +223,9 @@ def checked_mask(
     check_tensors(query, key, value)
     static = {"q": None if spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
     check_values(query, key, value, static, cutoff, scaling)
+    tail = TailedScales.tail_of(scales)
+    if spec.tail != "none" and tail is not None:
+        check_tail(tail, query, key)
     return pair_mask(valid, query, key)
 
 

@@ -27,6 +27,9 @@ SHIFT = 12
 
 DIRECTION_MAX, PROJECTED_MAX, OFFSET_MAX = 2**15 - 1, 127, 2**20
 
+LARGEST_RANK = 256
+"""Directions up to which the sums of `linear` fit."""
+
 REACH = 6.0
 """Standard deviations of a projection that its codes span."""
 
@@ -227,10 +230,14 @@ def scored_codes(
 
 
 def slope_of(sums: TailSums) -> Tensor | None:
-    """X - sbar * V_G: the summed values of the tail, each by how far its score lies above the tail's mean."""
+    """X - sbar * V_G: the summed values of the tail, each by how far its score lies above the tail's mean.
+
+    0 where the level is 0, and the tail with it.
+    """
     if sums.score is None or sums.slope is None:
         return None
-    return sums.slope.float() - mean_score(sums) * sums.value
+    slope = sums.slope.float() - mean_score(sums) * sums.value
+    return slope.masked_fill(sums.level == 0, 0.0)  # 0 times what leaves float32 would be NaN
 
 
 def mean_score(sums: TailSums) -> Tensor:

@@ -14,7 +14,7 @@ from attnpress.deployment import deploy, undeploy
 from attnpress.evaluate import metrics_of, predicted_logits
 from attnpress.export.errors import ExportError
 from attnpress.kernels import cpu
-from attnpress.kernels.ops import NATIVE_RULES, NATIVE_TAILS
+from attnpress.kernels.ops import NATIVE_RULES
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.modes import evaluation_mode
@@ -106,7 +106,7 @@ def usable_backend(modules: Any) -> str:
 
 
 def _fits_kernel(module: CompressedAttention) -> bool:
-    return module.spec.tail in NATIVE_TAILS and module.head_dim % 4 == 0 and 4 <= module.head_dim <= 256
+    return module.head_dim % 4 == 0 and 4 <= module.head_dim <= 256
 
 
 def _same_decisions(ours: Tensor, theirs: Tensor) -> float:

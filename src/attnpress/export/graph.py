@@ -21,14 +21,16 @@ from attnpress.config import AttentionSpec, ProbsSpec
 from attnpress.core.attention import (
     Pairs,
     Scales,
+    TailedScales,
     key_validity,
     prune_and_code,
     query_scale,
     repeat_heads,
     score_step,
 )
-from attnpress.core.exponential import ONE, power_table
+from attnpress.core.exponential import ONE, exponent_rate, power_table
 from attnpress.core.quantizer import EXACT, smooth_key
+from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import Attend, CompressedAttention
 from attnpress.models.binding import attentions
@@ -82,13 +84,35 @@ def graph_attention(coder: Coder) -> Attend:
             key = smooth_key(key, key_validity(valid))
         # Each tensor is coded last of all, right before its product: runtimes look for codes there.
         q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8)
-        k = coder(repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads).mT, torch.int8)
+        keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
+        k = coder(keys.mT, torch.int8)
         v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8)
-        pairs = prune_and_code(q @ k, valid, score_step(q_scale, scales.k, scaling, heads), cutoff, spec)
+        alpha = score_step(q_scale, scales.k, scaling, heads)
+        pairs = prune_and_code(q @ k, valid, alpha, cutoff, spec)
         p = coder(_probabilities(pairs, spec.p), torch.uint8)
-        return (p @ v) * repeat_heads(scales.v, heads) / _divisor(p, spec.p)
+        weighted, divisor = p @ v, _divisor(p, spec.p)
+        tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+        if tail is not None:
+            tail = _for_each_query_head(tail, heads)
+            # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.
+            scored = scored_codes(q, keys.round(), spec, tail)
+            sums = sum_tail(
+                pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax
+            )
+            weighted, divisor = with_tail(weighted, divisor, sums, score_steps(alpha, tail, heads))
+        return weighted * repeat_heads(scales.v, heads) / divisor
 
     return attend
+
+
+def _for_each_query_head(tail: Tail, heads: int) -> Tail:
+    """The tail with the directions of key heads repeated, as K and V are."""
+    found = tail.directions
+    if found is None:
+        return tail
+    group = heads // len(found.step)
+    parts = (found.query, found.key, found.offset, found.step)
+    return Tail(tail.lift, Directions(*(x.repeat_interleave(group, 0) for x in parts)))
 
 
 def _in_steps(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
@@ -143,8 +167,6 @@ def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
     spec = module.spec
     if None in spec.bits.values():
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
-    if spec.tail != "none":
-        return f"tail {spec.tail!r} has no operators in a graph yet; export a model with tail none, or use --to trace"
     if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
         return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
     if spec.q.granularity == "token" and spec.q.power_of_two:

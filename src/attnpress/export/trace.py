@@ -149,7 +149,8 @@ def _expect(layer: str, name: str, expected: Tensor, found: Tensor) -> None:
 
 
 def _expect_integers(layer: str, found: IntegerAttention, kernel: Mapping[str, Tensor], valid: Tensor | None) -> None:
-    for name in ("q_codes", "row_max", "p_codes", "code_sum", "weighted", "output"):
+    tailed = [name for name in kernel if name.startswith("tail_")]
+    for name in ("q_codes", "row_max", "p_codes", "code_sum", "weighted", "output", *tailed):
         _expect(layer, name, getattr(found, name), kernel[name])
 
 

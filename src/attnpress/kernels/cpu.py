@@ -124,4 +124,8 @@ def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
         query.new_empty((*each, 1), dtype=torch.int64),
         query.new_empty(query.shape, dtype=torch.int64),
         fake_attention(query, key, value, *options),
+        *(query.new_empty((*each, 1), dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64, torch.float32)),
+        query.new_empty(query.shape, dtype=torch.int64),
+        query.new_empty((*each, 1), dtype=torch.int64),
+        query.new_empty(query.shape, dtype=torch.int64),
     )

@@ -17,18 +17,24 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.arguments import check_cutoff, check_tensors, misfit, pair_mask
-from attnpress.core.attention import IntegerAttention, Scales, checked_mask, integer_attention, warn_of_nan
+from attnpress.core.arguments import check_cutoff, check_tail, check_tensors, misfit, pair_mask
+from attnpress.core.attention import (
+    IntegerAttention,
+    Scales,
+    TailedScales,
+    checked_mask,
+    integer_attention,
+    warn_of_nan,
+)
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
+from attnpress.core.tail import active_tail
 from attnpress.kernels import cpu, gpu
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, slices
 
 LARGEST_HEAD = 256
 NATIVE_RULES = ("relative", "threshold", "topk")
-NATIVE_TAILS = ("none",)
-GPU_TAILS = ("none",)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -250,18 +256,30 @@ def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -
 _BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "gpu": _triton, "reference": _reference}
 
 
+INTEGERS = (
+    "q_codes", "k_codes", "v_codes", "row_max", "p_codes", "code_sum", "weighted", "output", "tail_count",
+    "tail_exponent", "tail_distance", "tail_level", "tail_value", "tail_score", "tail_slope",
+)  # fmt: skip
+"""What `attention_integers` returns, in order."""
+
+TAIL_AT = 19
+"""Where among the arguments of the operators the tail's name is."""
+
+
 def compiled_integers(
     query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
     spec: AttentionSpec, scaling: float, *, causal: bool = False,
 ) -> dict[str, Tensor]:  # fmt: skip
     """The integers that the compiled kernel works with, by their names in `IntegerAttention`; holds S x S P codes.
 
-    For tests, and to look into a kernel. Codes of keys that no query may attend to are 0: they are never made.
+    With a tail also those of `TailedAttention`. For tests, and to look into a kernel. Codes of keys that no query may attend to are 0: they are never made.
     """
     arguments = compiled_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal)
-    names = ("q_codes", "k_codes", "v_codes", "row_max", "p_codes", "code_sum", "weighted", "output")
     call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
-    return dict(zip(names, _run(torch.ops.attnpress.attention_integers, arguments, call), strict=True))
+    found = zip(INTEGERS, _run(torch.ops.attnpress.attention_integers, arguments, call), strict=True)
+    kind = arguments[TAIL_AT] if len(arguments) > TAIL_AT else "none"
+    dropped = {"none": ("tail_",), "mean": ("tail_score", "tail_slope"), "linear": ()}[kind]
+    return {name: x for name, x in found if not name.startswith(dropped)}
 
 
 def compiled_arguments(
@@ -307,6 +325,7 @@ def _arguments(
             raise ValueError(
                 f"{name}: backend {backend!r} takes tensors on {_place(backend)}, found one on {tensor.device}"
             )
+    tail = _tail_arguments(query, key, scales, cutoff, spec) if backend == "cpu" else ()
     if cutoff is not None and (spec.rule == "threshold" or not cutoff.is_contiguous()):
         check_cutoff(cutoff, query)  # the operator sees theta, in which -1e-30 is like 0
         cutoff = least_probability(cutoff) if spec.rule == "threshold" else cutoff.contiguous()
@@ -315,8 +334,28 @@ def _arguments(
     return (
         _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), pair_mask(valid, query, key), causal,
         float(scaling), q_scale, scales.k, scales.v, cutoff, spec.rule, float(spec.sparsity), mode,
-        spec.q.qmax, spec.k.qmax, spec.v.qmax, spec.p.qmax, spec.smooth_key, spec.q.power_of_two,
+        spec.q.qmax, spec.k.qmax, spec.v.qmax, spec.p.qmax, spec.smooth_key, spec.q.power_of_two, *tail,
     )  # fmt: skip
+
+
+def _tail_arguments(
+    query: Tensor, key: Tensor, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec
+) -> tuple[Any, ...]:
+    """What the operators take last; nothing where no row has a tail."""
+    if spec.tail == "none":
+        return ()
+    tail = TailedScales.tail_of(scales)
+    if not torch.compiler.is_compiling():  # what follows would stumble over shapes that do not fit
+        if tail is not None:
+            check_tail(tail, query, key, values=False)
+        if cutoff is not None:
+            check_cutoff(cutoff, query)
+    tail = active_tail(spec, tail, cutoff, query)
+    if tail is None:
+        return ()
+    found = None if spec.tail == "mean" else tail.directions
+    parts = [] if found is None else [found.query, found.key, found.offset, found.step]
+    return (spec.tail, *(x.contiguous() for x in (tail.lift, *parts)))
 
 
 def causal_pairs(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
@@ -342,8 +381,8 @@ def _check_spec(spec: AttentionSpec, backend: str) -> None:
             f"backend {backend!r} has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
-    if spec.tail not in (NATIVE_TAILS if backend == "cpu" else GPU_TAILS):
-        raise ValueError(f"backend {backend!r} cannot run tail {spec.tail!r} yet; use backend='reference'")
+    if backend == "gpu" and spec.tail != "none":
+        raise ValueError(f"backend 'gpu' cannot run tail {spec.tail!r}; use backend 'cpu' or 'reference'")
 
 
 def _check_scales(spec: AttentionSpec, scales: Scales) -> None:

@@ -61,12 +61,6 @@ from attnpress.models.state import (
 NAME = "attnpress"
 """Of the attention implementation, the quantization method, and the child module that holds the state."""
 
-PLAN = "_attnpress_linear_plan"
-"""Attribute of a model with what was found out about its linear layers: `core.linear.ProductPlan` by product."""
-
-INT8 = "_attnpress_int8"
-"""Attribute of a model whose linear layers are int8."""
-
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 

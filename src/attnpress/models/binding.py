@@ -24,7 +24,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.probe import AttentionCall
 from attnpress.core.soft_gate import density_penalty
-from attnpress.models.attention import LARGEST_HEAD, NAME, PLAN, CompressedAttention
+from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.models.encoder import set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
 from attnpress.models.modes import evaluation_mode
@@ -157,7 +158,7 @@ def unbind(model: Model) -> Model:
     bound = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for root in [module for module in bound if "_attnpress_before" in vars(module)]:
         before = vars(root).pop("_attnpress_before")
-        vars(root).pop(PLAN, None)
+        set_plan(root, None)
         _take_quantizer(root)
         _switch(root, before)
     return model

@@ -36,6 +36,9 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 
 FLOAT = ProductPlan(quantized=False)
 
+PLAN = "_attnpress_linear_plan"
+"""Attribute of an encoder: what its int8 layers are, or are to be."""
+
 EMBEDDING = "embedding"
 """The word embedding, in plans: not a product, but it goes to half precision with them."""
 
@@ -47,6 +50,26 @@ def find_encoder(model: nn.Module) -> nn.Module | None:
         if isinstance(layers, nn.ModuleList) and len(layers) and all(_is_encoder_layer(layer) for layer in layers):
             return module
     return None
+
+
+def plan_of(model: nn.Module) -> dict[str, ProductPlan] | None:
+    """The plan of a model's int8 layers; None where none was made."""
+    found: dict[str, ProductPlan] | None = getattr(find_encoder(model), PLAN, None)
+    return found
+
+
+def set_plan(model: nn.Module, plan: Mapping[str, ProductPlan] | None) -> None:
+    """Keep a plan on the encoder, so that a model and what wraps it know the same one; None forgets it."""
+    encoder = find_encoder(model)
+    if encoder is not None and plan is not None:
+        setattr(encoder, PLAN, dict(plan))
+    elif encoder is not None:
+        vars(encoder).pop(PLAN, None)
+
+
+def is_int8(model: nn.Module) -> bool:
+    """Whether int8 layers were put in place."""
+    return any(isinstance(module, Int8Linear | HalfEmbedding) for module in model.modules())
 
 
 def _is_encoder_layer(layer: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
 from attnpress.core.linear import ProductPlan
-from attnpress.models.attention import EXTRA, INT8, LARGEST_HEAD, NAME, PLAN, CompressedAttention
+from attnpress.models.attention import EXTRA, LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.checkpoint import ModelError as ModelError
 from attnpress.models.checkpoint import (
     check_geometry,
@@ -209,13 +209,13 @@ class AttnPressQuantizer(HfQuantizer):
             raise ModelError("quantization_config of attnpress is damaged: its int8 layers are not those of this model")
         for _ in place_int8(model, encoder, plan):
             pass
-        setattr(model, INT8, True)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from attnpress.models.binding import attentions, bind
+        from attnpress.models.encoder import is_int8, set_plan
 
         if self.quantization_config.linear:
-            setattr(model, PLAN, self.quantization_config.linear)
+            set_plan(model, self.quantization_config.linear)
         model.is_quantized = False  # its weights are not: half() and training are as open to it as to any other model
         if not self.pre_quantized:
             bind(model, self.quantization_config.attention)
@@ -225,7 +225,7 @@ class AttnPressQuantizer(HfQuantizer):
             _check_loaded(name, module)
         _check_ordinary(model)
         model._attnpress_before = "eager"
-        if hasattr(model, INT8):
+        if is_int8(model):
             leave_files(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -262,6 +262,7 @@ def config_of(model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> A
         ModelError: the weights are of another spec.
     """
     from attnpress.models.binding import attentions
+    from attnpress.models.encoder import is_int8, plan_of
 
     states = attentions(model)
     specs = {name: _stored_spec(name, state, stored or {}) for name, state in states.items()}
@@ -276,9 +277,7 @@ def config_of(model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> A
         )
         for name, state in states.items()
     }
-    return AttnPressConfig(
-        attention=common, modules=modules, linear=getattr(model, PLAN, None), int8=hasattr(model, INT8)
-    )
+    return AttnPressConfig(attention=common, modules=modules, linear=plan_of(model), int8=is_int8(model))
 
 
 def _stored_spec(name: str, state: CompressedAttention, stored: Mapping[str, Tensor]) -> AttentionSpec:

@@ -23,7 +23,7 @@ from transformers import (
 from transformers.utils import logging
 
 from attnpress.files import sha256_of
-from attnpress.models.attention import INT8
+from attnpress.models.encoder import is_int8
 from attnpress.models.hub import ModelError, check_compressed
 
 PREFIX = "package:"
@@ -213,7 +213,7 @@ def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) 
         names = ", ".join(sorted(unexpected)[:3])
         raise ModelError(f"{folder}: damaged: {WEIGHTS} holds {names}, for which the model has no place")
     dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
-    if len(dtypes) > 1 and not hasattr(model, INT8):  # which keeps word embeddings in half precision
+    if len(dtypes) > 1 and not is_int8(model):  # which keeps word embeddings in half precision
         raise ModelError(f"{folder}: damaged: {WEIGHTS} holds weights of several dtypes: {', '.join(dtypes)}")
     return model
 

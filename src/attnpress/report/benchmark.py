@@ -14,6 +14,8 @@ PEERS = {
     "sdpa": "SDPA float32", "sdpa-bf16": "SDPA bfloat16", "eager": "eager float32", "openvino": "OpenVINO int8",
     "onnxruntime-int8": "ONNX Runtime int8", "openvino-int8": "OpenVINO int8",
 }  # fmt: skip
+INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
+OURS_OFF = "ours_unpruned_difference"
 
 
 def attention_markdown(found: Sequence[Comparison]) -> str:
@@ -53,7 +55,10 @@ def layers_markdown(found: Sequence[Comparison]) -> str:
 
 
 def models_markdown(found: Sequence[Comparison]) -> str:
-    """Whole models: ours in ms, how many times as fast, attention's share of both, memory and files against float32."""
+    """Whole models: ours in ms, how many times as fast, attention's share of both, memory and files against float32.
+
+    Where sides in int8 said how far they are from float32 with nothing pruned, the last columns say so too.
+    """
     peers = [peer for peer in PEERS if any(each["peer"] == peer for each in found)]
     cases: dict[tuple[Any, ...], dict[str, Comparison]] = {}
     for each in found:
@@ -61,14 +66,16 @@ def models_markdown(found: Sequence[Comparison]) -> str:
         cases.setdefault(case, {})[each["peer"]] = each
     header = ["model, linear layers", "tokens (batch)", "threads", "ours, ms", *(PEERS[peer] for peer in peers)]
     header += ["attention, ours", "attention, SDPA's", "memory", "file"]
+    judged = [peer for peer in peers if peer in INT8_PEERS] if any(each.get(OURS_OFF) for each in found) else []
+    header += [f"error, {name}" for name in ("ours", *(PEERS[peer] for peer in judged))] if judged else []
     rows = []
     for (model, linear, length, ragged, batch, threads), by_peer in cases.items():
         shape = f"{ragged.upper()}'s, to {length} ({batch})" if ragged else f"{length} ({batch})"
         ours = next(iter(by_peer.values()))
         times = [_times(by_peer[peer]["ratio"] if peer in by_peer else None) for peer in peers]
-        rows.append(
-            [f"{model}, {linear}", shape, str(threads), f"{ours['ours_ms']:.1f}", *times, *_shares(by_peer.get("sdpa"))]
-        )
+        off = [ours.get(OURS_OFF), *(by_peer.get(peer, {}).get("peer_difference") for peer in judged)] if judged else []
+        told = [*times, *_shares(by_peer.get("sdpa")), *("" if each is None else f"{each:.1%}" for each in off)]
+        rows.append([f"{model}, {linear}", shape, str(threads), f"{ours['ours_ms']:.1f}", *told])
     return _markdown(header, rows)
 
 

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from attnpress.report.figures import mean_and_spread
-from attnpress.report.inputs import read_drawable
 from attnpress.report.plots import Line
 from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score, start_of
-from attnpress.results import Record, StageRecord
+from attnpress.results import Record, StageRecord, read_record
 
 Cells = Mapping[str, Sequence[Record]]
 """Records of one task by the name of their cell, one a seed."""
@@ -36,7 +35,7 @@ def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
     found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for path in sorted(folder.glob("*-seed*.json")):
         if match := re.fullmatch(r"([a-z0-9]+)-(.+)-seed\d+", path.stem):
-            found[match[1]][match[2]].append(read_drawable(path))
+            found[match[1]][match[2]].append(read_record(path))
     return {task: {cell: cells[cell] for cell in sorted(cells, key=_place)} for task, cells in found.items()}
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import Amount, Record, RecordError, Share, Some, Whole, build_record, read_record
+from attnpress.results import Amount, Record, RecordError, Share, Some, build_record, read_record
 from attnpress.samples import Samples, read_samples
 from attnpress.strict_json import parse_json
 
@@ -25,94 +25,6 @@ class TimingRow:
     ours_ms: Amount
     peer_ms: Amount
     ratio: Amount
-
-
-@dataclass(frozen=True)
-class TensorPart:
-    """What is shown of a matrix."""
-
-    bits: int | None
-
-
-@dataclass(frozen=True)
-class AttentionPart:
-    """What is shown of a spec."""
-
-    q: TensorPart
-    k: TensorPart
-    v: TensorPart
-    p: TensorPart
-    sparsity: Share
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """What is shown of a task."""
-
-    task: str
-
-
-@dataclass(frozen=True)
-class TrainPart:
-    """What is shown of a stage's training."""
-
-    epochs: Amount
-
-
-@dataclass(frozen=True)
-class RecipePart:
-    """What a page shows of a recipe; it has more, and older ones had less."""
-
-    model: str
-    data: DataPart
-    attention: AttentionPart
-    compress: TrainPart
-    layers: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class RowsPart:
-    """How many rows there were."""
-
-    train: Whole
-    eval: Whole
-
-
-@dataclass(frozen=True)
-class ProvenancePart:
-    """What a page shows of where figures came from."""
-
-    rows: RowsPart
-    weights: dict[str, str | None]
-    seed: int = 0
-    machine: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class LogPart:
-    """An entry of a log of training."""
-
-    step: Whole
-
-
-@dataclass(frozen=True)
-class WorkPart:
-    """What a page shows of a stage's work."""
-
-    bit_operations_dense: Some
-    bit_operations_remaining: Whole
-    bytes_dense: Some
-    bytes_remaining: Whole
-
-
-@dataclass(frozen=True)
-class PagePart:
-    """What a page needs of a record beyond the types of its fields; `work` is by stage."""
-
-    work: dict[str, WorkPart]
-    recipe: RecipePart
-    provenance: ProvenancePart
-    training: dict[str, list[LogPart]]
 
 
 TIMING_KEYS = {one.name for one in fields(TimingRow)}
@@ -147,27 +59,12 @@ def read_run(path: Path) -> Run:
     """A run folder, or a record alone.
 
     Raises:
-        RecordError: see `read_drawable`.
+        RecordError: see `results.read_record`.
     """
-    record = read_drawable(path)
+    record = read_record(path)
     if not path.is_dir():
         return Run(path.stem, record, None, None)
     return Run(path.resolve().name, record, read_samples(path, BEFORE), read_samples(path, AFTER))
-
-
-def read_drawable(path: Path) -> Record:
-    """A record that a page can be made of: what pages show of its recipe and provenance is there.
-
-    Raises:
-        RecordError: see `results.read_record`; also names what is missing.
-    """
-    record, where = read_record(path), str(path / "record.json" if path.is_dir() else path)
-    plain = {name: getattr(record, name) for name in ("recipe", "provenance", "training")}
-    plain["work"] = {stage.name: stage.work for stage in record.stages}
-    found = build_record(PagePart, plain, where, "damaged record", extra=True)
-    if record.stage("dense") and "dense" not in found.provenance.weights:
-        raise RecordError(f"{where}: damaged record (provenance.weights 'dense'): this key is missing")
-    return record
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -43,7 +43,7 @@ def stages_table(record: Record) -> Table:
 
 def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
     """Records of `benchmark.attention.Timing` for a terminal: medians in milliseconds, ratio = peer over ours."""
-    shared = f"one attention call, {_conditions(records)}"
+    shared = f"one attention call{_tail(records[0])}, {_conditions(records)}"
     measured = any(record["product_share"] is not None for record in records)
     table = Table(title=shared + "; Q K^T: share of the bare integer product in ours" * measured)
     layers = any(record["layer"] for record in records)
@@ -59,7 +59,7 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     linear = " and ".join(dict.fromkeys(map(_linear, records)))
     table = Table(
         title=f"one forward pass, {linear} linear layers, {_conditions(records)}; ceiling: attention in no time; "
-        "off: norm of the difference to the float32 model's output"
+        "off: norm of the difference to the float32 model's output, nothing pruned"
     )
     _columns(
         table,
@@ -80,10 +80,16 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     for record in records:
         shares = [_known(record[name], ".1%") for name in ("ours_attention", "peer_attention")]
         memory = [_known(record.get(name), ".0f") for name in ("ours_model_mb", "peer_model_mb")]
-        off = [_known(record.get(name), ".2%") for name in ("ours_difference", "peer_difference")]
+        off = [_known(record.get(name), ".2%") for name in ("ours_unpruned_difference", "peer_difference")]
         name = " ".join(filter(None, (record["model"], record.get("ragged"))))
         table.add_row(name, *_case(record), *_times(record), *shares, _known(record["ceiling"], ".2f"), *memory, *off)
     return table
+
+
+def _tail(record: Mapping[str, Any]) -> str:
+    """Records from before there were tails do not name one."""
+    kind, rank = record.get("tail", "none"), record.get("tail_rank")
+    return "" if kind == "none" else f" with tail {kind}{f' of rank {rank}' if rank else ''}"
 
 
 def _linear(record: Mapping[str, Any]) -> str:
