@@ -88,7 +88,7 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
     _set_argument(evaluate)
     evaluate.add_argument(
-        "--backend", choices=["cpu", "reference"],
+        "--backend", choices=["cpu", "gpu", "reference"],
         help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
     )  # fmt: skip
     _linear_argument(evaluate)
@@ -223,7 +223,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
     )
-    parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
+    parser.add_argument("--backend", choices=["auto", "cpu", "gpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
     parser.add_argument(
         "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"

@@ -110,7 +110,7 @@ LISTS: list[tuple[str, Callable[[], tuple[str, ...]]]] = [
     ("schedules", lambda: get_args(ScheduleName)),
     ("observers", lambda: get_args(ObserverName)),
     ("tasks", lambda: tuple(name for name, _ in list_tasks())),
-    ("backends", lambda: ("cpu", "reference")),
+    ("backends", lambda: ("cpu", "gpu", "reference")),
 ]
 
 
