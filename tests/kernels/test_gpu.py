@@ -36,6 +36,7 @@ def in_a_process(*command: str, **variables: str) -> str:
 
 
 @needs_triton
+@pytest.mark.timeout(900)  # half a minute of work, for each test of the suite a limit of its own
 def test_integers_equal_the_reference_in_the_interpreter() -> None:
     suite = "tests/kernels/gpu_exactness.py"
     said = in_a_process("-m", "pytest", suite, "--quiet", "-p", "no:cacheprovider", **{gpu.INTERPRETER_VARIABLE: "1"})
