@@ -22,12 +22,12 @@ from tests.not_tested import not_tested
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-# Set before anything imports torch, transformers or datasets, which read these once; subprocesses of tests inherit them.
+# Set before anything imports transformers or datasets, which read these once; subprocesses of tests inherit them.
 _cache = tempfile.TemporaryDirectory(prefix="attnpress-tests-")
 atexit.register(_cache.cleanup)
 os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"  # what another version of the code compiled is none of ours
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Examples are derived from the test itself, so a red run is red again; no deadline, since machines are shared.
