@@ -90,7 +90,7 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
     _set_argument(evaluate)
     evaluate.add_argument(
-        "--backend", choices=["cpu", "reference"],
+        "--backend", choices=["cpu", "gpu", "reference"],
         help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
     )  # fmt: skip
     _linear_argument(evaluate)
@@ -233,7 +233,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
     )
-    parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
+    parser.add_argument("--backend", choices=["auto", "cpu", "gpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
     parser.add_argument(
         "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"
@@ -253,7 +253,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--tail", choices=["mean", "linear"],
-        help="let what is pruned still count, and compare with the same call without a tail (peer no-tail, the default then)",
+        help="let what is pruned still count; the default peer is then no-tail, the same call without a tail",
     )  # fmt: skip
     parser.add_argument(
         "--tail-rank", type=whole("--tail-rank", 1, 512), metavar="R", help="directions of --tail linear (default: 8)"

@@ -263,7 +263,7 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
     if options.run_dir:
         if options.seq_len or options.sparsity is not None or options.tail or options.tail_rank:
             raise BenchmarkError(
-                "--from takes the run's own lengths, sparsity and tail: drop --seq-len, --sparsity, --tail and --tail-rank"
+                "--from takes the run's own lengths, sparsity and tail: drop --seq-len, --sparsity, --tail, --tail-rank"
             )
         config = _run_config(options.run_dir)
         _quiet_libraries()

@@ -114,9 +114,9 @@ def _case(rng: random.Random, seed: int, shape: tuple[int, int, int, int, int, i
     scales, scaling = case.scales, case.scaling
     if rng.random() < 0.25:
         wide = rng.random() < 0.5
-        spread = [_spread(rng, getattr(scales, name), wide) for name in ("q", "k", "v")]
+        q, k, v = (_spread(rng, getattr(scales, name), wide) for name in ("q", "k", "v"))
         tail = TailedScales.tail_of(scales)
-        scales = Scales(*spread) if tail is None else TailedScales(*spread, tail=tail)
+        scales = Scales(q, k, v) if tail is None else TailedScales(q, k, v, tail)
         scaling = 2.0 ** rng.uniform(-32, 32) if wide else scaling * 2.0 ** rng.uniform(-4, 4)
     return case.with_(
         query=query, key=key, value=value, scales=scales, scaling=scaling, cutoff=_cutoff(rng, case.query.shape[1])

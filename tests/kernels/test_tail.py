@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -124,10 +125,12 @@ def test_one_key_no_key_and_a_head_that_prunes_nothing(target: str, tail: TailNa
 def test_a_sequence_has_its_own_tail(target: str, causal: bool) -> None:
     for tail, rank in TAILS:
         case = make_case((1, 4, 2, 90, 90, 64), make_spec(tail, rank), cutoff=2.0)
-        query, key, value, _, *rest = case.arguments
+        query, key, value, _, scales, cutoff, spec, scaling = case.arguments
         bounds = [0, 0, 1, 30, 90]
-        found = ops.attention_packed(query, key, value, torch.tensor(bounds), *rest, causal=causal)
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        found = ops.attention_packed(
+            query, key, value, torch.tensor(bounds), scales, cutoff, spec, scaling, causal=causal
+        )
+        for begin, end in pairwise(bounds):
             own = {name: getattr(case, name)[:, :, begin:end] for name in ("query", "key", "value")}
             assert torch.equal(found[:, :, begin:end], case.with_(**own, causal=causal).integer().output)
 

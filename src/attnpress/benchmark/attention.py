@@ -99,7 +99,7 @@ def bench(
         sparsity: fraction of pairs pruned; the cutoff of each head is fitted to it on the inputs themselves.
         batch: None picks one that makes about 1,536 tokens, at most 8.
         threads: of each side.
-        peers: of PEERS, or "no-tail", the same call without its tail; None takes that where there is a tail, else "sdpa".
+        peers: of PEERS, or "no-tail", the same call without its tail; None takes that where there is a tail, or "sdpa".
         seconds: how long each side is timed, at least seven calls.
         tail, tail_rank: see `config.AttentionSpec`; directions are fitted to the inputs themselves.
 

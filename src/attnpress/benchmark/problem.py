@@ -91,7 +91,7 @@ def _first_codes(problem: Problem) -> dict[str, Tensor]:
 
 
 def _with_tail(scales: Scales, spec: AttentionSpec, q_codes: Tensor, k_codes: Tensor) -> Scales:
-    """The scales with directions fitted to these codes where the tail wants them; its lift, which costs nothing, is 0."""
+    """The scales with directions fitted to these codes where the tail wants them; its lift, which is free, is 0."""
     if spec.tail == "none":
         return scales
     heads, dim = q_codes.shape[1], q_codes.shape[3]

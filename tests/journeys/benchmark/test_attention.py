@@ -18,8 +18,8 @@ from attnpress.benchmark.attention import BenchmarkError, bench, bench_run
 from attnpress.benchmark.capture import captured_problems
 from attnpress.benchmark.problem import Problem, load_problem, make_problem, save_problem
 from attnpress.benchmark.sides import PEERS
-from attnpress.config import RunConfig
-from attnpress.core.attention import dense_attention, integer_attention
+from attnpress.config import AttentionSpec, RunConfig, TailName
+from attnpress.core.attention import TailedAttention, dense_attention, integer_attention
 from attnpress.evaluate import reevaluate
 from attnpress.kernels import cpu
 from tests.kernels.factories import needs_kernel
@@ -52,6 +52,33 @@ def test_records_have_all_fields_and_add_up() -> None:
         assert timing.provenance["versions"]["torch"] == torch.__version__
     plain = json.loads(json.dumps([dataclasses.asdict(timing) for timing in timings], allow_nan=False))
     assert set(FIELDS.split()) <= plain[0].keys()
+
+
+@pytest.mark.parametrize(("tail", "rank"), [("mean", None), ("linear", 3), ("linear", 16)])
+def test_a_tail_is_timed_beside_the_same_call_without_one(tail: TailName, rank: int | None) -> None:
+    timing = bench([32], sparsity=0.9, heads=2, head_dim=16, seconds=0.01, tail=tail, tail_rank=rank or 8)[0]
+    assert (timing.peer, timing.tail, timing.tail_rank) == ("no-tail", tail, rank)
+    assert min(timing.ours_ms, timing.peer_ms, timing.ratio) > 0
+    with pytest.raises(BenchmarkError, match="no peer called 'no-tail'"):
+        bench([32], heads=2, head_dim=16, peers=["no-tail"])
+
+
+def test_the_peer_without_a_tail_has_none_and_ours_has(tmp_path: Path) -> None:
+    problem = make_problem(48, 2, 2, 16, 0.9, spec=AttentionSpec(tail="linear", tail_rank=3))
+    save_problem(problem, tmp_path / "problem.safetensors")
+    read = load_problem(tmp_path / "problem.safetensors")
+    p = read
+    exact = integer_attention(p.query, p.key, p.value, None, p.scales, p.cutoff, p.spec, p.scaling)
+    assert isinstance(exact, TailedAttention)
+    bare = integer_attention(
+        p.query, p.key, p.value, None, p.scales, p.cutoff, dataclasses.replace(p.spec, tail="none"), p.scaling
+    )
+    ours, theirs = (
+        sides.prepare(name, str(tmp_path / "problem.safetensors"), threads=1).run() for name in ("ours", "no-tail")
+    )
+    assert torch.equal(ours, exact.output)  # type: ignore[arg-type]
+    assert torch.equal(theirs, bare.output)  # type: ignore[arg-type]
+    assert read.sparsity == problem.sparsity
 
 
 def test_peers_are_held_to_the_target_that_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
