@@ -149,7 +149,7 @@ def _operator(rng: random.Random, seed: int) -> str:
         found = getattr(torch.ops.attnpress, name)(*arguments)
     except Exception:
         return "refused"
-    # A threshold cannot be got back from theta, nor a head without a tail from its lift; packed calls are compared elsewhere.
+    # A threshold cannot be got back from theta, nor a tail from its arguments; packed calls are compared elsewhere.
     plain = arguments[10] != "threshold" and len(arguments) == ops.TAIL_AT
     if name == "attention" and plain and _products(*arguments[:2]) <= COMPARABLE:
         expected = _reference(arguments)
