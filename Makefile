@@ -8,7 +8,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test test-avx2 bench-avx2 check docs sanitize fuzz torture style clean
+.PHONY: help setup kernel demo test test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -61,6 +61,9 @@ test-avx2: setup $(TOOLS) ## run every test as on a processor without AVX-512, V
 bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor without VNNI; some fifteen minutes
 	csrc/hold_avx2.sh $(BIN)/attnpress bench --whole-model bert-base minilm --seq-len 128 --ragged mrpc --batch 8 \
 	  --linear int8 --threads 1 --peers sdpa onnxruntime-int8 openvino-int8 --json benchmarks/records/whole-int8-avx2-1thread.json
+
+device: setup $(TOOLS) ## on a machine with an NVIDIA GPU: exactness, inference and training steps, in less than ten minutes
+	$(BIN)/python benchmarks/device.py --json benchmarks/records/device.json $(DEVICE)
 
 check: setup $(TOOLS) ## format, lint, strict types, house rules
 	$(BIN)/ruff format --check .

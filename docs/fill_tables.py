@@ -5,14 +5,20 @@ A test holds them equal.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnpress.board_record import BoardRecord, read_board
+from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
 from attnpress.evidence import EvidenceSpec, missing, plan
+from attnpress.lane_record import LaneRecord, read_lanes
 from attnpress.recipe import load_spec
 from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
 from attnpress.report.evidence import (
@@ -25,15 +31,17 @@ from attnpress.report.evidence import (
     losses,
     read_cells,
 )
+from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, stages_markdown
-from attnpress.results import Record, read_record
+from attnpress.results import Record, StageRecord, read_record
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
+LANES = "docs/figures/lanes.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
 PAGES = (
     "README.md",
@@ -42,6 +50,7 @@ PAGES = (
     "docs/leaderboard.md",
     "docs/benchmarks.md",
     "docs/reliability.md",
+    "docs/accelerator.md",
 )
 README_CELLS = ("dense", "dense-6epochs", "8888-0.95", "4444-0.95")
 TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
@@ -55,6 +64,8 @@ WHOLE = (
     "whole-1thread", "whole-modernbert-1thread",
 )  # fmt: skip
 MINILM_WIDTH = 384
+HARDWARE = "mrpc-8888-0.95-seed0"
+MACHINE = Accelerator()
 
 
 def tables() -> dict[str, str]:
@@ -82,6 +93,10 @@ def tables() -> dict[str, str]:
         "boardpicture": f"![{figure_words(board())}]({Path(BOARD_PICTURE).relative_to('docs')})",
         "boardrules": board_rules_markdown(board()),
         "reliability": reliability_markdown(),
+        "lanes": lanes_markdown(lanes()),
+        "accelerator": accelerator_markdown(tasks["mrpc"]),
+        "scalesim": scalesim_markdown(hardware("scalesim")),
+        "density": density_markdown(hardware("density")),
     }
 
 
@@ -122,6 +137,99 @@ def reliability_markdown() -> str:
             words = f"{told}; {counts.get('failures', 0)} failures"
             rows.append(f"| {run['date']} | {str(run['commit'])[:7]} | {run['minutes']:g} | {target} | {words} |")
     return "\n".join(rows)
+
+
+def hardware(kind: str) -> dict[str, Any]:
+    """What an export of the MRPC model for a simulator said."""
+    file = ROOT / "records" / "hardware" / f"{HARDWARE}-{kind}.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return found
+
+
+def lanes() -> LaneRecord:
+    """The committed load balance."""
+    return read_lanes(ROOT / "records" / "hardware" / f"{HARDWARE}-lanes.json")
+
+
+def lanes_picture() -> str:
+    """Cycles of P V over the ideal ones, by layer, as SVG."""
+    (drawing,) = lane_drawings(1, lanes())
+    return recolored(to_svg(drawing.figure, "lanes"), PRINT)
+
+
+def accelerator_markdown(cells: Cells) -> str:
+    """Cycles and bytes of a sequence, all heads and layers, of the model of an accelerator."""
+    eight, four = (cells[cell][0].stage("progressive") for cell in ("8888-0.95", "4444-0.95"))
+    assert eight is not None
+    assert four is not None
+    rows = cells["8888-0.95"][0].provenance["rows"]["eval"]
+    bits = {width: TensorSpec(width) for width in (8, 4)}
+    specs = {
+        width: AttentionSpec(q=bits[width], k=bits[width], v=bits[width], p=ProbsSpec(width), sparsity=0.95)
+        for width in bits
+    }
+    kinds = [("8 bits, dense", eight, dataclasses.replace(specs[8], sparsity=0.0))]
+    for width, stage in ((8, eight), (4, four)):
+        kinds.append((f"{width} bits, pruned", stage, specs[width]))
+        for tail in ("mean", "linear"):
+            kinds.append((f"{width} bits, pruned, tail {tail}", stage, dataclasses.replace(specs[width], tail=tail)))
+    return "\n".join(_accelerator_lines(kinds, rows))
+
+
+def _accelerator_lines(kinds: Sequence[tuple[str, StageRecord, AttentionSpec]], sequences: int) -> Iterator[str]:
+    balance = lanes().total(MACHINE.columns, "ideal") / lanes().total(MACHINE.columns, "packed")
+    yield "| | cycles of Q K^T | P V | tail | all | of dense | bytes across the edge | bytes of P on the chip |"
+    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
+    first = None
+    for name, stage, spec in kinds:
+        heads, dim = len(stage.layers) * len(stage.layers[0].heads), MINILM_WIDTH // len(stage.layers[0].heads)
+        length = round(math.sqrt(stage.macs_dense / (2 * dim * heads * sequences)))
+        survivors = length**2 * (1 - stage.sparsity if spec.sparsity else 1)
+        found = estimate(MACHINE, Shape(length, dim, survivors, balance), spec)
+        first = first or found.cycles
+        counts = [heads * each for each in (found.scores, found.values, found.tail, found.cycles)]
+        sizes = [heads * each for each in (found.off_chip, found.on_chip)]
+        cells = [*(f"{each:,.0f}" for each in counts), f"{found.cycles / first:.2f}", *(f"{x:,.0f}" for x in sizes)]
+        yield f"| {name} | " + " | ".join(cells) + " |"
+    yield (
+        f"\nOf a sequence of {length} tokens, which has as many pairs as the mean one of the MRPC evaluation set; "
+        f"{heads} heads of {dim}. Lanes are {balance:.0%} busy, as measured, rows packed."
+    )
+
+
+def scalesim_markdown(found: dict[str, Any]) -> str:
+    """Cycles that SCALE-Sim counts on the MRPC model's attention, and those of the formula."""
+    machine = dataclasses.replace(MACHINE, rows=found["array"], columns=found["array"])
+    lines = ["| topology | GEMMs | SCALE-Sim 3.0.0 | formula | difference |", "| --- | ---: | ---: | ---: | ---: |"]
+    for kind, cycles in found["cycles"].items():
+        counts = Counter[str]()
+        for layer in found["layers"].values():
+            counts.update(layer[kind])
+        simulated = sum(cycles[name] * count for name, count in counts.items())
+        modelled = sum(systolic_cycles(machine, *_sizes(name)) * count for name, count in counts.items())
+        change = modelled / simulated - 1
+        lines.append(f"| {kind} | {counts.total():,} | {simulated:,} | {modelled:,} | {change:+.1%} |")
+    return "\n".join(lines)
+
+
+def _sizes(name: str) -> tuple[int, int, int]:
+    """m, n and the k that is left of a GEMM such as "PV.32x55x55.3"."""
+    _, sizes, *kept = name.split(".")
+    m, n, k = map(int, sizes.split("x"))
+    return m, n, int(kept[0]) if kept else k
+
+
+def density_markdown(found: dict[str, Any], tile: str = "4x4") -> str:
+    """How far the density models are from real masks, by layer."""
+    lines = [
+        "| layer | density | empty tiles | fixed: empty, distance | hypergeometric: empty, distance |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for number, layer in enumerate(found["layers"].values()):
+        fit = layer["tiles"][tile]
+        models = [f"{said['empty']:.1%}, {said['total_variation']:.3f}" for said in fit["models"].values()]
+        lines.append(f"| {number} | {layer['density']:.4f} | {fit['empty']:.1%} | {' | '.join(models)} |")
+    return "\n".join(lines)
 
 
 def board() -> BoardRecord:
@@ -232,5 +340,6 @@ if __name__ == "__main__":
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
     (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
+    (ROOT / LANES).write_text(lanes_picture(), encoding="utf-8")
     for page in PAGES:
         (ROOT / page).write_text(filled((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

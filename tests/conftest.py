@@ -27,6 +27,7 @@ _cache = tempfile.TemporaryDirectory(prefix="attnpress-tests-")
 atexit.register(_cache.cleanup)
 os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{_cache.name}/inductor"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 # Examples are derived from the test itself, so a red run is red again; no deadline, since machines are shared.

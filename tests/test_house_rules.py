@@ -53,6 +53,7 @@ BELOW_JOURNEYS = {
     "samples",
     "sweep_record",
     "board_record",
+    "lane_record",
     "core",
     "kernels",
     "models",
@@ -68,11 +69,12 @@ ARROWS: dict[str, set[str]] = {
     "samples": {"strict_json", "typed_json"},
     "sweep_record": {"results"},
     "board_record": {"results"},
+    "lane_record": {"results"},
     "core": {"config"},
     "kernels": {"config", "core"},
     "models": {"config", "recipe", "files", "core"},
     "registration": {"models"},
-    "report": {"strict_json", "results", "samples", "sweep_record", "board_record"},
+    "report": {"strict_json", "results", "samples", "sweep_record", "board_record", "lane_record"},
     **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
     "exit_status": {"files"},
     "option_types": set(),
@@ -101,6 +103,8 @@ FENCES: dict[str, tuple[str, ...]] = {
     "nncf": ("benchmark",),
     "onnxruntime": ("export", "benchmark"),
     "openvino": ("export", "benchmark"),
+    "qonnx": ("export",),
+    "scalesim": ("export",),
 }
 """The only places that may know a library."""
 

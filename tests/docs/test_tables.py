@@ -14,7 +14,7 @@ from attnpress.recipe import load_spec, parse_spec, spec_to_dict
 from attnpress.results import Record, read_record
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("leaderboard", "reliability")
+OTHERS = ("leaderboard", "reliability", "hardware")
 RECORDS = sorted(path for path in (ROOT / "records").rglob("*.json") if path.parent.name not in OTHERS)
 ASKED = {
     item.record: item.stages
@@ -33,6 +33,7 @@ ASKED = {
         ("docs/method.md", 1),
         ("docs/benchmarks.md", 6),
         ("docs/reliability.md", 1),
+        ("docs/accelerator.md", 4),
     ],
 )
 def test_tables_are_made_from_records(page: str, count: int) -> None:
@@ -46,6 +47,21 @@ def test_the_figure_of_the_evidence_is_made_from_records() -> None:
     fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))
     drawn = (ROOT / fill["EVIDENCE"]).read_text(encoding="utf-8")
     assert fill["evidence_picture"](ROOT / "records" / "evidence") == drawn, "run: python docs/fill_tables.py"
+
+
+def test_the_figure_of_the_load_balance_is_made_from_its_record() -> None:
+    fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))
+    assert fill["lanes_picture"]() == (ROOT / fill["LANES"]).read_text(encoding="utf-8"), (
+        "run: python docs/fill_tables.py"
+    )
+
+
+def test_the_analytic_model_is_within_5_percent_of_the_recorded_cycles() -> None:
+    found = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))
+    dense, *_ = [
+        line for line in found["scalesim_markdown"](found["hardware"]("scalesim")).splitlines() if "dense" in line
+    ]
+    assert abs(float(dense.split("|")[-2].strip().rstrip("%"))) <= 5
 
 
 def test_the_picture_is_made_from_the_record() -> None:

@@ -8,6 +8,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from attnpress.config import DENSE, AttentionSpec, ProbsSpec, RuleName, TensorSp
 from attnpress.core.attention import Scales
 from attnpress.core.soft_gate import GAIN
 from attnpress.deployment import deploy, undeploy
-from attnpress.kernels import cpu, ops
+from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.binding import attentions, bind
 from tests.kernels.factories import needs_kernel
@@ -225,6 +226,25 @@ def test_auto_takes_the_kernel_where_it_can_layer_by_layer(
     logits(model, make_batch())
     assert seen == ["cpu", "reference"]
     recwarn.clear()
+
+
+def test_auto_takes_the_kernel_of_the_gpu_that_a_model_is_on(
+    monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    def chosen(spec: AttentionSpec) -> str:
+        module: Any = SimpleNamespace(cutoff=SimpleNamespace(is_cuda=True), spec=spec, head_dim=16)
+        return deployment._choose(module)
+
+    deployment._say_reference.cache_clear()
+    monkeypatch.setattr(gpu, "why_unavailable", lambda: None)
+    assert chosen(PRUNED) == chosen(DENSE) == "gpu"
+    assert not recwarn.list
+    assert chosen(AttentionSpec(sparsity=0.5, rule="nm")) == "reference"
+    monkeypatch.setattr(gpu, "why_unavailable", lambda: "triton is not installed")
+    assert chosen(PRUNED) == "reference"
+    said = [str(recwarn.pop().message) for _ in range(2)]
+    assert "since backend 'gpu' has no kernel for rule 'nm'" in said[0]
+    assert "since backend 'gpu' cannot run here: triton is not installed" in said[1]
 
 
 @needs_kernel

@@ -57,6 +57,12 @@ def planned(name: str = "BERT", tolerance: float = 10.0) -> Any:
     return model
 
 
+def plan_in(model: Any) -> dict[str, ProductPlan]:
+    found = plan_of(model)
+    assert found, "nothing was planned"
+    return found
+
+
 def hidden(model: PreTrainedModel, batch: dict[str, Tensor] = BATCH, **options: Any) -> Tensor:
     with torch.no_grad():
         found: Tensor = model(**batch, **options).last_hidden_state
@@ -185,9 +191,9 @@ def test_what_costs_too_much_stays_in_float() -> None:
 
 def test_every_mixture_of_float_and_int8_runs() -> None:
     expected = real(hidden(planned()))
-    for name in plan_of(planned()) or {}:
+    for name in plan_in(planned()):
         model = planned()
-        plan = {key: ProductPlan(quantized=key != name) for key in plan_of(model) or {}}
+        plan = {key: ProductPlan(quantized=key != name) for key in plan_in(model)}
         set_plan(model, plan)
         found = real(hidden(deploy(model, "reference", linear="int8")))
         assert float((found - expected).norm() / expected.norm()) < 0.1, name
@@ -205,7 +211,7 @@ def test_saved_then_loaded_then_deployed_gives_the_same_bits(tmp_path: Path) -> 
 @pytest.mark.parametrize("name", FAMILY)
 def test_the_deployed_form_is_saved_in_8_bits_and_loaded_without_floats(name: str, tmp_path: Path) -> None:
     model = planned(name)
-    set_plan(model, {**(plan_of(model) or {}), "1.down": ProductPlan(quantized=False)})
+    set_plan(model, {**plan_in(model), "1.down": ProductPlan(quantized=False)})
     expected = hidden(deploy(model, "reference", linear="int8"))
     model.save_pretrained(tmp_path / "one")
     with safe_open(tmp_path / "one" / "model.safetensors", "pt") as file:
@@ -242,9 +248,9 @@ def test_nothing_of_the_deployed_forms_file_stays_in_memory(tmp_path: Path) -> N
 def test_the_word_embedding_is_in_half_precision_where_the_plan_has_it(name: str) -> None:
     model = planned(name)
     words = model.get_input_embeddings().weight.detach()
-    plan = plan_of(model) or {}
+    plan = plan_in(model)
     assert plan["embedding"].quantized
-    assert plan["embedding"].error > 0
+    assert (plan["embedding"].error or 0) > 0
     deploy(model, "reference", linear="int8")
     found = model.get_input_embeddings()(torch.arange(VOCABULARY))
     assert torch.equal(found, words.half().float())
@@ -285,7 +291,7 @@ def test_what_was_saved_in_8_bits_gives_the_same_bits_on_every_processor(
 ) -> None:
     model = compressed()
     calibrate_linear(model, BATCHES, tolerance=10.0, bits=bits)
-    assert {product.bits for product in (plan_of(model) or {}).values()} == {bits}
+    assert {product.bits for product in plan_in(model).values()} == {bits}
     expected = hidden(deploy(model, "reference", linear="int8"))
     model.save_pretrained(tmp_path)
     for held in HELD:
@@ -302,7 +308,7 @@ def test_a_checkpoint_from_before_there_was_a_choice_of_bits_loads_with_8() -> N
     found = load_file(folder / "expected.safetensors")
     expected = {name: found.pop(name) for name in ("last_hidden_state", "pooler_output")}
     model = AutoModel.from_pretrained(folder)
-    assert {product.bits for product in (plan_of(model) or {}).values()} == {8}
+    assert {product.bits for product in plan_in(model).values()} == {8}
     with torch.no_grad():
         for given in (model(**found), deploy(model, "reference")(**found)):
             for name, value in expected.items():

@@ -37,6 +37,9 @@ WIDE = 1e9
 HALVINGS = 80
 """More than a float64 has bits: the search for a common factor ends at the last one."""
 
+CUT_MAX = 2.0**40
+"""Beyond any distance or mass: a cut that keeps every pair."""
+
 NATS_PER_BIN = BIN_WIDTH / STEPS_PER_OCTAVE * math.log(2)
 
 
@@ -69,14 +72,18 @@ def least_probability(cutoff: Tensor) -> Tensor:
 
 def keep_topk(distance: Tensor, valid: Tensor, sparsity: float) -> Tensor:
     """The k nearest pairs of each row, k = max(1, round((1 - sparsity) * valid keys); ties go to the lower index."""
-    count = valid.sum(-1, keepdim=True)
-    k = torch.round((1.0 - sparsity) * count.double()).long().clamp(min=1)
+    k = kept_of_row(valid, sparsity)
     ranked = distance.double().masked_fill(~valid, math.inf)
     smallest = ranked.topk(most_kept(valid.shape[-1], sparsity), largest=False, sorted=True).values
     kth = smallest.gather(-1, k.expand(*ranked.shape[:-1], 1) - 1)
     nearer, tied = ranked < kth, ranked == kth
     room = k - nearer.sum(-1, keepdim=True)
     return (nearer | (tied & (tied.cumsum(-1) <= room))) & valid
+
+
+def kept_of_row(valid: Tensor, sparsity: float) -> Tensor:
+    """k of rule "topk", at least 1; int64 [.., Sq, 1]."""
+    return torch.round((1.0 - sparsity) * valid.sum(-1, keepdim=True).double()).long().clamp(min=1)
 
 
 def most_kept(keys: int, sparsity: float) -> int:
@@ -145,6 +152,40 @@ def keep_mask(
         total = probability.sum(-1, keepdim=True, dtype=torch.int64)
         return keep_threshold(probability, total, distance, cutoff) & valid
     return keep_mass(probability, distance, cutoff) & valid
+
+
+def integer_cut(
+    spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
+) -> Tensor | None:
+    """The integer that each row of `keep_mask` comes down to, for those who build the comparison.
+
+    Args:
+        probability, valid, alpha: as `keep_mask`.
+        cutoff: float32 [H] or None.
+
+    Returns:
+        int64, broadcastable to [B, H, Sq, 1]; None where nothing is pruned. With rule "relative" the largest distance
+        kept; "threshold" the least p~ kept, beside the row maximum; "mass" pairs are kept while the p~ of those
+        before them add up to less; "topk" the keys kept of a row, "nm" those of each 4.
+    """
+    if spec.rule in COUNTED:
+        if spec.sparsity == 0:
+            return None
+        if spec.rule == "topk":
+            return kept_of_row(valid, spec.sparsity)
+        return torch.full((1, 1, 1, 1), kept_of_group(spec.sparsity))
+    if cutoff is None:
+        return None
+    per_head = cutoff.view(1, -1, 1, 1)
+    if spec.rule == "relative":
+        cut = relative_cut(per_head, alpha).floor()
+    else:
+        total = probability.sum(-1, keepdim=True, dtype=torch.int64)
+        wide = (
+            per_head.double() * total.double() if spec.rule == "mass" else least_probability(per_head) * total.float()
+        )
+        cut = wide.ceil()
+    return cut.double().nan_to_num(0.0).clamp(max=CUT_MAX).long()
 
 
 def pair_bins(spec: AttentionSpec, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:

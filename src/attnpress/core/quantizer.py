@@ -42,7 +42,9 @@ def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
         float32 [..., S, 1].
     """
     magnitude = x.detach().float().abs().nan_to_num_(nan=0.0, posinf=0.0)
-    return positive_scale(magnitude.amax(-1, keepdim=True) / qmax, power_of_two=power_of_two)
+    # By a tensor: on a GPU, PyTorch divides by a number as a product with its reciprocal, which rounds twice.
+    divisor = torch.full((), float(qmax), device=x.device)
+    return positive_scale(magnitude.amax(-1, keepdim=True) / divisor, power_of_two=power_of_two)
 
 
 def quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:

@@ -42,18 +42,21 @@ if TYPE_CHECKING:
 OPSET = 21
 RULES = ("relative", "threshold", "topk")
 
-Coder = Callable[[Tensor, torch.dtype], Tensor]
-"""From real numbers, in units of their scale and within the range of codes, to the nearest codes, as float32."""
+Coder = Callable[[Tensor, torch.dtype, int], Tensor]
+"""From real numbers, in units of their scale and within the range of codes, to the nearest codes, as float32.
+
+It is told the integer type that holds the codes, and the largest code.
+"""
 
 
-def quantize_dequantize(x: Tensor, dtype: torch.dtype) -> Tensor:
+def quantize_dequantize(x: Tensor, dtype: torch.dtype, _: int) -> Tensor:
     """ONNX's QuantizeLinear and DequantizeLinear: round half to even."""
     scale, zero = torch.ones((), device=x.device), torch.zeros((), dtype=dtype, device=x.device)
     codes = ops.symbolic("QuantizeLinear", (x, scale, zero), dtype=dtype, shape=x.shape)
     return ops.symbolic("DequantizeLinear", (codes, scale, zero), dtype=torch.float32, shape=x.shape)
 
 
-def openvino_fake_quantize(x: Tensor, dtype: torch.dtype) -> Tensor:
+def openvino_fake_quantize(x: Tensor, dtype: torch.dtype, _: int) -> Tensor:
     """Codes by Round, then OpenVINO's FakeQuantize, which changes no whole number: its mark for an int8 product.
 
     Left to round by itself it adds an offset first, which moves values near the edge between two codes. And in a small
@@ -83,13 +86,13 @@ def graph_attention(coder: Coder) -> Attend:
         if spec.smooth_key:
             key = smooth_key(key, key_validity(valid))
         # Each tensor is coded last of all, right before its product: runtimes look for codes there.
-        q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8)
+        q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8, spec.q.qmax)
         keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
-        k = coder(keys.mT, torch.int8)
-        v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8)
+        k = coder(keys.mT, torch.int8, spec.k.qmax)
+        v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8, spec.v.qmax)
         alpha = score_step(q_scale, scales.k, scaling, heads)
         pairs = prune_and_code(q @ k, valid, alpha, cutoff, spec)
-        p = coder(_probabilities(pairs, spec.p), torch.uint8)
+        p = coder(_probabilities(pairs, spec.p), torch.uint8, spec.p.qmax)
         weighted, divisor = p @ v, _divisor(p, spec.p)
         tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
         if tail is not None:

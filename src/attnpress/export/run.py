@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -16,10 +16,13 @@ from transformers import PreTrainedModel
 
 from attnpress.config import RunConfig
 from attnpress.evaluate import finished_model
-from attnpress.export import onnx, openvino, trace
+from attnpress.export import accelforge, csr, density, onnx, openvino, qonnx, scalesim, tables, trace
 from attnpress.export.agreement import TOLERANCE, Agreement, compare
 from attnpress.export.errors import ExportError, require
+from attnpress.export.recording import record_batch
+from attnpress.export.sequences import AttendedSequence, sequences_of
 from attnpress.files import MARKER, check_folder, sha256_of, whole_folder, write_text
+from attnpress.lane_record import SCHEDULES
 from attnpress.models.binding import attentions
 from attnpress.models.inputs import LABELS
 from attnpress.recipe import spec_to_dict
@@ -27,22 +30,47 @@ from attnpress.tasks import TaskData
 
 FORMAT = 2
 RECORD = "export.json"
-ROWS = 4
-"""Rows of the example or traced batch."""
+BATCH = 16
+"""Rows of the evaluation set that are padded together, at most."""
 
 Record = dict[str, Any]
+Batch = dict[str, Tensor]
 
 
-def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | None = None, rows: int = ROWS) -> Record:
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """Something that a run can be exported to.
+
+    Attributes:
+        make: writes the files into a folder, checks them, and says how.
+        notes: what is to be known about them.
+        packages: what they need.
+        rows: of the evaluation set, unless told otherwise.
+        together: whether they have to be one batch.
+    """
+
+    make: Callable[[PreTrainedModel, TaskData, list[Batch], Path], Record]
+    notes: tuple[str, ...]
+    packages: tuple[str, ...] = ()
+    rows: int = 4
+    together: bool = False
+
+
+def export_run(
+    run_folder: Path, config: RunConfig, kind: str, output: Path | None = None, rows: int | None = None,
+    batch: int = BATCH,
+) -> Record:  # fmt: skip
     """Export the compressed model of a finished run, check it, and record both.
 
     Args:
         run_folder: written by `compress`, or by `save_pretrained` of a compressed model.
         config: of the run; its data serve the check.
         kind: one of KINDS.
-        output: folder for the file and `export.json`; None is `run_folder/export/KIND`. It appears whole, once the
+        output: folder for the files and `export.json`; None is `run_folder/export/KIND`. It appears whole, once the
             check has passed. An earlier export there is replaced, and nothing else.
-        rows: of the evaluation set in the traced batch, or in the example that a graph is traced with; at least 2.
+        rows: of the evaluation set that are looked at, or in the example that a graph is traced with; at least 2. None
+            is what suits the kind.
+        batch: rows that are padded together, at most, where there are more; a trace has a file for each batch.
 
     Returns:
         The record.
@@ -54,34 +82,43 @@ def export_run(run_folder: Path, config: RunConfig, kind: str, output: Path | No
     """
     if kind not in KINDS:
         raise ExportError(f"--to {kind}: unknown; use one of {', '.join(KINDS)}")
+    chosen = KINDS[kind]
+    rows = chosen.rows if rows is None else rows
     if rows < 2:
         raise ExportError(f"--rows {rows}: a graph for any batch is traced with at least two rows")
-    make, notes, packages = KINDS[kind]
-    require(kind, *packages)
+    require(kind, *chosen.packages)
     place = output or run_folder / "export" / kind
     check_folder(place, "export")
     model, data = finished_model(run_folder, config)
     with whole_folder(place, "export") as folder:
-        made = make(model, data, example_batch(data, rows), folder)
-        record = _record(kind, model, data, folder, packages) | made | {"notes": list(notes)}
+        made = chosen.make(model, data, example_batches(data, rows, rows if chosen.together else batch), folder)
+        record = _record(kind, model, data, folder, chosen.packages) | made | {"notes": list(chosen.notes)}
         write_text(folder / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 
-def example_batch(data: TaskData, rows: int = ROWS) -> dict[str, Tensor]:
+def example_batch(data: TaskData, rows: int = 4) -> Batch:
     """The first rows of the evaluation set, padded together, without labels; a single row is taken twice."""
+    return example_batches(data, rows, rows)[0]
+
+
+def example_batches(data: TaskData, rows: int, batch: int) -> list[Batch]:
+    """The first rows of the evaluation set, so many padded together, without labels; a single row is taken twice."""
     chosen = list(islice(data.eval, rows))
-    batch = data.collate(chosen * 2 if len(chosen) == 1 else chosen)
-    return {name: tensor for name, tensor in batch.items() if name not in LABELS}
+    parts = [chosen[begin : begin + batch] for begin in range(0, len(chosen), batch)]
+    if len(chosen) == 1:
+        parts = [chosen * 2]
+    collated = [data.collate(part) for part in parts]
+    return [{name: tensor for name, tensor in one.items() if name not in LABELS} for one in collated]
 
 
-def _onnx(model: PreTrainedModel, data: TaskData, batch: dict[str, Tensor], folder: Path) -> Record:
-    onnx.write_onnx(model, batch, folder)
+def _onnx(model: PreTrainedModel, data: TaskData, batches: list[Batch], folder: Path) -> Record:
+    onnx.write_onnx(model, batches[0], folder)
     return {"evaluation": _as_record(compare(model, onnx.serve_onnx(folder / onnx.FILE), data))}
 
 
-def _openvino(model: PreTrainedModel, data: TaskData, batch: dict[str, Tensor], folder: Path) -> Record:
-    openvino.write_openvino(model, batch, folder)
+def _openvino(model: PreTrainedModel, data: TaskData, batches: list[Batch], folder: Path) -> Record:
+    openvino.write_openvino(model, batches[0], folder)
     served, compiled = openvino.serve_openvino(folder / openvino.FILE)
     compressed = [module for module in attentions(model).values() if not module.spec.is_dense]
     agreement, found = compare(model, served, data), openvino.products(compiled)
@@ -93,23 +130,58 @@ def _openvino(model: PreTrainedModel, data: TaskData, batch: dict[str, Tensor], 
     }
 
 
-def _trace(model: PreTrainedModel, _: TaskData, batch: dict[str, Tensor], folder: Path) -> Record:
-    compared = trace.write_trace(model, batch, folder)
-    shape = list(next(iter(batch.values())).shape)
+def _trace(model: PreTrainedModel, _: TaskData, batches: list[Batch], folder: Path) -> Record:
+    written = trace.write_shards(model, batches, folder)
     return {
-        "checked": {"recomputed": "from the written codes, with the reference", "equal_to": compared},
-        "batch": shape,
+        "checked": {"recomputed": "from the written codes, with the reference", "equal_to": written["compared"]},
+        "batch": list(next(iter(batches[0].values())).shape),
+        **{key: written[key] for key in ("tokens", "bytes", "bytes_a_token")},
     }
 
 
-Make = Callable[[PreTrainedModel, TaskData, dict[str, Tensor], Path], Record]
+def _sequences(model: PreTrainedModel, batches: list[Batch]) -> Iterator[AttendedSequence]:
+    return sequences_of(record_batch(model, batch) for batch in batches)
 
-KINDS: dict[str, tuple[Make, tuple[str, ...], tuple[str, ...]]] = {
-    "onnx": (_onnx, onnx.NOTES, ("onnx", "onnxscript", "onnxruntime")),
-    "openvino": (_openvino, openvino.NOTES, ("openvino", "onnx", "onnxscript")),
-    "trace": (_trace, trace.NOTES, ()),
+
+def _csr(model: PreTrainedModel, _: TaskData, batches: list[Batch], folder: Path) -> Record:
+    return csr.write_csr(_sequences(model, batches), folder)
+
+
+def _csv(model: PreTrainedModel, data: TaskData, batches: list[Batch], folder: Path) -> Record:
+    found = tables.write_tables(list(_sequences(model, batches)), folder, data.task.name)
+    return {"lanes": {str(lanes): {each: found.total(lanes, each) for each in SCHEDULES} for lanes in found.lanes}}
+
+
+def _density(model: PreTrainedModel, _: TaskData, batches: list[Batch], folder: Path) -> Record:
+    found = density.write_density(_sequences(model, batches), folder)
+    return {"density": {name: layer["density"] for name, layer in found["layers"].items()}}
+
+
+def _scalesim(model: PreTrainedModel, _: TaskData, batches: list[Batch], folder: Path) -> Record:
+    return {"cycles": scalesim.write_scalesim(_sequences(model, batches), folder)}
+
+
+def _qonnx(model: PreTrainedModel, _: TaskData, batches: list[Batch], folder: Path) -> Record:
+    return {"quant_nodes": qonnx.write_qonnx(model, batches[0], folder)}
+
+
+def _accelforge(model: PreTrainedModel, _: TaskData, batches: list[Batch], folder: Path) -> Record:
+    specs = {name: module.spec for name, module in attentions(model).items()}
+    return accelforge.write_accelforge(_sequences(model, batches), specs, folder)
+
+
+KINDS: dict[str, Kind] = {
+    "onnx": Kind(_onnx, onnx.NOTES, ("onnx", "onnxscript", "onnxruntime"), together=True),
+    "openvino": Kind(_openvino, openvino.NOTES, ("openvino", "onnx", "onnxscript"), together=True),
+    "trace": Kind(_trace, trace.NOTES),
+    "csr": Kind(_csr, csr.NOTES, rows=16),
+    "csv": Kind(_csv, tables.NOTES, rows=64),
+    "density": Kind(_density, density.NOTES, rows=64),
+    "scalesim": Kind(_scalesim, scalesim.NOTES, ("scalesim",), rows=16),
+    "qonnx": Kind(_qonnx, qonnx.NOTES, ("qonnx", "onnx", "onnxscript"), rows=2, together=True),
+    "accelforge": Kind(_accelforge, accelforge.NOTES, rows=64),
 }
-"""What can be asked for: how it is made and checked, what is to be known about it, and the packages it needs."""
+"""What can be asked for."""
 
 
 def _as_record(agreement: Agreement) -> Record:

@@ -1,192 +1,146 @@
-"""The exact integers of one batch, layer by layer, for whoever builds an accelerator: docs/trace.md has the layout."""
+"""The exact integers of real data, layer by layer, for whoever builds an accelerator: docs/trace.md has the layout."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec
-from attnpress.core.attention import (
-    IntegerAttention,
-    Pairs,
-    Scales,
-    TailedScales,
-    integer_attention,
-    prune_and_code,
-    query_scale,
-    repeat_heads,
-    score_step,
-)
-from attnpress.core.exponential import exponent_rate
-from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
-from attnpress.export.agreement import usable_backend
 from attnpress.export.errors import ExportError
-from attnpress.kernels import ops
-from attnpress.models.attention import Attend, CompressedAttention
+from attnpress.export.recording import Recorded, check_layer, record_batch
+from attnpress.files import write_text
 from attnpress.models.binding import attentions
-from attnpress.models.modes import evaluation_mode
 from attnpress.recipe import parse_spec, spec_to_dict
+from attnpress.strict_json import parse_json
 
 FILE = "trace.safetensors"
-FORMAT = "2"
+INDEX = "trace.safetensors.index.json"
+SHARD = "trace-{number:05d}-of-{count:05d}.safetensors"
+FORMAT = "3"
+"""Since 3, a pair is valid only if its query is a real token, too."""
+
+COMPARED = {
+    "2": {"acc", "keep", "p_codes", "weighted", "code_sum", "output"},
+    "3": None,
+}
+"""Formats that can be checked, and the tensors that each has beside its codes; None is all of `recording.derived`."""
 
 NOTES = ("Every integer is that of the reference, core/attention.py; the layout is described in docs/trace.md.",)
 
-Tensors = dict[str, Tensor]
-
 
 def write_trace(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> str:
-    """Run one batch through the reference and write `trace.safetensors`.
-
-    Args:
-        model: bound and calibrated, on the CPU.
-        batch: keyword arguments of its forward.
+    """Run one batch through the reference and write `trace.safetensors`; see `write_shards`.
 
     Returns:
         What the integers were compared with, in words.
+    """
+    return str(write_shards(model, [batch], folder)["compared"])
+
+
+def write_shards(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], folder: Path) -> dict[str, Any]:
+    """Run batches through the reference; write a file for each, and an index where there are several.
+
+    Args:
+        model: bound and calibrated, on the CPU.
+        batches: keyword arguments of its forward; at least one.
+
+    Returns:
+        What the integers were compared with, `compared`, and the index: format, layers, tokens, bytes, bytes_a_token
+        and shards.
 
     Raises:
-        ExportError: a matrix is not quantized, a module is called more than once, or the integers disagree.
+        ExportError: see `recording.record_batch`; or what was written is not what the reference gives.
     """
-    modules = attentions(model)
-    for name, module in modules.items():
-        module.require_calibrated(name)
-    backend = usable_backend(modules.values())
-    with evaluation_mode(model), torch.no_grad():
-        layers = {name: _traced(name, module, model, batch, backend) for name, module in modules.items()}
-        answers = {f"model.{key}": x for key, x in model(**batch).items() if isinstance(x, Tensor)}
-    tensors = {f"{name}.{key}": tensor for name, layer in layers.items() for key, tensor in layer.items()}
-    tensors |= {f"input.{name}": tensor for name, tensor in batch.items()} | answers
-    specs = {name: spec_to_dict(module.spec) for name, module in modules.items()}
-    header = {"format": FORMAT, "attention": json.dumps(specs), "layers": json.dumps(list(layers))}
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / FILE, header)
-    check_trace(folder / FILE)
-    return "the training forward" + (" and the compiled kernel" if backend == "cpu" else "") + ", bit for bit"
+    compared, shards = "", []
+    for number, batch in enumerate(batches, start=1):
+        recorded = record_batch(model, batch)
+        name = FILE if len(batches) == 1 else SHARD.format(number=number, count=len(batches))
+        _write_shard(model, batch, recorded, folder / name)
+        check_trace(folder / name)
+        shards.append(_described(folder / name, recorded))
+        compared = recorded.compared
+    index = _index(list(attentions(model)), shards)
+    if len(batches) > 1:
+        write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    return {"compared": compared, **index}
 
 
-def check_trace(file: Path) -> None:
+def check_trace(place: Path) -> None:
     """Recompute a trace from its own Q, K and V codes with the reference.
 
+    Args:
+        place: a file, or the folder of an export, of which all files that its index names are checked.
+
     Raises:
-        ExportError: another format, or a tensor that is not what the reference gives; names the layer and the tensor.
+        ExportError: another format, a file or tensor that is missing, or one that is not what the reference gives;
+            names the layer and the tensor.
     """
-    with safe_open(file, "pt") as trace:
-        header = trace.metadata() or {}
-        if header.get("format") != FORMAT:
-            raise ExportError(f"{file}: format {header.get('format')!r}; this version reads format {FORMAT}")
-        for layer, plain in json.loads(header["attention"]).items():
-            spec = parse_spec(AttentionSpec, plain)
-            names = [name for name in trace.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118, not a mapping
-            _check_layer(layer, spec, {name.removeprefix(f"{layer}."): trace.get_tensor(name) for name in names})
+    for file in trace_files(place):
+        with safe_open(file, "pt") as trace:
+            header = trace.metadata() or {}
+            written = header.get("format")
+            if written not in COMPARED:
+                raise ExportError(
+                    f"{file}: format {written!r}; this version reads formats {', '.join(COMPARED)}: export the trace "
+                    "again with attnpress export RUN_DIR --to trace"
+                )
+            for layer, plain in json.loads(header["attention"]).items():
+                spec = parse_spec(AttentionSpec, plain)
+                names = [name for name in trace.keys() if name.startswith(f"{layer}.")]  # noqa: SIM118, not a mapping
+                found = {name.removeprefix(f"{layer}."): trace.get_tensor(name) for name in names}
+                check_layer(layer, found, spec, COMPARED[written])
 
 
-def _traced(name: str, module: CompressedAttention, model: nn.Module, batch: Mapping[str, Tensor], backend: str) -> Tensors:  # fmt: skip # noqa: E501
-    """The tensors of one layer, after what runs in training and in deployment gave the same."""
-    if None in module.spec.bits.values():
-        raise ExportError(f"{name}: a trace of integers needs bits for all of q, k, v and p; found {module.spec.bits}")
-    calls: list[Tensors] = []
-    own, module.attend = module.attend, _recording(name, module.attend, backend, calls)
+def trace_files(place: Path) -> list[Path]:
+    """The files of a trace, in order: those that the index of a folder names, or the one file given.
+
+    Raises:
+        ExportError: a folder without a trace, a damaged index, or a file that the index names and that is not there.
+    """
+    if not place.is_dir():
+        return [place]
+    if (place / FILE).is_file():
+        return [place / FILE]
+    if not (place / INDEX).is_file():
+        raise ExportError(f"{place}: no trace here; give a folder that attnpress export --to trace made")
     try:
-        with torch.no_grad():
-            model(**batch)
-    finally:
-        module.attend = own
-    if len(calls) != 1:
-        raise ExportError(f"{name}: called {len(calls)} times a batch; a trace holds modules that are called once")
-    return calls[0]
+        files = [place / str(shard["file"]) for shard in parse_json((place / INDEX).read_text("utf-8"))["shards"]]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExportError(f"{place / INDEX}: not an index of a trace ({error}): export the trace again") from error
+    lost = [file.name for file in files if not file.is_file()]
+    if lost:
+        raise ExportError(f"{place}: the index names {', '.join(lost)}, not found: export the trace again")
+    return files
 
 
-def _recording(name: str, attend: Attend, backend: str, calls: list[Tensors]) -> Attend:
-    def record(
-        query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-        spec: AttentionSpec, scaling: float, dropout: float = 0.0,
-    ) -> Tensor:  # fmt: skip
-        arguments = (query, key, value, valid, scales, cutoff, spec, scaling)
-        found = integer_attention(*arguments)
-        trained = attend(*arguments)
-        _expect(name, "output", found.output, trained)
-        if backend == "cpu":
-            _expect_integers(name, found, ops.compiled_integers(*arguments), valid)
-        calls.append(_tensors(found, *arguments))
-        return trained
-
-    return record
+def _write_shard(model: nn.Module, batch: Mapping[str, Tensor], recorded: Recorded, file: Path) -> None:
+    tensors = {f"{name}.{part}": x for name, layer in recorded.layers.items() for part, x in layer.items()}
+    tensors |= {f"input.{name}": tensor for name, tensor in batch.items()}
+    tensors |= {f"model.{name}": tensor for name, tensor in recorded.answers.items()}
+    specs = {name: spec_to_dict(module.spec) for name, module in attentions(model).items()}
+    header = {"format": FORMAT, "attention": json.dumps(specs), "layers": json.dumps(list(recorded.layers))}
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, header)
 
 
-def _tensors(
-    found: IntegerAttention, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales,
-    cutoff: Tensor | None, spec: AttentionSpec, scaling: float,
-) -> Tensors:  # fmt: skip
-    q_scale = query_scale(query, scales, spec.q)
-    assert scales.k is not None
-    assert scales.v is not None
-    allowed = torch.ones(1, 1, 1, 1, dtype=torch.bool) if valid is None else valid
-    tensors = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}
-    tensors |= {"valid": allowed.expand(query.shape[0], -1, query.shape[2], key.shape[2])}
-    tensors |= {"q_scale": q_scale, "k_scale": scales.k, "v_scale": scales.v}
-    tensors["alpha"] = score_step(q_scale, scales.k, scaling, query.shape[1])
-    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
-    if tail is not None:
-        tensors["tail_lift"] = tail.lift
-        if tail.directions is not None:
-            tensors |= {f"tail_{name}": x for name, x in vars(tail.directions).items()}
-    if cutoff is not None:
-        tensors["cutoff"] = cutoff
-    return {key: tensor.detach().clone() for key, tensor in tensors.items()}
-
-
-def _expect(layer: str, name: str, expected: Tensor, found: Tensor) -> None:
-    if not torch.equal(expected, found.to(expected.dtype)):
-        raise ExportError(f"{layer}.{name}: not what the reference gives, so nothing was written; please report it")
-
-
-def _expect_integers(layer: str, found: IntegerAttention, kernel: Mapping[str, Tensor], valid: Tensor | None) -> None:
-    tailed = [name for name in kernel if name.startswith("tail_")]
-    for name in ("q_codes", "row_max", "p_codes", "code_sum", "weighted", "output", *tailed):
-        _expect(layer, name, getattr(found, name), kernel[name])
-
-
-def _check_layer(layer: str, spec: AttentionSpec, t: Tensors) -> None:
-    heads = t["q_codes"].shape[1]
-    k, v = (repeat_heads(t[name], heads).double() for name in ("k_codes", "v_codes"))
-    acc = (t["q_codes"].double() @ k.mT).to(torch.int32)
-    pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec)
-    weighted = pairs.codes.double() @ v
-    numerator, divisor, tail = weighted.float(), pairs.divisor, dict[str, Tensor]()
-    if "tail_lift" in t:
-        numerator, divisor, tail = _tailed(t, spec, pairs, v, numerator)
-    recomputed: dict[str, Any] = {
-        "acc": acc, "keep": pairs.keep, "p_codes": pairs.codes.to(torch.uint8), "weighted": weighted.long(),
-        "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
-        "output": (numerator * repeat_heads(t["v_scale"], heads)) / divisor, **tail,
+def _described(file: Path, recorded: Recorded) -> dict[str, Any]:
+    """A shard's row of the index: its size, and the shape of what is in it."""
+    first = next(iter(recorded.layers.values()))
+    lengths = first["lengths"].tolist()
+    return {
+        "file": file.name, "bytes": file.stat().st_size, "sequences": len(lengths), "padded": first["acc"].shape[2],
+        "lengths": lengths,
     }  # fmt: skip
-    for name, expected in recomputed.items():
-        _expect(layer, name, expected, t[name])
 
 
-def _tailed(
-    t: Tensors, spec: AttentionSpec, pairs: Pairs, v: Tensor, weighted: Tensor
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Numerator and divisor of the output with the tail of a trace, and the tail's integers by name."""
-    parts = [t.get(f"tail_{field.name}") for field in dataclasses.fields(Directions)]
-    found = [part for part in parts if part is not None]
-    tail = Tail(t["tail_lift"], Directions(*found) if len(found) == len(parts) else None)
-    scored = scored_codes(t["q_codes"], t["k_codes"], spec, tail)
-    rest = pairs.valid & (pairs.codes == 0)
-    sums = sum_tail(rest, pairs.distance, v, scored, exponent_rate(t["alpha"]), tail.lift, spec.p.qmax)
-    made = with_tail(weighted, pairs.divisor, sums, score_steps(t["alpha"], tail, v.shape[1]))
-    named = {
-        "tail_count": sums.count.int(), "tail_distance": sums.distance.long(), "tail_exponent": sums.exponent,
-        "tail_level": sums.level, "tail_value": sums.value.long(),
+def _index(layers: list[str], shards: list[dict[str, Any]]) -> dict[str, Any]:
+    tokens, size = sum(sum(one["lengths"]) for one in shards), sum(one["bytes"] for one in shards)
+    return {
+        "format": FORMAT, "layers": layers, "tokens": tokens, "bytes": size,
+        "bytes_a_token": round(size / max(tokens, 1), 1), "shards": shards,
     }  # fmt: skip
-    if sums.score is not None and sums.slope is not None:
-        named |= {"tail_score": sums.score.long(), "tail_slope": sums.slope.long()}
-    return *made, named

@@ -56,8 +56,8 @@ def load() -> None:
         torch.ops.load_library(str(path))
     except OSError as error:
         raise BackendUnavailableError(f"{path.name} does not load ({error}); rebuild it against this torch") from error
-    torch.library.register_fake("attnpress::attention", _fake_attention)
-    torch.library.register_fake("attnpress::attention_packed", _fake_attention)
+    torch.library.register_fake("attnpress::attention", fake_attention)
+    torch.library.register_fake("attnpress::attention_packed", fake_attention)
     torch.library.register_fake("attnpress::attention_integers", _fake_integers)
 
 
@@ -104,7 +104,8 @@ def _onednn_above(below: tuple[str, ...]) -> bool:
     return torch.backends.mkldnn.is_available() and not any(value in below for value in held)
 
 
-def _fake_attention(query: Tensor, *others: Any) -> Tensor:
+def fake_attention(query: Tensor, *others: Any) -> Tensor:
+    """What an attention operator returns, without data: float32 [B, Hq, Sq, D]."""
     # One tensor without data brings a call here; the result would then be memory that nobody wrote.
     for other in others:
         if isinstance(other, Tensor) and other.device != query.device:
@@ -122,7 +123,7 @@ def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
         query.new_empty((*each, key.shape[2]), dtype=torch.uint8),
         query.new_empty((*each, 1), dtype=torch.int64),
         query.new_empty(query.shape, dtype=torch.int64),
-        _fake_attention(query, key, value, *options),
+        fake_attention(query, key, value, *options),
         *(query.new_empty((*each, 1), dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64, torch.float32)),
         query.new_empty(query.shape, dtype=torch.int64),
         query.new_empty((*each, 1), dtype=torch.int64),

@@ -2,6 +2,7 @@
 
 Backends compute the same integers (numerics, section 6):
     "cpu"        the compiled kernel, `torch.ops.attnpress.attention`: never holds an S x S matrix
+    "gpu"        the Triton kernel, `torch.ops.attnpress.attention_gpu`: for NVIDIA GPUs, nor does it
     "reference"  `core.attention.integer_attention`: readable, any device, every rule, memory of S x S
 """
 
@@ -28,7 +29,7 @@ from attnpress.core.attention import (
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.pruner import least_probability
 from attnpress.core.tail import active_tail
-from attnpress.kernels import cpu
+from attnpress.kernels import cpu, gpu
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, slices
 
@@ -39,17 +40,29 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run attention here: its name, whether it can run now, and the CPU targets it may use, best first."""
+    """One way to run attention here.
+
+    Attributes:
+        name: what `backend=` takes.
+        available: whether it can run now.
+        targets: of the CPU kernel, those that this processor supports, best first.
+        active_target: what runs it: a target, or a GPU.
+        reason: why it cannot run.
+    """
 
     name: str
     available: bool
     targets: tuple[str, ...] = ()
     active_target: str | None = None
+    reason: str | None = None
 
     def describe(self) -> str:
         """One line for people."""
         if self.name == "reference":
             return "readable Python: any device, every rule, slow"
+        if self.name == "gpu":
+            runs = f"runs on {self.active_target}" if self.available else f"cannot run here: {self.reason}"
+            return f"the Triton kernel for NVIDIA GPUs; {runs}"
         if not self.available:
             return "the compiled kernel; not built here: make kernel"
         return f"the compiled kernel; targets {', '.join(self.targets)}; runs {self.active_target}"
@@ -57,12 +70,12 @@ class Backend:
 
 def backends() -> list[Backend]:
     """All backends, for listings; nothing is built or chosen by asking."""
-    if not cpu.is_built():
-        return [Backend("cpu", available=False), Backend("reference", available=True)]
-    return [
-        Backend("cpu", True, tuple(cpu.supported_targets()), cpu.active_target()),
-        Backend("reference", available=True),
-    ]
+    compiled = Backend("cpu", available=False)
+    if cpu.is_built():
+        compiled = Backend("cpu", True, tuple(cpu.supported_targets()), cpu.active_target())
+    reason = gpu.why_unavailable()
+    triton = Backend("gpu", reason is None, active_target=gpu.device_name() if reason is None else None, reason=reason)
+    return [compiled, triton, Backend("reference", available=True)]
 
 
 def attention(
@@ -81,7 +94,8 @@ def attention(
     """Compressed attention on the backend asked for, for inference.
 
     Args:
-        query: float32, bfloat16 or float16 [B, Hq, Sq, D], D a multiple of 4 up to 256; any strides.
+        query: float32, bfloat16 or float16 [B, Hq, Sq, D], D a multiple of 4 up to 256; any strides. On the CPU, or
+            for "gpu" on an NVIDIA GPU.
         key, value: [B, Hkv, Sk, D], Hq a multiple of Hkv.
         valid: bool broadcastable to [B, Hq, Sq, Sk], True where the query may attend to the key; None allows all.
         scales: static scales; Q has none with granularity "token".
@@ -89,7 +103,7 @@ def attention(
         spec: all four matrices quantized.
         scaling: factor of the scores, usually 1 / sqrt(D).
         causal: also keep each query from the keys after it; the last query sees all.
-        backend: "cpu" or "reference".
+        backend: "cpu", "gpu" or "reference".
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
@@ -125,6 +139,9 @@ def attention_packed(
     places = _check_packed(query, key, value, bounds)
     if backend == "cpu":
         return _compiled_packed(call, bounds.contiguous(), places, causal)
+    if backend == "gpu":
+        gpu.check_keys(max((end - begin for begin, end in pairwise(places)), default=0))
+        return _triton(*call, causal, bounds)
     checked_mask(*call)
     parts = [
         attention(
@@ -142,9 +159,9 @@ def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> N
     """Raise now what `attention` would raise at its first call; see there."""
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
-    if backend == "cpu":
-        cpu.load()
-        check_native(spec, head_dim)
+    if backend != "reference":
+        {"cpu": cpu, "gpu": gpu}[backend].load()
+        check_native(spec, head_dim, backend)
         _check_scales(spec, scales)
 
 
@@ -197,6 +214,16 @@ def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool
     return output
 
 
+def _triton(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
+    spec: AttentionSpec, scaling: float, causal: bool, bounds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    output: Tensor = torch.ops.attnpress.attention_gpu(
+        *gpu_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal, bounds)
+    )
+    return output
+
+
 def _is_short(work: int) -> bool:
     return work <= SHORT or work <= _most()
 
@@ -226,7 +253,7 @@ def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -
     return result
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "reference": _reference}
+_BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "gpu": _triton, "reference": _reference}
 
 
 INTEGERS = (
@@ -266,22 +293,47 @@ def compiled_arguments(
         ValueError: what the compiled kernel cannot take.
         BackendUnavailableError: it is not built.
     """
+    arguments = _arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal, "cpu")
+    valid = arguments[3]
+    return (*arguments[:3], None if valid is None else _rows_contiguous(valid), *arguments[4:])
+
+
+def gpu_arguments(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
+    spec: AttentionSpec, scaling: float, causal: bool, bounds: Tensor | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Arguments of `torch.ops.attnpress.attention_gpu`, checked; `bounds` as in `attention_packed`.
+
+    Raises:
+        ValueError: what the Triton kernel cannot take.
+        BackendUnavailableError: it cannot run here.
+    """
+    return (*_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal, "gpu"), bounds)
+
+
+def _arguments(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
+    spec: AttentionSpec, scaling: float, causal: bool, backend: str,
+) -> tuple[Any, ...]:  # fmt: skip
+    """What the operators of both kernels take, in their order."""
     if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
-        cpu.load()
-    _check_spec(spec)
+        {"cpu": cpu, "gpu": gpu}[backend].load()
+    _check_spec(spec, backend)
     _check_scales(spec, scales)
-    _check_tensors(query, key, value)
+    _check_tensors(query, key, value, backend)
     for name, tensor in {"k_scale": scales.k, "v_scale": scales.v, "q_scale": scales.q, "cutoff": cutoff}.items():
-        if tensor is not None and tensor.device.type != "cpu":
-            raise ValueError(f"{name}: backend 'cpu' takes tensors on the CPU, found one on {tensor.device}")
-    tail = _tail_arguments(query, key, scales, cutoff, spec)
+        if tensor is not None and tensor.device != query.device:
+            raise ValueError(
+                f"{name}: backend {backend!r} takes tensors on {_place(backend)}, found one on {tensor.device}"
+            )
+    tail = _tail_arguments(query, key, scales, cutoff, spec) if backend == "cpu" else ()
     if cutoff is not None and (spec.rule == "threshold" or not cutoff.is_contiguous()):
         check_cutoff(cutoff, query)  # the operator sees theta, in which -1e-30 is like 0
         cutoff = least_probability(cutoff) if spec.rule == "threshold" else cutoff.contiguous()
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
-        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), _mask(valid, query, key), causal,
+        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), pair_mask(valid, query, key), causal,
         float(scaling), q_scale, scales.k, scales.v, cutoff, spec.rule, float(spec.sparsity), mode,
         spec.q.qmax, spec.k.qmax, spec.v.qmax, spec.p.qmax, spec.smooth_key, spec.q.power_of_two, *tail,
     )  # fmt: skip
@@ -314,20 +366,24 @@ def causal_pairs(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
     return before if valid is None else valid & before
 
 
-def check_native(spec: AttentionSpec, head_dim: int) -> None:
-    """Raise ValueError, with the reason, if the compiled kernel is not made for a spec or a head size."""
-    _check_spec(spec)
-    _check_head(head_dim)
+def check_native(spec: AttentionSpec, head_dim: int, backend: str = "cpu") -> None:
+    """Raise ValueError, with the reason, if a kernel, "cpu" or "gpu", is not made for a spec or a head size."""
+    _check_spec(spec, backend)
+    _check_head(head_dim, backend)
 
 
-def _check_spec(spec: AttentionSpec) -> None:
+def _check_spec(spec: AttentionSpec, backend: str) -> None:
     if None in spec.bits.values():
-        raise ValueError(f"backend 'cpu' multiplies integers: set bits for all of q, k, v and p; found {spec.bits}")
+        raise ValueError(
+            f"backend {backend!r} multiplies integers: set bits for all of q, k, v and p; found {spec.bits}"
+        )
     if spec.rule not in NATIVE_RULES:
         raise ValueError(
-            f"backend 'cpu' has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
+            f"backend {backend!r} has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
             "use backend 'reference'"
         )
+    if backend == "gpu" and spec.tail != "none":
+        raise ValueError(f"backend 'gpu' cannot run tail {spec.tail!r}; use backend 'cpu' or 'reference'")
 
 
 def _check_scales(spec: AttentionSpec, scales: Scales) -> None:
@@ -339,17 +395,25 @@ def _check_scales(spec: AttentionSpec, scales: Scales) -> None:
         raise ValueError(f"{', '.join(missing)}: no scale yet; run calibrate(model, batches) first")
 
 
-def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+def _device(backend: str) -> str:
+    return gpu.device().type if backend == "gpu" else "cpu"
+
+
+def _place(backend: str) -> str:
+    return {"cuda": "an NVIDIA GPU", "cpu": "the CPU"}[_device(backend)]
+
+
+def _check_tensors(query: Tensor, key: Tensor, value: Tensor, backend: str) -> None:
     check_tensors(query, key, value)
     for name, tensor in {"query": query, "key": key, "value": value}.items():
-        if tensor.dtype not in DTYPES or tensor.device.type != "cpu":
+        if tensor.dtype not in DTYPES or tensor.device.type != _device(backend):
             raise ValueError(
-                f"{name}: backend 'cpu' takes float32, bfloat16 or float16 [B, H, S, D] on the CPU, "
+                f"{name}: backend {backend!r} takes float32, bfloat16 or float16 [B, H, S, D] on {_place(backend)}, "
                 f"found {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
             )
     if key.shape != value.shape:
         raise misfit(query, key, value)
-    _check_head(query.shape[3])
+    _check_head(query.shape[3], backend)
 
 
 def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> list[int]:
@@ -368,18 +432,15 @@ def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> 
     return places
 
 
-def _check_head(dim: int) -> None:
+def _check_head(dim: int, backend: str) -> None:
     if dim % 4 != 0 or not 4 <= dim <= LARGEST_HEAD:
-        raise ValueError(f"head size {dim}: backend 'cpu' takes multiples of 4 up to {LARGEST_HEAD}; use 'reference'")
+        raise ValueError(
+            f"head size {dim}: backend {backend!r} takes multiples of 4 up to {LARGEST_HEAD}; use 'reference'"
+        )
 
 
 def _rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    mask = pair_mask(valid, query, key)
-    return None if mask is None else _rows_contiguous(mask)
 
 
 __all__ = [

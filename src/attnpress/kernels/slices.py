@@ -87,12 +87,22 @@ def _smoothed(call: Call, causal: bool) -> Call:
     query, key, value, valid, scales, cutoff, spec, scaling = call
     valid = pair_mask(valid, query, key)
     if spec.smooth_key:
-        seen = valid
-        if valid is not None and causal and valid.shape[2] > 1:  # else the last row sees all that any row does
-            rows, keys = valid.shape[2:]
-            seen = valid & valid.new_ones(rows, keys).tril(keys - rows)
-        key, spec = smooth_key(key, key_validity(seen)), dataclasses.replace(spec, smooth_key=False)
+        key, spec = smoothed_key(key, valid, query.shape[2], causal), dataclasses.replace(spec, smooth_key=False)
     return query, key, value, valid, scales, cutoff, spec, scaling
+
+
+def smoothed_key(key: Tensor, valid: Tensor | None, rows: int, causal: bool) -> Tensor:
+    """K less its mean over the keys that some row sees; float32 [B, Hkv, Sk, D].
+
+    Args:
+        key: [B, Hkv, Sk, D].
+        valid: from `pair_mask`.
+        rows: Sq.
+        causal: as in `ops.attention`.
+    """
+    if valid is not None and causal and valid.shape[2] > 1:  # else the last row sees all that any row does
+        valid = valid & valid.new_ones(rows, key.shape[2]).tril(key.shape[2] - rows)
+    return smooth_key(key, key_validity(valid))
 
 
 def _part(call: Call, batch: slice, kv_heads: slice, heads: slice, rows: slice, keys: slice) -> Call:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from attnpress.lane_record import LaneRecord, read_lanes
 from attnpress.results import Amount, Record, RecordError, Share, Some, build_record, read_record
 from attnpress.samples import Samples, read_samples
 from attnpress.strict_json import parse_json
@@ -31,6 +32,9 @@ TIMING_KEYS = {one.name for one in fields(TimingRow)}
 BEFORE, AFTER = "dense", "progressive"
 """The stages that maps and histograms compare."""
 
+LANES = Path("export", "csv", "lanes.json")
+"""Where `attnpress export --to csv` leaves a load balance in a run folder."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -40,6 +44,7 @@ class Run:
     record: Record
     before: Samples | None
     after: Samples | None
+    lanes: LaneRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ def read_run(path: Path) -> Run:
     record = read_record(path)
     if not path.is_dir():
         return Run(path.stem, record, None, None)
-    return Run(path.resolve().name, record, read_samples(path, BEFORE), read_samples(path, AFTER))
+    lanes = path / LANES
+    found = read_lanes(lanes) if lanes.is_file() else None
+    return Run(path.resolve().name, record, read_samples(path, BEFORE), read_samples(path, AFTER), found)
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

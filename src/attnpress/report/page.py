@@ -26,6 +26,7 @@ from attnpress.report.figures import (
 )
 from attnpress.report.front import front_drawing, front_summary
 from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_run, read_timings
+from attnpress.report.lanes import lane_drawings
 from attnpress.report.render import SEEDS_COLUMNS, caption, front_caption, front_rows, seeds_rows, stage_rows
 from attnpress.sweep_record import FILE, SweepRecord, read_sweep
 
@@ -162,6 +163,14 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
         "In maps, grey is a P of zero: in the compressed model, a pair that is skipped."
     )
     inside.drawings = [*histogram_drawings(number, run), *map_drawings(number, run)]
+    balance = Section(f"lanes-{number}", f"Load balance{suffix}", drawings=list(lane_drawings(number, run.lanes)))
+    balance.lead = (
+        f"Cycles of P V on parallel lanes{seed}, a survivor a lane and cycle, over what they would be if every lane "
+        "were always busy."
+    )
+    if not balance.drawings:
+        balance.lead = ""
+        balance.notes.append("No load balance is here: attnpress export RUN_DIR --to csv counts it.")
     for section, what in ((training, "training logs"), (heads, "figures of heads"), (inside, "samples of attention")):
         if not section.drawings:
             section.lead = ""
@@ -171,7 +180,7 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
         training.notes.append(OLD.format(what="the metric while training"))
     if heads.drawings and "heads-error" not in names:
         heads.notes.append(OLD.format(what="quantization errors"))
-    yield from (training, heads, inside)
+    yield from (training, heads, inside, balance)
 
 
 def _stage_tables(group: Group, groups: Sequence[Group]) -> Iterator[Table]:

@@ -249,6 +249,23 @@ def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: 
     return figure
 
 
+@mpl.rc_context(STYLE)
+def grid_of_lines(panels: Mapping[str, Sequence[Line]], xlabel: str, ylabel: str) -> Figure:
+    """The same lines in several panels, two in a row, on axes that they share; x counts from 0."""
+    rows = -(-len(panels) // 2)
+    figure = _figure(0.9 + 1.9 * rows)
+    every = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
+    for number, (axes, (title, lines)) in enumerate(zip(every, panels.items(), strict=False)):
+        _marked(axes, lines)
+        axes.set_title(title)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        axes.set(xlabel=xlabel if number >= len(panels) - 2 else "", ylabel="" if number % 2 else ylabel)
+    for axes in every[len(panels) :]:
+        axes.set_visible(False)
+    _legend_below(figure, every[0])
+    return figure
+
+
 def _marked(axes: Axes, lines: Sequence[Line]) -> None:
     """Each line with a marker of its own: there are more of these than colours."""
     for line in lines:
