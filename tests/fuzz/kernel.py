@@ -106,8 +106,9 @@ def draw_packed(rng: random.Random, seed: int) -> Case:
 
 
 def _case(rng: random.Random, seed: int, shape: tuple[int, int, int, int, int, int]) -> Case:
+    spec = with_tail(draw_spec(rng), seed)
     case = make_case(
-        shape, with_tail(draw_spec(rng), seed), extreme=rng.choice(EXTREMES) if rng.random() < 0.3 else "none", dtype=rng.choice(DTYPES),
+        shape, spec, extreme=rng.choice(EXTREMES) if rng.random() < 0.3 else "none", dtype=rng.choice(DTYPES),
         causal=rng.random() < 0.3, transposed=rng.random() < 0.7, seed=seed,
     )  # fmt: skip
     query, key, value = (_laid_out(rng, x) for x in (case.query, case.key, case.value))
