@@ -114,7 +114,7 @@ void attend_streaming(const Job<I>& job, const Head<I>& unit, const typename I::
         survive_long(job, unit, codes, rows, count, scratch, survivors);
     }
     survivors.code(job, rows, count);
-    if (job.tailed) PassTails<I>(job, unit, codes, rows, count, survivors, scratch).emit();
+    if (job.tailed) emit_tails(job, unit, codes, rows, count, survivors, scratch);
     auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * job.width);
     int64_t found = 0, pairs = 0;
     for (int64_t r = 0; r < count; ++r) {

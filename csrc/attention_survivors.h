@@ -255,11 +255,19 @@ template <class I> class Survivors {
         const auto rate = I::set1f(row.rate);
         const auto cut = I::set1(row.cut), bits = I::set1(bits_of(job.a.p_max));
         for (int64_t i = begin; i < end; i += I::LANES) {
-            const auto slack = I::load_short(slack_ + i), distance = I::sub(cut, slack);
+            const auto distance = I::sub(cut, I::load_short(slack_ + i));
             I::store_code(codes_ + i, I::select_le(distance, cut, row_code<I>(probability<I>(distance, rate), bits)));
-            if (!slack_bytes_) continue;
-            I::store_code(codes_ + room_ + i, I::select_le(distance, cut, I::band(slack, I::set1(255))));
-            I::store_code(codes_ + 2 * room_ + i, I::select_le(distance, cut, I::template shr<8>(slack)));
+        }
+        if (slack_bytes_) code_slack(begin, end);
+    }
+
+    // What fills a group up has a slack below 0, and gets 0.
+    __attribute__((noinline)) void code_slack(int64_t begin, int64_t end) {
+        const auto zero = I::set1(0), low = I::set1(255);
+        for (int64_t i = begin; i < end; i += I::LANES) {
+            const auto slack = I::load_short(slack_ + i);
+            I::store_code(codes_ + room_ + i, I::select_le(zero, slack, I::band(slack, low)));
+            I::store_code(codes_ + 2 * room_ + i, I::select_le(zero, slack, I::template shr<8>(slack)));
         }
     }
 

@@ -283,5 +283,11 @@ template <class I> class PassTails {
     int64_t slack_[Job<I>::PASS];
 };
 
+// Out of line, so that calls without a tail keep their registers.
+template <class I>
+__attribute__((noinline)) void emit_tails(const Job<I>& job, const Head<I>& unit, const typename I::Query* codes, Row* rows, int64_t count, Survivors<I>& survivors, Scratch<I>& scratch) {
+    PassTails<I>(job, unit, codes, rows, count, survivors, scratch).emit();
+}
+
 }  // namespace
 }  // namespace attnpress

@@ -106,8 +106,9 @@ def draw_packed(rng: random.Random, seed: int) -> Case:
 
 
 def _case(rng: random.Random, seed: int, shape: tuple[int, int, int, int, int, int]) -> Case:
+    spec = with_tail(draw_spec(rng), seed)
     case = make_case(
-        shape, draw_spec(rng), extreme=rng.choice(EXTREMES) if rng.random() < 0.3 else "none", dtype=rng.choice(DTYPES),
+        shape, spec, extreme=rng.choice(EXTREMES) if rng.random() < 0.3 else "none", dtype=rng.choice(DTYPES),
         causal=rng.random() < 0.3, transposed=rng.random() < 0.7, seed=seed,
     )  # fmt: skip
     query, key, value = (_laid_out(rng, x) for x in (case.query, case.key, case.value))
@@ -135,7 +136,7 @@ def draw_spec(rng: random.Random) -> AttentionSpec:
     def bits() -> int:
         return rng.choice((2, 3, 4, 4, 5, 6, 7, 8, 8, 8, 8))
 
-    spec = AttentionSpec(
+    return AttentionSpec(
         q=TensorSpec(bits(), rng.choice(("tensor", "head", "token")), power_of_two=rng.random() < 0.3),
         k=TensorSpec(bits(), rng.choice(("tensor", "head"))),
         v=TensorSpec(bits(), rng.choice(("tensor", "head", "channel"))),
@@ -144,6 +145,11 @@ def draw_spec(rng: random.Random) -> AttentionSpec:
         sparsity=rng.choice((0.0, 0.1, 0.3, 0.5, 0.9, 0.98, 0.9999)),
         smooth_key=rng.random() < 0.4,
     )
+
+
+def with_tail(spec: AttentionSpec, seed: int) -> AttentionSpec:
+    """The spec, or with a tail. From numbers of its own: seeds from before there were tails are the calls they were."""
+    rng = random.Random(f"tail {seed}")
     if spec.p.mode != "row" or rng.random() < 0.5:
         return spec
     return dataclasses.replace(spec, tail=rng.choice(("mean", "linear")), tail_rank=rng.choice(RANKS))

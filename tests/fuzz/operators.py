@@ -149,9 +149,9 @@ def _operator(rng: random.Random, seed: int) -> str:
         found = getattr(torch.ops.attnpress, name)(*arguments)
     except Exception:
         return "refused"
-    # A threshold cannot be got back from theta, nor a tail from its arguments; packed calls are compared elsewhere.
-    plain = arguments[10] != "threshold" and len(arguments) == ops.TAIL_AT
-    if name == "attention" and plain and _products(*arguments[:2]) <= COMPARABLE:
+    # A threshold cannot be got back from theta, nor can which heads have no tail; a packed call is compared elsewhere.
+    told = arguments[10] != "threshold" and len(arguments) <= ops.TAIL_AT
+    if name == "attention" and told and _products(*arguments[:2]) <= COMPARABLE:
         expected = _reference(arguments)
         assert ulps(found, expected) <= 1, f"differs from the reference by {ulps(found, expected)} ulps"
     return "correct"
