@@ -49,13 +49,16 @@ demo: setup ## compress a real BERT: the main job, into runs/demo
 	$(BIN)/attnpress compress recipes/demo.yaml --output runs/demo
 	$(BIN)/attnpress report runs/demo -o runs/demo/report.html
 
-# One process for each core; a file's tests stay in one of them, since they share what is slow to make.
+# One process for each core, with one thread unless a test asks for more: threads of several processes wait for each other.
+# A file's tests stay in one process, since they share what is slow to make.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
+
 test: setup $(TOOLS) ## run every test
-	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
+	$(TEST)
 
 # The processor of a test must not decide whether it passes. TESTS="tests/kernels ..." runs some of them.
 test-avx2: setup $(TOOLS) ## run every test as on a processor without AVX-512, VNNI and AMX
-	csrc/hold_avx2.sh $(BIN)/python -m pytest --numprocesses auto --dist loadfile $(TESTS)
+	csrc/hold_avx2.sh env $(TEST) $(TESTS)
 
 # All in one thread and in turns; nothing else should run, and the file is meant to be committed.
 bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor without VNNI; some fifteen minutes
