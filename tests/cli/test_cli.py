@@ -170,7 +170,7 @@ WRONG_BENCHES: list[tuple[list[str], str]] = [
     (["--sparsity", "1.5"], "sparsity is the fraction of pairs pruned"),
     (["--threads", "0"], "threads: starts at 1, found 0"),
     (["--threads", "1024"], "cores, found 1024" if cores() > 1 else "core, found 1024"),
-    (["--from", "runs/mrpc"], "drop --seq-len and --sparsity"),
+    (["--from", "runs/mrpc"], "drop --seq-len, --sparsity"),
     (["--layer", "2"], "--layer chooses among the layers of --from"),
     (["--whole-model", "bert-huge"], "no model called 'bert-huge'; use some of minilm, bert-base, modernbert-base"),
     (
