@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.results import Amount, RecordError, Share, Whole, build_record, read_json
+from attnpress.results import Amount, RecordError, RowsPart, Share, build_record, read_json
 
 FORMAT = 1
 FILE = "board.json"
@@ -140,14 +140,6 @@ class MeasuredPart:
     pruned: Share
     keys_per_row: Amount
     bits: ProductPart
-
-
-@dataclass(frozen=True)
-class RowsPart:
-    """How many rows there were."""
-
-    train: Whole
-    eval: Whole
 
 
 @dataclass(frozen=True)

@@ -77,6 +77,17 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     return model
 
 
+def place_on(backend: str, model: nn.Module) -> None:
+    """Move a model to where a backend that is asked for by name runs; only "gpu" asks for a place of its own.
+
+    Raises:
+        BackendUnavailableError: it cannot run here.
+    """
+    if backend == "gpu":
+        gpu.load()
+        nn.Module.to(model, gpu.device())
+
+
 def undeploy(model: Model) -> Model:
     """Give the model back its training forward; returns it. Does nothing to a model that was not deployed.
 

@@ -24,8 +24,8 @@ from attnpress.calibration import bound_modules, outputs, reduce_over_ranks, thi
 from attnpress.config import BatchSize, ConfigError, Count, RunConfig
 from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
 from attnpress.core.linear import ProductPlan
-from attnpress.deployment import Linear, deploy
-from attnpress.kernels import cpu, gpu
+from attnpress.deployment import Linear, deploy, place_on
+from attnpress.kernels import cpu
 from attnpress.linear import calibrate_linear, linear_layers
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.encoder import plan_of
@@ -263,9 +263,7 @@ def compare_backends(
         BackendUnavailableError, ValueError: see `deploy`.
     """
     model, data = finished_model(run_folder, config)
-    if backend == "gpu":
-        gpu.load()
-        torch.nn.Module.to(model, gpu.device())
+    place_on(backend, model)
     trained = predicted_logits(model, data, batch_size)
     plan = plan_linear(model, lambda: data, config) if linear == "int8" else {}
     deploy(model, backend, linear=linear)

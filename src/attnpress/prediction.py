@@ -23,10 +23,9 @@ from accelerate.utils import tqdm
 from filelock import FileLock, Timeout
 
 from attnpress.config import DataSpec, RunConfig
-from attnpress.deployment import Linear, deploy
+from attnpress.deployment import Linear, deploy, place_on
 from attnpress.evaluate import finished_classifier, plan_linear
 from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
-from attnpress.kernels import gpu
 from attnpress.models.encoder import plan_of
 from attnpress.models.loading import weights_hash
 from attnpress.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -450,9 +449,7 @@ def run_file(
         raise PredictionError(
             f"{folder}: has no plan for int8 layers, and no recipe with data to make one; run it float"
         )
-    if backend == "gpu":
-        gpu.load()
-        torch.nn.Module.to(model, gpu.device())
+    place_on(backend, model)
     deploy(model, backend, linear=linear)
     place = folder if config is None else folder / "progressive"
     made_from = {"model": weights_hash(str(place)), "linear": linear, "columns": list(texts.columns)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from attnpress.config import AttentionSpec
 from attnpress.core.attention import Scales, TailedScales
 from attnpress.core.quantizer import positive_scale
-from attnpress.core.tail import Directions, Moments, Tail, fit_directions, sees_whole_score
+from attnpress.core.tail import Moments, Tail, fit_directions, sees_whole_score
 from attnpress.kernels import ops
 from attnpress.recipe import parse_spec, spec_to_dict
 
@@ -113,8 +113,7 @@ def save_problem(problem: Problem, file: Path) -> None:
     p = problem
     named = {"valid": p.valid, "q_scale": p.scales.q, "k_scale": p.scales.k, "v_scale": p.scales.v, "cutoff": p.cutoff}
     if (tail := TailedScales.tail_of(p.scales)) is not None:
-        named["tail_lift"] = tail.lift
-        named |= {} if tail.directions is None else {f"tail_{name}": x for name, x in vars(tail.directions).items()}
+        named |= tail.tensors()
     stored = {"query": p.query.transpose(1, 2), "key": p.key.transpose(1, 2), "value": p.value.transpose(1, 2)}
     tensors = {name: x.detach().contiguous().clone() for name, x in {**stored, **named}.items() if x is not None}
     plain = {"scaling": p.scaling, "sparsity": p.sparsity, "source": p.source, "layer": p.layer}
@@ -129,9 +128,7 @@ def load_problem(file: Path) -> Problem:
     spec = parse_spec(AttentionSpec, json.loads(metadata["spec"]))
     query, key, value = (named[name].transpose(1, 2) for name in ("query", "key", "value"))
     scales = Scales(named.get("q_scale"), named.get("k_scale"), named.get("v_scale"))
-    if "tail_lift" in named:
-        parts = [named.get(f"tail_{part.name}") for part in fields(Directions)]
-        found = None if parts[0] is None else Directions(*(x for x in parts if x is not None))
-        scales = TailedScales(scales.q, scales.k, scales.v, Tail(named["tail_lift"], found))
+    if (tail := Tail.of_tensors(named)) is not None:
+        scales = TailedScales(scales.q, scales.k, scales.v, tail)
     plain = json.loads(metadata["plain"])
     return Problem(query, key, value, named.get("valid"), scales, named.get("cutoff"), spec, **plain)

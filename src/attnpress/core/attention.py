@@ -202,13 +202,8 @@ def integer_attention(
 
 def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
     whole: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
-    whole |= {
-        "tail_count": sums.count.int(), "tail_distance": sums.distance.long(), "tail_exponent": sums.exponent,
-        "tail_level": sums.level, "tail_value": sums.value.long(),
-    }  # fmt: skip
-    if sums.score is None or sums.slope is None:
-        return TailedAttention(**whole)
-    return LinearTailedAttention(**whole, tail_score=sums.score.long(), tail_slope=sums.slope.long())
+    kind = TailedAttention if sums.score is None else LinearTailedAttention
+    return kind(**whole, **sums.integers())
 
 
 def checked_mask(

@@ -6,8 +6,8 @@ with `linear`, also its share by score, to first order, as a few directions show
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -68,6 +68,19 @@ class Tail:
     lift: Tensor
     directions: Directions | None = None
 
+    def tensors(self) -> dict[str, Tensor]:
+        """By name, as files hold them: "tail_lift", and "tail_query" and so on where there are directions."""
+        parts = {} if self.directions is None else vars(self.directions)
+        return {"tail_lift": self.lift, **{f"tail_{name}": x for name, x in parts.items()}}
+
+    @classmethod
+    def of_tensors(cls, named: Mapping[str, Tensor]) -> Tail | None:
+        """The tail among tensors by name; None if there is none."""
+        if "tail_lift" not in named:
+            return None
+        parts = [named[name] for one in fields(Directions) if (name := f"tail_{one.name}") in named]
+        return cls(named["tail_lift"], Directions(*parts) if parts else None)
+
 
 @dataclass(frozen=True)
 class TailSums:
@@ -89,6 +102,16 @@ class TailSums:
     value: Tensor
     score: Tensor | None = None
     slope: Tensor | None = None
+
+    def integers(self) -> dict[str, Tensor]:
+        """What traces and backends are compared by, with the level, by their names in `core.attention`."""
+        found = {
+            "tail_count": self.count.int(), "tail_distance": self.distance.long(), "tail_exponent": self.exponent,
+            "tail_level": self.level, "tail_value": self.value.long(),
+        }  # fmt: skip
+        if self.score is not None and self.slope is not None:
+            found |= {"tail_score": self.score.long(), "tail_slope": self.slope.long()}
+        return found
 
 
 def sees_whole_score(spec: AttentionSpec, head_dim: int) -> bool:

@@ -26,7 +26,7 @@ from attnpress.core.attention import (
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.pruner import integer_cut
 from attnpress.core.sparse_rows import csr_of
-from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
+from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.agreement import usable_backend
 from attnpress.export.errors import ExportError
 from attnpress.kernels import ops
@@ -140,9 +140,7 @@ def _tensors(name: str, found: IntegerAttention, call: Call, real: Tensor | None
     }  # fmt: skip
     tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
     if tail is not None:
-        tensors["tail_lift"] = tail.lift
-        if tail.directions is not None:
-            tensors |= {f"tail_{part}": x for part, x in vars(tail.directions).items()}
+        tensors |= tail.tensors()
     if cutoff is not None:
         tensors["cutoff"] = cutoff
     tensors |= derived(tensors, spec)
@@ -165,8 +163,8 @@ def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
     pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec)
     weighted = pairs.codes.double() @ v
     numerator, divisor, tail = weighted.float(), pairs.divisor, Tensors()
-    if "tail_lift" in t:
-        numerator, divisor, tail = _tailed(t, spec, pairs, v, numerator)
+    if (fitted := Tail.of_tensors(t)) is not None:
+        numerator, divisor, tail = _tailed(t, fitted, spec, pairs, v, numerator)
     codes = pairs.codes.to(torch.uint8)
     cut = integer_cut(spec, pairs.probability, pairs.valid, t["alpha"], t.get("cutoff"))
     return {
@@ -184,23 +182,14 @@ def _lengths(valid: Tensor, over: int) -> Tensor:
 
 
 def _tailed(
-    t: Mapping[str, Tensor], spec: AttentionSpec, pairs: Pairs, v: Tensor, weighted: Tensor
+    t: Mapping[str, Tensor], tail: Tail, spec: AttentionSpec, pairs: Pairs, v: Tensor, weighted: Tensor
 ) -> tuple[Tensor, Tensor, Tensors]:
     """Numerator and divisor of the output with the tail of a trace, and the tail's integers by name."""
-    parts = [t.get(f"tail_{field.name}") for field in dataclasses.fields(Directions)]
-    found = [part for part in parts if part is not None]
-    tail = Tail(t["tail_lift"], Directions(*found) if len(found) == len(parts) else None)
     scored = scored_codes(t["q_codes"], t["k_codes"], spec, tail)
     rest = pairs.valid & (pairs.codes == 0)
     sums = sum_tail(rest, pairs.distance, v, scored, exponent_rate(t["alpha"]), tail.lift, spec.p.qmax)
     made = with_tail(weighted, pairs.divisor, sums, score_steps(t["alpha"], tail, v.shape[1]))
-    named = {
-        "tail_count": sums.count.int(), "tail_distance": sums.distance.long(), "tail_exponent": sums.exponent,
-        "tail_level": sums.level, "tail_value": sums.value.long(),
-    }  # fmt: skip
-    if sums.score is not None and sums.slope is not None:
-        named |= {"tail_score": sums.score.long(), "tail_slope": sums.slope.long()}
-    return *made, named
+    return *made, sums.integers()
 
 
 def _expect(layer: str, name: str, expected: Tensor, found: Tensor) -> None:
