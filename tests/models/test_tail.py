@@ -199,9 +199,13 @@ def test_the_kernel_gives_what_was_trained(name: str, family: str, padding: Any)
     model = make_tailed(name, family)
     batch = make_batch(family)
     real = batch.get("attention_mask", torch.ones(1, 1)).bool().unsqueeze(-1)
-    found = outputs(model, batch) * real
+    trained = expected = outputs(model, batch) * real
+    if padding == "skip" and find_encoder(model):
+        # Float layers around attention are a library's, which may round otherwise where there are fewer rows.
+        expected = outputs(deploy(model, "reference", padding=padding), batch) * real
+        assert torch.allclose(expected, trained, rtol=1e-4, atol=1e-4)
     deploy(model, "auto", padding=padding if find_encoder(model) else "keep")
-    assert torch.equal(outputs(model, batch) * real, found)
+    assert torch.equal(outputs(model, batch) * real, expected)
 
 
 def test_sparsity_stays_the_share_without_a_code() -> None:
