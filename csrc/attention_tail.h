@@ -15,12 +15,29 @@ struct RowTail {
     float level = 0, step = 0, mean = 0;         // u, lambda, sbar
 };
 
+// t and u of LANES rows, from the mean distance of their tails.
+template <class I> struct Levels {
+    typename I::I32 exponent;
+    typename I::F32 level;
+};
+template <class I> ATTN_INLINE Levels<I> levels_of(const Job<I>& job, float lift, typename I::F32 mean, typename I::F32 rate) {
+    const auto end = I::set1f(static_cast<float>(TAIL_END));
+    const auto steps = I::subf(I::nearest(I::minf(I::mulf(mean, rate), end)), I::set1f(lift));
+    const auto t = I::round(I::minf(I::maxf(steps, I::set1f(0.0f)), end));
+    const auto fraction = I::template shl<6>(I::band(t, I::set1(1023)));
+    const auto inner = I::sub(I::set1(15148), I::mulhi(fraction, I::set1(2596)));
+    const auto power = I::sub(I::set1(ONE), I::mulhi(fraction, I::sub(I::set1(45324), I::mulhi(fraction, inner))));
+    const auto weight = I::select_le(t, I::set1(TAIL_END - 1), I::sub(I::sllv(power, I::set1(bits_of(job.a.p_max))), power));
+    const auto octaves = I::template shl<23>(I::sub(I::set1(127 - 16), I::template shr<10>(t)));  // bits of a power of two
+    return {t, I::mulf(I::to_float(weight), I::as_float(octaves))};
+}
+
+ATTN_INLINE float step_of(const Tail& fitted, const Row& row, int64_t kv_head) {
+    return fitted.step == nullptr ? row.alpha : row.alpha * fitted.step[kv_head];
+}
+
 // From count, distance and score of some rows to the rest.
 template <class I> void find_levels(const Job<I>& job, const Head<I>& unit, const Row* rows, RowTail* tails, int64_t rows_count) {
-    using V = typename I::I32;
-    const Tail& fitted = job.a.tail;
-    const auto end = I::set1f(static_cast<float>(TAIL_END)), zero = I::set1f(0.0f), lift = I::set1f(fitted.lift[unit.head]);
-    const V bits = I::set1(bits_of(job.a.p_max));
     for (int64_t from = 0; from < rows_count; from += I::LANES) {
         alignas(64) float distances[I::LANES] = {}, counts[I::LANES], rates[I::LANES] = {}, levels[I::LANES];
         alignas(64) int32_t exponents[I::LANES];
@@ -33,21 +50,14 @@ template <class I> void find_levels(const Job<I>& job, const Head<I>& unit, cons
             counts[r] = static_cast<float>(most<int64_t>(tail.count, 1));
             rates[r] = rows[from + r].rate;
         }
-        const auto mean = I::quotient(I::loadf(distances), I::loadf(counts));
-        const auto steps = I::subf(I::nearest(I::minf(I::mulf(mean, I::loadf(rates)), end)), lift);
-        const V t = I::round(I::minf(I::maxf(steps, zero), end));
-        const V fraction = I::template shl<6>(I::band(t, I::set1(1023)));
-        const V inner = I::sub(I::set1(15148), I::mulhi(fraction, I::set1(2596)));
-        const V power = I::sub(I::set1(ONE), I::mulhi(fraction, I::sub(I::set1(45324), I::mulhi(fraction, inner))));
-        const V weight = I::select_le(t, I::set1(TAIL_END - 1), I::sub(I::sllv(power, bits), power));
-        const V octaves = I::template shl<23>(I::sub(I::set1(127 - 16), I::template shr<10>(t)));  // bits of a power of two
-        I::store(exponents, t);
-        I::storef(levels, I::mulf(I::to_float(weight), I::as_float(octaves)));
+        const Levels<I> found = levels_of<I>(job, job.a.tail.lift[unit.head], I::quotient(I::loadf(distances), I::loadf(counts)), I::loadf(rates));
+        I::store(exponents, found.exponent);
+        I::storef(levels, found.level);
         for (int64_t r = 0; r < some; ++r) {
             RowTail& tail = tails[from + r];
             tail.exponent = exponents[r];
             tail.level = tail.count > 0 ? levels[r] : 0.0f;
-            tail.step = fitted.step == nullptr ? rows[from + r].alpha : rows[from + r].alpha * fitted.step[unit.kv_head];
+            tail.step = step_of(job.a.tail, rows[from + r], unit.kv_head);
             tail.mean = static_cast<float>(tail.score) / counts[r];
         }
     }
@@ -100,13 +110,14 @@ template <class I, class Value, class Slope> void record_tail(const Job<I>& job,
 }
 
 // Scores of packed keys [begin, end), whole tiles, as the directions see them.
-template <class I> void see_all_keys(const Job<I>& job, const Head<I>& unit, const int16_t* query, int64_t begin, int64_t end, int32_t* to) {
-    for (int64_t key = begin; key < end; key += 4) {
-        const int16_t* from[4];
-        for (int g = 0; g < 4; ++g) from[g] = unit.seen + (key + g) * job.seen_width;
-        int32_t scores[4];
-        I::dot_four(query, from, job.seen_width, scores);
-        std::memcpy(to + key, scores, sizeof(scores));
+template <class I> void see_all_keys(const Job<I>& job, const Head<I>& unit, const typename I::SeenQuery* query, int64_t begin, int64_t end, int32_t* to) {
+    uint16_t places[I::LANES];
+    int32_t sum = 0;
+    for (int64_t i = 0; i < job.seen_width; ++i) sum += query[i];
+    for (int i = 0; i < I::LANES; ++i) places[i] = static_cast<uint16_t>(i);
+    const auto raised = I::set1(I::SEEN_OFFSET * sum);
+    for (int64_t key = begin; key < end; key += I::LANES) {
+        I::store(to + key, I::sub(I::see(query, unit.seen + key * job.seen_width, job.seen_width, places), raised));
     }
 }
 
