@@ -210,8 +210,8 @@ template <class I> class Survivors {
     }
 
     // The same, with sums in registers, of T tiles from column d.
-    template <int P, int T> ATTN_INLINE int32_t weigh_tiles(const Job<I>& job, const Head<I>& unit, const Row& row, int64_t d, typename I::I32 (&sums)[P + 1][T * I::COLS]) const {
-        return gather_planes<I, P, T>(unit.values + d, job.width, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
+    template <int P, int T> ATTN_INLINE int32_t weigh_tiles(const Head<I>& unit, int64_t width, const Row& row, int64_t d, typename I::I32 (&sums)[P + 1][T * I::COLS]) const {
+        return gather_planes<I, P, T>(unit.values + d, width, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
     }
 
     // Slack of a row's survivors, summed in lanes; below 2^15 * 2^16.

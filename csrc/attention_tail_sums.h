@@ -139,7 +139,8 @@ template <class I> class PassTails {
         const auto divisor = I::to_float(I::max(counts, I::set1(1)));
         if (short_distances_) {
             V near[I::LANES];
-            for (int r = 0; r < I::LANES; ++r) near[r] = from + r < count_ ? I::sub(dot_keys(from + r), survivors_.slack_sum(rows_[from + r])) : I::set1(0);
+            sum_keys(from, near);
+            for (int r = 0; r < I::LANES && from + r < count_; ++r) near[r] = I::sub(near[r], survivors_.slack_sum(rows_[from + r]));
             const V reach = I::sub(I::mullo(all, I::load(tops_ + from)), I::mullo(survivors, I::load(cuts_ + from)));
             const V distance = I::sub(reach, I::totals(near));
             I::store(short_distance_ + from, distance);
@@ -150,10 +151,9 @@ template <class I> class PassTails {
                 far_[r] = static_cast<float>(distance_[r]);
             }
         }
-        const Levels<I> found = levels_of<I>(job_, job_.a.tail.lift[unit_.head], I::quotient(I::loadf(far_ + from), divisor), I::loadf(rates_ + from));
+        const Levels<I> found = levels_of<I>(job_, job_.a.tail.lift[unit_.head], counts, I::quotient(I::loadf(far_ + from), divisor), I::loadf(rates_ + from));
         I::store(exponents_ + from, found.exponent);
         I::storef(levels_ + from, found.level);
-        for (int64_t r = from; r < from + I::LANES; ++r) levels_[r] = counts_[r] > 0 ? levels_[r] : 0.0f;
     }
 
     // q . sum_A k of K as it is packed, a digit's products in lanes.
@@ -165,10 +165,18 @@ template <class I> class PassTails {
         for (int64_t d = 0; d < job_.width; d += STEP) sum = I::dot_digits(sum, I::load_codes(keys + d), I::load_codes(query + d));
         return sum;
     }
-    ATTN_INLINE V dot_keys(int64_t r) const {
-        V sum = digit_products(r, 0);
-        for (int p = 1; p < sums_.key_planes; ++p) sum = I::add(sum, I::sllv(digit_products(r, p), I::set1(I::DIGIT_BITS * p)));
-        return sum;
+    // q . sum_A k of LANES rows, modulo 2^32, in lanes.
+    ATTN_INLINE void sum_keys(int64_t from, V (&sums)[I::LANES]) const {
+        constexpr int64_t STEP = I::LANES * I::DIGIT_GROUP;
+        const int64_t width = job_.width, rows = least<int64_t>(I::LANES, count_ - from);
+        for (int r = 0; r < I::LANES; ++r) sums[r] = I::set1(0);
+        for (int64_t d = 0; d < width; d += STEP) {
+            for (int p = 0; p < sums_.key_planes; ++p) {
+                const V keys = I::load_codes(sums_.keys + p * width + d), shift = I::set1(I::DIGIT_BITS * p);
+                const auto* query = queries_ + from * width + d;
+                for (int64_t r = 0; r < rows; ++r) sums[r] = I::add(sums[r], I::sllv(I::dot_digits(I::set1(0), keys, I::load_codes(query + r * width)), shift));
+            }
+        }
     }
     int64_t long_distance(int64_t r) const {
         const Row& row = rows_[r];
@@ -281,26 +289,28 @@ template <class I> class PassTails {
 
     // P lists of codes: those of P, and of scores. Sums stay in registers.
     template <int P> ATTN_INLINE void emit_row(int64_t r) {
+        if (job_.width == job_.W && job_.a.dim == job_.W) return emit_tiles<P, 1, true>(r, 0, job_.W);  // usual
         constexpr int T = I::SUMS / ((P + 1) * I::COLS) >= 2 ? 2 : 1;
         int64_t d = 0;
-        for (; d + T * job_.W <= job_.width; d += T * job_.W) emit_tiles<P, T>(r, d);
+        for (; d + T * job_.W <= job_.width; d += T * job_.W) emit_tiles<P, T, false>(r, d, job_.width);
         if constexpr (T > 1) {
-            if (d < job_.width) emit_tiles<P, 1>(r, d);
+            if (d < job_.width) emit_tiles<P, 1, false>(r, d, job_.width);
         }
     }
 
-    template <int P, int T> ATTN_INLINE void emit_tiles(int64_t r, int64_t first) {
+    template <int P, int T, bool WHOLE> ATTN_INLINE void emit_tiles(int64_t r, int64_t first, int64_t width) {
         V acc[P + 1][T * I::COLS];
         const Row& row = rows_[r];
-        const int32_t code_sum = survivors_.template weigh_tiles<P, T>(job_, unit_, row, first, acc);
-        const TailedOutput<I> output(job_, row, tail_of(r), code_sum);
+        const int32_t code_sum = survivors_.template weigh_tiles<P, T>(unit_, width, row, first, acc);
+        const TailedOutput<I> output(P > 1, row, counts_[r], levels_[r], P > 1 ? step_of(job_.a.tail, row, unit_.kv_head) : 0.0f, P > 1 ? means_[r] : 0.0f, code_sum);
         const V offset = I::set1(P > 1 ? offsets_[r] : 0);
-        const int32_t* applied = P > 1 ? applied_ + r * job_.width : nullptr;
+        const int32_t *applied = P > 1 ? applied_ + r * width : nullptr, *all_values = sums_.values;
+        const int64_t dim = WHOLE ? width : job_.a.dim;
 #pragma GCC unroll 8
         for (int c = 0; c < T * I::COLS; ++c) {
             const int64_t d = first + c * I::LANES;
-            if (d >= job_.a.dim) break;
-            const auto values = I::to_float(I::sub(I::load(sums_.values + d), acc[P][c]));
+            if (!WHOLE && d >= dim) break;
+            const auto values = I::to_float(I::sub(I::load(all_values + d), acc[P][c]));
             const auto out = output(d, I::to_float(acc[0][c]), values, [&] {
                 if constexpr (P == 1) return I::set1f(0.0f);
                 V x = I::sub(I::load(applied + d), I::mullo(offset, acc[P][c]));
@@ -308,12 +318,12 @@ template <class I> class PassTails {
                 for (int p = 1; p < P; ++p) x = I::sub(x, p == 1 ? acc[p][c] : I::template shl<8>(acc[p][c]));
                 return I::to_float(x);
             });
-            if (d + I::LANES <= job_.a.dim) {
+            if (WHOLE || d + I::LANES <= dim) {
                 I::storef(row.output + d, out);
             } else {
                 alignas(64) float room[I::LANES];
                 I::storef(room, out);
-                std::memcpy(row.output + d, room, (job_.a.dim - d) * sizeof(float));
+                std::memcpy(row.output + d, room, (dim - d) * sizeof(float));
             }
         }
     }
