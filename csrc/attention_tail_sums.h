@@ -277,7 +277,7 @@ template <class I> class PassTails {
     }
 
     RowTail tail_of(int64_t r) const {
-        return {counts_[r], distance_[r], score_[r], exponents_[r], levels_[r], step_of(job_.a.tail, rows_[r], unit_.kv_head), linear_ ? means_[r] : 0.0f};
+        return {counts_[r], distance_[r], linear_ ? score_[r] : 0, exponents_[r], levels_[r], step_of(job_.a.tail, rows_[r], unit_.kv_head), linear_ ? means_[r] : 0.0f};
     }
 
     // The last row first, since lists of any scores reach into those of the next row.
