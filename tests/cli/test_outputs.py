@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from attnpress.cli import main
+from attnpress.config.recipe import dump_config
 from attnpress.files import MARKER
-from attnpress.recipe import dump_config
 
 
 @pytest.fixture(scope="module")
