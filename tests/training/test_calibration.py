@@ -12,7 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 
 from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.cost import PairCounts
-from attnpress.core.pruner import pruned_pairs
+from attnpress.core.rules import rule_of
 from attnpress.models.binding import attentions, bind
 from attnpress.models.inputs import Batch
 from attnpress.models.outputs import outputs
@@ -233,7 +233,7 @@ def test_budgets_are_in_force_at_each_sparsity_of_a_schedule() -> None:
     with watching([module], slice(None)):
         for _ in outputs(model, batches):
             pass
-    removed = pruned_pairs(module.spec, module.seen, module.active_cutoff()) / module.seen.sum(-1)
+    removed = rule_of(module.spec).pruned(module.spec, module.seen, module.active_cutoff()) / module.seen.sum(-1)
     assert torch.allclose(removed, torch.tensor([0.2, 0.6], dtype=torch.float64), atol=0.05)
     module.set_sparsity(0.0)
     assert module.active_cutoff() is None

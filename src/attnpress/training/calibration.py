@@ -9,8 +9,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from attnpress.core.pruner import head_budgets
 from attnpress.core.tail import Moments
+from attnpress.core.thresholds import head_budgets
 from attnpress.distributed import reduce_over_ranks
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import bound_modules
