@@ -110,13 +110,13 @@ def test_output_is_that_of_the_reference(rule: RuleName) -> None:
     inputs = make_inputs()
     state = calibrated(AttentionSpec(rule=rule, sparsity=0.6), inputs)
     query, key, value, valid, _ = inputs
-    found = integer_attention(query, key, value, valid, state.scales(), state.active_cutoff(), state.spec, DIM**-0.5)
+    found = integer_attention(state.call(query, key, value, valid, None, DIM**-0.5))
     assert torch.equal(call(state, inputs), found.output)
 
 
 def test_attend_can_be_replaced() -> None:
     state = make_state()
-    state.attend = lambda query, *_: query + 1
+    state.attend = lambda call: call.query + 1
     inputs = make_inputs()
     assert torch.equal(call(state, inputs), inputs[0] + 1)
 
@@ -274,7 +274,7 @@ def test_counts_are_those_of_the_reference(rule: RuleName) -> None:
     inputs = make_inputs()
     state = calibrated(AttentionSpec(rule=rule, sparsity=0.7, p=ProbsSpec(bits=4)), inputs)
     query, key, value, valid, real = inputs
-    found = integer_attention(query, key, value, valid, state.scales(), state.active_cutoff(), state.spec, DIM**-0.5)
+    found = integer_attention(state.call(query, key, value, valid, None, DIM**-0.5))
     counted = (valid & real).expand(found.keep.shape)
     expected = count_pairs(found.p_codes.float(), ~found.keep, counted)
     counts = counts_of(state, inputs)
@@ -395,8 +395,8 @@ def test_the_histogram_holds_the_pairs_of_the_reference_before_pruning(rule: Rul
     inputs = make_inputs()
     state = calibrated(AttentionSpec(rule=rule, sparsity=0.5), inputs)
     watch(state, inputs, rows)
-    query, key, _, valid, real = inputs
-    q, k, alpha = scores_operands(query, key, valid, state.scales(), state.spec, DIM**-0.5)
+    query, key, value, valid, real = inputs
+    q, k, alpha = scores_operands(state.call(query, key, value, valid, real, DIM**-0.5))
     pairs = prune_and_code(q @ repeat_heads(k, HEADS).mT, valid, alpha, None, state.spec)
     bins = rule_of(state.spec).bins(pairs.exponent, pairs.probability, pairs.distance)
     assert torch.equal(state.seen, pair_histogram(bins[:, :, rows], (pairs.valid & real)[:, :, rows]))

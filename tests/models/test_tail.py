@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from attnpress.config import AttentionSpec, RuleName, ScheduleSpec, TailName
-from attnpress.core.attention import TailedScales
 from attnpress.core.cost import PairCounts
 from attnpress.deployment.attention import deploy
 from attnpress.models.attention import CompressedAttention
@@ -164,7 +163,7 @@ def test_one_layer_may_have_its_own() -> None:
     first, second = states(model)
     assert not hasattr(first, "lift")
     assert second.has_directions
-    assert TailedScales.tail_of(first.scales()) is None
+    assert first.scales().tail is None
 
 
 @pytest.mark.parametrize("family", [name for name in MODELS if name != "ViT"])

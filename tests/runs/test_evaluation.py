@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from attnpress.config import DENSE, ConfigError, DataSpec, RunConfig
+from attnpress.core.call import AttentionCall
 from attnpress.core.linear import ProductPlan
 from attnpress.kernels import ops
 from attnpress.models.binding import attentions, bind
@@ -212,8 +213,8 @@ def test_a_deployed_run_predicts_what_was_trained_on_every_row(
 def test_a_backend_that_predicts_otherwise_is_found_out(
     finished: Path, tiny_recipe: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(query: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        return torch.zeros_like(query)
+    def wrong(call: AttentionCall) -> torch.Tensor:
+        return torch.zeros_like(call.query)
 
     monkeypatch.setitem(ops._BACKENDS, "reference", wrong)
     found = compare_backends(finished, tiny_recipe, "reference")

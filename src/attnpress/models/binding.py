@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from attnpress.config import AttentionSpec, ConfigError
-from attnpress.core.probe import AttentionCall
+from attnpress.core.call import AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.encoder import set_plan
