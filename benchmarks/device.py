@@ -119,7 +119,7 @@ def peak_megabytes(run: Run) -> float | None:
 def inference(length: int, batch: int, rounds: int, calls: int) -> dict[str, Any]:
     """Our kernel and its peers on one shape; the mask leaves each sequence half to all of its keys."""
     from attnpress.config import AttentionSpec
-    from attnpress.core.attention import Scales
+    from attnpress.core.call import Scales
     from attnpress.kernels import gpu, ops
 
     device, torch_seed = gpu.device(), torch.Generator().manual_seed(0)

@@ -27,14 +27,15 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.core.call import AttentionCall
 from attnpress.core.cost import PairCounts
-from attnpress.core.probe import AttentionCall, probe
-from attnpress.deployment import deploy
+from attnpress.core.probe import probe
+from attnpress.deployment.attention import deploy
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind, captured_outputs, probed, unbind
 from attnpress.models.forward import UnsupportedModelError, attention_forward, eager_function, real_rows, valid_pairs
+from attnpress.training.calibration import calibrate
 from tests.models.factories import (
     DECODERS,
     ENCODERS,
@@ -656,9 +657,8 @@ def test_attention_weights_are_given_where_they_are_asked_for(name: str) -> None
         found = model(**batch, output_attentions=True)
     assert torch.equal(found.last_hidden_state, plain)
     assert len(found.attentions) == LAYERS
-    states = [*attentions(model).values()] * (LAYERS // layers_of(name))
-    for weights, call, state in zip(found.attentions, calls, states, strict=True):
-        wanted = probe(call, state.scales(), state.active_cutoff(), state.spec).after
+    for weights, call in zip(found.attentions, calls, strict=True):
+        wanted = probe(call).after
         torch.testing.assert_close(weights, wanted)
         assert bool((weights == 0).any()), "pruned ones among them"
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from attnpress.benchmark.problem import Problem
-from attnpress.calibration import outputs
-from attnpress.config import AttentionSpec, RunConfig
-from attnpress.core.attention import Scales
+from attnpress.config import RunConfig
+from attnpress.core.call import AttentionCall
 from attnpress.core.cost import PairCounts
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.evaluate import finished_model
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.outputs import outputs
+from attnpress.runs.finished import finished_model
 
 
 def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Problem]:
@@ -47,12 +47,9 @@ def _capture(module: CompressedAttention) -> list[Problem]:
     """A list that the module's calls are added to, with their sparsity still open; counts its pairs too."""
     found: list[Problem] = []
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales,
-        cutoff: Tensor | None, spec: AttentionSpec, scaling: float, dropout: float,
-    ) -> Tensor:  # fmt: skip
-        found.append(Problem(query, key, value, valid, scales, cutoff, spec, scaling, torch.nan))
-        return fake_quantize_attention(query, key, value, valid, scales, cutoff, spec, scaling, dropout)
+    def attend(call: AttentionCall) -> Tensor:
+        found.append(Problem(call, torch.nan))
+        return fake_quantize_attention(call)
 
     module.attend, module.counts = attend, PairCounts.none_yet(module.heads)
     return found

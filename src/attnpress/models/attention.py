@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
+from attnpress.config.rules import RULES
 from attnpress.core.arguments import pair_mask, some_key
-from attnpress.core.attention import Pairs, Scales, TailedScales, key_validity, prune_and_code, repeat_heads
+from attnpress.core.attention import Pairs, key_validity, prune_and_code, repeat_heads
+from attnpress.core.call import Attend, AttentionCall, Scales
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import (
@@ -25,16 +27,9 @@ from attnpress.core.fake_quantize import (
     unpruned_bins,
 )
 from attnpress.core.observer import Observer, Reduce, alone
-from attnpress.core.probe import AttentionCall
-from attnpress.core.pruner import (
-    BINS,
-    COUNTED,
-    fit_cutoff,
-    fixed_cutoff,
-    pair_histogram,
-    pruned_pairs,
-)
 from attnpress.core.quantizer import positive_scale, smooth_key
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS
 from attnpress.core.soft_gate import GAIN, soft_gate_attention
 from attnpress.core.tail import (
     Directions,
@@ -47,6 +42,7 @@ from attnpress.core.tail import (
     sees_whole_score,
     tail_masses,
 )
+from attnpress.core.thresholds import fit_cutoff, fixed_cutoff, pair_histogram
 from attnpress.models.state import (
     WIDEST,
     NotCalibratedError,
@@ -73,14 +69,13 @@ HISTOGRAM_DECAY = 0.95
 EXTRA = "_extra_state"
 """How torch ends the names of extra states in a state dict."""
 
-Attend = Callable[..., Tensor]
-
 
 class CompressedAttention(nn.Module):
     """Compression of one attention module of a Transformers model; attached to it as the child `attnpress`.
 
     Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
-    (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
+    in the unit of the rule (see `core.rules`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted
+    to.
     With `spec.budget` sensitivity, float64 budget [Hq] times the sparsity in force is what is asked of each head.
     With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
     each training call leaves the share of pairs that its soft gate lets through in `density`.
@@ -199,7 +194,7 @@ class CompressedAttention(nn.Module):
 
     def fits_thresholds(self) -> bool:
         """Whether the rule has thresholds that are fitted to the sparsity asked for, or trained."""
-        return self.spec.threshold is None and self.spec.rule not in COUNTED
+        return self.spec.threshold is None and not RULES[self.spec.rule].counts
 
     def set_scales(self, scales: Mapping[str, Tensor]) -> None:
         """Give static scales their values: by "q", "k", "v", float32 of the buffer's shape or broadcastable to it.
@@ -252,7 +247,7 @@ class CompressedAttention(nn.Module):
         """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
         learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
-        return TailedScales(**(values | learned), tail=self.tail())
+        return Scales(**(values | learned), tail=self.tail())
 
     def active_cutoff(self) -> Tensor | None:
         """The thresholds [Hq], or None while nothing is to be pruned."""
@@ -266,9 +261,7 @@ class CompressedAttention(nn.Module):
     def threshold(self) -> Tensor:
         """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""
         cutoff = self.active_cutoff()
-        if cutoff is None or self.spec.rule in COUNTED:
-            return torch.zeros_like(self.cutoff)
-        return cutoff.clamp(max=1) if self.spec.rule == "mass" else torch.exp(-cutoff)
+        return torch.zeros_like(self.cutoff) if cutoff is None else rule_of(self.spec).to_threshold(cutoff)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far, unless they are trained."""
@@ -312,7 +305,7 @@ class CompressedAttention(nn.Module):
         if self.spec.tail != "none":
             self.masses.mul_(decay).add_(reduce(self.seen_masses, "sum"))
             self.seen_masses.zero_()
-        return torch.stack([pruned_pairs(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
+        return torch.stack([rule_of(self.spec).pruned(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
@@ -331,35 +324,34 @@ class CompressedAttention(nn.Module):
             float32 [B, Hq, Sq, D].
         """
         key, value, valid = some_key(key, value, pair_mask(valid, query, key))
+        call = self.call(query, key, value, valid, real, scaling).with_(dropout=dropout, bounds=bounds)
         watched = not _recomputing()
         with torch.no_grad():
             if self.moments is not None:
-                self._add_moments(query, key, valid, real, scaling)
+                self._add_moments(call)
             if self.rows is not None and watched:
-                self._watch(query, key, valid, real, scaling, self.rows)
+                self._watch(call, self.rows)
             if self.counts is not None and watched:
-                self.counts += self._count(query, key, valid, real, scaling)
-        cutoff, scales = self.active_cutoff(), self.scales()
-        if self.training and self.spec.threshold_penalty is not None and cutoff is not None:
-            trained = self.trained_cutoff * GAIN
-            output, self.density = soft_gate_attention(
-                query, key, value, valid, real, scales, trained, self.spec, scaling, dropout
-            )
+                self.counts += self._count(call)
+        if self.training and self.spec.threshold_penalty is not None and call.cutoff is not None:
+            output, self.density = soft_gate_attention(call.with_(cutoff=self.trained_cutoff * GAIN))
             return output
-        call = () if bounds is None else (bounds,)
-        return self.attend(query, key, value, valid, scales, cutoff, self.spec, scaling, dropout, *call)
+        return self.attend(call)
 
-    def _count(
-        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
-    ) -> PairCounts:
-        q, k, alpha = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
-        k, bias = repeat_heads(k, self.heads), None if valid is None else additive_mask(valid)
-        shape = (*query.shape[:3], key.shape[2])
-        counted, counts = _counted(shape, valid, real, query.device), PairCounts.none_yet(self.heads)
-        for part in batch_slices(shape, query.device):
-            masks = batch_part(valid, part), batch_part(bias, part)
-            step = batch_part(alpha, part)
-            found = code_pairs(q[part], k[part], *masks, step, self.active_cutoff(), self.spec)
+    def call(
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
+    ) -> AttentionCall:
+        """The call of these tensors with the scales, thresholds and spec in force; see `forward`."""
+        return AttentionCall(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, real)
+
+    def _count(self, call: AttentionCall) -> PairCounts:
+        q, k, alpha = scores_operands(call)
+        k, bias = repeat_heads(k, self.heads), None if call.valid is None else additive_mask(call.valid)
+        shape = (*q.shape[:3], k.shape[2])
+        counted, counts = _counted(shape, call.valid, call.real, q.device), PairCounts.none_yet(self.heads)
+        for part in batch_slices(shape, q.device):
+            masks = batch_part(call.valid, part), batch_part(bias, part)
+            found = code_pairs(q[part], k[part], *masks, batch_part(alpha, part), call.cutoff, self.spec)
             counts += count_pairs(found.codes, found.beyond, counted[part])
         return counts
 
@@ -380,16 +372,13 @@ class CompressedAttention(nn.Module):
             for name, spec in self.quantized().items()
         }
 
-    def _watch(
-        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float, rows: slice
-    ) -> None:
+    def _watch(self, call: AttentionCall, rows: slice) -> None:
         """Add the valid pairs of the chosen rows, unpruned, to `seen`."""
-        shown = query[:, :, rows]
-        q, k, alpha = scores_operands(shown, key, valid, self.scales(), self.spec, scaling)
-        k, valid, real = repeat_heads(k, self.heads), _rows(valid, rows), _rows(real, rows)
-        bias, shape = None if valid is None else additive_mask(valid), (*shown.shape[:3], key.shape[2])
-        counted, cutoff = _counted(shape, valid, real, query.device), self.active_cutoff()
-        for part in batch_slices(shape, query.device):
+        q, k, alpha = scores_operands(call.with_(query=call.query[:, :, rows]))
+        k, valid, real = repeat_heads(k, self.heads), _rows(call.valid, rows), _rows(call.real, rows)
+        bias, shape = None if valid is None else additive_mask(valid), (*q.shape[:3], k.shape[2])
+        counted, cutoff = _counted(shape, valid, real, q.device), call.cutoff
+        for part in batch_slices(shape, q.device):
             masks = batch_part(valid, part), batch_part(bias, part)
             bins = unpruned_bins(q[part], k[part], *masks, batch_part(alpha, part), self.spec)
             self.seen += pair_histogram(bins, counted[part])
@@ -405,15 +394,14 @@ class CompressedAttention(nn.Module):
         _, one = level(distance, rest.sum(-1, keepdim=True), exponent_rate(alpha), bare, qmax)
         masses = tail_masses(pairs.probability, rest, one / qmax, counted.any(-1, keepdim=True))
         # A head that nothing is pruned from has no tail.
-        return masses if self.spec.rule in COUNTED else masses * (self.cutoff != torch.inf).unsqueeze(-1)
+        return masses if RULES[self.spec.rule].counts else masses * (self.cutoff != torch.inf).unsqueeze(-1)
 
-    def _add_moments(
-        self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
-    ) -> None:
-        q, k, _ = scores_operands(query, key, valid, self.scales(), self.spec, scaling)
-        rows = torch.ones(len(query), 1, query.shape[2], 1, device=query.device) * (1 if real is None else real)
+    def _add_moments(self, call: AttentionCall) -> None:
+        q, k, _ = scores_operands(call)
+        valid, real = call.valid, call.real
+        rows = torch.ones(len(q), 1, q.shape[2], 1, device=q.device) * (1 if real is None else real)
         keys = key_validity(valid if real is None or valid is None else valid & real)
-        keys = torch.ones(len(key), 1, key.shape[2], 1, device=key.device) * (1 if keys is None else keys)
+        keys = torch.ones(len(k), 1, k.shape[2], 1, device=k.device) * (1 if keys is None else keys)
         if self.moments is not None:
             self.moments.add(q, k, rows, keys)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from attnpress.config import AttentionSpec, ConfigError
-from attnpress.core.probe import AttentionCall
+from attnpress.core.call import AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.encoder import set_plan
@@ -392,3 +392,15 @@ def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
         f"{type(model).__name__}: its attention does not go through Transformers' AttentionInterface, so it cannot be "
         "compressed; use a model that does (BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, ViT, ModernBERT, ...)"
     )
+
+
+def bound_modules(model: nn.Module) -> dict[str, CompressedAttention]:
+    """`attentions` of a model that has some.
+
+    Raises:
+        ConfigError: the model is not bound.
+    """
+    modules = attentions(model)
+    if not modules:
+        raise ConfigError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
+    return modules

@@ -17,8 +17,8 @@ from transformers.utils import output_capturing
 
 from attnpress.config import TensorSpec
 from attnpress.core.attention import repeat_heads
+from attnpress.core.call import AttentionCall
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.core.probe import AttentionCall
 from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
@@ -80,7 +80,9 @@ def attention_forward(
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
     if state.probe is not None:
-        state.probe(_attention_call(module, query, key, value, attention_mask, scaling))
+        valid = valid_pairs(module, query, key, attention_mask)
+        real = real_rows(module, query, key, valid)
+        state.probe(state.call(query, key, value, valid, real, usual_scaling(query) if scaling is None else scaling))
     if state.observers is not None or (state.spec.is_dense and state.rows is None):
         output, weights = eager_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
@@ -135,16 +137,8 @@ def compressed_probs(
     units = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
     spec = dataclasses.replace(state.spec, v=TensorSpec(bits=2, granularity="tensor"))
     scales = dataclasses.replace(state.scales(), v=torch.ones(1, 1, 1, 1, device=key.device))
-    probs = fake_quantize_attention(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
-    return probs.to(query.dtype)
-
-
-def _attention_call(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> AttentionCall:
-    valid = valid_pairs(module, query, key, mask)
-    real = real_rows(module, query, key, valid)
-    return AttentionCall(query, key, value, valid, real, usual_scaling(query) if scaling is None else scaling)
+    call = AttentionCall(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
+    return fake_quantize_attention(call).to(query.dtype)
 
 
 def usual_scaling(query: Tensor) -> float:
