@@ -203,7 +203,7 @@ template <class I> class PassTails {
     }
 
     // LANES rows: Y, and lists of the survivors' scores.
-    void score_seen(int64_t from) {
+    __attribute__((noinline)) void score_seen(int64_t from) {
         const int64_t reach = MOST_SEEN * MOST_SEEN * job_.a.tail.rank;
         const bool fits = !exact_ && reach * unit_.count < INT32_MAX;
         V scores[I::LANES], raised[I::LANES];
@@ -281,7 +281,7 @@ template <class I> class PassTails {
     }
 
     // The last row first, since lists of any scores reach into those of the next row.
-    template <int P> void emit_rows() {
+    template <int P> __attribute__((noinline)) void emit_rows() {
         for (int64_t r = count_ - 1; r >= 0; --r) {
             if (exact_ || (P > 1 && !shorts_[r])) emit_exact(r); else emit_row<P>(r);
         }
