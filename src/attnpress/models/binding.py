@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from attnpress.models.encoder import set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
 from attnpress.models.modes import evaluation_mode
+from attnpress.models.watchers import Capturing, Looking, watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -194,28 +194,20 @@ def threshold_penalty(model: nn.Module) -> Tensor | None:
 @contextmanager
 def probed(model: nn.Module, look: Callable[[str, CompressedAttention, AttentionCall], None]) -> Iterator[None]:
     """Inside the `with` block, `look` is shown each attention call: the module's name, its state, the tensors."""
-    modules = attentions(model)
-    for name, module in modules.items():
-        module.probe = functools.partial(look, name, module)
-    try:
+
+    def looking(name: str) -> Looking:
+        return Looking(lambda module, call: look(name, module, call))
+
+    with watched((module, looking(name)) for name, module in attentions(model).items()):
         yield
-    finally:
-        for module in modules.values():
-            module.probe = None
 
 
 @contextmanager
 def captured_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the attention outputs [B, S, H, D] of every call inside the `with` block, in order."""
     outputs: list[Tensor] = []
-    modules = list(attentions(model).values())
-    for module in modules:
-        module.captured = outputs
-    try:
+    with watched((module, Capturing(outputs)) for module in attentions(model).values()):
         yield outputs
-    finally:
-        for module in modules:
-            module.captured = None
 
 
 @dataclass(frozen=True)
