@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoH
 from attnpress.config import AttentionSpec, ConfigError
 from attnpress.core.call import AttentionCall
 from attnpress.core.soft_gate import density_penalty
+from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.encoder import set_plan
 from attnpress.models.example import example_inputs
@@ -81,7 +82,7 @@ def bind(
             child.train(call.module.training)
             call.module.add_module(NAME, child.to(call.device))
         for root, implementation in zip(roots, before, strict=True):
-            root._attnpress_before = implementation
+            attach(root, implementation=implementation)
             _give_quantizer(root, spec)
     return model
 
@@ -156,8 +157,9 @@ def unbind(model: Model) -> Model:
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
     bound = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for root in [module for module in bound if "_attnpress_before" in vars(module)]:
-        before = vars(root).pop("_attnpress_before")
+    for root in [module for module in bound if attached_to(module).implementation is not None]:
+        before = attached_to(root).implementation or ""
+        attach(root, implementation=None)
         set_plan(root, None)
         _take_quantizer(root)
         _switch(root, before)
