@@ -35,7 +35,7 @@ class BaselineRecord:
 
     @property
     def reference(self) -> float:
-        """What compressed models are held against: the dense model that was trained as long, where there is one."""
+        """What compressed models are held against: the dense model that was trained equally long, where there is one."""
         return self.dense if self.control is None else self.control
 
 

@@ -258,7 +258,7 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
             ops.attention(*case.with_(**change).arguments, backend="gpu")
     many = torch.zeros(1, 1, gpu.MOST_KEYS + 1, 4, device=gpu.device())
     one = torch.ones(1, 1, 1, 1, device=gpu.device())
-    with pytest.raises(ValueError, match="takes up to 66311 keys a row"):
+    with pytest.raises(ValueError, match="takes up to 66311 keys per query"):
         ops.attention(
             many[:, :, :1], many, many, None, Scales(one, one, one), None, AttentionSpec(), 1.0, backend="gpu"
         )

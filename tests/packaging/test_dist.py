@@ -9,7 +9,6 @@ import os
 import re
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import tomllib
 import venv
@@ -43,19 +42,24 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     wheel = str(only("*.whl"))
     subprocess.run(
         [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", wheel],
-        check=True,
-    )
+        env=without_checkout(), check=True,
+    )  # fmt: skip
     (packages,) = folder.glob("lib/python*/site-packages")
-    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n", encoding="utf-8")
+    borrowed = [path for path in sys.path if Path(path).name == "site-packages"]
+    (packages / "borrowed.pth").write_text("\n".join(borrowed) + "\n", encoding="utf-8")
     return folder
+
+
+def without_checkout() -> dict[str, str]:
+    """The variables of this process, less those that lead to the checkout or to a compiler."""
+    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX", "CC")}
 
 
 def run(environment: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """A program of the environment, where no compiler and no checkout is in reach."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("PATH", "PYTHONPATH", "CXX", "CC")}
     return subprocess.run(
         [str(environment / "bin" / words[0]), *words[1:]],
-        cwd=ROOT, env=kept | {"PATH": str(environment / "bin")}, capture_output=True, text=True,
+        cwd=ROOT, env=without_checkout() | {"PATH": str(environment / "bin")}, capture_output=True, text=True,
     )  # fmt: skip
 
 
