@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from attnpress.config import DataSpec, RunConfig
-from attnpress.recipe import spec_to_dict
+from attnpress.config.recipe import spec_to_dict
+from attnpress.records.reading import to_json
+from attnpress.records.run import HeadRecord, LayerRecord, Record, StageRecord
 from attnpress.report.evidence import (
     ablation_markdown,
     caption,
@@ -19,7 +21,6 @@ from attnpress.report.evidence import (
     padded_to,
     read_cells,
 )
-from attnpress.results import HeadRecord, LayerRecord, Record, StageRecord, to_json
 
 WORK = {f"{kind}_{side}": 10 if side == "remaining" else 100 for kind in ("bit_operations", "bytes") for side in ("dense", "remaining")}  # fmt: skip # noqa: E501
 BITS = dict.fromkeys("qkvp", 8)
@@ -77,7 +78,9 @@ def test_a_cell_trained_for_longer_is_compared_with_a_dense_model_trained_for_lo
     ]
     four = [record(seed, stage("dense", 80.0), stage("progressive", 82.5), epochs=6.0) for seed in (0, 1)]
     lines = evidence_markdown("mrpc", {**cells, "dense-6epochs": longer, "4444-0.95": four}).splitlines()
-    assert any(line.startswith("| float, 6 epochs | dense, trained equally long | 83.00 ± 0.00 | +0.00 |") for line in lines)
+    assert any(
+        line.startswith("| float, 6 epochs | dense, trained equally long | 83.00 ± 0.00 | +0.00 |") for line in lines
+    )
     assert any(line.startswith("| 4/4/4/4, 0.95 | progressive pruning | 82.50 ± 0.00 | -0.50 |") for line in lines)
     assert any(line.startswith("| 8/8/8/8, 0.95 | progressive pruning | 84.50 ± 0.71 | -0.50 |") for line in lines)
 

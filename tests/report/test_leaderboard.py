@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
+from attnpress.records.leaderboard import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
+from attnpress.records.reading import RecordError, to_json
 from attnpress.report.leaderboard import (
     MISSING,
     board_caption,
@@ -19,7 +20,6 @@ from attnpress.report.leaderboard import (
     skipped,
 )
 from attnpress.report.plots import PRINT, recolored, to_svg
-from attnpress.results import RecordError, to_json
 
 BITS = {"q": 8, "k": 8, "v": 8, "p": 8}
 
@@ -109,9 +109,7 @@ def test_a_board_that_was_just_begun_is_told_as_such() -> None:
 
 
 def test_the_caption_says_what_scores_are_held_against() -> None:
-    assert board_caption(RECORD).startswith(
-        "mrpc, seed 0: f1 85.00 dense, 86.00 trained equally long, 60.00 for"
-    )
+    assert board_caption(RECORD).startswith("mrpc, seed 0: f1 85.00 dense, 86.00 trained equally long, 60.00 for")
     assert "seed 1: f1 84.00 dense, 60.00 for" in board_caption(RECORD)
 
 

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnpress.deployment import deploy, undeploy
-from attnpress.evaluate import metrics_of, predicted_logits
+from attnpress.deployment.attention import deploy, undeploy
 from attnpress.export.errors import ExportError
 from attnpress.kernels import cpu
 from attnpress.kernels.ops import NATIVE_RULES
@@ -19,6 +18,7 @@ from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
+from attnpress.tasks.predictions import metrics_of, predicted_logits
 
 TOLERANCE = 0.2
 """Points of the headline metric by which a runtime may differ."""

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ConfigError
+from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.core.exponential import T_MAX
 from attnpress.core.pruner import BINS, COUNTED, NATS_PER_BIN, fixed_cutoff
 from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
 from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
-from attnpress.recipe import parse_spec, spec_to_dict
 
 VERSION = 1
 """Of the extra state. A reader refuses every other one by its number."""

@@ -94,10 +94,14 @@ def processors_markdown(processors: Mapping[str, Sequence[Comparison]], model: s
     rows = []
     for name, found in chosen.items():
         for length, ragged in dict.fromkeys((each["seq_len"], each["ragged"]) for each in found):
-            ratios = {each["peer"]: each["ratio"] for each in found if (each["seq_len"], each["ragged"]) == (length, ragged)}
+            ratios = {
+                each["peer"]: each["ratio"] for each in found if (each["seq_len"], each["ragged"]) == (length, ragged)
+            }
             batch = f"{ragged.upper()} lengths, up to {length}" if ragged else f"{length} tokens"
             rows.append([name, batch, *(_times(ratios.get(peer)) for peer in peers)])
-    return markdown_table(["processor", "input", *(f"vs {PEERS[peer]}" for peer in peers)], rows, ["processor", "input"])
+    return markdown_table(
+        ["processor", "input", *(f"vs {PEERS[peer]}" for peer in peers)], rows, ["processor", "input"]
+    )
 
 
 def _shares(dense: Comparison | None) -> list[str]:

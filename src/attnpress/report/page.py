@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from attnpress.records.sweep import FILE, SweepRecord, read_sweep
 from attnpress.report.attention_figures import histogram_drawings, map_drawings
 from attnpress.report.figures import (
     Drawing,
@@ -28,7 +29,6 @@ from attnpress.report.front import front_drawing, front_summary
 from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_run, read_timings
 from attnpress.report.lanes import lane_drawings
 from attnpress.report.render import SEEDS_COLUMNS, caption, front_caption, front_rows, seeds_rows, stage_rows
-from attnpress.sweep_record import FILE, SweepRecord, read_sweep
 
 ON_PAGE = {"ink": "var(--ink)", "line": "var(--line)", "paper": "var(--paper)"}
 NEEDED = ("jinja2", "matplotlib")
@@ -192,7 +192,9 @@ def _stage_tables(group: Group, groups: Sequence[Group]) -> Iterator[Table]:
         return
     every = [one for other in groups for one in other.records if one.stage("dense")]
     header = tuple(column.format(metric=record.headline) for column in SEEDS_COLUMNS)
-    note = f"{group.label}: mean and standard deviation over seeds; against the dense model trained equally long, if any."
+    note = (
+        f"{group.label}: mean and standard deviation over seeds; against the dense model trained equally long, if any."
+    )
     yield Table(header, seeds_rows(group.records, every), f"{note} {caption(record)}")
 
 

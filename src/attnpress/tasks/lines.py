@@ -13,7 +13,7 @@ from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
-from attnpress.strict_json import JsonError, is_unicode, parse_json
+from attnpress.records.strict_json import JsonError, is_unicode, parse_json
 
 Record = dict[str, Any]
 
