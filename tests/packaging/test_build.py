@@ -1,4 +1,4 @@
-"""Builds of the package without its kernel: loud, unless it was asked for. `make test-dist` builds it with the kernel."""
+"""Builds of the package without its kernel: an error, unless asked for. `make test-dist` builds it with the kernel."""
 
 from __future__ import annotations
 

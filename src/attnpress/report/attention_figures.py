@@ -105,6 +105,6 @@ def _shares(counts: NDArray[Any], used: int) -> NDArray[Any]:
 def _histogram_words(rule: str, head: HeadRecord) -> str:
     fitted = f"threshold {head.threshold:.3g}" if threshold_at(rule, head.threshold) is not None else "no threshold"
     return (
-        f"Rule “{rule}”, {fitted}: {head.pruned:.1%} of valid pairs pruned, {head.keys_per_row:.2f} keys kept per query "
-        "on the whole evaluation set; the bars are a few of its rows."
+        f"Rule “{rule}”, {fitted}: {head.pruned:.1%} of valid pairs pruned, {head.keys_per_row:.2f} keys kept per "
+        "query on the whole evaluation set; the bars are a few of its rows."
     )

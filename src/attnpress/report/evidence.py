@@ -28,7 +28,8 @@ COLUMNS = (
     "bit operations left", "bytes of P left", "seeds",
 )  # fmt: skip
 GOAL_COLUMNS = (
-    "task", "bits, asked", "keys per query", "may lose", "against dense, trained equally long", "against the best dense",
+    "task", "bits, asked", "keys per query", "may lose", "against dense, trained equally long",
+    "against the best dense",
 )  # fmt: skip
 
 
@@ -125,8 +126,8 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
         goals: task, cell, and the points that it may lose.
 
     Returns:
-        A table. Losses are against the dense model trained equally long, seed by seed (mean and standard deviation), and
-        against the best mean that any dense model of the task has, before or after training on.
+        A table. Losses are against the dense model trained equally long, seed by seed (mean and standard deviation),
+        and against the best mean that any dense model of the task has, before or after training on.
     """
     rows = []
     for task, cell, allowed in goals:
