@@ -156,8 +156,8 @@ def _choose(module: CompressedAttention) -> str:
 @functools.cache
 def _say_once() -> None:
     warnings.warn(
-        "the compiled CPU kernel is not built, so attention runs through the slow reference; build it with "
-        "`make kernel`, or pass backend='reference' to mean it",
+        f"the CPU kernel is not built, so attention runs through the slow reference: {cpu.HOW_TO_GET}; pass "
+        "backend='reference' to use the reference on purpose",
         stacklevel=5,
     )
 
