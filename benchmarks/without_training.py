@@ -26,6 +26,7 @@ from transformers import AutoModel
 
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
+from attnpress.core.tail import fit_lift
 from attnpress.deployment.attention import deploy
 from attnpress.models.binding import attentions, bind, captured_outputs
 from attnpress.models.loading import load_tokenizer, quiet, resolve_model
@@ -128,7 +129,13 @@ def attention_outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [x[real] for x in found]
 
 
-def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str, Any]:
+def share_lifts(model: Any) -> None:
+    """One lift for all heads of a layer, of their summed masses, in place of one each."""
+    for module in attentions(model).values():
+        module.lift.copy_(fit_lift(module.masses.sum(0, keepdim=True)).expand_as(module.lift))
+
+
+def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None, lift: str = "head") -> dict[str, Any]:
     """Score and sparsity of one spec, and the relative error of each layer's attention outputs."""
     begin = time.monotonic()
     tokenizer = load_tokenizer(resolve_model(MODEL))
@@ -139,6 +146,8 @@ def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str
         )  # thresholds, lifts and directions are of pooled sums: the order is free
         groups = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
         calibrate(model, [dict(tokenizer(g, padding=True, truncation=True, return_tensors="pt")) for g in groups])
+    if lift == "layer" and spec.tail != "none":
+        share_lifts(model)
     few = dict(tokenizer(task.texts[:FEW], padding=True, truncation=True, return_tensors="pt"))
     found = attention_outputs(model, few)
     for module in attentions(model).values():
@@ -181,6 +190,7 @@ def main() -> None:
     parser.add_argument("--part", type=int, help="pairs (sts) or articles (retrieval); all unless given")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99])
     parser.add_argument("--bits", type=int, default=8, help="of Q, K, V and P; K is smoothed where they are few")
+    parser.add_argument("--lift", choices=["head", "layer"], default="head", help="what a tail's lift is fitted for")
     parser.add_argument("--tail", nargs="+", default=["none", "mean", "linear:4", "linear:8", "linear:16", "linear:32"])
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
@@ -201,7 +211,7 @@ def main() -> None:
     for name, spec in specs(options).items():
         if name in record["rows"]:
             continue
-        found = run(task, spec, exact)
+        found = run(task, spec, exact, options.lift)
         del found["outputs"]
         record["rows"][name] = found
         print(name, f"{found['score']:.4f} at {found['sparsity']:.4f}, {found['seconds']} s", flush=True)

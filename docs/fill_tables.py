@@ -175,14 +175,14 @@ def _tail_words(tail: str) -> str:
 
 def at_once_markdown(cells: Cells) -> str:
     """F1 of MRPC pruned at once and not trained, by tail, of the seeds that have a record."""
-    dense = {record.seed: record.stages[0].metrics["f1"] for record in cells["dense"]}
+    dense = {record.provenance["seed"]: record.stages[0].metrics["f1"] for record in cells["dense"]}
     lines = [
         "| asked | tail | sparsity | F1 | against dense, by seed | mean |",
         "| --- | --- | ---: | ---: | --- | ---: |",
     ]
     for asked, tail in itertools.product(("0.95", "0.98"), ("", "mean", "linear4", "linear8")):
         records = cells.get(f"8888-{asked}-{tail}-at-once" if tail else f"8888-{asked}", ())
-        stages = {record.seed: stage for record in records if (stage := record.stage("one_shot"))}
+        stages = {record.provenance["seed"]: stage for record in records if (stage := record.stage("one_shot"))}
         if not stages:
             continue
         scores = {seed: stage.metrics["f1"] for seed, stage in sorted(stages.items())}
