@@ -61,14 +61,15 @@ class Backend:
             runs = f"runs on {self.active_target}" if self.available else f"cannot run here: {self.reason}"
             return f"the Triton kernel for NVIDIA GPUs; {runs}"
         if not self.available:
-            return "the compiled kernel; not built here: make kernel"
+            return f"the compiled kernel; cannot run here: {self.reason}"
         return f"the compiled kernel; targets {', '.join(self.targets)}; runs {self.active_target}"
 
 
 def backends() -> list[Backend]:
     """All backends, for listings; nothing is built or chosen by asking."""
-    compiled = Backend("cpu", available=False)
-    if cpu.is_built():
+    reason = cpu.why_unavailable()
+    compiled = Backend("cpu", available=False, reason=reason)
+    if reason is None:
         compiled = Backend("cpu", True, tuple(cpu.supported_targets()), cpu.active_target())
     reason = gpu.why_unavailable()
     triton = Backend("gpu", reason is None, active_target=gpu.device_name() if reason is None else None, reason=reason)
