@@ -30,7 +30,8 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the work began")
 
     for name in (
-        "runs.evaluation.reevaluate", "export.run.finished_model", "report.page.make_report", "runs.inspection.inspect_model",
+        "runs.evaluation.reevaluate", "export.run.finished_model", "report.page.make_report",
+        "runs.inspection.inspect_model",
         "models.loading.load_backbone", "benchmark.attention.bench", "runs.prediction.finished_classifier",
     ):  # fmt: skip
         monkeypatch.setattr(f"attnpress.{name}", work)

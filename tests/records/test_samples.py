@@ -32,7 +32,10 @@ def test_samples_survive_their_file(tmp_path: Path) -> None:
 
 
 def test_the_same_samples_are_the_same_bytes_in_every_process() -> None:
-    code = "import hashlib; from tests.records.test_samples import *; print(hashlib.sha256(samples_bytes(SAMPLES)).hexdigest())"
+    code = (
+        "import hashlib; from tests.records.test_samples import *; "
+        "print(hashlib.sha256(samples_bytes(SAMPLES)).hexdigest())"
+    )
     root = Path(__file__).parents[2]
     seen = {
         subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, check=True).stdout for _ in "ab"

@@ -5,14 +5,8 @@ from __future__ import annotations
 from typing import get_args
 
 from attnpress.config import ObserverName, RuleName, ScheduleName
+from attnpress.config.rules import RULES
 
-RULES = {
-    "relative": "keep p >= tau times the row maximum; decided on integers, before any exponential (default)",
-    "threshold": "keep P >= theta, the reading of the published method",
-    "topk": "keep the k largest of each row, ties to the lower index",
-    "mass": "keep the smallest set of keys whose P adds up to gamma",
-    "nm": "keep the N largest of every 4 consecutive keys; sparsity 0.5 is 2:4 (DFSS)",
-}
 SCHEDULES = {
     "constant": "the target from the first step on",
     "linear": "a straight rise from begin to end",
@@ -34,7 +28,11 @@ def rows_of(kind: str) -> list[tuple[str, str]]:
     Args:
         kind: "tasks", "rules", "schedules", "observers", or "backends", those of this machine.
     """
-    known = {"rules": (RULES, RuleName), "schedules": (SCHEDULES, ScheduleName), "observers": (OBSERVERS, ObserverName)}
+    known = {
+        "rules": ({name: facts.about for name, facts in RULES.items()}, RuleName),
+        "schedules": (SCHEDULES, ScheduleName),
+        "observers": (OBSERVERS, ObserverName),
+    }
     if kind == "tasks":
         from attnpress.tasks import list_tasks
 

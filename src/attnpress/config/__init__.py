@@ -1,5 +1,6 @@
 """What to compress, how, and on what: specs, and recipes in YAML files that spell them out."""
 
+from attnpress.config.rules import RuleName
 from attnpress.config.specs import (
     DENSE,
     AttentionSpec,
@@ -16,7 +17,6 @@ from attnpress.config.specs import (
     ObserverName,
     ProbsMode,
     ProbsSpec,
-    RuleName,
     RunConfig,
     ScheduleName,
     ScheduleSpec,

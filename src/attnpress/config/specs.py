@@ -21,6 +21,8 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
+from attnpress.config.rules import RULES, RuleName, unreachable
+
 
 def _is_number(value: Any) -> Any:
     if isinstance(value, bool):  # `seed: yes` is a mistake, not seed 1
@@ -61,7 +63,6 @@ File = Annotated[Path, Usable]
 
 Granularity = Literal["tensor", "head", "token", "channel"]
 ObserverName = Literal["absmax", "ema", "percentile", "mse"]
-RuleName = Literal["relative", "threshold", "topk", "mass", "nm"]
 BudgetName = Literal["uniform", "sensitivity"]
 ScheduleName = Literal["constant", "linear", "cubic", "step", "fixed"]
 ProbsMode = Literal["row", "unit"]
@@ -173,11 +174,12 @@ class AttentionSpec:
             raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
         if self.v.granularity == "token":
             raise ValueError("v.granularity: 'token' cannot leave the integer sums of P V; use tensor, head or channel")
-        if self.threshold is not None and self.rule in ("topk", "nm"):
+        if self.threshold is not None and RULES[self.rule].counts:
             raise ValueError(f"threshold: rule {self.rule!r} keeps a count, not a threshold; set sparsity instead")
-        if self.threshold_penalty is not None and (self.rule, self.p.mode, self.threshold) != ("relative", "row", None):
+        trainable = RULES[self.rule].trainable and self.p.mode == "row" and self.threshold is None
+        if self.threshold_penalty is not None and not trainable:
             raise ValueError("threshold_penalty: trained thresholds need rule relative, p.mode row, no threshold")
-        if self.budget != "uniform" and (self.rule in ("topk", "nm") or self.threshold or self.threshold_penalty):
+        if self.budget != "uniform" and (RULES[self.rule].counts or self.threshold or self.threshold_penalty):
             raise ValueError("budget: it needs thresholds that are fitted: rule relative, threshold or mass")
         if (self.q.bits is None) != (self.k.bits is None):
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
@@ -352,8 +354,8 @@ class RunConfig:
         for key, spec in {"attention": self.attention, **self.layers}.items():
             if spec.rule != self.attention.rule:
                 raise ValueError(f"layers.{key}.rule: a run has one rule; set attention.rule, and none in layers")
-            if spec.rule == "nm" and spec.sparsity not in (0, 0.25, 0.5, 0.75):
-                raise ValueError(f"sparsity: rule 'nm' prunes 0.25, 0.5 or 0.75 of the pairs, not {spec.sparsity:g}")
+            if (wrong := unreachable(spec.rule, spec.sparsity)) is not None:
+                raise ValueError(f"sparsity: {wrong}")
             if spec.threshold_penalty is not None and self.schedule.start == 0:
                 raise ValueError("schedule.start: give the sparsity at which trained thresholds begin, such as 0.5")
         return self

@@ -9,7 +9,7 @@ exact in float32, whatever scales the heads have.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -17,22 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from attnpress.config import AttentionSpec, ProbsSpec
-from attnpress.core.attention import (
-    Pairs,
-    Scales,
-    TailedScales,
-    key_validity,
-    prune_and_code,
-    query_scale,
-    repeat_heads,
-    score_step,
-)
+from attnpress.config import ProbsSpec
+from attnpress.core.attention import Pairs, key_validity, prune_and_code, query_scale, repeat_heads, score_step
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import ONE, exponent_rate, power_table
 from attnpress.core.quantizer import EXACT, smooth_key
+from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.errors import ExportError
-from attnpress.models.attention import Attend, CompressedAttention
+from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.modes import evaluation_mode
 
@@ -40,7 +33,6 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 OPSET = 21
-RULES = ("relative", "threshold", "topk")
 
 Coder = Callable[[Tensor, torch.dtype, int], Tensor]
 """From real numbers, in units of their scale and within the range of codes, to the nearest codes, as float32.
@@ -76,10 +68,8 @@ def graph_attention(coder: Coder) -> Attend:
     """A strategy for `CompressedAttention.attend` that traces into the runtime's operators; it cannot be run itself."""
     power_table(torch.device("cpu"))  # made now, it is a constant of the graph; made while tracing, it would be steps
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-        spec: AttentionSpec, scaling: float, dropout: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+    def attend(call: AttentionCall) -> Tensor:
+        query, key, valid, scales, spec = call.query, call.key, call.valid, call.scales, call.spec
         heads, q_scale = query.shape[1], query_scale(query, scales, spec.q)
         assert scales.k is not None
         assert scales.v is not None
@@ -89,12 +79,12 @@ def graph_attention(coder: Coder) -> Attend:
         q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8, spec.q.qmax)
         keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
         k = coder(keys.mT, torch.int8, spec.k.qmax)
-        v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8, spec.v.qmax)
-        alpha = score_step(q_scale, scales.k, scaling, heads)
-        pairs = prune_and_code(q @ k, valid, alpha, cutoff, spec)
+        v = coder(repeat_heads(_in_steps(call.value, scales.v, spec.v.qmax), heads), torch.int8, spec.v.qmax)
+        alpha = score_step(q_scale, scales.k, call.scaling, heads)
+        pairs = prune_and_code(q @ k, valid, alpha, call.cutoff, spec)
         p = coder(_probabilities(pairs, spec.p), torch.uint8, spec.p.qmax)
         weighted, divisor = p @ v, _divisor(p, spec.p)
-        tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+        tail = active_tail(spec, scales.tail, call.cutoff, query)
         if tail is not None:
             tail = _for_each_query_head(tail, heads)
             # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.
@@ -146,11 +136,11 @@ LONGEST = EXACT // 255
 """Keys up to which float32 sums of P codes are exact: 65,793."""
 
 
-def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
+def check_exportable(model: nn.Module, runtime: str = "onnx") -> None:
     """Refuse what the operators cannot say; layers that compress nothing stay as the framework has them.
 
     Args:
-        rules: those that the runtime gets right.
+        runtime: "onnx" or "openvino", which get different rules right.
 
     Raises:
         ExportError: names the module and the option.
@@ -161,17 +151,17 @@ def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
     if not modules:
         raise ExportError("the model has no compressed attention: export takes a model after bind and calibrate")
     for name, module in modules.items():
-        reason = _refusal(module, rules)
+        reason = _refusal(module, runtime)
         if reason:
             raise ExportError(f"{name}: {reason}")
 
 
-def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
+def _refusal(module: CompressedAttention, runtime: str) -> str | None:
     spec = module.spec
     if None in spec.bits.values():
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
-    if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
-        return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
+    if runtime not in rule_of(spec).kernels and (spec.sparsity > 0 or spec.threshold is not None):
+        return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules_of(runtime))}"
     if spec.q.granularity == "token" and spec.q.power_of_two:
         return "q.granularity 'token' with power_of_two reads the bits of a float, which ONNX has no operator for"
     if spec.p.qmax == 1:
@@ -192,9 +182,7 @@ def attending(model: nn.Module, attend: Attend) -> Iterator[None]:
             module.attend = own
 
 
-def trace_graph(
-    model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, rules: Collection[str] = RULES
-) -> ONNXProgram:
+def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, runtime: str = "onnx") -> ONNXProgram:
     """The model's graph, for any batch size and length.
 
     Args:
@@ -204,7 +192,7 @@ def trace_graph(
     Raises:
         ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
     """
-    check_exportable(model, rules)
+    check_exportable(model, runtime)
     with (
         evaluation_mode(model),
         attending(model, graph_attention(coder)),

@@ -71,8 +71,9 @@ def load() -> None:
 
 def _how_to_load() -> str:
     """What to do about a library that this torch cannot load."""
-    if torch.torch_version.TorchVersion(torch.__version__) < OLDEST_TORCH:
-        return f"it needs torch {'.'.join(map(str, OLDEST_TORCH))} or newer, and torch {torch.__version__} is installed"
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    if torch.torch_version.TorchVersion(torch.__version__) < oldest:
+        return f"it needs torch {oldest} or newer, and torch {torch.__version__} is installed"
     return f"it does not fit torch {torch.__version__} on this system; build it again with this torch: {HOW_TO_GET}"
 
 

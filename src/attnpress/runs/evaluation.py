@@ -1,7 +1,4 @@
-"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them.
-
-Of finished runs, too: on other data, or to prove that a backend predicts what the trained model predicts.
-"""
+"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them."""
 
 from __future__ import annotations
 
@@ -19,6 +16,7 @@ from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, ta
 from attnpress.distributed import reduce_over_ranks, this_process
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import bound_modules
+from attnpress.models.watchers import Counting, watched
 from attnpress.records.run import HeadRecord, LayerRecord, StageRecord
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
@@ -45,22 +43,15 @@ def evaluate(
             f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
         )
     modules = bound_modules(model.to(this_process().device))
-    for module in modules.values():
-        module.counts = PairCounts(
-            *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())
-        )
-    try:
+    counting = {name: Counting(module) for name, module in modules.items()}
+    with watched((module, counting[name]) for name, module in modules.items()):
         metrics = predict(model, data, batch_size)
-        counts = {name: _merged(module) for name, module in modules.items()}
-    finally:
-        for module in modules.values():
-            module.counts = None
+    counts = {name: _merged(watcher.counts) for name, watcher in counting.items()}
     return _stage_record(name, metrics, modules, counts, padded_length, seconds)
 
 
-def _merged(module: CompressedAttention) -> PairCounts:
-    assert module.counts is not None
-    return PairCounts(*(reduce_over_ranks(count, "sum") for count in module.counts.tensors()))
+def _merged(counts: PairCounts) -> PairCounts:
+    return PairCounts(*(reduce_over_ranks(count, "sum") for count in counts.tensors()))
 
 
 def _stage_record(

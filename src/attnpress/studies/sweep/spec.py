@@ -24,6 +24,7 @@ from attnpress.config import (
     Times,
 )
 from attnpress.config.recipe import spec_to_dict
+from attnpress.config.rules import RULES
 from attnpress.core.cost import Work, attention_work, total_work
 
 _STRICT = ConfigDict(extra="forbid")
@@ -111,9 +112,11 @@ class SweepSpec:
             raise ValueError("recipe.attention.threshold fixes what is pruned; remove it, or do not search sparsity")
         if self.recipe.layers:
             raise ValueError("recipe.layers: a sweep chooses for layers itself; see search.per_layer")
-        if "nm" in self.search.rule and self.search.sparsity:
-            raise ValueError("search.rule: 'nm' prunes 0.25, 0.5 or 0.75 only: leave it out, or do not search sparsity")
         for rule in self.search.rule:
+            if RULES[rule].shares is not None and self.search.sparsity:
+                raise ValueError(
+                    f"search.rule: {rule!r} reaches few sparsities only: leave it out, or do not search sparsity"
+                )
             dataclasses.replace(self.recipe.attention, rule=rule)  # some rules cannot have a threshold
         return self
 

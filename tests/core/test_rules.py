@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,19 +23,11 @@ from torch import Tensor
 from attnpress.config import AttentionSpec, RuleName
 from attnpress.core.attention import Pairs, prune_and_code
 from attnpress.core.exponential import exponent, exponent_rate, power
-from attnpress.core.pruner import (
-    BINS,
-    LEAST,
-    MOST,
-    fit_cutoff,
-    fixed_cutoff,
-    head_budgets,
-    keep_mask,
-    mass_before,
-    pair_bins,
-    pair_histogram,
-    pruned_pairs,
-)
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS
+from attnpress.core.rules.mass import mass_before
+from attnpress.core.thresholds import LEAST, MOST, fit_cutoff, fixed_cutoff, head_budgets, pair_histogram
+from tests.arrows import SOURCE
 from tests.core.factories import RULES, SEEDS, generator, make_cutoff, make_mask, make_spec
 
 FITTED: tuple[RuleName, ...] = ("relative", "threshold", "mass")
@@ -127,7 +124,7 @@ def test_ties_go_to_the_lower_index() -> None:
     distance, probability = torch.tensor([[[[5, 0, 5, 0]]]]), torch.tensor([[[[10, 40, 10, 40]]]])
     valid, alpha, gamma = torch.ones(1, 1, 1, 4, dtype=torch.bool), torch.tensor(0.2), torch.tensor(0.85)
     spec = make_spec(rule="mass", sparsity=0.5)
-    assert kept_of(keep_mask(spec, distance, probability, valid, alpha, gamma)) == [{0, 1, 3}]
+    assert kept_of(rule_of(spec).keep(spec, distance, probability, valid, alpha, gamma)) == [{0, 1, 3}]
 
 
 @given(seed=SEEDS, keys=st.integers(1, 8), gamma=GAMMAS, levels=st.sampled_from([1, 2, 6]))
@@ -137,7 +134,9 @@ def test_mass_keeps_the_smallest_set_that_adds_up(seed: int, keys: int, gamma: f
     probability = power(exponent(distance, exponent_rate(torch.tensor(0.7))))
     spec = make_spec(rule="mass", threshold=gamma)
     valid = torch.ones_like(distance, dtype=torch.bool)
-    keep = keep_mask(spec, distance, probability, valid, torch.tensor(0.7), fixed_cutoff(spec, 1).view(1, 1, 1, 1))
+    keep = rule_of(spec).keep(
+        spec, distance, probability, valid, torch.tensor(0.7), fixed_cutoff(spec, 1).view(1, 1, 1, 1)
+    )
     for row, kept in zip(probability.flatten(0, 2).tolist(), kept_of(keep), strict=True):
         asked = Fraction(gamma) * sum(row)
         smallest = next(
@@ -158,7 +157,7 @@ def test_every_row_with_a_valid_key_keeps_its_maximum(
     pairs = make_pairs(spec, seed, (2, 2, 3, keys), levels=levels, alpha=alpha)
     harshest = torch.full((1, 2, 1, 1), 1e-30)
     step = torch.tensor(alpha)
-    keep = keep_mask(spec, pairs.distance, pairs.probability, pairs.valid, step, harshest)
+    keep = rule_of(spec).keep(spec, pairs.distance, pairs.probability, pairs.valid, step, harshest)
     for row, kept in zip(rows_of(pairs), kept_of(keep), strict=True):
         if rule == "nm":  # that of every four keys
             assert set(row.ranked()[:1]) <= kept
@@ -218,7 +217,7 @@ def test_sparsity_zero_keeps_every_valid_pair(rule: RuleName, seed: int) -> None
     infinite = fit_cutoff(spec, torch.ones(2, BINS, dtype=torch.float64), 0.0)
     assert infinite.tolist() == [math.inf] * 2
     step = torch.tensor(0.3)
-    keep = keep_mask(spec, pairs.distance, pairs.probability, pairs.valid, step, infinite.view(1, 2, 1, 1))
+    keep = rule_of(spec).keep(spec, pairs.distance, pairs.probability, pairs.valid, step, infinite.view(1, 2, 1, 1))
     assert torch.equal(keep, pairs.valid)
 
 
@@ -241,7 +240,7 @@ def test_two_of_every_four_keys_are_the_nearest_valid_ones() -> None:
 def test_n_of_m_never_prunes_more_than_asked_and_keeps_one(sparsity: float, kept: int) -> None:
     spec = make_spec(rule="nm", sparsity=sparsity)
     assert int(make_pairs(spec, 3, (1, 1, 1, 4), "none", levels=100).keep.sum()) == kept
-    assert pruned_pairs(spec, torch.full((2, BINS), 1.0), None).tolist() == [BINS * (1 - kept / 4)] * 2
+    assert rule_of(spec).pruned(spec, torch.full((2, BINS), 1.0), None).tolist() == [BINS * (1 - kept / 4)] * 2
 
 
 def test_mass_before_counts_the_nearer_pairs() -> None:
@@ -263,7 +262,7 @@ def spread_pairs(spec: AttentionSpec, seed: int, keys: int, cutoff: Tensor | Non
 
 
 def histogram_of(spec: AttentionSpec, pairs: Pairs) -> Tensor:
-    return pair_histogram(pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance), pairs.valid)
+    return pair_histogram(rule_of(spec).bins(pairs.exponent, pairs.probability, pairs.distance), pairs.valid)
 
 
 @pytest.mark.parametrize("rule", FITTED)
@@ -287,7 +286,7 @@ def test_fitted_thresholds_hold_their_target_on_the_pooled_pairs(rule: RuleName,
 
 def spared_maxima(spec: AttentionSpec, pairs: Pairs, index: Tensor) -> Tensor:
     """Rows of each head that are all beyond the threshold's bin: each keeps its maximum nevertheless."""
-    bins = pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance).masked_fill(~pairs.valid, BINS)
+    bins = rule_of(spec).bins(pairs.exponent, pairs.probability, pairs.distance).masked_fill(~pairs.valid, BINS)
     beyond: Tensor = (bins.amin(-1) > index.view(1, -1, 1)).sum((0, 2))
     return beyond
 
@@ -297,7 +296,7 @@ def test_pooled_thresholds_are_those_of_one_large_batch(rule: RuleName) -> None:
     spec = make_spec(rule=rule, sparsity=0.8)
     parts = [histogram_of(spec, spread_pairs(spec, seed, 20)) for seed in (1, 2)]
     pairs = [spread_pairs(spec, seed, 20) for seed in (1, 2)]
-    bins = torch.cat([pair_bins(spec, one.exponent, one.probability, one.distance) for one in pairs])
+    bins = torch.cat([rule_of(spec).bins(one.exponent, one.probability, one.distance) for one in pairs])
     together = pair_histogram(bins, torch.cat([one.valid for one in pairs]))
     assert torch.equal(parts[0] + parts[1], together)
 
@@ -352,7 +351,7 @@ def test_a_pair_exactly_at_the_cut_is_kept(cutoff: float, kept: set[int]) -> Non
 def test_a_relative_threshold_keeps_what_reaches_it(seed: int, threshold: float) -> None:
     spec = make_spec(rule="relative", threshold=threshold)
     pairs = make_pairs(spec, seed, (1, 2, 3, 9), "none", levels=60, alpha=0.05)
-    keep = keep_mask(
+    keep = rule_of(spec).keep(
         spec, pairs.distance, pairs.probability, pairs.valid, torch.tensor(0.05), fixed_cutoff(spec, 2).view(1, 2, 1, 1)
     )
     nats = pairs.distance.double() * float(np.float32(0.05))
@@ -375,3 +374,56 @@ def test_budgets_add_up_within_their_bounds(seed: int, sparsity: float) -> None:
 def test_heads_that_change_nothing_share_alike() -> None:
     keep = torch.full((3,), 0.1, dtype=torch.float64)
     assert torch.allclose(head_budgets(torch.zeros(3, dtype=torch.float64), keep), keep)
+
+
+NEW_RULE = '''
+"""Rule "nearest": only the row maximum."""
+
+from attnpress.core.rules.base import CountingRule
+
+
+class Nearest(CountingRule):
+    """Pairs at distance 0."""
+
+    def keep(self, spec, distance, probability, valid, alpha, cutoff):
+        """The nearest."""
+        return valid if spec.sparsity == 0 else (distance == 0) & valid
+
+    def integer_cut(self, spec, probability, valid, alpha, cutoff):
+        """None: nothing of the row is needed."""
+        return None
+
+    def share(self, sparsity):
+        """What is asked."""
+        return sparsity
+
+
+RULE = Nearest()
+'''
+USE_IT = """
+import attnpress
+from attnpress.cli import main
+from tests.models.factories import make_batch, make_model
+
+model = attnpress.bind(make_model(), attnpress.AttentionSpec(rule="nearest", sparsity=0.9))
+attnpress.calibrate(model, [make_batch()])
+assert model(**make_batch())[0].isfinite().all()
+attnpress.deploy(model, "reference")
+assert model(**make_batch())[0].isfinite().all()
+main(["ls", "rules"])
+"""
+
+
+def test_a_rule_is_one_file_and_one_row(tmp_path: Path) -> None:
+    package = shutil.copytree(SOURCE, tmp_path / "src" / "attnpress")
+    (package / "core" / "rules" / "nearest.py").write_text(NEW_RULE, "utf-8")
+    table = package / "config" / "rules.py"
+    row = '    "nearest": RuleFacts("keep the row maximum alone", counts=True),\n'
+    table.write_text(table.read_text("utf-8").replace("RULES = {\n", "RULES = {\n" + row, 1), "utf-8")
+    paths = os.pathsep.join([str(tmp_path / "src"), str(SOURCE.parents[1])])
+    used = subprocess.run(
+        [sys.executable, "-c", USE_IT], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert used.returncode == 0, used.stderr
+    assert "keep the row maximum alone" in used.stdout
