@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from attnpress.models.binding import attentions, bind, unbind
     from attnpress.models.hub import AttnPressConfig
     from attnpress.models.loading import load_compressed
+    from attnpress.posttraining import quantize
 
 __version__ = version("attnpress")
 
@@ -58,6 +59,7 @@ __all__ = [
     "fit_thresholds",
     "load_compressed",
     "load_config",
+    "quantize",
     "unbind",
     "undeploy",
 ]
@@ -75,6 +77,7 @@ _LATE = {
     "deploy": "attnpress.deployment",
     "fit_thresholds": "attnpress.calibration",
     "load_compressed": "attnpress.models.loading",
+    "quantize": "attnpress.posttraining",
     "unbind": "attnpress.models.binding",
     "undeploy": "attnpress.deployment",
 }

@@ -21,6 +21,7 @@ from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.modes import evaluation_mode
+from attnpress.models.pipeline import called_with_batches
 from attnpress.tasks import TaskData
 
 SENSITIVITY_BATCHES = 2
@@ -146,7 +147,7 @@ def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
         for number, batch in enumerate(batches):
             inputs = forward_inputs(model, batch, number)
             with torch.no_grad():
-                output = model(**inputs)
+                output = called_with_batches(model)(**inputs)
             yield output
 
 

@@ -22,12 +22,13 @@ from transformers import AutoConfig, EvalPrediction, PreTrainedModel, PreTrained
 
 from attnpress.calibration import bound_modules, outputs, reduce_over_ranks, this_process, training_batches
 from attnpress.config import BatchSize, ConfigError, Count, RunConfig
-from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
+from attnpress.core.cost import FLOAT_BITS, PairCounts, total_work
 from attnpress.core.linear import ProductPlan
 from attnpress.deployment import Linear, deploy, place_on
 from attnpress.kernels import cpu
 from attnpress.linear import calibrate_linear, linear_layers
 from attnpress.models.attention import CompressedAttention
+from attnpress.models.counting import counting, pairs_work, summed, tails_work
 from attnpress.models.encoder import plan_of
 from attnpress.models.loading import class_names, load_compressed, load_tokenizer, weights_hash
 from attnpress.recipe import checked
@@ -55,16 +56,9 @@ def evaluate(
             f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
         )
     modules = bound_modules(model.to(this_process().device))
-    for module in modules.values():
-        module.counts = PairCounts(
-            *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())
-        )
-    try:
+    with counting(modules.values()) as found:
         metrics = predict(model, data, batch_size)
-        counts = {name: _merged(module) for name, module in modules.items()}
-    finally:
-        for module in modules.values():
-            module.counts = None
+    counts = {name: _merged(count) for name, count in zip(modules, found, strict=True)}
     return _stage_record(name, metrics, modules, counts, padded_length, seconds)
 
 
@@ -110,9 +104,8 @@ def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) ->
     return reduce_over_ranks(logits, "sum")
 
 
-def _merged(module: CompressedAttention) -> PairCounts:
-    assert module.counts is not None
-    return PairCounts(*(reduce_over_ranks(count, "sum") for count in module.counts.tensors()))
+def _merged(counts: PairCounts) -> PairCounts:
+    return PairCounts(*(reduce_over_ranks(count, "sum") for count in counts.tensors()))
 
 
 def _stage_record(
@@ -120,13 +113,11 @@ def _stage_record(
     padded_length: int, seconds: float,
 ) -> StageRecord:  # fmt: skip
     merged = [count.total() for count in counts.values()]
-    total = PairCounts(
-        *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
-    )
+    total = summed(merged)
     pairs = list(zip(modules.values(), merged, strict=True))
-    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (_work, _tail_work)]))
+    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (pairs_work, tails_work)]))
     if any(module.spec.tail != "none" for module in modules.values()):
-        tail = total_work(_tail_work(*pair) for pair in pairs)
+        tail = total_work(tails_work(*pair) for pair in pairs)
         work |= {"macs_tail": tail.macs_remaining, "bit_operations_tail": tail.bit_operations_remaining}
         work |= {"bytes_tail": tail.bytes_remaining}
     return StageRecord(
@@ -139,18 +130,6 @@ def _stage_record(
         layers=[_layer_record(key, module, counts[key], padded_length) for key, module in modules.items()],
         seconds=round(seconds, 1),
     )  # fmt: skip
-
-
-def _work(module: CompressedAttention, count: PairCounts) -> Work:
-    pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
-    return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
-
-
-def _tail_work(module: CompressedAttention, count: PairCounts) -> Work:
-    # In attention of a sequence to itself there are as many keys as rows, for each key head.
-    rows, share = int(count.rows), module.kv_heads / module.heads
-    survivors, sequences = int(count.pairs - count.zeros), int(count.sequences * share)
-    return tail_work(rows, round(rows * share), survivors, sequences, module.spec, module.head_dim)
 
 
 def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:
