@@ -8,7 +8,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo test test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
+.PHONY: help setup kernel demo arrows test test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ check: setup $(TOOLS) ## format, lint, strict types, house rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house_rules.py tests/test_project_files.py
+
+arrows: ## print which folder of the package imports which
+	@$(PYTHON) tests/arrows.py
 
 docs: setup $(TOOLS) ## build the documentation into build/docs; a warning is an error
 	@$(PIP) install -c requirements.txt -c requirements-dev.txt -r requirements-docs.txt

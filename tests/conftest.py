@@ -146,7 +146,7 @@ def from_dense(tiny_recipe: RunConfig, finished: Path) -> RunConfig:
 @pytest.fixture(scope="session")
 def finished(tiny_recipe: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run folder of `tiny_recipe`, run to its end once; tests leave it as it is."""
-    from attnpress.compression import compress
+    from attnpress.runs.compression import compress
 
     folder = tmp_path_factory.mktemp("runs") / "finished"
     compress(tiny_recipe, folder, notify=lambda _: None)

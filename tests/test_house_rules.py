@@ -8,97 +8,52 @@ from __future__ import annotations
 
 import ast
 import graphlib
-import importlib.util
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = "attnpress"
+from tests.arrows import PACKAGE, SOURCE, Modules, first, imported_names, own_modules, read_modules
 
-JOURNEYS = {
-    "benchmark",
-    "calibration",
-    "card",
-    "compression",
-    "deployment",
-    "evaluate",
-    "evidence",
-    "export",
-    "finetune",
-    "inspection",
-    "listing",
-    "leaderboard",
-    "linear",
-    "live",
-    "prediction",
-    "run_folder",
-    "sampling",
-    "sweep",
-    "tasks",
-    "teacher",
-}
-BELOW_JOURNEYS = {
-    "config",
-    "recipe",
-    "files",
-    "strict_json",
-    "strict_yaml",
-    "typed_json",
-    "results",
-    "samples",
-    "sweep_record",
-    "board_record",
-    "lane_record",
-    "core",
-    "kernels",
-    "models",
-}
+ROOT = Path(__file__).parents[1]
 ARROWS: dict[str, set[str]] = {
     "config": set(),
-    "strict_yaml": set(),
-    "recipe": {"config", "strict_yaml"},
     "files": set(),
-    "strict_json": set(),
-    "typed_json": set(),
-    "results": {"strict_json", "typed_json"},
-    "samples": {"strict_json", "typed_json"},
-    "sweep_record": {"results"},
-    "board_record": {"results"},
-    "lane_record": {"results"},
+    "distributed": set(),
+    "records": set(),
     "core": {"config"},
+    "report": {"records"},
+    "models": {"config", "core", "files"},
     "kernels": {"config", "core"},
-    "models": {"config", "recipe", "files", "core"},
-    "registration": {"models"},
-    "report": {"strict_json", "results", "samples", "sweep_record", "board_record", "lane_record"},
-    **dict.fromkeys(JOURNEYS, JOURNEYS | BELOW_JOURNEYS),
-    "exit_status": {"files"},
-    "option_types": set(),
-    "cli": {"commands", "option_types", "exit_status", "files"},
-    "commands": {"__init__", "report"} | JOURNEYS | BELOW_JOURNEYS,
-    "__init__": {"registration", "report"} | JOURNEYS | BELOW_JOURNEYS,
+    "tasks": {"config", "records", "distributed", "models"},
+    "deployment": {"config", "core", "models", "kernels", "tasks"},
+    "training": {"config", "core", "distributed", "models", "tasks"},
+    "runs": {
+        *("config", "files", "distributed", "records", "core", "models", "kernels", "tasks", "deployment", "training"),
+    },
+    "export": {"config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "runs"},
+    "benchmark": {"config", "core", "models", "kernels", "deployment", "training", "runs"},
+    "studies": {"config", "files", "records", "core", "models", "tasks", "training", "runs"},
+    "posttraining": {
+        *("config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "training", "runs"),
+        "benchmark",
+    },
+    "cli": {
+        *("__init__", "config", "files", "distributed", "records", "report", "models", "kernels", "tasks", "training"),
+        *("runs", "export", "benchmark", "studies", "posttraining"),
+    },
+    "__init__": {"config", "models", "deployment", "training", "runs", "posttraining"},
 }
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 
 FENCES: dict[str, tuple[str, ...]] = {
-    "transformers": (
-        "models",
-        "tasks",
-        "finetune",
-        "live",
-        "evaluate",
-        "export",
-        "compression",
-        "sweep.study",
-        "teacher",
-    ),
+    "transformers": ("models", "tasks", "training", "runs", "export", "studies", "benchmark.stock"),
     "datasets": ("tasks",),
     "matplotlib": ("report.plots",),
-    "optuna": ("sweep",),
+    "optuna": ("studies.sweep",),
     "triton": ("kernels.triton",),
     "nncf": ("benchmark",),
     "onnxruntime": ("export", "benchmark"),
@@ -113,34 +68,11 @@ UNPICKLERS = {"cloudpickle", "dill", "joblib", "marshal", "pickle", "shelve"}
 UNSAFE_LOADS = {"torch.load", "numpy.load", "pandas.read_pickle"}
 FUNCTION_LINES, USUAL_LINES, LONGISH_SHARE = 60, 35, 0.1
 
-Modules = Mapping[str, str]
-"""Source by path below the package, dotted: "config", "core.pruner", "core.__init__"."""
 Rule = Callable[[Modules], list[str]]
-
-
-def imported_names(module: str, source: str) -> Iterator[str]:
-    """Dotted names that a module imports anywhere in it; relative and literal dynamic imports are resolved."""
-    package = f"{PACKAGE}.{module}".rpartition(".")[0]
-    for node in ast.walk(ast.parse(source)):
-        match node:
-            case ast.Import(names=names):
-                yield from (alias.name for alias in names)
-            case ast.ImportFrom(module=origin, names=names, level=level):
-                base = importlib.util.resolve_name("." * level + (origin or ""), package)
-                yield from (f"{base}.{alias.name}" for alias in names)
-            case ast.Call(
-                func=ast.Name(id="import_module" | "__import__") | ast.Attribute(attr="import_module"),
-                args=[ast.Constant(value=str(name)), *_],
-            ):
-                yield name
 
 
 def imported_libraries(module: str, source: str) -> list[str]:
     return sorted({first(name) for name in imported_names(module, source)} - {PACKAGE})
-
-
-def first(dotted: str) -> str:
-    return dotted.partition(".")[0]
 
 
 def wrong_arrows(modules: Modules) -> list[str]:
@@ -163,16 +95,6 @@ def import_cycles(modules: Modules) -> list[str]:
     except graphlib.CycleError as error:
         return [" <- ".join(error.args[1])]
     return []
-
-
-def own_modules(module: str, modules: Modules) -> set[str]:
-    """The modules that `module` imports: of `attnpress.core.pruner.keep`, that is `core.pruner`."""
-    found = set()
-    for name in imported_names(module, modules[module]):
-        parts = name.split(".")[1:] if first(name) == PACKAGE else []
-        prefixes = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
-        found |= set([known for path in prefixes for known in (path, f"{path}.__init__") if known in modules][:1])
-    return found
 
 
 def broken_fences(modules: Modules) -> list[str]:
@@ -264,27 +186,28 @@ BREAKS: list[tuple[Rule, Modules]] = [
     (wrong_arrows, {"core.pruner": "from ..models.binding import bind"}),
     (wrong_arrows, {"kernels.ops": "def f():\n    import attnpress.models.hub"}),
     (wrong_arrows, {"models.hub": "import importlib\nimportlib.import_module('attnpress.kernels.cpu')"}),
-    (wrong_arrows, {"results": "from attnpress.config import RunConfig"}),
+    (wrong_arrows, {"records.run": "from attnpress.config import RunConfig"}),
     (wrong_arrows, {"report.render": "from attnpress.core import cost"}),
     (wrong_arrows, {"tasks": "from attnpress import cli"}),
     (wrong_arrows, {"tasks": "from attnpress import bind"}),
     (wrong_arrows, {"elsewhere": ""}),
-    (import_cycles, {"tasks": "from attnpress import evaluate", "evaluate": "from attnpress.tasks import TASKS"}),
+    (wrong_arrows, {"training.trainer": "from attnpress.runs import compression"}),
+    (import_cycles, {"runs": "from attnpress import export", "export": "from attnpress.runs import finished"}),
     (import_cycles, {"core.__init__": "from .cost import macs", "core.cost": "from attnpress.core import macs"}),
     (broken_fences, {"cli": "def main():\n    import transformers"}),
     (broken_fences, {"models_of_mine": "import transformers.models"}),
-    (broken_fences, {"evaluate": "from datasets import load_dataset"}),
+    (broken_fences, {"runs.evaluation": "from datasets import load_dataset"}),
     (broken_fences, {"report.render": "import matplotlib.pyplot as plt"}),
     (foreign_to_core, {"core.pruner": "import numpy as np"}),
     (empty_names, {"core.attention_utils": ""}),
     (empty_names, {"helpers.text": ""}),
-    (empty_names, {"finetune": "class RunManager: pass"}),
+    (empty_names, {"training.trainer": "class RunManager: pass"}),
     (long_functions, {"tasks": long_function(FUNCTION_LINES + 1)}),
     (too_many_longish_functions, {"tasks": long_function(USUAL_LINES + 1) + long_function(3) * 8}),
-    (unsafe_loads, {"results": "import pickle\npickle.load(file)"}),
-    (unsafe_loads, {"results": "from pickle import loads"}),
-    (unsafe_loads, {"finetune": "import torch as t\nt.load(path)"}),
-    (unsafe_loads, {"finetune": "from torch import load"}),
+    (unsafe_loads, {"records.run": "import pickle\npickle.load(file)"}),
+    (unsafe_loads, {"records.run": "from pickle import loads"}),
+    (unsafe_loads, {"training.trainer": "import torch as t\nt.load(path)"}),
+    (unsafe_loads, {"training.trainer": "from torch import load"}),
 ]
 
 KEEPS: list[tuple[Rule, Modules]] = [
@@ -292,10 +215,10 @@ KEEPS: list[tuple[Rule, Modules]] = [
     (import_cycles, {"core.__init__": "", "core.cost": "from attnpress.core import pruner", "core.pruner": ""}),
     (broken_fences, {"models.hub": "import transformers", "report.plots": "import matplotlib"}),
     (foreign_to_core, {"core.pruner": "import math\nimport torch.nn.functional as F\nfrom attnpress import config"}),
-    (empty_names, {"finetune": "class CommonsenseTask: pass"}),
+    (empty_names, {"training.trainer": "class CommonsenseTask: pass"}),
     (long_functions, {"tasks": long_function(FUNCTION_LINES)}),
     (too_many_longish_functions, {"tasks": long_function(USUAL_LINES + 1) + long_function(3) * 9}),
-    (unsafe_loads, {"results": "import json, torch\njson.load(file)\ntorch.library.Library"}),
+    (unsafe_loads, {"records.run": "import json, torch\njson.load(file)\ntorch.library.Library"}),
 ]
 
 
@@ -323,10 +246,9 @@ CODE_RULES: list[Rule] = [
 
 @pytest.mark.parametrize("rule", CODE_RULES, ids=lambda rule: rule.__name__)
 def test_code_keeps(rule: Rule) -> None:
-    folder = ROOT / "src" / PACKAGE
-    paths = {".".join(path.relative_to(folder).with_suffix("").parts): path for path in folder.rglob("*.py")}
-    assert "config" in paths, "the package's source was not found: the rule would hold for nothing"
-    offences = rule({module: path.read_text("utf-8") for module, path in sorted(paths.items())})
+    modules = read_modules(SOURCE)
+    assert "files" in modules, "the package's source was not found: the rule would hold for nothing"
+    offences = rule(modules)
     assert not offences, "\n".join(offences)
 
 

@@ -19,19 +19,20 @@ from attnpress.config import (
     TensorSpec,
     TrainSpec,
 )
-from attnpress.recipe import load_config
-from attnpress.registration import register_when_needed
+from attnpress.config.recipe import load_config
+from attnpress.models.registration import register_when_needed
 
 if TYPE_CHECKING:
-    from attnpress.calibration import calibrate, fit_thresholds
-    from attnpress.compression import compress
-    from attnpress.deployment import deploy, undeploy
-    from attnpress.finetune import SparsityCallback, SparsityDriver
-    from attnpress.linear import calibrate_linear
+    from attnpress.deployment.attention import deploy, undeploy
+    from attnpress.deployment.linear import calibrate_linear
     from attnpress.models.binding import attentions, bind, unbind
     from attnpress.models.hub import AttnPressConfig
     from attnpress.models.loading import load_compressed
     from attnpress.posttraining import quantize
+    from attnpress.runs.compression import compress
+    from attnpress.training.calibration import calibrate, fit_thresholds
+    from attnpress.training.callbacks import SparsityCallback
+    from attnpress.training.driver import SparsityDriver
 
 __version__ = version("attnpress")
 
@@ -66,27 +67,27 @@ __all__ = [
 
 # Loaded on first use: they import torch and Transformers, which `attnpress --help` must not wait for.
 _LATE = {
-    "AttnPressConfig": "attnpress.models.hub",
-    "SparsityCallback": "attnpress.finetune",
-    "SparsityDriver": "attnpress.finetune",
-    "attentions": "attnpress.models.binding",
-    "bind": "attnpress.models.binding",
-    "calibrate": "attnpress.calibration",
-    "calibrate_linear": "attnpress.linear",
-    "compress": "attnpress.compression",
-    "deploy": "attnpress.deployment",
-    "fit_thresholds": "attnpress.calibration",
-    "load_compressed": "attnpress.models.loading",
-    "quantize": "attnpress.posttraining",
-    "unbind": "attnpress.models.binding",
-    "undeploy": "attnpress.deployment",
+    "AttnPressConfig": "models.hub",
+    "SparsityCallback": "training.callbacks",
+    "SparsityDriver": "training.driver",
+    "attentions": "models.binding",
+    "bind": "models.binding",
+    "calibrate": "training.calibration",
+    "calibrate_linear": "deployment.linear",
+    "compress": "runs.compression",
+    "deploy": "deployment",
+    "fit_thresholds": "training.calibration",
+    "load_compressed": "models.loading",
+    "quantize": "posttraining",
+    "unbind": "models.binding",
+    "undeploy": "deployment",
 }
 
 
 def __getattr__(name: str) -> Any:
     if name not in _LATE:
         raise AttributeError(f"module 'attnpress' has no attribute {name!r}")
-    return getattr(importlib.import_module(_LATE[name]), name)
+    return getattr(importlib.import_module(f"attnpress.{_LATE[name]}"), name)
 
 
 register_when_needed()

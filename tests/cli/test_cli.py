@@ -18,11 +18,11 @@ from attnpress.benchmark.machine import cores
 from attnpress.benchmark.turns import Side
 from attnpress.cli import build_parser, main
 from attnpress.config import ObserverName, RuleName, RunConfig, ScheduleName
+from attnpress.config.recipe import dump_config, load_config
 from attnpress.files import mark
 from attnpress.kernels import ops
 from attnpress.models.loading import PINNED_WEIGHTS
-from attnpress.recipe import dump_config, load_config
-from attnpress.results import read_record
+from attnpress.records.run import read_record
 from attnpress.tasks import list_tasks
 from tests.kernels.factories import needs_kernel
 
@@ -47,7 +47,7 @@ def no_training(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*_: Any, **__: Any) -> None:
         pytest.fail("training began")
 
-    monkeypatch.setattr("attnpress.finetune.CompressionTrainer.train", train)
+    monkeypatch.setattr("attnpress.training.trainer.CompressionTrainer.train", train)
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from attnpress.cli.exit_status import exit_status, one_line
 from attnpress.config import ConfigError
-from attnpress.exit_status import exit_status, one_line
 
 
 def told(error: BaseException, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -115,7 +115,7 @@ def test_a_command_runs_outside_the_main_thread_too() -> None:
 
 PROGRAM = """
 import os, sys, time
-from attnpress.exit_status import exit_status
+from attnpress.cli.exit_status import exit_status
 def command():
     kind = sys.argv[1]
     if kind == "print":

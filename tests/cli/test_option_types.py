@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnpress.cli import build_parser, main
-from attnpress.option_types import OptionError, share, whole
+from attnpress.cli.option_types import OptionError, share, whole
 
 COMMANDS = {
     "--rows": ["export", "run", "--to", "trace"],

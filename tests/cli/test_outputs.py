@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from attnpress.cli import main
+from attnpress.config.recipe import dump_config
 from attnpress.files import MARKER
-from attnpress.recipe import dump_config
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,9 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("the work began")
 
     for name in (
-        "evaluate.reevaluate", "export.run.finished_model", "report.page.make_report", "inspection.inspect_model",
-        "models.loading.load_backbone", "benchmark.attention.bench", "prediction.finished_classifier",
+        "runs.evaluation.reevaluate", "export.run.finished_model", "report.page.make_report",
+        "runs.inspection.inspect_model",
+        "models.loading.load_backbone", "benchmark.attention.bench", "runs.prediction.finished_classifier",
     ):  # fmt: skip
         monkeypatch.setattr(f"attnpress.{name}", work)
 

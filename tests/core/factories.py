@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
+from attnpress.config.rules import RULES as FACTS
 from attnpress.core.attention import IntegerAttention, NanWarning, Scales, integer_attention, key_validity
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.observer import Observer
-from attnpress.core.pruner import COUNTED
 from attnpress.core.quantizer import positive_scale, smooth_key
 
 RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
@@ -119,7 +119,7 @@ def make_scales(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None,
 
 def make_cutoff(spec: AttentionSpec, heads: int, seed: int) -> Tensor | None:
     """Thresholds [Hq] that prune some pairs; None where the rule needs none."""
-    if spec.rule in COUNTED or spec.sparsity == 0:
+    if FACTS[spec.rule].counts or spec.sparsity == 0:
         return None
     drawn = torch.rand(heads, generator=generator(seed)).clamp(min=0.05)
     return drawn if spec.rule == "mass" else 6 * drawn

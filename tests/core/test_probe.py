@@ -9,8 +9,10 @@ from hypothesis import given
 from attnpress.config import DENSE, RuleName, TailName
 from attnpress.core.attention import Scales, dense_attention, repeat_heads
 from attnpress.core.probe import AttentionCall, probe, relative_error
-from attnpress.core.pruner import BINS, fit_cutoff, pair_histogram, pruned_pairs
 from attnpress.core.quantizer import dequantize, quantize
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS
+from attnpress.core.thresholds import fit_cutoff, pair_histogram
 from tests.core.factories import SEEDS, Call, calls, make_call, make_spec
 from tests.core.test_tail import with_tail
 
@@ -81,6 +83,6 @@ def test_the_share_beyond_a_fitted_threshold_is_what_was_asked(rule: RuleName, s
     bins = torch.randint(0, BINS, (1, 2, 40, 50), generator=torch.Generator().manual_seed(seed))
     histogram = pair_histogram(bins, torch.ones_like(bins, dtype=torch.bool))
     for asked in (0.0, 0.3, 0.9):
-        share = pruned_pairs(spec, histogram, fit_cutoff(spec, histogram, asked)) / histogram.sum(-1)
+        share = rule_of(spec).pruned(spec, histogram, fit_cutoff(spec, histogram, asked)) / histogram.sum(-1)
         assert share.tolist() == pytest.approx([asked, asked], abs=1e-3)
-    assert not pruned_pairs(spec, histogram, None).any()
+    assert not rule_of(spec).pruned(spec, histogram, None).any()

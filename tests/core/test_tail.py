@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import ConfigError, ProbsSpec, TailName, TensorSpec
+from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.core.attention import (
     IntegerAttention,
     Scales,
@@ -25,7 +26,6 @@ from attnpress.core.attention import (
 )
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.tail import Moments, Tail, fit_directions, fit_lift, level, projected, tail_masses
-from attnpress.recipe import parse_spec, spec_to_dict
 from tests.core.factories import RULES, SEEDS, Call, calls, generator, make_call, make_spec, normal
 
 F32 = np.float32

@@ -24,9 +24,9 @@ from markdown_it import MarkdownIt
 
 from attnpress.cli import build_parser, main
 from attnpress.config import RunConfig
+from attnpress.config.recipe import load_config, load_spec
 from attnpress.export import KINDS
-from attnpress.recipe import load_config, load_spec
-from attnpress.sweep.spec import SweepSpec
+from attnpress.studies.sweep.spec import SweepSpec
 
 ROOT = Path(__file__).parents[2]
 TEXTS = {

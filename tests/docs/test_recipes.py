@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from attnpress.cli import main
-from attnpress.recipe import load_config, load_spec
-from attnpress.sweep.spec import SweepSpec
+from attnpress.config.recipe import load_config, load_spec
+from attnpress.studies.sweep.spec import SweepSpec
 
 SWEEPS = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
 BOARD = Path(__file__).parents[2] / "recipes" / "leaderboard.yaml"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from attnpress.board_record import read_board
-from attnpress.evidence import EvidenceSpec
-from attnpress.evidence import plan as plan_evidence
-from attnpress.leaderboard.spec import BoardSpec, plan
-from attnpress.recipe import load_spec, parse_spec, spec_to_dict
-from attnpress.results import Record, read_record
+from attnpress.config.recipe import load_spec, parse_spec, spec_to_dict
+from attnpress.records.leaderboard import read_board
+from attnpress.records.run import Record, read_record
+from attnpress.studies.evidence import EvidenceSpec
+from attnpress.studies.evidence import plan as plan_evidence
+from attnpress.studies.leaderboard.spec import BoardSpec, plan
 
 ROOT = Path(__file__).parents[2]
 OTHERS = ("leaderboard", "reliability", "hardware")

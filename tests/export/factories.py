@@ -10,7 +10,7 @@ from safetensors import safe_open
 from attnpress.config import AttentionSpec
 from attnpress.export.recording import Recorded, record_batch
 from attnpress.export.sequences import AttendedSequence, sequences_of
-from tests.journeys.test_deployment import make_batch, tiny_bert
+from tests.deployment.test_attention import make_batch, tiny_bert
 
 LAYERS = tuple(f"bert.encoder.layer.{number}.attention.self" for number in range(2))
 SPEC = AttentionSpec(sparsity=0.7)

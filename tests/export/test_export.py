@@ -17,17 +17,17 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from attnpress.calibration import calibrate
 from attnpress.cli import main
 from attnpress.config import DENSE, AttentionSpec, ConfigError, ProbsSpec, RunConfig, TensorSpec
-from attnpress.evaluate import finished_model
 from attnpress.export import ExportError, agreement, export_run
 from attnpress.export.onnx import serve_onnx
 from attnpress.export.run import example_batch
 from attnpress.export.trace import check_trace, write_trace
 from attnpress.files import MARKER, sha256_of
 from attnpress.models.binding import bind
-from tests.journeys.test_deployment import logits, make_batch, tiny_bert
+from attnpress.runs.finished import finished_model
+from attnpress.training.calibration import calibrate
+from tests.deployment.test_attention import logits, make_batch, tiny_bert
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
-from attnpress.export import openvino
 from attnpress.export.errors import ExportError, require
 from attnpress.export.graph import (
     OPSET,
@@ -29,7 +28,7 @@ from attnpress.export.openvino import products, serve_openvino
 from attnpress.kernels import cpu
 from tests.core.factories import Call, make_call, make_spec
 from tests.core.test_tail import with_tail
-from tests.journeys.test_deployment import tiny_bert
+from tests.deployment.test_attention import tiny_bert
 
 FOUR, BY_TOKEN = TensorSpec(bits=4), TensorSpec(bits=5, granularity="token")
 CALLS: dict[str, Callable[[], Call]] = {
@@ -139,7 +138,7 @@ def test_what_operators_cannot_say_is_refused_with_its_module(spec: AttentionSpe
 
 def test_openvino_refuses_topk() -> None:
     with pytest.raises(ExportError, match="only relative, threshold"):
-        check_exportable(tiny_bert(AttentionSpec(rule="topk", sparsity=0.5)), openvino.RULES)
+        check_exportable(tiny_bert(AttentionSpec(rule="topk", sparsity=0.5)), "openvino")
 
 
 def test_an_unbound_model_is_refused() -> None:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.export import ExportError
 from attnpress.export.qonnx import run_qonnx, write_qonnx
+from tests.deployment.test_attention import make_batch, tiny_bert
 from tests.export.factories import LAYERS, record
-from tests.journeys.test_deployment import make_batch, tiny_bert
 
 pytest.importorskip("qonnx")
 onnx = pytest.importorskip("onnx")

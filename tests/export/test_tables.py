@@ -12,8 +12,8 @@ import torch
 from attnpress.export.load_balance import load_balance
 from attnpress.export.sanger import HEADER, sanger_row, write_sanger
 from attnpress.export.tables import write_tables
-from attnpress.lane_record import LaneRecord, read_lanes
-from attnpress.results import RecordError, to_json
+from attnpress.records.lanes import LaneRecord, read_lanes
+from attnpress.records.reading import RecordError, to_json
 from tests.export.factories import LAYERS, made, record, sequences
 
 

@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from attnpress.calibration import calibrate
 from attnpress.cli import main
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.core.attention import repeat_heads
@@ -20,8 +19,9 @@ from attnpress.export.mapped import map_tensors
 from attnpress.export.recording import record_batch
 from attnpress.export.trace import INDEX, check_trace, trace_files, write_shards, write_trace
 from attnpress.models.binding import bind
+from attnpress.training.calibration import calibrate
+from tests.deployment.test_attention import make_batch, tiny_bert
 from tests.export.factories import LAYERS, SPEC, header_of, record
-from tests.journeys.test_deployment import make_batch, tiny_bert
 from tests.models.factories import DECODERS
 from tests.models.factories import make_batch as make_family_batch
 

@@ -75,19 +75,20 @@ def _recipe() -> Callable[[bytes], None]:
 
 
 def _yaml() -> Callable[[bytes], None]:
-    from attnpress.strict_yaml import YamlError, parse_yaml
+    from attnpress.config.strict_yaml import YamlError, parse_yaml
 
     return functools.partial(_parse, parse_yaml, YamlError)
 
 
 def _json() -> Callable[[bytes], None]:
-    from attnpress.strict_json import JsonError, parse_json
+    from attnpress.records.strict_json import JsonError, parse_json
 
     return functools.partial(_parse, parse_json, JsonError)
 
 
 def _record() -> Callable[[bytes], None]:
-    from attnpress.results import RecordError, from_json
+    from attnpress.records.reading import RecordError
+    from attnpress.records.run import from_json
 
     return functools.partial(_parse, from_json, RecordError)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from attnpress import prediction
-from attnpress.prediction import PredictionError, Progress, predict_file
+from attnpress.runs import prediction
+from attnpress.runs.prediction import PredictionError, Progress, predict_file
 from attnpress.tasks.lines import TaskError
 from tests.fuzz.mutations import PIECES, as_json, damage_bytes, damage_text, odd, to_bytes
 

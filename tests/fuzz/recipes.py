@@ -15,10 +15,10 @@ from typing import Any
 import yaml
 
 from attnpress.config import ConfigError, RunConfig
-from attnpress.evidence import EvidenceSpec
-from attnpress.leaderboard.spec import BoardSpec
-from attnpress.recipe import dump_config, load_spec, parse_spec, spec_to_dict
-from attnpress.sweep.spec import SweepSpec
+from attnpress.config.recipe import dump_config, load_spec, parse_spec, spec_to_dict
+from attnpress.studies.evidence import EvidenceSpec
+from attnpress.studies.leaderboard.spec import BoardSpec
+from attnpress.studies.sweep.spec import SweepSpec
 from tests.fuzz.mutations import PIECES, damage_bytes, damage_plain, damage_text, odd, to_bytes
 
 ROOT = Path(__file__).parents[2]

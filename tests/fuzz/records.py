@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from attnpress import board_record, sweep_record
+from attnpress.records import leaderboard as board_record
+from attnpress.records import sweep as sweep_record
+from attnpress.records.reading import RecordError
+from attnpress.records.run import read_record
 from attnpress.report.leaderboard import board_table
 from attnpress.report.page import make_report
 from attnpress.report.render import front_table, stages_table
-from attnpress.results import RecordError, read_record
 from tests.fuzz.mutations import as_json, damage_bytes, damage_plain, damage_text, to_bytes
 
 ROOT = Path(__file__).parents[2]

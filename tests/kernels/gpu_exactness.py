@@ -285,9 +285,9 @@ def test_a_compiled_function_and_an_exported_program_give_the_same() -> None:
 @pytest.mark.parametrize("padding", ["keep", "skip"])
 def test_a_deployed_model_gives_what_the_reference_gives(padding: Any) -> None:
     pytest.importorskip("datasets")
-    from attnpress.calibration import calibrate
-    from attnpress.deployment import deploy
+    from attnpress.deployment.attention import deploy
     from attnpress.models.binding import bind
+    from attnpress.training.calibration import calibrate
     from tests.models.factories import make_batch, make_model, outputs
 
     batch = {name: x.to(gpu.device()) for name, x in make_batch(lengths=(6, 3)).items()}

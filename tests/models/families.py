@@ -28,12 +28,12 @@ from transformers import (
     T5EncoderModel,
 )
 
-from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec
-from attnpress.deployment import deploy, undeploy
+from attnpress.deployment.attention import deploy, undeploy
 from attnpress.files import write_text
 from attnpress.models.binding import bind
 from attnpress.models.forward import UnsupportedModelError
+from attnpress.training.calibration import calibrate
 from tests.models.factories import ENDS, GPT, MODELS, SIZES, make_batch, make_model, outputs, real_tokens
 
 FILE = Path(__file__).parents[2] / "docs" / "families.json"

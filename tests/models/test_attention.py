@@ -10,10 +10,13 @@ import torch
 from torch import Tensor
 
 from attnpress.config import DENSE, AttentionSpec, Granularity, ProbsSpec, RuleName, TensorSpec
+from attnpress.config.rules import RULES as FACTS
 from attnpress.core.attention import dense_attention, integer_attention, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
 from attnpress.core.fake_quantize import scores_operands
-from attnpress.core.pruner import BINS, COUNTED, pair_bins, pair_histogram
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS
+from attnpress.core.thresholds import pair_histogram
 from attnpress.models.attention import CompressedAttention
 
 RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
@@ -181,7 +184,7 @@ def test_thresholds_are_told_in_the_unit_of_the_rule() -> None:
     for rule in RULES:
         spec = AttentionSpec(rule=rule, sparsity=0.8)
         state = calibrated(spec, inputs)
-        if rule in COUNTED:
+        if FACTS[rule].counts:
             assert not state.threshold().any()
             continue
         assert bool(((state.threshold() > 0) & (state.threshold() < 1)).all())
@@ -395,7 +398,7 @@ def test_the_histogram_holds_the_pairs_of_the_reference_before_pruning(rule: Rul
     query, key, _, valid, real = inputs
     q, k, alpha = scores_operands(query, key, valid, state.scales(), state.spec, DIM**-0.5)
     pairs = prune_and_code(q @ repeat_heads(k, HEADS).mT, valid, alpha, None, state.spec)
-    bins = pair_bins(state.spec, pairs.exponent, pairs.probability, pairs.distance)
+    bins = rule_of(state.spec).bins(pairs.exponent, pairs.probability, pairs.distance)
     assert torch.equal(state.seen, pair_histogram(bins[:, :, rows], (pairs.valid & real)[:, :, rows]))
 
 

@@ -27,14 +27,14 @@ from transformers import (
 )
 from transformers.models.bert.modeling_bert import BertSelfAttention
 
-from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.core.probe import AttentionCall, probe
-from attnpress.deployment import deploy
+from attnpress.deployment.attention import deploy
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind, captured_outputs, probed, unbind
 from attnpress.models.forward import UnsupportedModelError, attention_forward, eager_function, real_rows, valid_pairs
+from attnpress.training.calibration import calibrate
 from tests.models.factories import (
     DECODERS,
     ENCODERS,

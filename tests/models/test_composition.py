@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModel, BitsAndBytesConfig, PreTrainedModel
 
-from attnpress.calibration import calibrate
 from attnpress.config import AttentionSpec, ScheduleSpec
-from attnpress.deployment import deploy, undeploy
-from attnpress.finetune import SparsityDriver
+from attnpress.deployment.attention import deploy, undeploy
 from attnpress.models.binding import attentions, bind
+from attnpress.training.calibration import calibrate
+from attnpress.training.driver import SparsityDriver
 from tests.kernels.factories import needs_kernel
 from tests.models.factories import DECODERS, MODELS, make_batch, make_classifier, make_model, outputs
 

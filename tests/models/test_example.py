@@ -44,13 +44,13 @@ from transformers import (
     WhisperModel,
 )
 
-from attnpress.calibration import calibrate
 from attnpress.config import AttentionSpec
 from attnpress.core.cost import PairCounts
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import UnsupportedModelError
+from attnpress.training.calibration import calibrate
 from tests.models.factories import GPT
 
 SPEC = AttentionSpec(sparsity=0.5)

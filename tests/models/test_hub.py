@@ -32,13 +32,13 @@ from transformers import (
     pipeline,
 )
 
-from attnpress.calibration import calibrate
 from attnpress.config import DENSE, AttentionSpec, ConfigError, ProbsSpec, ScheduleSpec, TensorSpec
-from attnpress.finetune import SparsityDriver
 from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.forward import UnsupportedModelError
 from attnpress.models.hub import AttnPressConfig, ModelError
 from attnpress.models.loading import WEIGHTS, load_compressed
+from attnpress.training.calibration import calibrate
+from attnpress.training.driver import SparsityDriver
 from tests.conftest import TokenizerFactory
 from tests.models.factories import MODELS, VOCABULARY, as_dtype, make_batch, make_classifier, make_model, outputs
 

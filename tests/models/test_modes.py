@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from attnpress.calibration import calibrate, fit_thresholds, outputs
 from attnpress.config import AttentionSpec
-from attnpress.inspection import inspect_model
-from attnpress.linear import calibrate_linear
+from attnpress.deployment.linear import calibrate_linear
 from attnpress.models.binding import bind
 from attnpress.models.inputs import BatchError
 from attnpress.models.modes import evaluation_mode
+from attnpress.models.outputs import outputs
+from attnpress.runs.inspection import inspect_model
+from attnpress.training.calibration import calibrate, fit_thresholds
 from tests.models.factories import make_batch, make_classifier
 
 

@@ -17,15 +17,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from attnpress.calibration import calibrate, fit_thresholds
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, ScheduleSpec, TensorSpec
-from attnpress.deployment import deploy
+from attnpress.deployment.attention import deploy
 from attnpress.export.onnx import write_onnx
 from attnpress.export.trace import write_trace
-from attnpress.finetune import SparsityDriver
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.state import NotCalibratedError, StateError, pack_extra, unpack_extra
+from attnpress.training.calibration import calibrate, fit_thresholds
+from attnpress.training.driver import SparsityDriver
 from tests.models.factories import make_batch, make_classifier
 
 FOUR, EIGHT_BITS = TensorSpec(bits=4), AttentionSpec()

@@ -11,17 +11,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from attnpress.calibration import calibrate, fit_thresholds
 from attnpress.config import AttentionSpec, RuleName, ScheduleSpec, TailName
 from attnpress.core.attention import TailedScales
 from attnpress.core.cost import PairCounts
-from attnpress.deployment import deploy
-from attnpress.finetune import SparsityDriver
+from attnpress.deployment.attention import deploy
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.encoder import find_encoder
 from attnpress.models.hub import ModelError
 from attnpress.models.loading import WEIGHTS
+from attnpress.training.calibration import calibrate, fit_thresholds
+from attnpress.training.driver import SparsityDriver
 from tests.kernels.factories import needs_kernel
 from tests.models.factories import ENDS, MODELS, SIZES, as_dtype, make_batch, make_model, outputs
 

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
+from attnpress.records.reading import to_json
+from attnpress.records.sweep import SweepRecord, TrialRecord, pareto_front
 from attnpress.report.page import make_report
-from attnpress.results import to_json
-from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front
 
 WIDTHS = (360, 768, 1280)
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

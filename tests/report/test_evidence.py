@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from attnpress.config import DataSpec, RunConfig
-from attnpress.recipe import spec_to_dict
+from attnpress.config.recipe import spec_to_dict
+from attnpress.records.reading import to_json
+from attnpress.records.run import HeadRecord, LayerRecord, Record, StageRecord
 from attnpress.report.evidence import (
     ablation_markdown,
     caption,
@@ -19,7 +21,6 @@ from attnpress.report.evidence import (
     padded_to,
     read_cells,
 )
-from attnpress.results import HeadRecord, LayerRecord, Record, StageRecord, to_json
 
 WORK = {f"{kind}_{side}": 10 if side == "remaining" else 100 for kind in ("bit_operations", "bytes") for side in ("dense", "remaining")}  # fmt: skip # noqa: E501
 BITS = dict.fromkeys("qkvp", 8)

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from attnpress.records.reading import RecordError, to_json
+from attnpress.records.sweep import SweepRecord, TrialRecord, pareto_front
 from attnpress.report.page import make_report
-from attnpress.results import RecordError, to_json
-from attnpress.sweep_record import SweepRecord, TrialRecord, pareto_front
 
 
 def trial(number: int, metric: float, work: float) -> TrialRecord:

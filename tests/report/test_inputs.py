@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from attnpress.board_record import read_board
+from attnpress.records.leaderboard import read_board
+from attnpress.records.reading import RecordError
+from attnpress.records.run import read_record
+from attnpress.records.sweep import read_sweep
 from attnpress.report.inputs import read_timings
-from attnpress.results import RecordError, read_record
-from attnpress.sweep_record import read_sweep
 
 ROOT = Path(__file__).parents[2]
 Change = Callable[[Any], object]

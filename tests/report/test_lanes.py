@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from attnpress.lane_record import LaneRecord, LayerLanes
+from attnpress.records.lanes import LaneRecord, LayerLanes
+from attnpress.records.reading import RecordError, to_json
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.page import make_report
-from attnpress.results import RecordError, to_json
 
 
 def layer(name: str, *counts: int) -> LayerLanes:

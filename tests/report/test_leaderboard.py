@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnpress.board_record import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
+from attnpress.records.leaderboard import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
+from attnpress.records.reading import RecordError, to_json
 from attnpress.report.leaderboard import (
     MISSING,
     board_caption,
@@ -19,7 +20,6 @@ from attnpress.report.leaderboard import (
     skipped,
 )
 from attnpress.report.plots import PRINT, recolored, to_svg
-from attnpress.results import RecordError, to_json
 
 BITS = {"q": 8, "k": 8, "v": 8, "p": 8}
 

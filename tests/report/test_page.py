@@ -13,12 +13,13 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from attnpress.records.reading import RecordError
+from attnpress.records.run import StageRecord, read_record
 from attnpress.report.attention_figures import chosen_heads, threshold_at
 from attnpress.report.figures import describe_curves, describe_heads, head_values, remaining_work
 from attnpress.report.inputs import group_runs, read_run, read_timings
 from attnpress.report.page import Report, ReportError, make_report
 from attnpress.report.plots import COLORS, PRINT, Line, bars, curves, to_svg
-from attnpress.results import RecordError, StageRecord, read_record
 
 RECORDS = Path(__file__).parents[2] / "records"
 TIMING = {

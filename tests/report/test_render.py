@@ -8,8 +8,8 @@ import io
 import pytest
 from rich.console import Console
 
+from attnpress.records.run import STAGES, Record, StageRecord
 from attnpress.report.render import TITLES, seeds_rows, stage_rows, stages_markdown, stages_table
-from attnpress.results import STAGES, Record, StageRecord
 
 BITS = {"q": 8, "k": 8, "v": 4, "p": None}
 DENSE = StageRecord(

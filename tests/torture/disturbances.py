@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from attnpress.results import STAGES, read_record
+from attnpress.records.run import STAGES, read_record
 from tests.torture.subjects import COMPRESS, ENVIRONMENT, RUN, Subject, outcome
 
 Counts = dict[str, int]

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from attnpress.files import sha256_of
-from attnpress.results import read_record
+from attnpress.records.run import read_record
 
 WORDS = "[PAD] [UNK] [CLS] [SEP] good fine great bad dull poor the film plot is and a".split()  # noqa: SIM905
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from attnpress.benchmark.problem import Problem
-from attnpress.calibration import outputs
 from attnpress.config import AttentionSpec, RunConfig
 from attnpress.core.attention import Scales
 from attnpress.core.cost import PairCounts
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.evaluate import finished_model
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.outputs import outputs
+from attnpress.runs.finished import finished_model
 
 
 def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Problem]:

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
+from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.core.attention import Scales, TailedScales
 from attnpress.core.quantizer import positive_scale
 from attnpress.core.tail import Moments, Tail, fit_directions, sees_whole_score
 from attnpress.kernels import ops
-from attnpress.recipe import parse_spec, spec_to_dict
 
 
 @dataclass(frozen=True)

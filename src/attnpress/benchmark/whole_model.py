@@ -32,17 +32,18 @@ from attnpress.benchmark.attention import (
 from attnpress.benchmark.lengths import HISTOGRAMS, ragged_lengths
 from attnpress.benchmark.machine import cores, instructions, peak_megabytes, provenance, resident_megabytes
 from attnpress.benchmark.runtimes import RUNTIMES
+from attnpress.benchmark.stock import STOCK, attention_seconds, load_stock, make_stock
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
-from attnpress.calibration import REFITS, calibrate, outputs, watching
 from attnpress.config import AttentionSpec
-from attnpress.deployment import Linear, deploy
+from attnpress.deployment.attention import Linear, deploy
+from attnpress.deployment.linear import linear_layers
 from attnpress.kernels import cpu, ops
-from attnpress.linear import linear_layers
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.linear import Int8Linear
 from attnpress.models.loading import longest_input
-from attnpress.models.stock import STOCK, attention_seconds, load_stock, make_stock
+from attnpress.models.outputs import outputs
+from attnpress.training.calibration import REFITS, calibrate, watching
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
 """Peers by Transformers: its implementation of attention, and the dtype of everything."""
@@ -70,7 +71,7 @@ class ModelTiming(Comparison):
         sparsity: of P, over all layers.
         ragged: the task whose lengths the rows have, padded to the longest; None where no row has padding.
         linear: what our linear layers were while they were timed: "float", or "int8" (and no padding then).
-        linear_layers: how many of ours ran in which way; see `attnpress.linear.LinearLayers`.
+        linear_layers: how many of ours ran in which way; see `attnpress.deployment.linear.LinearLayers`.
         activation_bits: of the codes that our int8 layers take in, each number once; empty where there are none.
         ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
         ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.

@@ -25,8 +25,8 @@ from attnpress.core.arguments import (
     some_key,
 )
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
-from attnpress.core.pruner import keep_mask
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
+from attnpress.core.rules import rule_of
 from attnpress.core.tail import Tail, TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
@@ -160,7 +160,7 @@ def integer_attention(
     Args:
         query, key, value, valid: see the module.
         scales: from calibration.
-        cutoff: float32 [Hq], per head (`pruner.fit_cutoff`); None prunes nothing.
+        cutoff: float32 [Hq], per head (`thresholds.fit_cutoff`); None prunes nothing.
         spec: bits, modes and rule; all four matrices must be quantized.
         scaling: factor of the scores, usually 1 / sqrt(D).
 
@@ -261,7 +261,7 @@ def prune_and_code(
     t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
     probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
-    keep = keep_mask(spec, distance, probability, valid, alpha, per_head)
+    keep = rule_of(spec).keep(spec, distance, probability, valid, alpha, per_head)
     if spec.p.bits is None:
         real = torch.exp2(-distance.float() * rate / 1024).masked_fill(~valid, 0.0)
         codes, divisor = real * keep, _real_divisor(real, keep, spec.p)

@@ -28,9 +28,10 @@ from attnpress.core.attention import (
     warn_of_nan,
 )
 from attnpress.core.exponential import code_table, exponent, exponent_rate
-from attnpress.core.pruner import BIN_WIDTH, pair_bins, relative_cut
 from attnpress.core.quantizer import EXACT as EXACT
 from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BIN_WIDTH
 from attnpress.core.tail import Tail, active_tail, project_straight_through, score_steps, scored_codes, with_tail
 from attnpress.core.tail_training import TailRows, add_tail_gradients, sum_tail_by_products, tail_pairs
 
@@ -236,14 +237,15 @@ def code_pairs(
         cutoff: float32 [Hq]; None prunes nothing.
     """
     acc = q @ k.mT
-    if spec.rule != "relative" or spec.p.mode != "row" or None in spec.bits.values():
+    rule = rule_of(spec)
+    if not rule.skips or spec.p.mode != "row" or None in spec.bits.values():
         pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
         return CodedPairs(pairs.codes, pairs.divisor, (~pairs.keep).float(), row_maximum(acc, pairs.valid))
-    # The default rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
+    # Such a rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
     # that is not valid is at infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
     (distance, row_max), beyond = _distance(acc, bias), None
     if cutoff is not None:
-        cut = relative_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
+        cut = rule.distance_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
         beyond = (distance - cut).clamp_(min=0)
     t = exponent(distance, exponent_rate(alpha), beyond)
     codes = code_table(spec.p.qmax, t.device).index_select(0, t.view(-1)).view(t.shape).float()
@@ -254,15 +256,16 @@ def code_pairs(
 def unpruned_bins(
     q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, spec: AttentionSpec
 ) -> Tensor:
-    """Histogram bins of the pairs, as `pruner.pair_bins` gives them, while nothing is pruned; see `code_pairs`.
+    """Histogram bins of the pairs, as `Rule.bins` gives them, while nothing is pruned; see `code_pairs`.
 
     Returns:
         Integers [B, Hq, Sq, Sk]; any where a pair is not valid.
     """
     acc = q @ k.mT
-    if spec.rule in ("threshold", "mass"):
+    rule = rule_of(spec)
+    if not rule.bins_by_exponent:
         pairs = prune_and_code(acc, valid, alpha, None, spec)
-        return pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance)
+        return rule.bins(pairs.exponent, pairs.probability, pairs.distance)
     return exponent(_distance(acc, bias)[0], exponent_rate(alpha)) // BIN_WIDTH
 
 

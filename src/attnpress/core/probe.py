@@ -23,9 +23,11 @@ from attnpress.core.attention import (
 )
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import scores_operands
-from attnpress.core.pruner import BINS, pair_bins, pair_histogram
 from attnpress.core.quantizer import dequantize, quantize, smooth_key
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS
 from attnpress.core.tail import active_tail, mean_score, score_steps, scored_codes, sum_tail
+from attnpress.core.thresholds import pair_histogram
 
 COARSE = 32
 """Fine bins in one bin of a probe's histogram: a quarter of an octave."""
@@ -51,7 +53,7 @@ class Probe:
         before, after: P of the floating-point attention and of the compressed one, float32 [B, Hq, Sq, Sk].
         codes: P codes of the compressed one, same shape.
         counted: bool, same shape: valid pairs of real rows.
-        histogram: float64 [Hq, BINS / COARSE], pairs by how late the rule would keep them (see `pruner.pair_bins`).
+        histogram: float64 [Hq, BINS / COARSE], pairs by how late the rule would keep them (see `Rule.bins`).
         loss: float64 [2, Hq] for each of q, k, v, p and output: summed squares of the error, and of the exact values.
     """
 
@@ -75,7 +77,7 @@ def probe(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: Atte
     dense, pairs = _pairs(call, Scales(), None, DENSE), _pairs(call, scales, cutoff, spec)
     before, after = dense.codes / dense.divisor, _compressed(call, scales, cutoff, spec, pairs)
     counted = pairs.valid if call.real is None else pairs.valid & call.real
-    bins = pair_histogram(pair_bins(spec, pairs.exponent, pairs.probability, pairs.distance), counted)
+    bins = pair_histogram(rule_of(spec).bins(pairs.exponent, pairs.probability, pairs.distance), counted)
     loss = _loss(call, scales, spec, before, after, counted)
     return Probe(before, after, pairs.codes, counted, bins.unflatten(-1, (BINS // COARSE, COARSE)).sum(-1), loss)
 

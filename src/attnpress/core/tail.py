@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
+from attnpress.config.rules import RULES
 from attnpress.core.exponential import ONE, STEPS_PER_OCTAVE, T_MAX, power_table
 
 END = 64 * STEPS_PER_OCTAVE
@@ -121,7 +122,7 @@ def sees_whole_score(spec: AttentionSpec, head_dim: int) -> bool:
 
 def prunes(spec: AttentionSpec, cutoff: Tensor | None) -> bool:
     """Whether the rule removes anything, so that there is a tail."""
-    return spec.sparsity > 0 if spec.rule in ("topk", "nm") else cutoff is not None
+    return spec.sparsity > 0 if RULES[spec.rule].counts else cutoff is not None
 
 
 def active_tail(spec: AttentionSpec, tail: Tail | None, cutoff: Tensor | None, query: Tensor) -> Tail | None:
@@ -140,7 +141,7 @@ def active_tail(spec: AttentionSpec, tail: Tail | None, cutoff: Tensor | None, q
     tail = Tail(query.new_zeros(query.shape[1], dtype=torch.float32)) if tail is None else tail
     if spec.tail == "linear" and tail.directions is None and not sees_whole_score(spec, query.shape[-1]):
         raise ValueError("tail 'linear' has no directions yet: run calibrate(model, batches) first")
-    if cutoff is None or spec.rule in ("topk", "nm"):
+    if cutoff is None or RULES[spec.rule].counts:
         return tail
     return Tail(tail.lift.masked_fill(cutoff == torch.inf, OFF), tail.directions)
 

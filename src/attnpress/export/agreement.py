@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnpress.deployment import deploy, undeploy
-from attnpress.evaluate import metrics_of, predicted_logits
+from attnpress.core.rules import rule_of
+from attnpress.deployment.attention import deploy, undeploy
 from attnpress.export.errors import ExportError
 from attnpress.kernels import cpu
-from attnpress.kernels.ops import NATIVE_RULES
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
+from attnpress.tasks.predictions import metrics_of, predicted_logits
 
 TOLERANCE = 0.2
 """Points of the headline metric by which a runtime may differ."""
@@ -101,7 +101,7 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
 def usable_backend(modules: Any) -> str:
     """The compiled kernel where it is built and knows the rule, else the reference."""
     compressed = [module for module in modules if not module.spec.is_dense]
-    native = all(module.spec.rule in NATIVE_RULES and _fits_kernel(module) for module in compressed)
+    native = all("cpu" in rule_of(module.spec).kernels and _fits_kernel(module) for module in compressed)
     return "cpu" if native and cpu.is_built() else "reference"
 
 

@@ -9,7 +9,7 @@ exact in float32, whatever scales the heads have.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ from attnpress.core.attention import (
 )
 from attnpress.core.exponential import ONE, exponent_rate, power_table
 from attnpress.core.quantizer import EXACT, smooth_key
+from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import Attend, CompressedAttention
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
 
 OPSET = 21
-RULES = ("relative", "threshold", "topk")
 
 Coder = Callable[[Tensor, torch.dtype, int], Tensor]
 """From real numbers, in units of their scale and within the range of codes, to the nearest codes, as float32.
@@ -146,11 +146,11 @@ LONGEST = EXACT // 255
 """Keys up to which float32 sums of P codes are exact: 65,793."""
 
 
-def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
+def check_exportable(model: nn.Module, runtime: str = "onnx") -> None:
     """Refuse what the operators cannot say; layers that compress nothing stay as the framework has them.
 
     Args:
-        rules: those that the runtime gets right.
+        runtime: "onnx" or "openvino", which get different rules right.
 
     Raises:
         ExportError: names the module and the option.
@@ -161,17 +161,17 @@ def check_exportable(model: nn.Module, rules: Collection[str] = RULES) -> None:
     if not modules:
         raise ExportError("the model has no compressed attention: export takes a model after bind and calibrate")
     for name, module in modules.items():
-        reason = _refusal(module, rules)
+        reason = _refusal(module, runtime)
         if reason:
             raise ExportError(f"{name}: {reason}")
 
 
-def _refusal(module: CompressedAttention, rules: Collection[str]) -> str | None:
+def _refusal(module: CompressedAttention, runtime: str) -> str | None:
     spec = module.spec
     if None in spec.bits.values():
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
-    if spec.rule not in rules and (spec.sparsity > 0 or spec.threshold is not None):
-        return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules)}"
+    if runtime not in rule_of(spec).kernels and (spec.sparsity > 0 or spec.threshold is not None):
+        return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules_of(runtime))}"
     if spec.q.granularity == "token" and spec.q.power_of_two:
         return "q.granularity 'token' with power_of_two reads the bits of a float, which ONNX has no operator for"
     if spec.p.qmax == 1:
@@ -192,9 +192,7 @@ def attending(model: nn.Module, attend: Attend) -> Iterator[None]:
             module.attend = own
 
 
-def trace_graph(
-    model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, rules: Collection[str] = RULES
-) -> ONNXProgram:
+def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, runtime: str = "onnx") -> ONNXProgram:
     """The model's graph, for any batch size and length.
 
     Args:
@@ -204,7 +202,7 @@ def trace_graph(
     Raises:
         ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
     """
-    check_exportable(model, rules)
+    check_exportable(model, runtime)
     with (
         evaluation_mode(model),
         attending(model, graph_attention(coder)),

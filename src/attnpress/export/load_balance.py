@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from attnpress.core.lanes import LANES, NO_CYCLES, PIECE, lane_cycles
 from attnpress.export.sequences import AttendedSequence, by_layer
-from attnpress.lane_record import LaneRecord, LayerLanes
+from attnpress.records.lanes import LaneRecord, LayerLanes
 
 
 def load_balance(sequences: Iterable[AttendedSequence], task: str) -> LaneRecord:

@@ -24,7 +24,7 @@ from attnpress.core.attention import (
     score_step,
 )
 from attnpress.core.exponential import exponent_rate
-from attnpress.core.pruner import integer_cut
+from attnpress.core.rules import rule_of
 from attnpress.core.sparse_rows import csr_of
 from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.agreement import usable_backend
@@ -166,7 +166,7 @@ def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
     if (fitted := Tail.of_tensors(t)) is not None:
         numerator, divisor, tail = _tailed(t, fitted, spec, pairs, v, numerator)
     codes = pairs.codes.to(torch.uint8)
-    cut = integer_cut(spec, pairs.probability, pairs.valid, t["alpha"], t.get("cutoff"))
+    cut = rule_of(spec).integer_cut(spec, pairs.probability, pairs.valid, t["alpha"], t.get("cutoff"))
     return {
         "acc": acc, "row_max": row_maximum(acc, pairs.valid), "keep": pairs.keep, "p_codes": codes,
         "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(), "weighted": weighted.long(),

@@ -15,17 +15,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from attnpress.config import RunConfig
-from attnpress.evaluate import finished_model
+from attnpress.config.recipe import spec_to_dict
 from attnpress.export import accelforge, csr, density, onnx, openvino, qonnx, scalesim, tables, trace
 from attnpress.export.agreement import TOLERANCE, Agreement, compare
 from attnpress.export.errors import ExportError, require
 from attnpress.export.recording import record_batch
 from attnpress.export.sequences import AttendedSequence, sequences_of
 from attnpress.files import MARKER, check_folder, sha256_of, whole_folder, write_text
-from attnpress.lane_record import SCHEDULES
 from attnpress.models.binding import attentions
 from attnpress.models.inputs import LABELS
-from attnpress.recipe import spec_to_dict
+from attnpress.records.lanes import SCHEDULES
+from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
 
 FORMAT = 2

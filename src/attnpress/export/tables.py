@@ -10,9 +10,9 @@ from attnpress.export.load_balance import load_balance
 from attnpress.export.sanger import write_sanger
 from attnpress.export.sequences import AttendedSequence, by_layer
 from attnpress.files import write_text
-from attnpress.lane_record import FILE as LANES
-from attnpress.lane_record import LaneRecord
-from attnpress.results import to_json
+from attnpress.records.lanes import FILE as LANES
+from attnpress.records.lanes import LaneRecord
+from attnpress.records.reading import to_json
 
 ROWS = "rows.csv"
 ROWS_HEADER = ("layer", "sequence", "head", "query", "pairs", "survivors")

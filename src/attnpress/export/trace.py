@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec
+from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.export.errors import ExportError
 from attnpress.export.recording import Recorded, check_layer, record_batch
 from attnpress.files import write_text
 from attnpress.models.binding import attentions
-from attnpress.recipe import parse_spec, spec_to_dict
-from attnpress.strict_json import parse_json
+from attnpress.records.strict_json import parse_json
 
 FILE = "trace.safetensors"
 INDEX = "trace.safetensors.index.json"

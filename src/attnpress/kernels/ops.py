@@ -27,14 +27,13 @@ from attnpress.core.attention import (
     warn_of_nan,
 )
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.core.pruner import least_probability
+from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import active_tail
 from attnpress.kernels import cpu, gpu
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, slices
 
 LARGEST_HEAD = 256
-NATIVE_RULES = ("relative", "threshold", "topk")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -99,7 +98,7 @@ def attention(
         key, value: [B, Hkv, Sk, D], Hq a multiple of Hkv.
         valid: bool broadcastable to [B, Hq, Sq, Sk], True where the query may attend to the key; None allows all.
         scales: static scales; Q has none with granularity "token".
-        cutoff: float32 [Hq] (`pruner.fit_cutoff`), or None to prune nothing.
+        cutoff: float32 [Hq] (`thresholds.fit_cutoff`), or None to prune nothing.
         spec: all four matrices quantized.
         scaling: factor of the scores, usually 1 / sqrt(D).
         causal: also keep each query from the keys after it; the last query sees all.
@@ -327,9 +326,11 @@ def _arguments(
                 f"{name}: backend {backend!r} takes tensors on {_place(backend)}, found one on {tensor.device}"
             )
     tail = _tail_arguments(query, key, scales, cutoff, spec) if backend == "cpu" else ()
-    if cutoff is not None and (spec.rule == "threshold" or not cutoff.is_contiguous()):
-        check_cutoff(cutoff, query)  # the operator sees theta, in which -1e-30 is like 0
-        cutoff = least_probability(cutoff) if spec.rule == "threshold" else cutoff.contiguous()
+    if cutoff is not None:
+        shown = rule_of(spec).kernel_cutoff(cutoff)
+        if shown is not cutoff or not cutoff.is_contiguous():
+            check_cutoff(cutoff, query)  # the operator does not see this tensor, whose -1e-30 may be 0 in the other
+        cutoff = shown.contiguous()
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
@@ -377,9 +378,9 @@ def _check_spec(spec: AttentionSpec, backend: str) -> None:
         raise ValueError(
             f"backend {backend!r} multiplies integers: set bits for all of q, k, v and p; found {spec.bits}"
         )
-    if spec.rule not in NATIVE_RULES:
+    if backend not in rule_of(spec).kernels:
         raise ValueError(
-            f"backend {backend!r} has no kernel for rule {spec.rule!r}, only for {', '.join(NATIVE_RULES)}; "
+            f"backend {backend!r} has no kernel for rule {spec.rule!r}, only for {', '.join(rules_of(backend))}; "
             "use backend 'reference'"
         )
     if backend == "gpu" and spec.tail != "none":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, TensorSpec
+from attnpress.config.rules import RULES
 from attnpress.core.arguments import pair_mask, some_key
 from attnpress.core.attention import Pairs, Scales, TailedScales, key_validity, prune_and_code, repeat_heads
 from attnpress.core.cost import PairCounts, count_pairs
@@ -26,15 +27,9 @@ from attnpress.core.fake_quantize import (
 )
 from attnpress.core.observer import Observer, Reduce, alone
 from attnpress.core.probe import AttentionCall
-from attnpress.core.pruner import (
-    BINS,
-    COUNTED,
-    fit_cutoff,
-    fixed_cutoff,
-    pair_histogram,
-    pruned_pairs,
-)
 from attnpress.core.quantizer import positive_scale, smooth_key
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS
 from attnpress.core.soft_gate import GAIN, soft_gate_attention
 from attnpress.core.tail import (
     Directions,
@@ -47,6 +42,7 @@ from attnpress.core.tail import (
     sees_whole_score,
     tail_masses,
 )
+from attnpress.core.thresholds import fit_cutoff, fixed_cutoff, pair_histogram
 from attnpress.models.state import (
     WIDEST,
     NotCalibratedError,
@@ -80,7 +76,8 @@ class CompressedAttention(nn.Module):
     """Compression of one attention module of a Transformers model; attached to it as the child `attnpress`.
 
     Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
-    (-ln tau per head, see `core.pruner`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted to.
+    in the unit of the rule (see `core.rules`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted
+    to.
     With `spec.budget` sensitivity, float64 budget [Hq] times the sparsity in force is what is asked of each head.
     With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
     each training call leaves the share of pairs that its soft gate lets through in `density`.
@@ -199,7 +196,7 @@ class CompressedAttention(nn.Module):
 
     def fits_thresholds(self) -> bool:
         """Whether the rule has thresholds that are fitted to the sparsity asked for, or trained."""
-        return self.spec.threshold is None and self.spec.rule not in COUNTED
+        return self.spec.threshold is None and not RULES[self.spec.rule].counts
 
     def set_scales(self, scales: Mapping[str, Tensor]) -> None:
         """Give static scales their values: by "q", "k", "v", float32 of the buffer's shape or broadcastable to it.
@@ -266,9 +263,7 @@ class CompressedAttention(nn.Module):
     def threshold(self) -> Tensor:
         """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""
         cutoff = self.active_cutoff()
-        if cutoff is None or self.spec.rule in COUNTED:
-            return torch.zeros_like(self.cutoff)
-        return cutoff.clamp(max=1) if self.spec.rule == "mass" else torch.exp(-cutoff)
+        return torch.zeros_like(self.cutoff) if cutoff is None else rule_of(self.spec).to_threshold(cutoff)
 
     def set_sparsity(self, sparsity: float) -> None:
         """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far, unless they are trained."""
@@ -312,7 +307,7 @@ class CompressedAttention(nn.Module):
         if self.spec.tail != "none":
             self.masses.mul_(decay).add_(reduce(self.seen_masses, "sum"))
             self.seen_masses.zero_()
-        return torch.stack([pruned_pairs(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
+        return torch.stack([rule_of(self.spec).pruned(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
@@ -405,7 +400,7 @@ class CompressedAttention(nn.Module):
         _, one = level(distance, rest.sum(-1, keepdim=True), exponent_rate(alpha), bare, qmax)
         masses = tail_masses(pairs.probability, rest, one / qmax, counted.any(-1, keepdim=True))
         # A head that nothing is pruned from has no tail.
-        return masses if self.spec.rule in COUNTED else masses * (self.cutoff != torch.inf).unsqueeze(-1)
+        return masses if RULES[self.spec.rule].counts else masses * (self.cutoff != torch.inf).unsqueeze(-1)
 
     def _add_moments(
         self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float

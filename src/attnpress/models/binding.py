@@ -392,3 +392,15 @@ def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
         f"{type(model).__name__}: its attention does not go through Transformers' AttentionInterface, so it cannot be "
         "compressed; use a model that does (BERT, RoBERTa, DistilBERT, ELECTRA, ALBERT, ViT, ModernBERT, ...)"
     )
+
+
+def bound_modules(model: nn.Module) -> dict[str, CompressedAttention]:
+    """`attentions` of a model that has some.
+
+    Raises:
+        ConfigError: the model is not bound.
+    """
+    modules = attentions(model)
+    if not modules:
+        raise ConfigError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
+    return modules

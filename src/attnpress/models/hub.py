@@ -1,8 +1,8 @@
 """Compressed models as Transformers checkpoints: saved by `save_pretrained`, restored by `from_pretrained`.
 
 Transformers' own registry of quantizers does both. Specs go to config.json under `quantization_config`, scales and
-thresholds to the safetensors files, beside the weights. `attnpress.registration` imports this module from inside the
-import of `transformers.quantizers`, so nothing of Transformers beyond the two base classes may be imported at its top.
+thresholds to the safetensors files, beside the weights. `attnpress.models.registration` imports this module from inside
+the import of `transformers.quantizers`, so it may import nothing of Transformers at its top but the two base classes.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
+from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attention import EXTRA, LARGEST_HEAD, NAME, CompressedAttention
 from attnpress.models.checkpoint import ModelError as ModelError
@@ -35,7 +36,6 @@ from attnpress.models.checkpoint import (
 )
 from attnpress.models.mapping import leave_files
 from attnpress.models.state import parse_whole_spec, saving_call, unpack_extra
-from attnpress.recipe import parse_spec, spec_to_dict
 
 FORMAT = 1
 """Version of what is stored. A reader refuses every other one by its number."""

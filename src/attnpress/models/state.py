@@ -12,11 +12,14 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ConfigError
+from attnpress.config.recipe import parse_spec, spec_to_dict
+from attnpress.config.rules import RULES
 from attnpress.core.exponential import T_MAX
-from attnpress.core.pruner import BINS, COUNTED, NATS_PER_BIN, fixed_cutoff
 from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
+from attnpress.core.rules import rule_of
+from attnpress.core.rules.base import BINS, NATS_PER_BIN
 from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
-from attnpress.recipe import parse_spec, spec_to_dict
+from attnpress.core.thresholds import fixed_cutoff
 
 VERSION = 1
 """Of the extra state. A reader refuses every other one by its number."""
@@ -151,14 +154,11 @@ def _range(part: str, tensor: Tensor, spec: AttentionSpec) -> tuple[Tensor, str]
     if part != "cutoff":
         finite = tensor.detach().isfinite()
         return (finite, "a finite number") if part == "trained_cutoff" else (finite & (tensor >= 0), "0 or more")
-    if spec.threshold is not None and spec.rule not in COUNTED:
+    if spec.threshold is not None and not RULES[spec.rule].counts:
         own = fixed_cutoff(spec, tensor.numel()).to(tensor.device).view(tensor.shape)
         same = torch.isclose(tensor, own, rtol=1e-5, atol=1e-6)
         return same, f"{float(own.flatten()[0]):g}, which is the spec's own,"
-    if spec.rule == "mass":
-        return ((tensor > 0) & (tensor <= 1)) | (tensor == torch.inf), "a share above 0 and up to 1, or infinity,"
-    widest = WIDEST * (1 + 1e-6)
-    return ((tensor >= 0) & (tensor <= widest)) | (tensor == torch.inf), f"0 to {WIDEST:.4g} nats, or infinity,"
+    return rule_of(spec).usable(tensor)
 
 
 def _is_learned(part: str, spec: AttentionSpec) -> bool:

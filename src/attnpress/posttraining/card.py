@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from attnpress.card import public_name
-from attnpress.quantized_record import FILE, QuantizedRecord
+from attnpress.records.quantized import FILE, QuantizedRecord
+from attnpress.runs.card import public_name
 
 PIPELINES = {"embedder": "sentence-similarity", "classifier": "text-classification", "reranker": "text-ranking"}
 

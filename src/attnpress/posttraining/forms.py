@@ -7,15 +7,16 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from attnpress.calibration import bound_modules, calibrate, outputs
 from attnpress.config import AttentionSpec, ProbsSpec, TailName, TensorSpec
 from attnpress.core.cost import total_work
-from attnpress.deployment import Linear, deploy
-from attnpress.linear import calibrate_linear, linear_layers
-from attnpress.models.binding import bind
+from attnpress.deployment.attention import Linear, deploy
+from attnpress.deployment.linear import calibrate_linear, linear_layers
+from attnpress.models.binding import bind, bound_modules
 from attnpress.models.counting import counting, pairs_work, summed, tails_work
 from attnpress.models.encoders import Encoder, Rows
 from attnpress.models.inputs import Batch
+from attnpress.models.outputs import outputs
+from attnpress.training.calibration import calibrate
 
 BATCH = 8
 """Texts that go through the model together while it is calibrated: its intermediate results are large."""

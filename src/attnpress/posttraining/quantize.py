@@ -19,10 +19,11 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 
 from attnpress.benchmark.machine import provenance
 from attnpress.config import ConfigError, Count, Sparsity, TailName
+from attnpress.config.recipe import spec_to_dict
+from attnpress.deployment.linear import linear_layers
 from attnpress.files import check_folder, whole_folder, write_text
 from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
-from attnpress.linear import linear_layers
 from attnpress.models.encoders import Encoder, check_compressible, encoder_of, load_encoder
 from attnpress.models.pipeline import is_pipeline
 from attnpress.posttraining.agreement import agreement, loss_of
@@ -30,8 +31,7 @@ from attnpress.posttraining.card import quantized_card
 from attnpress.posttraining.forms import Form, Made, make
 from attnpress.posttraining.measure import Cost, costs
 from attnpress.posttraining.search import BITS, SPARSITIES, Trials, most_compressed
-from attnpress.quantized_record import FILE, CostRecord, QuantizedRecord, TextsRecord, TrialRecord
-from attnpress.recipe import spec_to_dict
+from attnpress.records.quantized import FILE, CostRecord, QuantizedRecord, TextsRecord, TrialRecord
 from attnpress.tasks.texts import Text, Texts, read_texts, texts_of
 
 WHAT = "quantized model"

@@ -14,9 +14,9 @@ from typing import Any
 
 from attnpress.files import write_text
 from attnpress.posttraining.forms import Form
-from attnpress.quantized_record import TrialRecord
-from attnpress.results import RecordError, build_record
-from attnpress.strict_json import JsonError, parse_json
+from attnpress.records.quantized import TrialRecord
+from attnpress.records.reading import RecordError, build_record
+from attnpress.records.strict_json import JsonError, parse_json
 
 SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
 BITS = (8, 6, 4)

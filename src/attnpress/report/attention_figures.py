@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from attnpress.records.run import HeadRecord, StageRecord
+from attnpress.records.samples import Samples
 from attnpress.report.figures import Drawing
 from attnpress.report.inputs import AFTER, Run
-from attnpress.results import HeadRecord, StageRecord
-from attnpress.samples import Samples
 
 BINS_PER_OCTAVE = 4
 UNITS = {

@@ -8,10 +8,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
 from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score, start_of
-from attnpress.results import Record, StageRecord, read_record
 
 Cells = Mapping[str, Sequence[Record]]
 """Records of one task by the name of their cell, one a seed."""

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from attnpress.records.run import StageRecord
 from attnpress.report.inputs import AFTER, Group, Run
 from attnpress.report.render import TITLES
-from attnpress.results import StageRecord
 
 if TYPE_CHECKING:
     from attnpress.report.plots import Line, Plot

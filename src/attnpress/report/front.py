@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from attnpress.records.sweep import SweepRecord, TrialRecord
 from attnpress.report.figures import Drawing
-from attnpress.sweep_record import SweepRecord, TrialRecord
 
 
 def front_drawing(number: int, sweep: SweepRecord) -> Drawing:

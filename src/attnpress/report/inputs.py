@@ -8,10 +8,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from attnpress.lane_record import LaneRecord, read_lanes
-from attnpress.results import Amount, Record, RecordError, Share, Some, build_record, read_record
-from attnpress.samples import Samples, read_samples
-from attnpress.strict_json import parse_json
+from attnpress.records.lanes import LaneRecord, read_lanes
+from attnpress.records.reading import Amount, RecordError, Share, Some, build_record
+from attnpress.records.run import Record, read_record
+from attnpress.records.samples import Samples, read_samples
+from attnpress.records.strict_json import parse_json
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from attnpress.lane_record import LaneRecord
+from attnpress.records.lanes import LaneRecord
 from attnpress.report.figures import Drawing
 
 WORDS = {"in_order": "rows in order", "packed": "rows packed", "split": "rows split and packed"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from attnpress.board_record import BoardRecord, CellRecord
+from attnpress.records.leaderboard import BoardRecord, CellRecord
 from attnpress.report import plots
 from attnpress.report.render import markdown_table
 

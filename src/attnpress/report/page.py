@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from attnpress.records.sweep import FILE, SweepRecord, read_sweep
 from attnpress.report.attention_figures import histogram_drawings, map_drawings
 from attnpress.report.figures import (
     Drawing,
@@ -28,7 +29,6 @@ from attnpress.report.front import front_drawing, front_summary
 from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_run, read_timings
 from attnpress.report.lanes import lane_drawings
 from attnpress.report.render import SEEDS_COLUMNS, caption, front_caption, front_rows, seeds_rows, stage_rows
-from attnpress.sweep_record import FILE, SweepRecord, read_sweep
 
 ON_PAGE = {"ink": "var(--ink)", "line": "var(--line)", "paper": "var(--paper)"}
 NEEDED = ("jinja2", "matplotlib")

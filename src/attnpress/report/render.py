@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from attnpress.results import Record, StageRecord
-from attnpress.sweep_record import SweepRecord
+from attnpress.records.run import Record, StageRecord
+from attnpress.records.sweep import SweepRecord
 
 TITLES = {
     "dense": "dense",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from attnpress.strict_json import JsonError, is_unicode, parse_json
+from attnpress.records.strict_json import JsonError, is_unicode, parse_json
 
 Record = dict[str, Any]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from attnpress.strict_json import is_unicode
+from attnpress.records.strict_json import is_unicode
 from attnpress.tasks.lines import JSON_LINES, Broken, Record, ending, foreign_kind, newline_of, read_rows
 from attnpress.tasks.lines import TaskError as TaskError
 

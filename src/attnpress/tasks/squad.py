@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from attnpress.strict_json import JsonError, is_unicode, parse_json
+from attnpress.records.strict_json import JsonError, is_unicode, parse_json
 from attnpress.tasks.metrics import check_finite
 from attnpress.tasks.sources import TaskError, hash_rows, load_hub, read_text
 

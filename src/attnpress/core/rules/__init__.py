@@ -1,0 +1,24 @@
+"""The pruning rules (numerics, section 4): which valid pairs survive. One module each, named in `config/rules.py`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from attnpress.config import AttentionSpec
+from attnpress.config.rules import RULES as FACTS
+from attnpress.core.rules.base import Rule
+
+RULES: dict[str, Rule] = {name: import_module(f"{__name__}.{name}").RULE for name in FACTS}
+
+
+def rule_of(spec: AttentionSpec) -> Rule:
+    """The rule that a spec names."""
+    return RULES[spec.rule]
+
+
+def rules_of(kernel: str) -> list[str]:
+    """Names of the rules that a backend or an export runs."""
+    return [name for name, rule in RULES.items() if kernel in rule.kernels]
+
+
+__all__ = ["RULES", "Rule", "rule_of", "rules_of"]

@@ -1,0 +1,62 @@
+"""Rule "mass": the smallest set of most probable pairs whose P adds up to gamma."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from attnpress.config import AttentionSpec
+from attnpress.core.rules.base import BINS, Rule, as_integer, row_total
+
+
+class Mass(Rule):
+    """The cutoff is gamma itself, a share of the row's mass; ties go to the lower index."""
+
+    per_bin = 1.0 / BINS
+
+    def keep(
+        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        cutoff: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Pairs before which the row has less than gamma."""
+        if cutoff is None:
+            return valid
+        before, total = mass_before(probability, distance)
+        return (before.double() < cutoff.double() * total.double()) & valid
+
+    def integer_cut(
+        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
+    ) -> Tensor | None:
+        """Pairs are kept while the p~ of those before them add up to less."""
+        if cutoff is None:
+            return None
+        return as_integer((cutoff.view(1, -1, 1, 1).double() * row_total(probability).double()).ceil())
+
+    def bins(self, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
+        """The share of the row before each pair."""
+        before, total = mass_before(probability, distance)
+        return (before.double() / total.clamp(min=1) * BINS).clamp_(0, BINS - 1).long()
+
+    def to_cutoff(self, threshold: float) -> float:
+        """Itself."""
+        return threshold
+
+    def usable(self, cutoff: Tensor) -> tuple[Tensor, str]:
+        """Some of the row, or all."""
+        return ((cutoff > 0) & (cutoff <= 1)) | (cutoff == torch.inf), "a share above 0 and up to 1, or infinity,"
+
+    def to_threshold(self, cutoff: Tensor) -> Tensor:
+        """Itself, at most the whole row."""
+        return cutoff.clamp(max=1)
+
+
+def mass_before(probability: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Summed probability of the pairs that rank before each pair, and of the whole row; exact int64."""
+    order = distance.sort(dim=-1, stable=True).indices
+    ranked = probability.long().gather(-1, order)
+    running = ranked.cumsum(-1)
+    before = torch.empty_like(running).scatter_(-1, order, running - ranked)
+    return before, running[..., -1:]
+
+
+RULE = Mass()

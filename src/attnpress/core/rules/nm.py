@@ -1,0 +1,51 @@
+"""Rule "nm": of every 4 consecutive keys of a row the N nearest."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnpress.config import AttentionSpec
+from attnpress.core.rules.base import CountingRule
+
+GROUP = 4
+"""M of N:M: how many consecutive keys share N places."""
+
+
+class NM(CountingRule):
+    """Dynamic N:M structured attention (Chen et al., "DFSS", PPoPP 2023, arXiv 2203.00091); sparsity 0.5 is its 2:4.
+
+    Ties go to the lower index. Keys that are not valid come last in their group, so that padding never takes a place.
+    """
+
+    def keep(
+        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        cutoff: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """The N nearest of each group."""
+        keys = distance.shape[-1]
+        ranked = F.pad(distance.float().masked_fill(~valid, math.inf), (0, -keys % GROUP), value=math.inf)
+        place = ranked.unflatten(-1, (-1, GROUP)).sort(dim=-1, stable=True).indices.argsort(-1)
+        keep: Tensor = (place < kept_of_group(spec.sparsity)).flatten(-2)[..., :keys] & valid
+        return keep
+
+    def integer_cut(
+        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
+    ) -> Tensor | None:
+        """The keys kept of each group."""
+        return None if spec.sparsity == 0 else torch.full((1, 1, 1, 1), kept_of_group(spec.sparsity))
+
+    def share(self, sparsity: float) -> float:
+        """What whole keys of a group come to."""
+        return 1 - kept_of_group(sparsity) / GROUP
+
+
+def kept_of_group(sparsity: float) -> int:
+    """N, 1 to 4: never prunes more than asked, but for `sparsity` above 0.75, which N:4 cannot reach."""
+    return max(1, GROUP - math.floor(sparsity * GROUP))
+
+
+RULE = NM()

@@ -1,0 +1,193 @@
+"""deploy: run a compressed model on real kernels; undeploy goes back.
+
+Attention gives bit for bit what was trained. Linear layers in 8 bits, and leaving padding out, are asked for by name.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Literal, TypeVar
+
+from torch import Tensor, nn
+
+from attnpress.config import AttentionSpec
+from attnpress.core.attention import Scales
+from attnpress.core.fake_quantize import fake_quantize_attention
+from attnpress.core.inference import without_gradient
+from attnpress.deployment.linear import int8_encoder, pack_int8, use_int8
+from attnpress.kernels import cpu, gpu, ops
+from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.models.attention import CompressedAttention
+from attnpress.models.binding import attentions
+from attnpress.models.encoder import Packing, find_encoder, is_int8, plan_of
+
+AUTO = "auto"
+
+PACKING = "_attnpress_packing"
+"""Attribute of an encoder that runs without padding."""
+
+Linear = Literal["float", "int8"]
+Padding = Literal["keep", "skip"]
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", padding: Padding | None = None) -> Model:
+    """Swap the attention of a calibrated or trained model for a backend of `attnpress.kernels`, for inference.
+
+    Args:
+        model: after `bind` and `calibrate`, or loaded from a compressed checkpoint; put into evaluation mode.
+        backend: "cpu" (the compiled kernel), "gpu" (the Triton kernel) or "reference"; "auto" takes the kernel of the
+            device that the model is on, for each module that it can run, and says once, as a warning, where the
+            reference takes its place: the kernel cannot run here, or is not made for the spec.
+        linear: "int8" also puts the encoder's linear layers into 8 bits and its word embedding into 16, but for what
+            `calibrate_linear` left in float. Their float32 weights are let go, so such a model cannot be undeployed.
+            `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. The small
+            float layers around the encoder are computed in one order, so that with no product left in float the
+            output of a text is the same bits in any company, on any processor (docs/never_changes.md). Families
+            other than BERT's keep float layers, said once in a warning.
+        padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
+            padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
+
+    Returns:
+        The same model. Modules that compress nothing keep the framework's own attention.
+
+    Raises:
+        ValueError: the model is not bound, or the backend cannot run its spec.
+        BackendUnavailableError: the backend named is not built, or cannot run here.
+    """
+    modules = attentions(model)
+    if not modules:
+        raise ValueError("the model has no compressed attention: call bind(model, spec) and calibrate it first")
+    chosen = {id(module): _choose(module) if backend == AUTO else backend for module in modules.values()}
+    for name, module in modules.items():
+        if not module.spec.is_dense:
+            _check(name, module, chosen[id(module)])
+    if "gpu" in chosen.values() and (linear == "int8" or is_int8(model)):
+        raise ValueError("int8 linear layers run on the CPU alone: deploy with linear='float', or backend 'cpu'")
+    _unpack(model)
+    _deploy_linear(model, linear)
+    usual: Padding = "skip" if linear == "int8" or is_int8(model) else "keep"
+    if (padding or usual) == "skip":
+        _pack(model)
+    for module in modules.values():
+        module.attend = functools.partial(_attend, chosen[id(module)])
+    model.eval()
+    return model
+
+
+def place_on(backend: str, model: nn.Module) -> None:
+    """Move a model to where a backend that is asked for by name runs; only "gpu" asks for a place of its own.
+
+    Raises:
+        BackendUnavailableError: it cannot run here.
+    """
+    if backend == "gpu":
+        gpu.load()
+        nn.Module.to(model, gpu.device())
+
+
+def undeploy(model: Model) -> Model:
+    """Give the model back its training forward; returns it. Does nothing to a model that was not deployed.
+
+    The model stays in evaluation mode, into which `deploy` put it: call `model.train()` to train on.
+
+    Raises:
+        ValueError: its linear layers are int8, so their float32 weights are gone.
+    """
+    if is_int8(model):
+        raise ValueError("the linear layers are int8, and their float32 weights gone: load the model again")
+    _unpack(model)
+    for module in attentions(model).values():
+        module.attend = fake_quantize_attention
+    return model
+
+
+def _deploy_linear(model: nn.Module, linear: Linear) -> None:
+    """Put linear layers into 8 bits if that is asked for, and have those that are run as fast as they can."""
+    if linear == "int8" and not is_int8(model):
+        encoder = int8_encoder(model)
+        if encoder is not None:
+            use_int8(model, encoder, plan_of(model) or {})
+    if is_int8(model):
+        pack_int8(model)
+
+
+def _pack(model: nn.Module) -> None:
+    """Leave padding out from now on, where the encoder allows it."""
+    encoder = find_encoder(model)
+    if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
+        _say_padding(type(model).__name__)
+    else:
+        setattr(encoder, PACKING, Packing(encoder))
+
+
+def _unpack(model: nn.Module) -> None:
+    encoder = find_encoder(model)
+    packing: Packing | None = None if encoder is None else vars(encoder).pop(PACKING, None)
+    if packing is not None:
+        packing.remove()
+
+
+@functools.cache
+def _say_padding(name: str) -> None:
+    warnings.warn(
+        f"{name}: padding is kept; only encoders of the BERT family whose layers are all compressed run without it",
+        stacklevel=4,
+    )
+
+
+def _choose(module: CompressedAttention) -> str:
+    """The fastest backend that can run a module's spec where the module is."""
+    backend = "gpu" if module.cutoff.is_cuda else "cpu"
+    if backend == "cpu" and not cpu.is_built():
+        _say_once()
+        return "reference"
+    try:
+        if backend == "gpu":
+            gpu.load()
+        if not module.spec.is_dense:
+            ops.check_native(module.spec, module.head_dim, backend)
+    except (ValueError, BackendUnavailableError) as error:
+        _say_reference(str(error))
+        return "reference"
+    return backend
+
+
+@functools.cache
+def _say_once() -> None:
+    warnings.warn(
+        "the compiled CPU kernel is not built, so attention runs through the slow reference; build it with "
+        "`make kernel`, or pass backend='reference' to mean it",
+        stacklevel=5,
+    )
+
+
+@functools.cache
+def _say_reference(reason: str) -> None:
+    warnings.warn(
+        f"attention runs through the slow reference, since {reason}; pass backend='reference' to mean it", stacklevel=5
+    )
+
+
+def _check(name: str, module: CompressedAttention, backend: str) -> None:
+    module.require_calibrated(name)
+    try:
+        ops.check(module.spec, module.scales(), module.head_dim, backend)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from None
+
+
+def _attend(
+    backend: str, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales,
+    cutoff: Tensor | None, spec: AttentionSpec, scaling: float, dropout: float = 0.0, bounds: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The signature of `fake_quantize_attention`, without its gradients; `bounds` as `ops.attention_packed` has it."""
+    if dropout > 0:
+        raise RuntimeError("a deployed model does not train: call undeploy(model), or model.eval()")
+    if bounds is not None:
+        output = ops.attention_packed(query, key, value, bounds, scales, cutoff, spec, scaling, backend=backend)
+    else:
+        output = ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend=backend)
+    return without_gradient(output, query, key, value)

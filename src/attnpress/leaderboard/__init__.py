@@ -1,6 +1,0 @@
-"""leaderboard: the pruning rules of the field with the same model, tasks, seeds, bits and training."""
-
-from attnpress.leaderboard.run import run_board
-from attnpress.leaderboard.spec import BoardSpec, EntrySpec
-
-__all__ = ["BoardSpec", "EntrySpec", "run_board"]

@@ -1,0 +1,36 @@
+"""Outputs of a model for batches: evaluation mode, on its own device, without gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnpress.models.inputs import Batch, forward_inputs
+from attnpress.models.modes import evaluation_mode
+from attnpress.models.pipeline import called_with_batches
+
+
+def first_output(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's first output for one batch, float32; where it has a row for each token, those of real tokens."""
+    inputs = forward_inputs(model, batch)
+    (output,) = outputs(model, [inputs])
+    first: Tensor = output[0].float()
+    mask = inputs.get("attention_mask")
+    return first if mask is None or mask.shape != first.shape[:2] else first[mask.bool().to(first.device)]
+
+
+def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
+    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients.
+
+    Raises:
+        BatchError: see `forward_inputs`.
+    """
+    with evaluation_mode(model):
+        for number, batch in enumerate(batches):
+            inputs = forward_inputs(model, batch, number)
+            with torch.no_grad():
+                output = called_with_batches(model)(**inputs)
+            yield output

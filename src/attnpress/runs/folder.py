@@ -1,0 +1,150 @@
+"""The run folder: whose it is, whether it has room, and what its record says about where the figures came from."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from torch import nn
+
+from attnpress.config import ConfigError, RunConfig
+from attnpress.config.recipe import dump_config, load_config, spec_to_dict
+from attnpress.distributed import this_process
+from attnpress.files import MARKER, mark, read_marker, write_text
+from attnpress.models.loading import weights_hash
+from attnpress.records.reading import RecordError
+from attnpress.records.run import read_record
+from attnpress.tasks import TaskData
+
+MARK, RECIPE = "run", "recipe.yaml"
+"""What the marker of a run folder says, and the file that says of which recipe."""
+
+COPIES = 8
+"""Disk a run needs, in copies of the weights: two checkpoints with optimizer state, and two final models."""
+
+
+def claim_folder(config: RunConfig, output: Path) -> None:
+    """Make the run folder this recipe's own: a new or empty one, or one that holds a run of the same recipe.
+
+    Raises:
+        ConfigError: it holds a run of another recipe or something that attnpress did not write, or cannot be written.
+    """
+    state = this_process()
+    try:
+        taken = _holds_a_run(output)
+        if not taken:
+            _check_free(output)
+        state.wait_for_everyone()  # all ranks have looked before one writes
+        if taken:
+            _check_owner(output, config)
+        elif state.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            mark(output, MARK)
+            write_text(output / RECIPE, dump_config(config))
+    except OSError as error:
+        raise ConfigError(f"{output}: cannot be written ({error.strerror}); choose another --output") from None
+    state.wait_for_everyone()
+
+
+@contextmanager
+def hold_folder(output: Path) -> Iterator[None]:
+    """Keep other runs out of the folder while this one works in it; a killed process lets go of it by itself.
+
+    Raises:
+        ConfigError: another run is at work there.
+    """
+    if not this_process().is_main_process:
+        yield
+        return
+    lock = FileLock(output / "run.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"{output}: another run is at work there; wait for its end, or choose another --output"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def check_space(model: nn.Module, output: Path) -> None:
+    """Refuse to start what cannot be saved.
+
+    Raises:
+        ConfigError: too little disk.
+    """
+    needed = COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise ConfigError(f"{output}: the run needs about {needed >> 20} MiB of disk, {free >> 20} MiB are free")
+
+
+def provenance(seed: int, base: str, data: TaskData) -> dict[str, Any]:
+    """What the figures of a run rest on: versions, hashes of data and base weights, row counts, machine."""
+    packages = ("attnpress", "torch", "transformers", "accelerate", "datasets", "numpy")
+    return {
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "seed": seed,
+        "data": data.fingerprint,
+        "rows": {"train": len(data.train), "eval": len(data.eval)},
+        "weights": {"base": weights_hash(base)},
+        "machine": {
+            "system": platform.platform(terse=True),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "processes": this_process().num_processes,
+        },
+    }
+
+
+def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
+    """Dotted keys in which two nested mappings differ."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [line for key in keys for line in differences(before.get(key), now.get(key), f"{prefix}{key}.")]
+    return [] if before == now else [prefix.removesuffix(".")]
+
+
+def _holds_a_run(output: Path) -> bool:
+    """Whether attnpress has begun a run there; runs from before folders were marked are known by their record."""
+    if not (output / RECIPE).is_file():
+        return False
+    found = read_marker(output)
+    if found is not None:
+        return found.what == MARK
+    try:
+        return bool(read_record(output).recipe)
+    except RecordError:
+        return False
+
+
+def _check_free(output: Path) -> None:
+    held = [path.name for path in output.iterdir()] if output.exists() else []
+    # A run that is killed while it claims the folder leaves its marker, or an unfinished recipe.
+    foreign = sorted(name for name in held if name != MARKER and not name.startswith(f".{RECIPE}."))
+    if foreign:
+        raise ConfigError(
+            f"{output}: holds {foreign[0]} and no run of attnpress, and nothing of it may be replaced; choose another "
+            "--output, or an empty folder"
+        )
+
+
+def _check_owner(output: Path, config: RunConfig) -> None:
+    different = differences(spec_to_dict(load_config(output / RECIPE)), spec_to_dict(config))
+    if different:
+        raise ConfigError(
+            f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "
+            "choose another --output, or delete the folder"
+        )

@@ -1,0 +1,105 @@
+"""sampling: show a bound model a few evaluation rows, and keep what its attention did with them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from attnpress.config import RuleName
+from attnpress.core.probe import AttentionCall, Probe, probe, relative_error
+from attnpress.models.attention import CompressedAttention
+from attnpress.models.binding import probed
+from attnpress.models.outputs import outputs
+from attnpress.records.samples import Samples
+from attnpress.tasks import TaskData
+
+ROWS, BATCH = 32, 4
+"""Evaluation rows that errors and histograms are taken from, and how many of them at a time."""
+
+MAPS, MAP_TOKENS, MAP_CHOICE = 3, 18, 200
+"""Inputs drawn as maps: of the first 200 evaluation rows those of nearest to 18 tokens, which a page can name."""
+
+Errors = dict[str, list[dict[str, float]]]
+
+
+def take_samples(model: nn.Module, data: TaskData, tokenizer: Any, rule: RuleName) -> tuple[Samples, Errors]:
+    """Maps, histograms and errors of a bound model on the first evaluation rows; the same on every rank.
+
+    Args:
+        model: bound; calibrated if its spec is not dense.
+        tokenizer: names the tokens of the maps.
+        rule: of the run: a dense stage, too, counts its pairs in the unit that this rule compares.
+
+    Returns:
+        The samples, and by layer name the relative errors of each head, where anything is compressed.
+    """
+    totals, chosen = Totals(rule), _short_rows(data)
+    for begin in range(0, min(ROWS, len(data.eval)), BATCH):
+        _show(model, data, range(begin, min(begin + BATCH, ROWS, len(data.eval))), totals)
+    maps = [Maps(rule) for _ in chosen]
+    for row, look in zip(chosen, maps, strict=True):
+        _show(model, data, [row], look)
+    tokens = [tokenizer.convert_ids_to_tokens(data.eval[row]["input_ids"]) for row in chosen]
+    by_layer = {name: [look.found[name] for look in maps] for name in totals.histograms}
+    counts = {name: found.round().long().cpu().numpy() for name, found in totals.histograms.items()}
+    return Samples(rule, tokens, by_layer, counts), totals.errors()
+
+
+class Totals:
+    """Sums over calls, by layer: the histogram of pairs [H, bins], and what compression loses [2, H]."""
+
+    def __init__(self, rule: RuleName) -> None:
+        self.rule = rule
+        self.histograms: dict[str, Tensor] = {}
+        self.losses: dict[str, dict[str, Tensor]] = {}
+
+    def __call__(self, name: str, state: CompressedAttention, call: AttentionCall) -> None:
+        """Add one call."""
+        found = probe_state(state, call, self.rule)
+        self.histograms[name] = self.histograms.get(name, 0) + found.histogram
+        if not state.spec.is_dense:
+            before = self.losses.get(name, {})
+            self.losses[name] = {key: before.get(key, 0) + loss for key, loss in found.loss.items()}
+
+    def errors(self) -> Errors:
+        """The relative error of each matrix, by layer and head."""
+        found = {}
+        for name, losses in self.losses.items():
+            columns = [relative_error(loss).tolist() for loss in losses.values()]
+            found[name] = [dict(zip(losses, map(float, row), strict=True)) for row in zip(*columns, strict=True)]
+        return found
+
+
+class Maps:
+    """P of one row as float16 [heads, queries, keys], by layer; its first call where several layers share one."""
+
+    def __init__(self, rule: RuleName) -> None:
+        self.rule = rule
+        self.found: dict[str, NDArray[np.float16]] = {}
+
+    def __call__(self, name: str, state: CompressedAttention, call: AttentionCall) -> None:
+        """Keep one call."""
+        if name not in self.found:
+            self.found[name] = probe_state(state, call, self.rule).after[0].half().cpu().numpy()
+
+
+def probe_state(state: CompressedAttention, call: AttentionCall, rule: RuleName | None = None) -> Probe:
+    """Probe a call of a bound module as its state compresses it."""
+    spec = state.spec if rule is None else dataclasses.replace(state.spec, rule=rule)
+    return probe(call, state.scales(), state.active_cutoff(), spec)
+
+
+def _show(model: nn.Module, data: TaskData, rows: Iterable[int], look: Totals | Maps) -> None:
+    with probed(model, look):
+        for _ in outputs(model, [data.collate([data.eval[row] for row in rows])]):
+            pass
+
+
+def _short_rows(data: TaskData) -> list[int]:
+    lengths = [len(ids) for ids in data.eval[:MAP_CHOICE]["input_ids"]]
+    return sorted(sorted(range(len(lengths)), key=lambda row: abs(lengths[row] - MAP_TOKENS))[:MAPS])

@@ -1,0 +1,1 @@
+"""Many runs that answer one question: evidence, leaderboard, sweep; all share one dense model."""

@@ -1,6 +1,0 @@
-"""sweep: search for recipes of the best metric at the least work, by several workers and over several days."""
-
-from attnpress.sweep.spec import SearchSpec, SweepSpec
-from attnpress.sweep.worker import sweep
-
-__all__ = ["SearchSpec", "SweepSpec", "sweep"]

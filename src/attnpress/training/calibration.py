@@ -1,0 +1,167 @@
+"""calibrate: static scales and thresholds from real batches, padding excluded, merged over all ranks."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from attnpress.core.tail import Moments
+from attnpress.core.thresholds import head_budgets
+from attnpress.distributed import reduce_over_ranks
+from attnpress.models.attention import CompressedAttention
+from attnpress.models.binding import bound_modules
+from attnpress.models.inputs import Batch, listed
+from attnpress.models.outputs import first_output, outputs
+
+SENSITIVITY_BATCHES = 2
+"""Each head costs a forward pass over them."""
+
+REFITS = 2
+"""Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
+
+
+def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Fix the static scales of a bound model, then fit its thresholds to `spec.sparsity`.
+
+    Args:
+        model: after `bind`.
+        batches: a handful of real training batches: mappings from names of forward's arguments to tensors, as a data
+            loader gives them; see `forward_inputs` for what else may be in them. Under torch.distributed, each rank
+            gives its own share, the same number of batches everywhere.
+
+    Raises:
+        BatchError: no batches, or one that the model cannot be called with.
+        ValueError: none with a real token; the model is not bound.
+    """
+    modules = list(bound_modules(model).values())
+    kept = listed(batches, "calibrate")
+    for module in modules:
+        module.observers = module.make_observers()
+    try:
+        for _ in outputs(model, kept):
+            pass
+        for name, module in bound_modules(model).items():
+            _set_scales(name, module)
+    finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
+        for module in modules:
+            module.observers = None
+    _fit_directions(model, kept, modules)
+    _fit(model, kept, modules)
+    spread = [module for module in modules if module.spec.budget == "sensitivity" and module.spec.sparsity > 0]
+    if spread:
+        _set_budgets(model, kept[:SENSITIVITY_BATCHES], spread)
+        _fit(model, kept, modules)
+
+
+def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
+    """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode.
+
+    Trained thresholds (`spec.threshold_penalty`) stay as they are.
+
+    Raises:
+        BatchError: as `calibrate` raises it.
+        ValueError: the batches hold nothing but padding; the model is not bound.
+    """
+    _fit(
+        model,
+        listed(batches, "fit_thresholds"),
+        [module for module in bound_modules(model).values() if module.spec.threshold_penalty is None],
+    )
+
+
+def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    fitted = [module for module in modules if not module.spec.is_dense]
+    for _ in range(1 + REFITS if fitted else 0):
+        before = [_in_force(module) for module in fitted]
+        with watching(fitted, slice(None)):
+            for _ in outputs(model, batches):
+                pass
+        for module in fitted:
+            _, pairs = module.take_seen(0.0, reduce_over_ranks)
+            if pairs == 0:  # whatever the rule: one that fits nothing would go on with scales of nothing
+                raise ValueError("the batches hold no valid pair of tokens, only padding: calibrate on real batches")
+            module.fit()
+        if all(torch.equal(old, _in_force(module)) for old, module in zip(before, fitted, strict=True)):
+            break  # the model is what it was, so that it would show the same pairs again
+
+
+def _in_force(module: CompressedAttention) -> Tensor:
+    cutoff, tail = module.active_cutoff(), module.tail()
+    parts = ([] if cutoff is None else [cutoff]) + ([] if tail is None else [tail.lift])
+    return torch.cat([module.cutoff.new_empty(0), *parts])
+
+
+def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    """Fit the directions of those modules that have some, before any threshold is."""
+    chosen = [module for module in modules if module.has_directions]
+    for module in chosen:
+        module.moments = Moments.none_yet(module.kv_heads, module.head_dim, module.cutoff.device)
+    try:
+        # Watched, though at no row: modules then do without the thresholds that nothing has fitted yet.
+        with watching([module for module in modules if not module.spec.is_dense], slice(0)):
+            for _ in outputs(model, batches if chosen else []):
+                pass
+        for module in chosen:
+            module.fit_directions(reduce_over_ranks)
+    finally:  # a module that keeps its moments would go on adding to them
+        for module in chosen:
+            module.moments = None
+
+
+@contextmanager
+def watching(modules: Iterable[CompressedAttention], rows: slice) -> Iterator[None]:
+    """Inside the `with` block, calls add the pairs of the chosen query rows to `seen`."""
+    chosen = list(modules)
+    for module in chosen:
+        module.rows = rows
+    try:
+        yield
+    finally:
+        for module in chosen:
+            module.rows = None
+
+
+def _set_scales(name: str, module: CompressedAttention) -> None:
+    observers, module.observers = module.observers or {}, None
+    scales = {}
+    for matrix, observer in observers.items():
+        try:
+            scales[matrix] = observer.scale(reduce_over_ranks)
+        except ValueError as error:
+            raise ValueError(f"{name}: {matrix}: {error}") from None
+        if observer.not_finite:
+            warnings.warn(
+                f"{name}: {observer.not_finite} values of {matrix} in the calibration batches are NaN or infinite; "
+                "its scale is taken from the others: look for broken weights, or a dtype that overflows",
+                stacklevel=3,
+            )
+    module.set_scales(scales)
+
+
+def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
+    keep = torch.cat([1 - module.spec.sparsity * torch.ones_like(module.budget) for module in modules])
+    budgets = head_budgets(_head_changes(model, batches, modules), keep)
+    for module, kept in zip(modules, budgets.split([module.heads for module in modules]), strict=True):
+        module.budget.copy_((1 - kept) / module.spec.sparsity)
+
+
+def _head_changes(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> Tensor:
+    """How far the model's output moves when one head alone is pruned, head by head; float64, over all ranks."""
+    cutoffs = [module.cutoff.clone() for module in modules]
+    for module in modules:
+        module.cutoff.fill_(torch.inf)
+    whole = [first_output(model, batch) for batch in batches]
+    changes = []
+    for module, cutoff in zip(modules, cutoffs, strict=True):
+        for head in range(module.heads):
+            module.cutoff[head] = cutoff[head]
+            moved = [first_output(model, batch) - exact for batch, exact in zip(batches, whole, strict=True)]
+            changes.append(torch.stack([part.double().square().sum() for part in moved]).sum())
+            module.cutoff[head] = torch.inf
+    for module, cutoff in zip(modules, cutoffs, strict=True):
+        module.cutoff.copy_(cutoff)
+    return reduce_over_ranks(torch.stack(changes), "sum").sqrt()

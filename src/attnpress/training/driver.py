@@ -1,0 +1,103 @@
+"""SparsityDriver: raises the sparsity of a bound model step by step, for any training loop."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from attnpress.config import ConfigError, Count, ScheduleSpec, Sparsity
+from attnpress.config.recipe import checked
+from attnpress.core.schedule import sparsity_at
+from attnpress.distributed import reduce_over_ranks
+from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE, CompressedAttention
+from attnpress.models.binding import attentions
+
+Target = float | Mapping[str, float]
+
+
+class SparsityDriver:
+    """Raises the sparsity of a bound model step by step; for any training loop.
+
+    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing of the model is kept here:
+    its attention modules are looked up at each call, so that it may be bound anew; thresholds and their histogram are
+    buffers of theirs, so that a checkpoint holds all that a resumed run needs.
+
+    Args:
+        model: bound and calibrated.
+        schedule: how sparsity grows.
+        target: sparsity to end at, from 0 to below 1; or one for each attention module, by name.
+        total: number of steps of the training.
+
+    Raises:
+        ConfigError: the model is not bound, `target` does not name its attention modules, or a number is out of range.
+    """
+
+    def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target, total: int) -> None:
+        self.model, self.schedule, self.achieved = model, schedule, 0.0
+        self.target, self.total = _checked_target(target), checked(Count, total, "total")
+        self.targets()
+
+    @property
+    def modules(self) -> list[CompressedAttention]:
+        """The attention modules that the model has now, in the order of the layers."""
+        return [module for module, _ in self.targets()]
+
+    def targets(self) -> list[tuple[CompressedAttention, float]]:
+        """The attention modules that the model has now, each with the sparsity to end at.
+
+        Raises:
+            ConfigError: there are none, or `target` names others.
+        """
+        found = attentions(self.model)
+        if not found:
+            raise ConfigError(
+                f"{type(self.model).__name__} is not bound, so nothing of it can be pruned: call bind(model, spec) and "
+                "calibrate(model, batches) first; a model_init has to return such a model"
+            )
+        named = self.target if isinstance(self.target, Mapping) else dict.fromkeys(found, self.target)
+        if different := sorted(set(found) ^ set(named)):
+            raise ConfigError(
+                f"target: {different[0]} is in one of the target and the model only; give a sparsity for each of "
+                f"{', '.join(found)}, or one number for all"
+            )
+        return [(module, named[name]) for name, module in found.items()]
+
+    def begin(self, step: int) -> float:
+        """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean asked."""
+        asked = []
+        for module, target in self.targets():
+            asked.append(sparsity_at(step, self.total, self.schedule, target))
+            if self.schedule.kind != "fixed":
+                module.set_sparsity(asked[-1])
+            module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
+        return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
+
+    def end(self) -> float:
+        """Add the pairs that all ranks have seen in this step to the running histogram.
+
+        Returns:
+            The fraction of those pairs that this step's thresholds pruned; the last known where no row was watched.
+        """
+        counts = []
+        for module in self.modules:
+            module.rows = None
+            counts.append(module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks))
+        pruned, pairs = torch.stack(counts).sum(0).tolist()
+        self.achieved = float(pruned / pairs) if pairs else self.achieved
+        return self.achieved
+
+    def freeze(self) -> None:
+        """Ask for the target itself when training is over: the last step may have asked for less."""
+        for module, target in self.targets():
+            if self.schedule.kind != "fixed":
+                module.set_sparsity(target)
+
+
+def _checked_target(target: Target) -> Target:
+    if isinstance(target, Mapping):
+        return {name: checked(Sparsity, own, f"target of {name}") for name, own in target.items()}
+    number: float = checked(Sparsity, target, "target")
+    return number
