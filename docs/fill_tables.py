@@ -17,8 +17,10 @@ from typing import Any
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.config.recipe import load_spec
 from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
+from attnpress.posttraining.card import quantized_markdown
 from attnpress.records.lanes import LaneRecord, read_lanes
 from attnpress.records.leaderboard import BoardRecord, read_board
+from attnpress.records.quantized import read_quantized
 from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
 from attnpress.report.evidence import (
@@ -51,6 +53,7 @@ PAGES = (
     "docs/benchmarks.md",
     "docs/reliability.md",
     "docs/accelerator.md",
+    "docs/howto/quantize.md",
 )
 README_CELLS = ("dense", "dense-6epochs", "8888-0.95", "4444-0.95")
 TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
@@ -97,6 +100,7 @@ def tables() -> dict[str, str]:
         "accelerator": accelerator_markdown(tasks["mrpc"]),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
+        "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
 
 

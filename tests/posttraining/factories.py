@@ -9,14 +9,15 @@ from typing import Any
 import torch
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from attnpress.models.encoders import Encoder, encoder_of
 from tests.conftest import VOCABULARY
 
 
 def some_texts(count: int, seed: int = 0) -> list[str]:
     """Texts of 2 to 20 words, all different."""
-    draw = random.Random(seed)
-    return [" ".join(draw.choices(VOCABULARY[6:], k=2 + number % 19)) for number in range(count)]
+    draw, found = random.Random(seed), dict[str, None]()
+    while len(found) < count:
+        found[" ".join(draw.choices(VOCABULARY[6:], k=2 + len(found) % 19))] = None
+    return list(found)
 
 
 def some_pairs(count: int) -> list[tuple[str, str]]:
@@ -48,9 +49,3 @@ def make_embedder(folder: Path, pooling: str = "mean", **options: Any) -> Any:
     torch.manual_seed(0)
     modules = [Transformer(str(folder)), Pooling(32, pooling), Dense(32, 16), Normalize()]
     return SentenceTransformer(modules=modules, device="cpu", **options)
-
-
-def encoder_at(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Encoder:
-    from transformers import AutoModel
-
-    return encoder_of(AutoModel.from_pretrained(folder), tokenizer)

@@ -130,7 +130,7 @@ def test_sentence_transformers_keep_their_class(tiny_model: Path, tmp_path: Path
     assert made.record.model == "SentenceTransformer"
 
     reranker = CrossEncoder(str(tiny_model), num_labels=1, device="cpu")
-    made = attnpress.quantize(reranker, some_pairs(80), output=tmp_path / "reranker")
+    made = attnpress.quantize(reranker, some_pairs(120), output=tmp_path / "reranker")
     assert made.record.kind == "reranker"
     assert 0.8 < made.record.agreement["same_order"] <= 1
     loaded = attnpress.deploy(CrossEncoder(str(tmp_path / "reranker"), device="cpu"), "cpu")
@@ -158,7 +158,7 @@ def test_a_search_holds_what_it_is_asked_to_hold(
 def test_few_texts_and_texts_of_one_length_are_told_of(tiny_model: Path) -> None:
     with pytest.warns(UserWarning, match="only 20 texts"):
         attnpress.quantize(tiny_model, TEXTS[:20], linear="float")
-    alike = [" ".join(text.split()[:2]) for text in some_texts(200)]
+    alike = [" ".join(text.split()[:2]) for text in some_texts(400)]  # each counts once
     with pytest.warns(UserWarning, match="all texts have 4 tokens"):
         attnpress.quantize(tiny_model, alike, linear="float")
 

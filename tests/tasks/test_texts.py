@@ -77,7 +77,7 @@ LABELLED = "text,label\n" + "\n".join(f"text {number},{number % 2}" for number i
     ("name", "content", "columns", "said"),
     [
         ("a.jsonl", "", [], "is empty; give a few hundred texts"),
-        ("a.txt", "\n \n", [], "none of its 1 rows can be used"),
+        ("a.txt", "\n \n", [], "is empty"),
         ("a.csv", "body,title\nx,y\n", [], "has the columns body, title; say which holds the texts: --column NAME"),
         ("a.csv", "body,title\nx,y\n", ["txt"], "--column txt: .* has no such column; it has body, title"),
         ("a.csv", LABELLED, ["text", "label"], "--column label: looks like labels .* none are needed"),

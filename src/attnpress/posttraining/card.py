@@ -21,8 +21,6 @@ linear layers in {linear}{tail}. Made by attnpress {version} without labels and 
 
 {table}
 
-{caption}
-
 ## How to load it
 
 ```python
@@ -83,6 +81,13 @@ def quantized_caption(record: QuantizedRecord) -> str:
     )
 
 
+def quantized_markdown(record: QuantizedRecord) -> str:
+    """The table with its caption as Markdown."""
+    header, *rows = quantized_rows(record)
+    lines = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{quantized_caption(record)}"
+
+
 def quantized_card(record: QuantizedRecord, class_name: str) -> str:
     """The card as Markdown, with the header that the Hugging Face Hub reads.
 
@@ -92,8 +97,6 @@ def quantized_card(record: QuantizedRecord, class_name: str) -> str:
     auto = "AutoModel" if record.kind == "embedder" else "AutoModelForSequenceClassification"
     usual = f"from transformers import {auto}", f"{auto}.from_pretrained(folder)"
     imported, made = LOADS.get(class_name, usual)
-    header, *rows = quantized_rows(record)
-    table = [header, ("---", *["---:"] * (len(header) - 1)), *rows]
     bits = {record.attention[name]["bits"] for name in "qkvp"}
     tail = record.attention["tail"]
     return CARD.format(
@@ -102,7 +105,7 @@ def quantized_card(record: QuantizedRecord, class_name: str) -> str:
         sparsity=f"{record.sparsity:.0%}", linear="8 bits" if record.linear == "int8" else "floating point",
         tail="" if tail == "none" else f"; what is pruned still counts, by a tail ({tail})",
         version=record.provenance["versions"]["attnpress"], file=FILE,
-        table="\n".join("| " + " | ".join(row) + " |" for row in table), caption=quantized_caption(record),
+        table=quantized_markdown(record),
         load=f"{imported}\n\nmodel = {made}  # this folder",
     )  # fmt: skip
 

@@ -43,7 +43,7 @@ CALIBRATION, JUDGED = 32, 200
 FEW = 100
 """Texts, below which figures say little."""
 
-USUAL = Form(bits=8, sparsity=0.5, tail="none", linear="int8")
+USUAL = Form(bits=8, sparsity=0.5, tail="mean", linear="int8")
 """What is made if nothing is asked for."""
 
 Say = Callable[[str], None]
