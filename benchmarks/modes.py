@@ -28,12 +28,13 @@ def compare(sides: list[Side], length: int, threads: int, folder: Path) -> dict[
     """Both modes at one length, in turns."""
     problem = make_problem(length, usual_batch(length), heads=12, head_dim=64, sparsity=0.95)
     for side in sides:
-        coding = dataclasses.replace(problem.spec.p, mode=MODES[side.name])
+        call = problem.call
+        coding = dataclasses.replace(call.spec.p, mode=MODES[side.name])
         file = folder / f"{side.name}.safetensors"
-        save_problem(dataclasses.replace(problem, spec=dataclasses.replace(problem.spec, p=coding)), file)
+        save_problem(dataclasses.replace(problem, call=call.with_(spec=dataclasses.replace(call.spec, p=coding))), file)
         facts = side.prepare("attnpress.benchmark.sides:prepare", name="ours", file=str(file), threads=threads)
     measured = compared(in_turns(sides, SECONDS), "unit", facts["target"])
-    return {"seq_len": length, "batch": len(problem.query), "sparsity": round(problem.sparsity, 4), **measured}
+    return {"seq_len": length, "batch": len(problem.call.query), "sparsity": round(problem.sparsity, 4), **measured}
 
 
 def main() -> None:

@@ -22,7 +22,13 @@ from attnpress.records.lanes import LaneRecord, read_lanes
 from attnpress.records.leaderboard import BoardRecord, read_board
 from attnpress.records.quantized import read_quantized
 from attnpress.records.run import Record, StageRecord, read_record
-from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
+from attnpress.report.benchmark import (
+    attention_markdown,
+    layers_markdown,
+    models_markdown,
+    processors_markdown,
+    settings_markdown,
+)
 from attnpress.report.evidence import (
     Cells,
     ablation_markdown,
@@ -32,6 +38,7 @@ from attnpress.report.evidence import (
     goals_markdown,
     losses,
     read_cells,
+    summary_markdown,
 )
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
@@ -51,11 +58,16 @@ PAGES = (
     "docs/method.md",
     "docs/leaderboard.md",
     "docs/benchmarks.md",
+    "docs/tutorial.md",
+    "docs/ecosystem.md",
     "docs/reliability.md",
     "docs/accelerator.md",
     "docs/howto/quantize.md",
 )
-README_CELLS = ("dense", "dense-6epochs", "8888-0.95", "4444-0.95")
+README_CELLS = (
+    ("mrpc", "8888-0.95"), ("mrpc", "4444-0.95"), ("squad", "8888-0.95"), ("squad", "4444-0.95"),
+    ("sst2", "8888-0.95"), ("cola", "8888-0.80"), ("rte", "8888-0.95"),
+)  # fmt: skip
 TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
 BITS = "8888"
 GOALS = (
@@ -80,9 +92,7 @@ def tables() -> dict[str, str]:
     return {
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
-        "mrpc": evidence_markdown(
-            "mrpc", {cell: records for cell, records in tasks["mrpc"].items() if cell in README_CELLS}
-        ),
+        "results_readme": summary_markdown(tasks, README_CELLS),
         "missing": missing_in_words(),
         "errors": errors_markdown(tasks, BITS),
         "goals": goals_markdown(tasks, GOALS),
@@ -107,7 +117,6 @@ def tables() -> dict[str, str]:
 def speeds() -> dict[str, str]:
     """Tables of benchmarks by name."""
     models = [each for file in WHOLE for each in timings(file)]
-    batched = [each for each in models if (each["model"], each["linear"], each["batch"]) == ("bert-base", "int8", 8)]
     return {
         "speed_attention": attention_markdown([*timings("attention-1thread"), *timings("attention-2threads")]),
         "speed_amx": attention_markdown([*timings("attention-amx-1thread"), *timings("attention-amx-2threads")]),
@@ -121,7 +130,14 @@ def speeds() -> dict[str, str]:
         ),
         "speed_layers": layers_markdown(timings("attention-trained-1thread")),
         "speed_models": models_markdown([each for each in models if each["peer"] != "eager"]),
-        "speed_readme": models_markdown([each for each in batched if each["threads"] == 1]),
+        "speed_readme": processors_markdown(
+            {
+                "AVX2": timings("whole-int8-avx2-1thread"),
+                "AVX-512 VNNI": timings("whole-int8-bert-1thread"),
+                "AMX": timings("whole-int8-bert-amx-1thread"),
+            },
+            "bert-base",
+        ),
     }
 
 
@@ -275,7 +291,7 @@ def picture(record: Record) -> str:
 def picture_in_words(record: Record) -> str:
     """The same numbers for those who do not see it."""
     parts = [
-        f"{TITLES[stage.name]}: {stage.keys_per_row:.1f} keys a query, {stage.metrics[record.headline]:.1f} points"
+        f"{TITLES[stage.name]}: {stage.keys_per_row:.1f} keys per query, {stage.metrics[record.headline]:.1f} points"
         for stage in record.stages
     ]
     return f"Bars of the demo run. {'; '.join(parts)}."
@@ -298,11 +314,11 @@ def choices_markdown(cells: Cells, choices: Cells, asked: Sequence[str]) -> str:
 
 
 def evidence_picture(records: Path) -> str:
-    """What pruning loses, by sparsity and by keys kept a row, as SVG."""
+    """What pruning loses, by sparsity and by keys kept per query, as SVG."""
     by_sparsity, by_keys = losses(read_cells(records), BITS)
-    panels = {"sparsity (fraction of valid pairs)": by_sparsity, "keys kept a row": by_keys}
+    panels = {"sparsity (fraction of valid pairs)": by_sparsity, "keys kept per query": by_keys}
     return recolored(
-        to_svg(two_axes(panels, "points against dense", logarithmic=["keys kept a row"]), "evidence"), PRINT
+        to_svg(two_axes(panels, "points against dense", logarithmic=["keys kept per query"]), "evidence"), PRINT
     )
 
 

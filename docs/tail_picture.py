@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.attention import Scales
-from attnpress.core.probe import AttentionCall, probe
+from attnpress.core.call import AttentionCall, Scales
+from attnpress.core.probe import probe
 
 KEYS, DIM, TOP = 24, 16, 0.3
 LEFT, BOTTOM, STEP, TALL = 44, 206, 24, 180
@@ -24,12 +24,15 @@ def rows_of_p() -> dict[str, Tensor]:
     """Exact P of one row, and what each tail makes of it, by name; [KEYS] each."""
     generator = torch.Generator().manual_seed(2)
     query, key, value = (torch.randn(1, 1, n, DIM, generator=generator) for n in (1, KEYS, KEYS))
-    call = AttentionCall(1.3 * query, key, value, None, None, DIM**-0.5)
-    scales = Scales(*(x.abs().amax().view(1, 1, 1, 1) / 127 for x in (call.query, key, value)))
+    query = 1.3 * query
+    scales = Scales(*(x.abs().amax().view(1, 1, 1, 1) / 127 for x in (query, key, value)))
     cutoff = torch.tensor([-math.log(0.45)])
     spec = AttentionSpec(sparsity=0.9, tail_rank=DIM)
     specs = {tail: dataclasses.replace(spec, tail=tail) for tail in ("none", "mean", "linear")}
-    found = {tail: probe(call, scales, cutoff, own) for tail, own in specs.items()}
+    calls = {
+        tail: AttentionCall(query, key, value, None, scales, cutoff, own, DIM**-0.5) for tail, own in specs.items()
+    }
+    found = {tail: probe(call) for tail, call in calls.items()}
     return {"exact": found["none"].before[0, 0, 0]} | {tail: one.after[0, 0, 0] for tail, one in found.items()}
 
 

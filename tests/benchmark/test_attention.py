@@ -67,12 +67,10 @@ def test_the_peer_without_a_tail_has_none_and_ours_has(tmp_path: Path) -> None:
     problem = make_problem(48, 2, 2, 16, 0.9, spec=AttentionSpec(tail="linear", tail_rank=3))
     save_problem(problem, tmp_path / "problem.safetensors")
     read = load_problem(tmp_path / "problem.safetensors")
-    p = read
-    exact = integer_attention(p.query, p.key, p.value, None, p.scales, p.cutoff, p.spec, p.scaling)
+    p = read.call
+    exact = integer_attention(p)
     assert isinstance(exact, TailedAttention)
-    bare = integer_attention(
-        p.query, p.key, p.value, None, p.scales, p.cutoff, dataclasses.replace(p.spec, tail="none"), p.scaling
-    )
+    bare = integer_attention(p.with_(spec=dataclasses.replace(p.spec, tail="none")))
     ours, theirs = (
         sides.prepare(name, str(tmp_path / "problem.safetensors"), threads=1).run() for name in ("ours", "no-tail")
     )
@@ -103,8 +101,8 @@ def test_openvino_is_timed_with_the_threads_asked_for(threads: int) -> None:
 @pytest.mark.parametrize("asked", [0.0, 0.5, 0.9, 0.95])
 def test_synthetic_inputs_have_the_sparsity_they_state(asked: float) -> None:
     problem = make_problem(256, 1, 4, 64, asked)
-    p = problem
-    codes = integer_attention(p.query, p.key, p.value, None, p.scales, p.cutoff, p.spec, p.scaling).p_codes
+    p = problem.call
+    codes = integer_attention(p).p_codes
     assert problem.sparsity == pytest.approx(float((codes == 0).float().mean()), abs=1e-9)
     assert problem.sparsity == pytest.approx(asked, abs=0.01)
 
@@ -113,9 +111,10 @@ def test_a_problem_is_read_as_it_was_written(captured: list[Problem], tmp_path: 
     for problem in (make_problem(16, 2, 2, 16, 0.0), captured[1]):
         save_problem(problem, tmp_path / "problem.safetensors")
         read = load_problem(tmp_path / "problem.safetensors")
-        assert read.query.stride() == problem.query.stride()
+        assert read.call.query.stride() == problem.call.query.stride()
         assert torch.equal(sides._ours(read)(), sides._ours(problem)())  # type: ignore[arg-type]
-        for field in ("spec", "scaling", "sparsity", "source", "layer"):
+        assert (read.call.spec, read.call.scaling) == (problem.call.spec, problem.call.scaling)
+        for field in ("sparsity", "source", "layer"):
             assert getattr(read, field) == getattr(problem, field)
 
 
@@ -125,11 +124,11 @@ def test_peers_compute_the_attention_of_the_same_inputs(
     name: str, kind: str, captured: list[Problem], tmp_path: Path
 ) -> None:
     problem = captured[0] if kind == "captured" else make_problem(48, 2, 2, 16, 0.5)
-    assert (problem.valid is None) == (kind == "synthetic")
+    assert (problem.call.valid is None) == (kind == "synthetic")
     save_problem(problem, tmp_path / "problem.safetensors")
     found: Any = sides.prepare(name, str(tmp_path / "problem.safetensors"), threads=torch.get_num_threads()).run()
     output = torch.from_numpy(found[0].copy()) if name == "openvino" else found.float()
-    p = problem
+    p = problem.call
     exact = dense_attention(p.query, p.key, p.value, p.valid, p.scaling)
     real = exact.abs().amax(-1, keepdim=True) > 0 if p.valid is None else p.valid.diagonal(0, -2, -1).unsqueeze(-1) if p.valid.shape[2] > 1 else p.valid.mT  # fmt: skip # noqa: E501
     off = ((output - exact) * real).norm() / (exact * real).norm()
@@ -160,9 +159,9 @@ def test_the_bare_product_multiplies_every_row_with_every_key(monkeypatch: pytes
 def test_captured_inputs_are_what_the_trained_model_computes_with(captured: list[Problem]) -> None:
     assert [problem.layer for problem in captured] == [f"bert.encoder.layer.{n}.attention.self" for n in (0, 1)]
     for problem in captured:
-        p = problem
+        p = problem.call
         assert p.query.shape == (6, 2, p.valid.shape[-1], 16)  # type: ignore[union-attr]
-        integers = integer_attention(p.query, p.key, p.value, p.valid, p.scales, p.cutoff, p.spec, p.scaling)
+        integers = integer_attention(p)
         assert torch.equal(sides._ours(problem)(), integers.output)  # type: ignore[arg-type]
         assert p.cutoff is not None
         assert p.cutoff.isfinite().all()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, Self
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
 from attnpress.config.rules import RULES as FACTS
-from attnpress.core.attention import IntegerAttention, NanWarning, Scales, integer_attention, key_validity
+from attnpress.core.attention import IntegerAttention, NanWarning, integer_attention, key_validity
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.observer import Observer
 from attnpress.core.quantizer import positive_scale, smooth_key
@@ -32,33 +33,17 @@ def expecting_nan() -> Iterator[None]:
         yield
 
 
-Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
-
-
 @dataclass(frozen=True)
-class Call:
-    """The arguments of one attention call."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    valid: Tensor | None
-    scales: Scales
-    cutoff: Tensor | None
-    spec: AttentionSpec
-    scaling: float
+class Call(AttentionCall):
+    """One attention call, and what becomes of it."""
 
     def integer(self) -> IntegerAttention:
         with expecting_nan():
-            return integer_attention(*self.arguments)
+            return integer_attention(self)
 
     def fake(self, dropout: float = 0.0) -> Tensor:
         with expecting_nan():
-            return fake_quantize_attention(*self.arguments, dropout)
-
-    @property
-    def arguments(self) -> Arguments:
-        return (self.query, self.key, self.value, self.valid, self.scales, self.cutoff, self.spec, self.scaling)
+            return fake_quantize_attention(self.with_(dropout=dropout))
 
     def allowed(self) -> Tensor:
         """`valid`, always as a tensor [B, Hq, Sq, Sk]."""
@@ -68,9 +53,6 @@ class Call:
     def calibrated(self) -> Self:
         """The call with scales fixed on its own tensors."""
         return self.with_(scales=make_scales(self.query, self.key, self.value, self.valid, self.spec))
-
-    def with_(self, **changes: Any) -> Self:
-        return replace(self, **changes)
 
 
 def generator(seed: int) -> torch.Generator:
@@ -114,7 +96,7 @@ def make_scales(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None,
         observer = Observer("absmax", tensor_spec.granularity, tensor_spec.qmax, power_of_two=tensor_spec.power_of_two)
         observer.update(x, None)
         found[name] = observer.scale()
-    return Scales(**found)
+    return Scales(found.get("q"), found.get("k"), found.get("v"))
 
 
 def make_cutoff(spec: AttentionSpec, heads: int, seed: int) -> Tensor | None:

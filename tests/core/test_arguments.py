@@ -12,9 +12,10 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.arguments import pair_mask
-from attnpress.core.attention import Scales, key_validity
+from attnpress.core.attention import key_validity
+from attnpress.core.call import Scales
 from attnpress.core.cost import count_pairs
-from attnpress.core.probe import AttentionCall, probe
+from attnpress.core.probe import probe
 from attnpress.core.quantizer import smooth_key
 from attnpress.core.soft_gate import soft_gate_attention
 from tests.core.factories import RULES, Call, make_call, make_spec, normal
@@ -56,12 +57,8 @@ def test_a_mask_of_any_shape_in_all_that_looks_at_calls(shape: tuple[int, ...]) 
     full = in_full(call)
 
     def seen(one: Call) -> list[Tensor]:
-        shown = probe(
-            AttentionCall(one.query, one.key, one.value, one.valid, None, one.scaling), one.scales, None, one.spec
-        )
-        soft = soft_gate_attention(
-            one.query, one.key, one.value, one.valid, None, one.scales, torch.ones(1), one.spec, one.scaling, 0.0
-        )
+        shown = probe(one.with_(cutoff=None))
+        soft = soft_gate_attention(one.with_(cutoff=torch.ones(1)))
         assert one.valid is not None
         counts = count_pairs(torch.ones(B, HQ, SQ, SK), None, one.valid)
         return [shown.after, shown.counted, shown.histogram, *shown.loss.values(), *soft, *counts.tensors()]

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsMode, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import Scales, dense_attention
+from attnpress.core.attention import dense_attention
+from attnpress.core.call import Scales
 from attnpress.core.fake_quantize import ACCELERATOR_SLICE, EXACT, SLICE, batch_part, batch_slices, dropout_mask
 from tests.core.factories import MASKS, RULES, SEEDS, Call, calls, make_call, make_spec, normal
 

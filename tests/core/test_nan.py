@@ -25,7 +25,7 @@ def spoiled(name: str, value: float = torch.nan) -> Call:
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_nan_is_taken_for_0_with_a_warning(forward: object, name: str) -> None:
     with pytest.warns(NanWarning, match="met NaN among its queries, keys or values and takes it for 0.*look for NaN"):
-        found = forward(*spoiled(name).arguments)  # type: ignore[operator]
+        found = forward(spoiled(name))  # type: ignore[operator]
     assert torch.equal(getattr(found, "output", found), spoiled(name, 0.0).integer().output)
 
 
@@ -34,19 +34,19 @@ def test_nan_is_taken_for_0_with_a_warning(forward: object, name: str) -> None:
 def test_what_saturates_is_not_nan(forward: object, value: float) -> None:
     call = spoiled("key", value)
     call.key[0, 0, 0, :2] = torch.tensor([torch.inf, -torch.inf])
-    forward(*call.arguments)  # type: ignore[operator]  # a warning would be an error
+    forward(call)  # type: ignore[operator]  # a warning would be an error
 
 
 @pytest.mark.parametrize("forward", FORWARDS)
 def test_nan_in_keys_that_nobody_attends_to_is_padding(forward: object) -> None:
     valid = torch.ones(7, dtype=torch.bool)
     valid[3] = False
-    forward(*spoiled("key").with_(valid=valid).arguments)  # type: ignore[operator]
+    forward(spoiled("key").with_(valid=valid))  # type: ignore[operator]
 
 
 def test_one_process_says_it_once() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         for _ in range(3):
-            integer_attention(*spoiled("query").arguments)
+            integer_attention(spoiled("query"))
     assert len(caught) == 1

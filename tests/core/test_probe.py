@@ -7,8 +7,9 @@ import torch
 from hypothesis import given
 
 from attnpress.config import DENSE, RuleName, TailName
-from attnpress.core.attention import Scales, dense_attention, repeat_heads
-from attnpress.core.probe import AttentionCall, probe, relative_error
+from attnpress.core.attention import dense_attention, repeat_heads
+from attnpress.core.call import AttentionCall, Scales
+from attnpress.core.probe import probe, relative_error
 from attnpress.core.quantizer import dequantize, quantize
 from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
@@ -18,16 +19,12 @@ from tests.core.test_tail import with_tail
 
 QUERY, KEY, VALUE = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 REAL = (torch.arange(7) < torch.tensor([[7], [4]])).view(2, 1, 7, 1)
-PADDED = AttentionCall(QUERY, KEY, VALUE, REAL.mT.expand(2, 1, 7, 7), REAL, 8**-0.5)
-
-
-def seen(call: Call) -> AttentionCall:
-    return AttentionCall(call.query, call.key, call.value, call.valid, None, call.scaling)
+PADDED = AttentionCall(QUERY, KEY, VALUE, REAL.mT.expand(2, 1, 7, 7), Scales(), None, DENSE, 8**-0.5, REAL)
 
 
 @given(calls())
 def test_p_is_that_of_the_integer_reference(call: Call) -> None:
-    found, reference = probe(seen(call), call.scales, call.cutoff, call.spec), call.integer()
+    found, reference = probe(call), call.integer()
     assert torch.equal(found.codes.to(torch.uint8), reference.p_codes)
     assert call.scales.v is not None
     value = dequantize(quantize(call.value, call.scales.v, call.spec.v.qmax), call.scales.v)
@@ -38,7 +35,7 @@ def test_p_is_that_of_the_integer_reference(call: Call) -> None:
 @pytest.mark.parametrize(("tail", "rank"), [("mean", 1), ("linear", 3), ("linear", 8)])
 def test_p_shows_the_tail(tail: TailName, rank: int) -> None:
     call = with_tail(make_call(make_spec(sparsity=0.9), keys=12, mask="padding", spread=2.0), tail, rank)
-    found, reference = probe(seen(call), call.scales, call.cutoff, call.spec), call.integer()
+    found, reference = probe(call), call.integer()
     assert call.scales.v is not None
     value = dequantize(quantize(call.value, call.scales.v, call.spec.v.qmax), call.scales.v)
     torch.testing.assert_close(found.after @ value, reference.output, atol=1e-4, rtol=1e-4)
@@ -47,7 +44,7 @@ def test_p_shows_the_tail(tail: TailName, rank: int) -> None:
 
 
 def test_dense_attention_loses_nothing_and_is_the_framework_s_own() -> None:
-    found = probe(PADDED, Scales(), None, DENSE)
+    found = probe(PADDED)
     assert torch.equal(found.before, found.after)
     assert all(not relative_error(loss).any() for loss in found.loss.values())
     expected = dense_attention(QUERY, KEY, VALUE, PADDED.valid, PADDED.scaling)
@@ -58,8 +55,8 @@ def test_padding_is_in_neither_counts_nor_errors() -> None:
     spec = make_spec()
     scales = Scales(*(torch.full((1, 3, 1, 1), 0.03) for _ in range(3)))
     query, key, value = (torch.where(REAL, x, 1e3) for x in (QUERY, KEY, VALUE))
-    wild = AttentionCall(query, key, value, PADDED.valid, REAL, PADDED.scaling)
-    tame, disturbed = (probe(one, scales, None, spec) for one in (PADDED, wild))
+    wild = PADDED.with_(query=query, key=key, value=value)
+    tame, disturbed = (probe(one.with_(scales=scales, spec=spec)) for one in (PADDED, wild))
     assert tame.histogram.sum(-1).tolist() == [7 * 7 + 4 * 4] * 3
     assert torch.equal(tame.histogram, disturbed.histogram)
     for name, loss in tame.loss.items():
@@ -70,7 +67,7 @@ def test_padding_is_in_neither_counts_nor_errors() -> None:
 def test_coarser_codes_lose_more() -> None:
     def output_error(bits: int) -> torch.Tensor:
         call = make_call(make_spec(bits))
-        return relative_error(probe(seen(call), call.scales, None, call.spec).loss["output"])
+        return relative_error(probe(call.with_(cutoff=None)).loss["output"])
 
     assert (output_error(8) < output_error(4)).all()
     assert (output_error(4) < output_error(2)).all()

@@ -16,8 +16,7 @@ FAR_OPEN, SHUT = 60.0, -60.0
 
 
 def gated(call: Call, cutoff: Tensor, real: Tensor | None = None, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
-    tensors = (call.query, call.key, call.value, call.valid, real, call.scales)
-    return soft_gate_attention(*tensors, cutoff, call.spec, call.scaling, dropout)
+    return soft_gate_attention(call.with_(cutoff=cutoff, real=real, dropout=dropout))
 
 
 def number(x: Tensor) -> float:

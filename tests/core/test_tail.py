@@ -15,15 +15,8 @@ from torch import Tensor
 
 from attnpress.config import ConfigError, ProbsSpec, TailName, TensorSpec
 from attnpress.config.recipe import parse_spec, spec_to_dict
-from attnpress.core.attention import (
-    IntegerAttention,
-    Scales,
-    TailedAttention,
-    TailedScales,
-    query_scale,
-    repeat_heads,
-    score_step,
-)
+from attnpress.core.attention import IntegerAttention, TailedAttention, query_scale, repeat_heads, score_step
+from attnpress.core.call import Scales
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.tail import Moments, Tail, fit_directions, fit_lift, level, projected, tail_masses
 from tests.core.factories import RULES, SEEDS, Call, calls, generator, make_call, make_spec, normal
@@ -48,7 +41,7 @@ def make_tail(call: Call, rank: int, seed: int = 0) -> Tail:
 
 def with_tail(call: Call, tail: TailName, rank: int = 3, seed: int = 0) -> Call:
     spec = parse_spec(type(call.spec), {**plain(call), "tail": tail, "tail_rank": rank})
-    scales = TailedScales(call.scales.q, call.scales.k, call.scales.v, tail=make_tail(call, rank, seed))
+    scales = Scales(call.scales.q, call.scales.k, call.scales.v, tail=make_tail(call, rank, seed))
     return call.with_(spec=spec, scales=scales)
 
 
@@ -59,7 +52,7 @@ def plain(call: Call) -> dict[str, Any]:
 
 def tail_row(call: Call, found: IntegerAttention, b: int, h: int, row: int) -> tuple[dict[str, Any], list[float]]:
     """The integers of one row's tail in Python, sums over all keys less those over survivors; and the output."""
-    tail, group = TailedScales.tail_of(call.scales), call.query.shape[1] // call.key.shape[1]
+    tail, group = call.scales.tail, call.query.shape[1] // call.key.shape[1]
     assert tail is not None
     assert call.scales.v is not None
     allowed = [j for j in range(call.key.shape[2]) if bool(call.allowed()[b, h, row, j])]
@@ -244,7 +237,7 @@ def put(x: Tensor, exact: Tensor) -> Tensor:
 
 def flat_formula(call: Call, found: IntegerAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The output in plain float64, autograd through it; what the integers say is put in without changing gradients."""
-    heads, tail = call.query.shape[1], TailedScales.tail_of(call.scales)
+    heads, tail = call.query.shape[1], call.scales.tail
     assert tail is not None
     assert isinstance(found, TailedAttention)
     alpha = score_step(call.scales.q, call.scales.k, call.scaling, heads).double()  # type: ignore[arg-type]
@@ -313,7 +306,7 @@ def test_learned_scales_get_the_gradient_of_the_tail(tail: TailName) -> None:
     call = with_tail(make_call(make_spec(sparsity=0.9, q=learned, k=learned, v=learned), spread=2.0), tail)
     known = [x for x in (call.scales.q, call.scales.k, call.scales.v) if x is not None]
     scales = [x.clone().requires_grad_() for x in known]
-    learning = TailedScales(q=scales[0], k=scales[1], v=scales[2], tail=TailedScales.tail_of(call.scales))
+    learning = Scales(q=scales[0], k=scales[1], v=scales[2], tail=call.scales.tail)
     call.with_(scales=learning).fake().square().sum().backward()
     bare = [x.detach().clone().requires_grad_() for x in scales]
     none = call.with_(spec=make_none(call), scales=Scales(*bare))
@@ -336,7 +329,7 @@ def test_dropout_leaves_the_level_alone() -> None:
 def test_lift_restores_the_mass_of_the_tail() -> None:
     call = make_call(make_spec(sparsity=0.9), rows=40, keys=40, spread=3.0).with_(cutoff=torch.full((4,), 0.4))
     bare = Tail(torch.zeros(4))
-    found = with_tail(call, "mean").with_(scales=TailedScales(call.scales.q, call.scales.k, call.scales.v, tail=bare))
+    found = with_tail(call, "mean").with_(scales=Scales(call.scales.q, call.scales.k, call.scales.v, tail=bare))
     pairs = found.integer()
     assert isinstance(pairs, TailedAttention)
     alpha = score_step(call.scales.q, call.scales.k, call.scaling, 4)  # type: ignore[arg-type]
@@ -346,7 +339,7 @@ def test_lift_restores_the_mass_of_the_tail() -> None:
     masses = tail_masses(p, rest, pairs.tail_level / 255, torch.ones(2, 1, 40, 1, dtype=torch.bool))
     lift = fit_lift(masses)
     assert bool((lift > 50).all())
-    lifted = TailedScales(call.scales.q, call.scales.k, call.scales.v, tail=Tail(lift))
+    lifted = Scales(call.scales.q, call.scales.k, call.scales.v, tail=Tail(lift))
     again = found.with_(scales=lifted).integer()
     assert isinstance(again, TailedAttention)
     after = tail_masses(p, rest, again.tail_level / 255, torch.ones(2, 1, 40, 1, dtype=torch.bool))

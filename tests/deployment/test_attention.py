@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import Scales
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.soft_gate import GAIN
 from attnpress.deployment import attention as deployment
 from attnpress.deployment.attention import deploy, undeploy
@@ -111,7 +111,7 @@ def test_inductor_calls_the_kernel_and_keeps_its_bits() -> None:
     spec, scales = AttentionSpec(), Scales(*(torch.full((1, 3, 1, 1), 0.02) for _ in range(3)))
 
     def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return ops.attention(query * 2, key, value, None, scales, None, spec, 0.25) + 1
+        return ops.attention(AttentionCall(query * 2, key, value, None, scales, None, spec, 0.25)) + 1
 
     cpu.load()
     compiled = torch.compile(attend, fullgraph=True)  # the default backend generates and builds C++

@@ -179,6 +179,7 @@ PROVIDED: dict[str, Callable[[], dict[str, Any]]] = {
 """What a page takes from elsewhere; every other page is complete in itself."""
 
 
+@pytest.mark.filterwarnings("ignore:the CPU kernel is not built")
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text)])
 def test_the_blocks_of_a_page_hold(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

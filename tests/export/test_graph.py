@@ -63,7 +63,7 @@ class Attention(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
         call = self.call
-        return self.attend(query, key, value, valid, call.scales, call.cutoff, call.spec, call.scaling)
+        return self.attend(call.with_(query=query, key=key, value=value, valid=valid))
 
 
 def write(call: Call, coder: Coder, file: Path) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import Scales, TailedScales
+from attnpress.core.call import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
 from tests.kernels.agreement import assert_same, ulps
@@ -65,9 +65,7 @@ def _assert_training(case: Case) -> None:
 
 
 def _assert_packed(case: Case, bounds: Tensor) -> None:
-    arguments = case.arguments
-    (query, key, value, _), rest = arguments[:4], arguments[4:]
-    found = ops.attention_packed(query, key, value, bounds, *rest, causal=case.causal)
+    found = ops.attention(case.with_(bounds=bounds))
     assert found.transpose(1, 2).is_contiguous()
     for begin, end in pairwise(bounds.tolist()):
         own = {name: getattr(case, name)[:, :, begin:end] for name in ("query", "key", "value")}
@@ -100,7 +98,7 @@ def draw(rng: random.Random, seed: int) -> Case:
 
 
 def draw_packed(rng: random.Random, seed: int) -> Case:
-    """One row of tokens, as `ops.attention_packed` takes it."""
+    """One row of tokens, as `ops.attention` takes it with bounds."""
     kv_heads, tokens = rng.choice((1, 2)), rng.choice((0, 1, 7, 40, 100, 200))
     return _case(rng, seed, (1, kv_heads * rng.choice((1, 2, 3)), kv_heads, tokens, tokens, _dim(rng)))
 
@@ -116,8 +114,8 @@ def _case(rng: random.Random, seed: int, shape: tuple[int, int, int, int, int, i
     if rng.random() < 0.25:
         wide = rng.random() < 0.5
         q, k, v = (_spread(rng, getattr(scales, name), wide) for name in ("q", "k", "v"))
-        tail = TailedScales.tail_of(scales)
-        scales = Scales(q, k, v) if tail is None else TailedScales(q, k, v, tail)
+        tail = scales.tail
+        scales = Scales(q, k, v, tail=tail)
         scaling = 2.0 ** rng.uniform(-32, 32) if wide else scaling * 2.0 ** rng.uniform(-4, 4)
     return case.with_(
         query=query, key=key, value=value, scales=scales, scaling=scaling, cutoff=_cutoff(rng, case.query.shape[1])

@@ -8,6 +8,7 @@ not end, and a wrong result are failures.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import random
@@ -24,7 +25,8 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
-from attnpress.core.attention import Scales, integer_attention
+from attnpress.core.attention import integer_attention
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.kernels import cpu, ops
 from tests.fuzz import kernel
 from tests.kernels.agreement import ulps
@@ -112,8 +114,8 @@ def replay(seed: int) -> str:
 def _attention(rng: random.Random, seed: int) -> str:
     count = rng.choice((1, 1, 2, 3))
     case = _spoiled(rng, kernel.draw(rng, seed), count)
-    compiled = _result(lambda: ops.attention(*case.arguments, causal=case.causal, backend="cpu"))
-    reference = _result(lambda: ops.attention(*case.arguments, causal=case.causal, backend="reference"))
+    compiled = _result(lambda: ops.attention(case, backend="cpu"))
+    reference = _result(lambda: ops.attention(case, backend="reference"))
     return _judged(compiled, reference, _products(case.query, case.key), count > 1)
 
 
@@ -123,24 +125,17 @@ def _packed(rng: random.Random, seed: int) -> str:
     count, bad_bounds = rng.choice((0, 0, 1, 1, 2)), rng.random() < 0.6
     case = _spoiled(rng, case, count)
     bounds = spoil(rng, bounds) if bad_bounds else bounds
-    arguments = case.arguments
-    (query, key, value, _), rest = arguments[:4], arguments[4:]
-
-    def attend(backend: str) -> Tensor:
-        return ops.attention_packed(query, key, value, bounds, *rest, causal=case.causal, backend=backend)
-
-    return _judged(
-        _result(lambda: attend("cpu")),
-        _result(lambda: attend("reference")),
-        _products(query, key),
-        count + bad_bounds > 1,
+    compiled, reference = (
+        _result(functools.partial(ops.attention, case.with_(bounds=bounds), backend=backend))
+        for backend in ("cpu", "reference")
     )
+    return _judged(compiled, reference, _products(case.query, case.key), count + bad_bounds > 1)
 
 
 def _operator(rng: random.Random, seed: int) -> str:
     name = rng.choice(("attention", "attention", "attention_packed", "attention_integers"))
     case = kernel.draw_packed(rng, seed) if name == "attention_packed" else kernel.draw(rng, seed)
-    arguments: Arguments = list(ops.compiled_arguments(*case.arguments, case.causal))
+    arguments: Arguments = list(ops.compiled_arguments(case))
     if name == "attention_packed":
         arguments[3] = kernel.draw_bounds(rng, case.query.shape[2])
     for place in rng.sample(range(len(arguments)), rng.choice((1, 1, 2, 3))):
@@ -170,7 +165,7 @@ def _reference(arguments: Arguments) -> Tensor:
     )  # fmt: skip
     allowed = ops.causal_pairs(query, key, valid) if causal else valid
     scales = Scales(q=q_scale, k=k_scale, v=v_scale)
-    return integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
+    return integer_attention(AttentionCall(query, key, value, allowed, scales, cutoff, spec, scaling)).output
 
 
 Result = Tensor | ValueError | MemoryError

@@ -22,7 +22,7 @@ def ulps(left: Tensor, right: Tensor) -> int:
 
 
 def assert_same(case: Case) -> None:
-    expected, found = case.integer(), ops.compiled_integers(*case.arguments, causal=case.causal)
+    expected, found = case.integer(), ops.compiled_integers(case)
     tailed = {field.name for field in dataclasses.fields(expected) if field.name.startswith("tail_")}
     assert tailed == {name for name in found if name.startswith("tail_")}
     for name in (*NAMES, *sorted(tailed)):
@@ -32,5 +32,5 @@ def assert_same(case: Case) -> None:
     for name in ("k_codes", "v_codes"):
         assert torch.equal(found[name] * seen, getattr(expected, name) * seen), name
     assert ulps(found["output"], expected.output) <= 1
-    plain = ops.attention(*case.arguments, causal=case.causal)
+    plain = ops.attention(case)
     assert torch.equal(plain, found["output"])

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsMode, ProbsSpec, RuleName, TailName, TensorSpec
-from attnpress.core.attention import IntegerAttention, Scales, TailedScales
+from attnpress.core.attention import IntegerAttention
+from attnpress.core.call import Scales
 from attnpress.core.tail import Directions, Tail
 from attnpress.kernels import cpu
 from attnpress.kernels.ops import causal_pairs
@@ -32,8 +33,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 @dataclass(frozen=True)
 class Case(Call):
     """A call of the operator, which knows the causal order without a mask."""
-
-    causal: bool = False
 
     def integer(self) -> IntegerAttention:
         return Call.integer(self.in_mask())
@@ -91,7 +90,7 @@ def make_scales(spec: AttentionSpec, heads: int, kv_heads: int, dim: int, genera
     found = Scales(q=scale(spec.q, heads), k=scale(spec.k, kv_heads), v=scale(spec.v, kv_heads))
     if spec.tail == "none":
         return found
-    return TailedScales(found.q, found.k, found.v, make_tail(spec, heads, kv_heads, dim, generator))
+    return Scales(found.q, found.k, found.v, tail=make_tail(spec, heads, kv_heads, dim, generator))
 
 
 def make_tail(spec: AttentionSpec, heads: int, kv_heads: int, dim: int, generator: torch.Generator) -> Tail:
@@ -128,7 +127,7 @@ def make_case(
     spread = None if cutoff is None else torch.rand(heads, generator=generator) * cutoff
     valid = make_mask(mask, (batch, heads, rows, keys), generator)
     scales = make_scales(spec, heads, kv_heads, dim, generator)
-    return Case(query, key, value, valid, scales, spread, spec, dim**-0.5, causal)
+    return Case(query, key, value, valid, scales, spread, spec, dim**-0.5, causal=causal)
 
 
 def bits(low: int = 2) -> st.SearchStrategy[int]:

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
-from attnpress.core.attention import Scales
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.exponential import power_table
 from attnpress.kernels import gpu, ops
 from attnpress.kernels.triton.steps import power
@@ -59,12 +59,12 @@ def power_kernel(distance: Any, found: Any, COUNT: tl.constexpr) -> None:  # noq
 
 
 def attend(case: Case, **options: Any) -> Tensor:
-    return ops.attention(*on_device(case).arguments, causal=case.causal, backend="gpu", **options).cpu()
+    return ops.attention(on_device(case), backend="gpu", **options).cpu()
 
 
 def assert_same(case: Case) -> None:
     expected = case.integer()
-    found = gpu.integers(*ops.gpu_arguments(*on_device(case).arguments, case.causal))
+    found = gpu.integers(*ops.gpu_arguments(on_device(case)))
     for name in (*NAMES, "k_codes", "v_codes"):
         assert torch.equal(found[name].cpu(), getattr(expected, name)), name
     assert torch.equal(found["output"].cpu(), expected.output)
@@ -196,9 +196,7 @@ def test_packed_sequences_get_what_each_gets_alone(changes: dict[str, Any], caus
     lengths = [7, 0, 20, 1, 12]
     case = make_case((1, 2, 1, 40, 40, 16), AttentionSpec(sparsity=0.6, **changes), cutoff=2.0, causal=causal)
     bounds = torch.tensor([0, *lengths]).cumsum(0)
-    arguments: list[Any] = list(on_device(case).arguments)
-    (query, key, value), rest = arguments[:3], arguments[4:]
-    found = ops.attention_packed(query, key, value, bounds, *rest, causal=causal, backend="gpu").cpu()
+    found = ops.attention(on_device(case).with_(bounds=bounds), backend="gpu").cpu()
     for begin, end in pairwise(bounds.tolist()):
         at = slice(begin, end)
         alone = case.with_(query=case.query[:, :, at], key=case.key[:, :, at], value=case.value[:, :, at])
@@ -207,18 +205,18 @@ def test_packed_sequences_get_what_each_gets_alone(changes: dict[str, Any], caus
 
 def test_output_layout_is_that_of_the_other_backends() -> None:
     case = make_case(SHAPE, PRUNED)
-    assert attend(case).stride() == ops.attention(*case.arguments, backend="reference").stride()
+    assert attend(case).stride() == ops.attention(case, backend="reference").stride()
 
 
 def test_operator_passes_the_checks_of_torch() -> None:
     for mask, causal in (("none", False), ("padding", True)):
         case = on_device(make_case((1, 1, 1, 9, 11, 16), PRUNED, mask=mask, cutoff=2.0, causal=causal))
-        torch.library.opcheck(torch.ops.attnpress.attention_gpu.default, ops.gpu_arguments(*case.arguments, causal))
+        torch.library.opcheck(torch.ops.attnpress.attention_gpu.default, ops.gpu_arguments(case.with_(causal=causal)))
 
 
 def test_operator_refuses_what_would_read_beyond_its_tensors() -> None:
     case = on_device(make_case((1, 2, 2, 4, 4, 16), PRUNED, cutoff=2.0))
-    good = list(ops.gpu_arguments(*case.arguments, False))
+    good = list(ops.gpu_arguments(case))
     bad: dict[int, Any] = {
         0: torch.zeros(1, 2, 4, 18), 1: torch.zeros(1, 2, 5, 16), 3: torch.ones(1, 1, 3, 4, dtype=torch.bool),
         5: 0.0, 6: torch.ones(2), 7: torch.ones(1, 3, 1, 1), 9: torch.ones(3), 10: "mass", 11: 1.0, 12: "rows",
@@ -236,11 +234,11 @@ def test_operator_refuses_what_would_read_beyond_its_tensors() -> None:
 @pytest.mark.parametrize("name", ["k", "v"])
 def test_scales_are_refused_in_the_words_of_the_reference(name: str) -> None:
     case = make_case(SHAPE, PRUNED, cutoff=2.0)
-    case = case.with_(scales=dataclasses.replace(case.scales, **{name: torch.ones(1, 3, 1, 1)}))
+    case = case.with_(scales=dataclasses.replace(case.scales, **dict[str, Any]({name: torch.ones(1, 3, 1, 1)})))
     messages = []
     for backend, call in (("gpu", on_device(case)), ("reference", case)):
         with pytest.raises(ValueError, match=f"{name}_scale") as caught:
-            ops.attention(*call.arguments, backend=backend)
+            ops.attention(call, backend=backend)
         messages.append(str(caught.value).replace("cuda:0", "cpu"))
     assert messages[0] == messages[1]
 
@@ -255,13 +253,12 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
     ]
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
-            ops.attention(*case.with_(**change).arguments, backend="gpu")
+            ops.attention(case.with_(**change), backend="gpu")
     many = torch.zeros(1, 1, gpu.MOST_KEYS + 1, 4, device=gpu.device())
     one = torch.ones(1, 1, 1, 1, device=gpu.device())
-    with pytest.raises(ValueError, match="takes up to 66311 keys a row"):
-        ops.attention(
-            many[:, :, :1], many, many, None, Scales(one, one, one), None, AttentionSpec(), 1.0, backend="gpu"
-        )
+    call = AttentionCall(many[:, :, :1], many, many, None, Scales(one, one, one), None, AttentionSpec(), 1.0)
+    with pytest.raises(ValueError, match="takes up to 66311 keys per query"):
+        ops.attention(call, backend="gpu")
 
 
 def test_a_compiled_function_and_an_exported_program_give_the_same() -> None:
@@ -269,8 +266,7 @@ def test_a_compiled_function_and_an_exported_program_give_the_same() -> None:
 
     class Attend(nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
-            rest = (case.scales, case.cutoff, case.spec, case.scaling)
-            return ops.attention(query, key, value, valid, *rest, backend="gpu")
+            return ops.attention(case.with_(query=query, key=key, value=value, valid=valid), backend="gpu")
 
     assert case.valid is not None
     arguments = (case.query, case.key, case.value, case.valid)

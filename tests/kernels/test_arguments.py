@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, RuleName
-from attnpress.core.attention import Scales
+from attnpress.core.call import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
 from tests.kernels.agreement import assert_same
@@ -51,14 +51,14 @@ def test_bytes_that_are_neither_0_nor_1_count_as_true(target: str, shape: tuple[
     case = make_case(SHAPE, SPEC, cutoff=2.0, causal=causal).with_(valid=numbers.view(torch.bool))
     assert_same(case)
     plain = case.with_(valid=numbers > 0)
-    assert torch.equal(ops.attention(*case.arguments, causal=causal), ops.attention(*plain.arguments, causal=causal))
+    assert torch.equal(ops.attention(case.with_(causal=causal)), ops.attention(plain.with_(causal=causal)))
 
 
 def errors(case: Case) -> list[tuple[type, str]]:
     found = []
     for backend in ("cpu", "reference"):
         with pytest.raises(ValueError, match=":") as caught:
-            ops.attention(*case.arguments, backend=backend)
+            ops.attention(case, backend=backend)
         found.append((caught.type, str(caught.value)))
     return found
 
@@ -123,7 +123,7 @@ def bad_arguments() -> dict[str, tuple[int, Any]]:
 @pytest.mark.parametrize("name", bad_arguments())
 def test_operators_check_values_themselves(name: str) -> None:
     place, value = bad_arguments()[name]
-    arguments = list(ops.compiled_arguments(*make_case(SHAPE, SPEC, cutoff=2.0).arguments, False))
+    arguments = list(ops.compiled_arguments(make_case(SHAPE, SPEC, cutoff=2.0)))
     arguments[place] = value
     packed = [*arguments[:3], torch.tensor([0, 9]), *arguments[4:]]
     for operator in ("attention", "attention_integers"):
@@ -135,7 +135,7 @@ def test_operators_check_values_themselves(name: str) -> None:
 
 def test_theta_above_one_is_refused() -> None:
     case = make_case(SHAPE, AttentionSpec(rule="threshold", sparsity=0.5), cutoff=2.0)
-    arguments = list(ops.compiled_arguments(*case.arguments, False))
+    arguments = list(ops.compiled_arguments(case))
     arguments[9] = torch.full((4,), 1.5)
     with pytest.raises(RuntimeError, match=r"attnpress: cutoff must be 0 to 1, found 1\.5"):
         torch.ops.attnpress.attention(*arguments)
@@ -151,7 +151,7 @@ def test_a_tensor_without_data_is_refused(name: str) -> None:
     }
     for backend in ("cpu", "reference"):
         with pytest.raises(ValueError, match=rf"{name}: .*meta"):
-            ops.attention(*case.with_(**changes[name]).arguments, backend=backend)
+            ops.attention(case.with_(**changes[name]), backend=backend)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
@@ -162,9 +162,7 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
     bounds = torch.tensor([0, *lengths]).cumsum(0)
 
     def attend(**changes: Any) -> Tensor:
-        arguments = case.with_(**changes).arguments
-        (query, key, value, _), rest = arguments[:4], arguments[4:]
-        return ops.attention_packed(query, key, value, bounds, *rest, backend=backend)
+        return ops.attention(case.with_(bounds=bounds, **changes), backend=backend)
 
     assert attend().shape == (1, 4, tokens, 16)
     with pytest.raises(ValueError, match="cutoff: thresholds are 0 or more"):
@@ -182,15 +180,13 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
     ids=["int32", "two dimensions", "meta"],
 )
 def test_bounds_of_another_kind_are_refused(backend: str, bounds: Tensor) -> None:
-    arguments = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
-    (query, key, value, _), rest = arguments[:4], arguments[4:]
+    case = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0)
     with pytest.raises(ValueError, match="bounds: int64 that rise from 0"):
-        ops.attention_packed(query, key, value, bounds, *rest, backend=backend)
+        ops.attention(case.with_(bounds=bounds), backend=backend)
 
 
 def test_bounds_need_not_lie_side_by_side() -> None:
-    arguments = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0).arguments
-    (query, key, value, _), rest = arguments[:4], arguments[4:]
+    case = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0)
     bounds = torch.tensor([[0, 7], [4, 7], [9, 7]])[:, 0]
-    found = ops.attention_packed(query, key, value, bounds, *rest)
-    assert torch.equal(found, ops.attention_packed(query, key, value, bounds.clone(), *rest))
+    found = ops.attention(case.with_(bounds=bounds))
+    assert torch.equal(found, ops.attention(case.with_(bounds=bounds.clone())))

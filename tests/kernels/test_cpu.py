@@ -107,44 +107,44 @@ def test_rows_with_rising_scores_and_far_maxima(target: str) -> None:
 
 def test_ties_go_to_the_lower_index(target: str) -> None:
     case = make_case((1, 1, 1, 5, 100, 32), AttentionSpec(rule="topk", sparsity=0.7), extreme="equal")
-    codes = ops.compiled_integers(*case.arguments)["p_codes"]
+    codes = ops.compiled_integers(case)["p_codes"]
     assert torch.equal(codes[..., :30] > 0, torch.ones(1, 1, 5, 30, dtype=torch.bool))
     assert int(codes[..., 30:].sum()) == 0
 
 
 def test_rows_without_a_key_give_zeros(target: str) -> None:
     case = make_case((2, 2, 1, 9, 33, 64), PRUNED, mask="all masked", cutoff=2.0)
-    assert torch.equal(ops.attention(*case.arguments), torch.zeros(2, 2, 9, 64))
+    assert torch.equal(ops.attention(case), torch.zeros(2, 2, 9, 64))
 
 
 def test_codes_do_not_depend_on_padding_or_batch_mates(target: str) -> None:
     long = make_case((2, 2, 2, 50, 50, 64), AttentionSpec(sparsity=0.9, smooth_key=True), cutoff=3.0)
     valid = torch.ones(2, 1, 1, 50, dtype=torch.bool)
     valid[1, ..., 30:] = False
-    both = ops.attention(long.query, long.key, long.value, valid, long.scales, long.cutoff, long.spec, long.scaling)
-    query, key, value = (x[1:, :, :30] for x in (long.query, long.key, long.value))
-    alone = ops.attention(query, key, value, None, long.scales, long.cutoff, long.spec, long.scaling)
+    both = ops.attention(long.with_(valid=valid))
+    few = {name: getattr(long, name)[1:, :, :30] for name in ("query", "key", "value")}
+    alone = ops.attention(long.with_(**few))
     assert torch.equal(both[1:, :, :30], alone)
 
 
 def test_output_layout_lets_heads_be_joined_without_a_copy() -> None:
     case = make_case((2, 3, 3, 7, 7, 16), DENSE)
-    output = ops.attention(*case.arguments)
+    output = ops.attention(case)
     assert output.transpose(1, 2).is_contiguous()
-    assert ops.attention(*case.arguments, backend="reference").stride() == output.stride()
+    assert ops.attention(case, backend="reference").stride() == output.stride()
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 3, 3, 16), (1, 2, 2, 0, 3, 16), (1, 2, 2, 3, 0, 16)])
 def test_empty_tensors(shape: tuple[int, int, int, int, int, int]) -> None:
     case = make_case(shape, DENSE)
-    output = ops.attention(*case.arguments)
+    output = ops.attention(case)
     assert torch.equal(output, torch.zeros(output.shape))
 
 
 def test_operator_passes_the_checks_of_torch() -> None:
     for mask, causal in (("none", False), ("padding", True), ("holes", False)):
         case = make_case((2, 2, 1, 9, 11, 16), PRUNED, mask=mask, cutoff=2.0, causal=causal)
-        arguments = ops.compiled_arguments(*case.arguments, causal)
+        arguments = ops.compiled_arguments(case.with_(causal=causal))
         torch.library.opcheck(torch.ops.attnpress.attention.default, arguments)
         torch.library.opcheck(torch.ops.attnpress.attention_integers.default, arguments)
 
@@ -155,12 +155,12 @@ def test_unknown_or_unsupported_target_is_an_error(monkeypatch: pytest.MonkeyPat
         cpu.active_target()
     case = make_case((1, 1, 1, 2, 2, 16), DENSE)
     with pytest.raises(RuntimeError, match="no such target"):
-        ops.attention(*case.arguments)
+        ops.attention(case)
 
 
 def test_torch_ops_reject_what_would_crash() -> None:
     case = make_case((1, 2, 2, 4, 4, 16), DENSE)
-    good = list(ops.compiled_arguments(*case.arguments, False))
+    good = list(ops.compiled_arguments(case))
     bad = {
         0: torch.zeros(1, 2, 4, 18), 1: torch.zeros(1, 2, 5, 16), 3: torch.ones(1, 1, 3, 4, dtype=torch.bool),
         6: torch.ones(2), 7: torch.ones(1, 3, 1, 1), 9: torch.ones(3), 10: "mass", 12: "rows", 13: 128, 16: 200,

@@ -111,7 +111,7 @@ def test_a_gpu_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatc
     unavailable(monkeypatch, "torch finds no NVIDIA GPU")
     case = make_case((1, 2, 2, 5, 5, 16), AttentionSpec())
     with pytest.raises(BackendUnavailableError, match="backend 'gpu' cannot run here: torch finds no NVIDIA GPU; use"):
-        ops.attention(*case.arguments, backend="gpu")
+        ops.attention(case, backend="gpu")
     with pytest.raises(BackendUnavailableError, match="torch finds no NVIDIA GPU"):
         ops.check(case.spec, case.scales, 16, "gpu")
 

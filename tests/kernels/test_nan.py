@@ -35,9 +35,9 @@ def spoiled(name: str, value: float, place: tuple[int, ...] = (1, 1, -1, -1), **
 @pytest.mark.parametrize("name", ["query", "key", "value"])
 def test_nan_is_taken_for_0_with_a_warning(target: str, name: str, place: tuple[int, ...], smooth_key: bool) -> None:
     with pytest.warns(NanWarning, match="met NaN among its queries, keys or values"):
-        found = ops.attention(*spoiled(name, torch.nan, place, smooth_key=smooth_key).arguments)
+        found = ops.attention(spoiled(name, torch.nan, place, smooth_key=smooth_key))
     if not smooth_key:
-        assert torch.equal(found, ops.attention(*spoiled(name, 0.0, place).arguments))
+        assert torch.equal(found, ops.attention(spoiled(name, 0.0, place)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -45,30 +45,28 @@ def test_nan_of_every_dtype_is_seen(target: str, dtype: torch.dtype) -> None:
     case = spoiled("query", torch.nan)
     case = case.with_(**{name: getattr(case, name).to(dtype) for name in ("query", "key", "value")})
     with pytest.warns(NanWarning):
-        ops.attention(*case.arguments)
-    arguments = case.arguments
-    (query, key, value, _), rest = arguments[:4], arguments[4:]
-    query, key, value = query[1:, :, :37], key[1:, :, :37], value[1:, :, :37]
+        ops.attention(case)
+    few = {name: getattr(case, name)[1:, :, :37] for name in ("query", "key", "value")}
     with pytest.warns(NanWarning):
-        ops.attention_packed(query, key, value, torch.tensor([0, 5, 37]), *rest)
+        ops.attention(case.with_(**few, bounds=torch.tensor([0, 5, 37])))
 
 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, 3e38])
 def test_what_saturates_is_not_nan(target: str, value: float) -> None:
-    ops.attention(*spoiled("key", value).arguments)  # a warning would be an error
+    ops.attention(spoiled("key", value))  # a warning would be an error
 
 
 def test_nan_in_keys_that_nobody_attends_to_is_padding(target: str) -> None:
     valid = torch.arange(70) < 69
-    ops.attention(*spoiled("key", torch.nan).with_(valid=valid).arguments)
-    ops.attention(*spoiled("value", torch.nan).with_(valid=valid).arguments)
+    ops.attention(spoiled("key", torch.nan).with_(valid=valid))
+    ops.attention(spoiled("value", torch.nan).with_(valid=valid))
 
 
 def test_a_call_without_nan_after_one_with_it_says_nothing() -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        ops.attention(*spoiled("query", torch.nan).arguments)
+        ops.attention(spoiled("query", torch.nan))
         assert len(caught) == 1
-        ops.attention(*make_case((2, 4, 2, 7, 9, 16), AttentionSpec()).arguments)
-        ops.attention(*make_case((0, 4, 2, 7, 9, 16), AttentionSpec()).arguments)
+        ops.attention(make_case((2, 4, 2, 7, 9, 16), AttentionSpec()))
+        ops.attention(make_case((0, 4, 2, 7, 9, 16), AttentionSpec()))
     assert len(caught) == 1

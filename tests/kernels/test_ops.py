@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attnpress.config import AttentionSpec, TensorSpec
-from attnpress.core.attention import Scales
+from attnpress.core.call import Scales
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
 from tests.kernels.factories import make_case, needs_kernel
@@ -17,7 +17,7 @@ from tests.kernels.factories import make_case, needs_kernel
 def test_reference_backend_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library_path", lambda: None)
     case = make_case((1, 2, 2, 5, 5, 16), AttentionSpec())
-    output = ops.attention(*case.arguments, backend="reference")
+    output = ops.attention(case, backend="reference")
     assert torch.equal(output, case.integer().output)
     assert [(backend.name, backend.available) for backend in ops.backends()][::2] == [
         ("cpu", False),
@@ -30,11 +30,11 @@ def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.Monkey
     cpu.load.cache_clear()
     case = make_case((1, 2, 2, 5, 5, 16), AttentionSpec())
     with pytest.raises(BackendUnavailableError, match="make kernel"):
-        ops.attention(*case.arguments, backend="cpu")
+        ops.attention(case, backend="cpu")
     monkeypatch.undo()
     cpu.load.cache_clear()
     with pytest.raises(ValueError, match="'tpu' does not exist; use one of cpu, gpu, reference"):
-        ops.attention(*case.arguments, backend="tpu")
+        ops.attention(case, backend="tpu")
 
 
 def test_a_broken_library_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -80,7 +80,7 @@ def test_backends_lists_targets_best_first() -> None:
 def test_what_the_kernel_cannot_take_is_named(change: dict[str, object], message: str) -> None:
     case = make_case((1, 2, 2, 5, 5, 16), AttentionSpec()).with_(**change)
     with pytest.raises(ValueError, match=message):
-        ops.attention(*case.arguments)
+        ops.attention(case)
 
 
 @needs_kernel
@@ -88,4 +88,4 @@ def test_strides_of_any_kind() -> None:
     case = make_case((1, 2, 2, 6, 6, 16), AttentionSpec(sparsity=0.5), cutoff=2.0)
     scattered = torch.randn(1, 2, 16, 6).mT  # the last dimension is not contiguous
     case = case.with_(query=scattered, valid=torch.rand(6, 1) > 0.5)
-    assert torch.equal(ops.attention(*case.arguments), case.integer().output)
+    assert torch.equal(ops.attention(case), case.integer().output)

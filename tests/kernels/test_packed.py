@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 import pytest
 import torch
@@ -26,24 +25,21 @@ def bounds_of(lengths: list[int]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
-def split(case: Case) -> list[Any]:
-    """Query, key and value, then what follows the mask."""
-    return [*case.arguments[:3], *case.arguments[4:]]
-
-
 def packed(case: Case, bounds: Tensor, backend: str) -> Tensor:
-    query, key, value, *rest = split(case)
-    return ops.attention_packed(query, key, value, bounds, *rest, causal=case.causal, backend=backend)
+    return ops.attention(case.with_(bounds=bounds), backend=backend)
+
+
+def some_tokens(case: Case, begin: int, end: int) -> Case:
+    return case.with_(**{name: getattr(case, name)[:, :, begin:end] for name in ("query", "key", "value")})
 
 
 def alone(case: Case, bounds: Tensor, backend: str) -> Tensor:
-    query, key, value, *rest = split(case)
-    parts = []
-    for begin, end in pairwise(bounds.tolist()):
-        q, k, v = (tensor[:, :, begin:end] for tensor in (query, key, value))
-        if begin < end:
-            parts.append(ops.attention(q, k, v, None, *rest, causal=case.causal, backend=backend))
-    return torch.cat(parts, 2) if parts else torch.empty(query.shape)
+    parts = [
+        ops.attention(some_tokens(case, begin, end), backend=backend)
+        for begin, end in pairwise(bounds.tolist())
+        if begin < end
+    ]
+    return torch.cat(parts, 2) if parts else torch.empty(case.query.shape)
 
 
 @pytest.fixture(params=cpu.supported_targets() if cpu.is_built() else ["none"])
@@ -78,10 +74,9 @@ def test_a_packed_batch_is_a_padded_one_without_its_padding(backend: str) -> Non
     lengths = [7, 19, 1, 12]
     case = make_case((4, 2, 2, 19, 19, 32), AttentionSpec(sparsity=0.8, smooth_key=True), cutoff=3.0)
     real = torch.arange(19) < torch.tensor(lengths).view(4, 1)
-    query, key, value, *rest = split(case)
-    padded = ops.attention(query, key, value, real[:, None, None, :], *rest, backend=backend)
-    q, k, v = (x.transpose(1, 2)[real].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-    found = ops.attention_packed(q, k, v, bounds_of(lengths), *rest, backend=backend)
+    padded = ops.attention(case.with_(valid=real[:, None, None, :]), backend=backend)
+    q, k, v = (x.transpose(1, 2)[real].transpose(0, 1).unsqueeze(0) for x in (case.query, case.key, case.value))
+    found = packed(case.with_(query=q, key=k, value=v), bounds_of(lengths), backend)
     assert torch.equal(found[0].transpose(0, 1), padded.transpose(1, 2)[real])
 
 
@@ -92,8 +87,7 @@ def test_views_of_one_product_are_taken_as_they_lie(backend: str) -> None:
     views = merged.permute(2, 0, 3, 1, 4)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        rest = (case.scales, None, case.spec, case.scaling)
-        return ops.attention_packed(q, k, v, bounds_of([5, 7]), *rest, backend=backend)
+        return packed(case.with_(query=q, key=k, value=v), bounds_of([5, 7]), backend)
 
     assert torch.equal(attend(*views), attend(*views.contiguous()))
 
@@ -111,7 +105,7 @@ def test_bounds_that_do_not_fit_are_refused(bounds: list[int], backend: str) -> 
 @needs_kernel
 def test_whoever_reaches_the_operator_directly_gets_an_error_not_a_crash() -> None:
     case = make_case((1, 2, 2, 12, 12, 16), AttentionSpec())
-    arguments = ops.compiled_arguments(*case.arguments, False)
+    arguments = ops.compiled_arguments(case)
     for bounds in (torch.tensor([0, 99]), torch.tensor([0, 9, 5, 12]), torch.tensor([0.0, 12.0])):
         with pytest.raises(RuntimeError, match="bounds must"):
             torch.ops.attnpress.attention_packed(*arguments[:3], bounds, *arguments[4:])

@@ -13,7 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TailName, TensorSpec
-from attnpress.core.attention import TailedAttention, TailedScales
+from attnpress.core.attention import TailedAttention
+from attnpress.core.call import Scales
 from attnpress.core.tail import OFF, Directions, Tail
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
@@ -91,7 +92,8 @@ def test_the_largest_sums_there_are(target: str, rule: RuleName, tail: TailName,
     case.value.abs_().add_(100)
     case.query[:, :, ::2].neg_()
     case.key[:, :, ::3, 1:].neg_()
-    if (found := case.scales.tail.directions) is not None:  # type: ignore[attr-defined]
+    assert case.scales.tail is not None
+    if (found := case.scales.tail.directions) is not None:
         found.query.fill_(32767)
         found.key.fill_(-32767)
     assert_same(case)
@@ -111,11 +113,11 @@ def test_one_key_no_key_and_a_head_that_prunes_nothing(target: str, tail: TailNa
     assert case.cutoff is not None
     case.cutoff[1] = math.inf
     bare = case.with_(spec=dataclasses.replace(spec, tail="none"))
-    assert torch.equal(ops.attention(*case.arguments)[:, 1], ops.attention(*bare.arguments)[:, 1])
+    assert torch.equal(ops.attention(case)[:, 1], ops.attention(bare)[:, 1])
     for keys in (0, 1):
         few = {name: getattr(case, name)[:, :, :keys] for name in ("key", "value")}
-        output = ops.attention(*case.with_(**few).arguments)
-        assert torch.equal(output, ops.attention(*bare.with_(**few).arguments))
+        output = ops.attention(case.with_(**few))
+        assert torch.equal(output, ops.attention(bare.with_(**few)))
     assert_same(case)
     assert_same(case.with_(cutoff=torch.full((4,), math.inf)))
     assert_same(case.with_(cutoff=None))
@@ -125,11 +127,8 @@ def test_one_key_no_key_and_a_head_that_prunes_nothing(target: str, tail: TailNa
 def test_a_sequence_has_its_own_tail(target: str, causal: bool) -> None:
     for tail, rank in TAILS:
         case = make_case((1, 4, 2, 90, 90, 64), make_spec(tail, rank), cutoff=2.0)
-        query, key, value, _, scales, cutoff, spec, scaling = case.arguments
         bounds = [0, 0, 1, 30, 90]
-        found = ops.attention_packed(
-            query, key, value, torch.tensor(bounds), scales, cutoff, spec, scaling, causal=causal
-        )
+        found = ops.attention(case.with_(bounds=torch.tensor(bounds), causal=causal))
         for begin, end in pairwise(bounds):
             own = {name: getattr(case, name)[:, :, begin:end] for name in ("query", "key", "value")}
             assert torch.equal(found[:, :, begin:end], case.with_(**own, causal=causal).integer().output)
@@ -138,12 +137,12 @@ def test_a_sequence_has_its_own_tail(target: str, causal: bool) -> None:
 @pytest.mark.parametrize(("tail", "rank"), [("mean", 1), ("linear", 8)])
 def test_a_level_of_zero_adds_nothing_whatever_the_scales(target: str, tail: TailName, rank: int) -> None:
     case = make_case((1, 2, 2, 20, 40, 16), make_spec(tail, rank), cutoff=3.0)
-    wide = {name: torch.full_like(getattr(case.scales, name), 2.0**40) for name in ("q", "k", "v")}
+    wide: dict[str, Any] = {name: torch.full_like(getattr(case.scales, name), 2.0**40) for name in ("q", "k", "v")}
     case = case.with_(
         scales=dataclasses.replace(case.scales, **wide), scaling=2.0**32,
         **{name: getattr(case, name) * 2.0**44 for name in ("query", "key", "value")},
     )  # fmt: skip
-    assert bool(ops.attention(*case.arguments).isfinite().all())
+    assert bool(ops.attention(case).isfinite().all())
     assert torch.equal(case.fake(), case.integer().output)
     assert_same(case)
 
@@ -151,13 +150,12 @@ def test_a_level_of_zero_adds_nothing_whatever_the_scales(target: str, tail: Tai
 def test_operator_passes_the_checks_of_torch() -> None:
     for tail, rank in TAILS:
         case = make_case((2, 2, 1, 9, 11, 64), make_spec(tail, rank), mask="padding", cutoff=2.0)
-        arguments = ops.compiled_arguments(*case.arguments, False)
+        arguments = ops.compiled_arguments(case)
         torch.library.opcheck(torch.ops.attnpress.attention.default, arguments)
         torch.library.opcheck(torch.ops.attnpress.attention_integers.default, arguments)
 
 
 def spoiled(case: Case, part: str, value: Any) -> Case:
-    assert isinstance(case.scales, TailedScales)
     tail = case.scales.tail
     assert tail is not None
     assert tail.directions is not None
@@ -186,14 +184,14 @@ def test_what_no_calibration_gives_is_refused_in_the_words_of_the_reference(
     said = []
     for backend in ("cpu", "reference"):
         with pytest.raises(ValueError, match=f"^tail {part}: ") as caught:
-            ops.attention(*case.arguments, backend=backend)
+            ops.attention(case, backend=backend)
         said.append(str(caught.value))
     assert said[0] == said[1]
 
 
 def test_whoever_reaches_the_operator_directly_gets_an_error() -> None:
     case = make_case((1, 4, 2, 5, 9, 16), make_spec("linear", 3), cutoff=2.0)
-    good = list(ops.compiled_arguments(*case.arguments, False))
+    good = list(ops.compiled_arguments(case))
     at = ops.TAIL_AT
     bad = {
         12: "unit", at: "median", at + 1: torch.zeros(3), at + 2: torch.zeros(2, 16), at + 3: torch.zeros(2, 16, 4),
@@ -207,15 +205,15 @@ def test_whoever_reaches_the_operator_directly_gets_an_error() -> None:
 
 def test_linear_without_directions_says_what_to_do() -> None:
     case = make_case((1, 2, 2, 5, 9, 16), make_spec("linear", 3), cutoff=2.0)
-    bare = case.with_(scales=TailedScales(case.scales.q, case.scales.k, case.scales.v))
+    bare = case.with_(scales=Scales(case.scales.q, case.scales.k, case.scales.v))
     for backend in ("cpu", "reference"):
         with pytest.raises(ValueError, match=r"tail 'linear' has no directions yet: run calibrate"):
-            ops.attention(*bare.arguments, backend=backend)
+            ops.attention(bare, backend=backend)
 
 
 def test_a_head_that_is_off_has_the_lift_for_it() -> None:
     case = make_case((1, 2, 2, 5, 9, 16), make_spec("mean", 1), cutoff=2.0).with_(cutoff=torch.tensor([math.inf, 1.0]))
-    arguments = ops.compiled_arguments(*case.arguments, False)
+    arguments = ops.compiled_arguments(case)
     assert arguments[ops.TAIL_AT] == "mean"
     assert float(arguments[ops.TAIL_AT + 1][0]) == OFF
 
@@ -224,8 +222,8 @@ def test_a_head_that_is_off_has_the_lift_for_it() -> None:
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_slices_take_their_part_of_the_tail(kind: tuple[TailName, int], seed: int) -> None:
     case = make_case((2, 4, 2, 13, 17, 64), make_spec(*kind), mask="padding", cutoff=2.0, seed=seed)
-    whole = ops.attention(*case.arguments)
+    whole = ops.attention(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(ops, "SHORT", 0)
         patch.setattr(ops, "_most", lambda: 20_000)
-        assert torch.equal(ops.attention(*case.arguments), whole)
+        assert torch.equal(ops.attention(case), whole)

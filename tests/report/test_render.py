@@ -26,7 +26,17 @@ def make_record(seed: int = 0, *stages: StageRecord) -> Record:
 
 def test_a_row_for_each_stage() -> None:
     header, dense, progressive = stage_rows(make_record())
-    assert header == ("stage", "f1", "sparsity", "pruned", "padded", "tiles", "keys a row", "bits Q/K/V/P", "MACs left")
+    assert header == (
+        "stage",
+        "f1",
+        "sparsity",
+        "pruned",
+        "padded",
+        "tiles",
+        "keys per query",
+        "bits Q/K/V/P",
+        "MACs left",
+    )
     assert dense == ("dense", "85.13", "0.000", "0.000", "0.500", "0.000", "31.40", "fp/fp/fp/fp", "100.0%")
     assert progressive[1:] == ("84.50", "0.951", "0.940", "0.980", "0.250", "1.53", "8/8/4/fp", "52.5%")
     assert set(TITLES) == set(STAGES), "every stage has a title"

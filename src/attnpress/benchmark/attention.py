@@ -243,13 +243,13 @@ def _timing(
     problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]],
     facts: Mapping[str, dict[str, Any]],
 ) -> Timing:  # fmt: skip
-    batch, heads, length, dim = problem.query.shape
+    batch, heads, length, dim = problem.call.query.shape
     product = median_of(times["product"]) if "product" in times else None
     shared = compared(times, peer, facts["ours"]["target"])
     return Timing(
         seq_len=length, batch=batch, heads=heads, head_dim=dim, sparsity=round(problem.sparsity, 4), threads=threads,
         **shared, product_ms=product, product_share=None if product is None else product / shared["ours_ms"],
-        source=problem.source, layer=problem.layer, tail=problem.spec.tail,
-        tail_rank=problem.spec.tail_rank if problem.spec.tail == "linear" else None,
+        source=problem.source, layer=problem.layer, tail=problem.call.spec.tail,
+        tail_rank=problem.call.spec.tail_rank if problem.call.spec.tail == "linear" else None,
         provenance={**provenance(peer), "ours": facts["ours"], "peer": facts[peer]},
     )  # fmt: skip

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec
 from attnpress.config.recipe import parse_spec, spec_to_dict
-from attnpress.core.attention import Scales, TailedScales
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.quantizer import positive_scale
 from attnpress.core.tail import Moments, Tail, fit_directions, sees_whole_score
 from attnpress.kernels import ops
@@ -21,26 +21,16 @@ from attnpress.kernels import ops
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs of one attention call, and where they are from.
+    """One attention call to time, and where it is from.
 
     Attributes:
-        query: float [B, Hq, S, D], as models store it: its transpose [B, S, Hq, D] is contiguous.
-        key, value: [B, Hkv, S, D].
-        valid: bool [B or 1, 1 or Hq, 1 or S, S], or None if every query may attend to every key.
-        scales, cutoff, spec, scaling: see `kernels.ops.attention`.
+        call: its query as models store it: the transpose [B, S, Hq, D] is contiguous.
         sparsity: measured, over valid pairs.
         source: "synthetic", or the run folder.
         layer: name of the module in the model; None if synthetic.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    valid: Tensor | None
-    scales: Scales
-    cutoff: Tensor | None
-    spec: AttentionSpec
-    scaling: float
+    call: AttentionCall
     sparsity: float
     source: str = "synthetic"
     layer: str | None = None
@@ -71,11 +61,11 @@ def make_problem(
         )
     )
     cutoff = _fitted_cutoff(query, key, sparsity, scaling) if sparsity > 0 else None
-    bare = Problem(query, key, value, None, scales, cutoff, replace(spec, tail="none"), scaling, sparsity)
+    bare = AttentionCall(query, key, value, None, scales, cutoff, replace(spec, tail="none"), scaling)
     codes = _first_codes(bare)
     p = codes["p_codes"]
     scales = _with_tail(scales, spec, codes["q_codes"], codes["k_codes"])
-    return replace(bare, spec=spec, scales=scales, sparsity=1 - int(p.count_nonzero()) / p.numel())
+    return Problem(bare.with_(spec=spec, scales=scales), 1 - int(p.count_nonzero()) / p.numel())
 
 
 def _fitted_cutoff(query: Tensor, key: Tensor, sparsity: float, scaling: float) -> Tensor:
@@ -84,10 +74,9 @@ def _fitted_cutoff(query: Tensor, key: Tensor, sparsity: float, scaling: float) 
     return below[:, round((1 - sparsity) * (below.shape[1] - 1))].contiguous()
 
 
-def _first_codes(problem: Problem) -> dict[str, Tensor]:
+def _first_codes(call: AttentionCall) -> dict[str, Tensor]:
     """The integers of the first batch element, in which all pairs are valid."""
-    p = problem
-    return ops.compiled_integers(p.query[:1], p.key[:1], p.value[:1], None, p.scales, p.cutoff, p.spec, p.scaling)
+    return ops.compiled_integers(call.with_(query=call.query[:1], key=call.key[:1], value=call.value[:1], valid=None))
 
 
 def _with_tail(scales: Scales, spec: AttentionSpec, q_codes: Tensor, k_codes: Tensor) -> Scales:
@@ -100,24 +89,29 @@ def _with_tail(scales: Scales, spec: AttentionSpec, q_codes: Tensor, k_codes: Te
         moments = Moments.none_yet(heads, dim, q_codes.device)
         moments.add(q_codes, k_codes, *(torch.ones(1, 1, x.shape[2], 1) for x in (q_codes, k_codes)))
         tail = replace(tail, directions=fit_directions(moments, spec.tail_rank))
-    return TailedScales(scales.q, scales.k, scales.v, tail)
+    return replace(scales, tail=tail)
 
 
 def without_tail(problem: Problem) -> Problem:
     """The same problem, whose rows have no tail."""
-    return replace(problem, spec=replace(problem.spec, tail="none"))
+    call = problem.call
+    return replace(problem, call=call.with_(spec=replace(call.spec, tail="none")))
 
 
 def save_problem(problem: Problem, file: Path) -> None:
     """Write a problem, so that every side is timed on the same inputs."""
-    p = problem
+    p = problem.call
     named = {"valid": p.valid, "q_scale": p.scales.q, "k_scale": p.scales.k, "v_scale": p.scales.v, "cutoff": p.cutoff}
-    if (tail := TailedScales.tail_of(p.scales)) is not None:
+    if (tail := p.scales.tail) is not None:
         named |= tail.tensors()
     stored = {"query": p.query.transpose(1, 2), "key": p.key.transpose(1, 2), "value": p.value.transpose(1, 2)}
     tensors = {name: x.detach().contiguous().clone() for name, x in {**stored, **named}.items() if x is not None}
-    plain = {"scaling": p.scaling, "sparsity": p.sparsity, "source": p.source, "layer": p.layer}
-    save_file(tensors, file, {"plain": json.dumps(plain), "spec": json.dumps(spec_to_dict(p.spec))})
+    plain = {"sparsity": problem.sparsity, "source": problem.source, "layer": problem.layer}
+    save_file(
+        tensors,
+        file,
+        {"plain": json.dumps(plain), "scaling": repr(p.scaling), "spec": json.dumps(spec_to_dict(p.spec))},
+    )
 
 
 def load_problem(file: Path) -> Problem:
@@ -127,8 +121,7 @@ def load_problem(file: Path) -> Problem:
         metadata = opened.metadata()
     spec = parse_spec(AttentionSpec, json.loads(metadata["spec"]))
     query, key, value = (named[name].transpose(1, 2) for name in ("query", "key", "value"))
-    scales = Scales(named.get("q_scale"), named.get("k_scale"), named.get("v_scale"))
-    if (tail := Tail.of_tensors(named)) is not None:
-        scales = TailedScales(scales.q, scales.k, scales.v, tail)
-    plain = json.loads(metadata["plain"])
-    return Problem(query, key, value, named.get("valid"), scales, named.get("cutoff"), spec, **plain)
+    scales = Scales(named.get("q_scale"), named.get("k_scale"), named.get("v_scale"), tail=Tail.of_tensors(named))
+    scaling, plain = float(metadata["scaling"]), json.loads(metadata["plain"])
+    call = AttentionCall(query, key, value, named.get("valid"), scales, named.get("cutoff"), spec, scaling)
+    return Problem(call, **plain)

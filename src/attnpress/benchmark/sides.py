@@ -39,8 +39,7 @@ def prepare(name: str, file: str, threads: int) -> Prepared:
 
 
 def _ours(problem: Problem) -> Run:
-    p = problem
-    return lambda: ops.attention(p.query, p.key, p.value, p.valid, p.scales, p.cutoff, p.spec, p.scaling)
+    return lambda: ops.attention(problem.call)
 
 
 def _untailed(problem: Problem) -> Run:
@@ -49,7 +48,7 @@ def _untailed(problem: Problem) -> Run:
 
 def _sdpa(problem: Problem, dtype: torch.dtype = torch.float32) -> Run:
     q, k, v = (x.to(dtype) for x in _operands(problem))
-    mask, scaling = problem.valid, problem.scaling
+    mask, scaling = problem.call.valid, problem.call.scaling
     return lambda: scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
 
 
@@ -59,7 +58,7 @@ def _sdpa_bf16(problem: Problem) -> Run:
 
 def _eager(problem: Problem) -> Run:
     q, k, v = _operands(problem)
-    bias, scaling = _bias(problem.valid), problem.scaling
+    bias, scaling = _bias(problem.call.valid), problem.call.scaling
     if bias is None:
         return lambda: torch.softmax(q @ k.mT * scaling, -1) @ v
     return lambda: torch.softmax(q @ k.mT * scaling + bias, -1) @ v
@@ -68,7 +67,7 @@ def _eager(problem: Problem) -> Run:
 def _product(problem: Problem) -> Run:
     """Q K^T alone, of integers, by torch._int_mm in the fastest of a few blockings."""
     query, key, _ = _operands(problem)
-    length, spec = query.shape[2], problem.spec
+    length, spec = query.shape[2], problem.call.spec
     q_codes, k_codes = (
         quantize(x, x.abs().amax() / bound, bound).to(torch.int8).contiguous().flatten(0, 1)
         for x, bound in ((query, spec.q.qmax), (key, spec.k.qmax))
@@ -100,7 +99,7 @@ def _openvino(problem: Problem, threads: int) -> Prepared:
     import openvino as ov
 
     arrays = [x.contiguous().numpy() for x in _operands(problem)]
-    bias = _bias(problem.valid)
+    bias = _bias(problem.call.valid)
     options = {"INFERENCE_NUM_THREADS": threads, "INFERENCE_PRECISION_HINT": "f32"}
     compiled = ov.Core().compile_model(_openvino_graph(problem, arrays, bias), "CPU", options)
     inputs = [*arrays, *([] if bias is None else [bias.numpy()])]
@@ -126,7 +125,7 @@ def _openvino_graph(problem: Problem, arrays: list[Any], bias: Tensor | None) ->
     inputs = [op.parameter(array.shape, np.float32) for array in arrays]
     limits = [float(abs(array).max()) for array in arrays]
     q, k, v = (quantized(x, -limit, limit, 255) for x, limit in zip(inputs, limits, strict=True))
-    scores = op.multiply(op.matmul(q, k, False, True), constant(problem.scaling))
+    scores = op.multiply(op.matmul(q, k, False, True), constant(problem.call.scaling))
     if bias is not None:
         inputs.append(op.parameter(list(bias.shape), np.float32))
         scores = op.add(scores, inputs[-1])
@@ -147,8 +146,8 @@ def executed(compiled: Any) -> list[str]:
 
 def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
     """Q, K, V in float32, K and V repeated for grouped queries: what peers are given."""
-    shape = problem.query.shape
-    query, key, value = (x.float() for x in (problem.query, problem.key, problem.value))
+    shape = problem.call.query.shape
+    query, key, value = (x.float() for x in (problem.call.query, problem.call.key, problem.call.value))
     return query, repeat_heads(key, shape[1]).expand(shape), repeat_heads(value, shape[1]).expand(shape)
 
 

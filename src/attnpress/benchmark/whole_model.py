@@ -35,6 +35,7 @@ from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.stock import STOCK, attention_seconds, load_stock, make_stock
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.config import AttentionSpec
+from attnpress.core.call import AttentionCall
 from attnpress.deployment.attention import Linear, deploy
 from attnpress.deployment.linear import linear_layers
 from attnpress.kernels import cpu, ops
@@ -328,9 +329,8 @@ def _counting(module: CompressedAttention) -> list[tuple[int, int]]:
     """Have the module count on the kernel; the list gets survivors and valid pairs of each call."""
     found: list[tuple[int, int]] = []
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, *rest: Any) -> Tensor:
-        scales, cutoff, spec, scaling, _ = rest
-        integers = ops.compiled_integers(query, key, value, valid, scales, cutoff, spec, scaling)
+    def attend(call: AttentionCall) -> Tensor:
+        integers, valid = ops.compiled_integers(call), call.valid
         codes = integers["p_codes"]
         counted = torch.tensor(True) if valid is None else valid & valid.mT  # not what padding attends to
         found.append((int((codes * counted).count_nonzero()), int(counted.expand(codes.shape).count_nonzero())))

@@ -24,10 +24,11 @@ from attnpress.core.arguments import (
     pair_mask,
     some_key,
 )
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
 from attnpress.core.rules import rule_of
-from attnpress.core.tail import Tail, TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
+from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
 """Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
@@ -35,27 +36,6 @@ FAR = 2**30
 
 class NanWarning(UserWarning):
     """Attention met NaN, which has code 0: the output hides it, and may look plausible."""
-
-
-@dataclass(frozen=True)
-class Scales:
-    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token)."""
-
-    q: Tensor | None = None
-    k: Tensor | None = None
-    v: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class TailedScales(Scales):
-    """The same, with what calibration fits for the tail; without it, a tail has no lift."""
-
-    tail: Tail | None = None
-
-    @staticmethod
-    def tail_of(scales: Scales) -> Tail | None:
-        """Of any scales."""
-        return scales.tail if isinstance(scales, TailedScales) else None
 
 
 @dataclass(frozen=True)
@@ -145,33 +125,21 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | N
     return probs @ value
 
 
-def integer_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    scales: Scales,
-    cutoff: Tensor | None,
-    spec: AttentionSpec,
-    scaling: float,
-) -> IntegerAttention:
+def integer_attention(call: AttentionCall) -> IntegerAttention:
     """Compressed attention in integers: the readable reference that defines correctness.
 
     Args:
-        query, key, value, valid: see the module.
-        scales: from calibration.
-        cutoff: float32 [Hq], per head (`thresholds.fit_cutoff`); None prunes nothing.
-        spec: bits, modes and rule; all four matrices must be quantized.
-        scaling: factor of the scores, usually 1 / sqrt(D).
+        call: all four matrices must be quantized; `dropout`, `bounds` and `causal` are not looked at.
 
     Raises:
         ValueError: a matrix is not quantized, or an argument is not as described; the message names it.
     """
+    spec, scales, cutoff, query = call.spec, call.scales, call.cutoff, call.query
     if None in spec.bits.values():
         raise ValueError(f"integer attention needs bits for all of q, k, v and p; found {spec.bits}")
-    valid, keys = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling), slice(key.shape[2])
-    warn_of_nan(query, key, value, valid)
-    key, value, valid = some_key(key, value, valid)
+    valid, keys = checked_mask(call), slice(call.key.shape[2])
+    warn_of_nan(call.query, call.key, call.value, valid)
+    key, value, valid = some_key(call.key, call.value, valid)
     heads = query.shape[1]
     q_scale = query_scale(query, scales, spec.q)
     k_scale, v_scale = _present(scales.k, "k"), _present(scales.v, "v")
@@ -180,11 +148,11 @@ def integer_attention(
     v_codes = quantize(value, v_scale, spec.v.qmax)
     # A float64 product of integers this small is exact in any order of summation.
     acc = (q_codes.double() @ repeat_heads(k_codes, heads).double().mT).to(torch.int32)
-    alpha = score_step(q_scale, k_scale, scaling, heads)
+    alpha = score_step(q_scale, k_scale, call.scaling, heads)
     pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
     sums, numerator, divisor = None, weighted.float(), pairs.divisor
-    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+    tail = active_tail(spec, scales.tail, cutoff, query)
     if tail is not None:
         scored, rate = scored_codes(q_codes, k_codes, spec, tail), exponent_rate(alpha)
         rest = pairs.valid & (pairs.codes == 0)
@@ -206,22 +174,19 @@ def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
     return kind(**whole, **sums.integers())
 
 
-def checked_mask(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float,
-) -> Tensor | None:  # fmt: skip
-    """Refuse what no call may be given; see `integer_attention`. Returns `valid` as `arguments.pair_mask` does.
+def checked_mask(call: AttentionCall) -> Tensor | None:
+    """Refuse what no call may be given; see `AttentionCall`. Returns `valid` as `arguments.pair_mask` does.
 
     Raises:
         ValueError: names the argument, what it must be, and what was found.
     """
+    query, key, value, scales = call.query, call.key, call.value, call.scales
     check_tensors(query, key, value)
-    static = {"q": None if spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
-    check_values(query, key, value, static, cutoff, scaling)
-    tail = TailedScales.tail_of(scales)
-    if spec.tail != "none" and tail is not None:
-        check_tail(tail, query, key)
-    return pair_mask(valid, query, key)
+    static = {"q": None if call.spec.q.granularity == "token" else scales.q, "k": scales.k, "v": scales.v}
+    check_values(query, key, value, static, call.cutoff, call.scaling)
+    if call.spec.tail != "none" and scales.tail is not None:
+        check_tail(scales.tail, query, key)
+    return pair_mask(call.valid, query, key)
 
 
 def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:

@@ -16,8 +16,6 @@ from torch import Tensor
 from attnpress.config import AttentionSpec
 from attnpress.core.arguments import some_key
 from attnpress.core.attention import (
-    Scales,
-    TailedScales,
     checked_mask,
     key_validity,
     prune_and_code,
@@ -27,6 +25,7 @@ from attnpress.core.attention import (
     score_step,
     warn_of_nan,
 )
+from attnpress.core.call import AttentionCall
 from attnpress.core.exponential import code_table, exponent, exponent_rate
 from attnpress.core.quantizer import EXACT as EXACT
 from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
@@ -47,23 +46,11 @@ ACCELERATOR_SLICE = 2**24
 """And an accelerator, where each pass costs a launch: 64 MiB of float32."""
 
 
-def fake_quantize_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    scales: Scales,
-    cutoff: Tensor | None,
-    spec: AttentionSpec,
-    scaling: float,
-    dropout: float = 0.0,
-) -> Tensor:
+def fake_quantize_attention(call: AttentionCall) -> Tensor:
     """Compressed attention with gradients to query, key, value and learned scales (numerics, section 7).
 
     Args:
-        query, key, value, valid, scales, cutoff, spec, scaling: as `attention.integer_attention`; here any matrix may
-            stay in floating point (bits None).
-        dropout: probability of dropping a P code, after quantization.
+        call: as `attention.integer_attention` takes it; here any matrix may stay in floating point (bits None).
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
@@ -71,45 +58,45 @@ def fake_quantize_attention(
     Raises:
         ValueError: an argument is not as described; the message names it.
     """
-    valid = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling)
-    warn_of_nan(query, key, value, valid)
-    key, value, valid = some_key(key, value, valid)
+    valid = checked_mask(call)
+    warn_of_nan(call.query, call.key, call.value, valid)
+    key, value, valid = some_key(call.key, call.value, valid)
+    query, spec, scales, cutoff = call.query, call.spec, call.scales, call.cutoff
     heads = query.shape[1]
-    q_codes, k_codes, alpha = scores_operands(query, key, valid, scales, spec, scaling)
+    q_codes, k_codes, alpha = scores_operands(call.with_(key=key, value=value, valid=valid))
     v_codes, v_scale = value.float(), torch.ones(1, 1, 1, 1, device=value.device)
     if spec.v.bits is not None:
         v_scale = static_scale(scales.v, value, spec.v.qmax)
         v_codes = quantize_straight_through(value, v_scale, spec.v.qmax)
         v_scale = repeat_heads(v_scale, heads)
-    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+    tail = active_tail(spec, scales.tail, cutoff, query)
     scored = None if tail is None else scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
     k_codes, v_codes = (repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes))
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, valid, cutoff, spec, dropout
+        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, valid, cutoff, spec, call.dropout
     )
     return output
 
 
-def scores_operands(
-    query: Tensor, key: Tensor, valid: Tensor | None, scales: Scales, spec: AttentionSpec, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def scores_operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
     """Codes of Q and K with straight-through gradients, and alpha; the values themselves where bits are None.
 
     Either way NaN counts as 0, and infinities saturate.
     """
+    query, key, spec, heads = call.query, call.key, call.spec, call.query.shape[1]
     if spec.smooth_key:
-        key = smooth_key(key, key_validity(valid))
+        key = smooth_key(key, key_validity(call.valid))
     if spec.q.bits is None:
         one = torch.ones(1, 1, 1, 1, device=query.device)
         q, k = (x.float().nan_to_num(nan=0.0).clamp(-SATURATION, SATURATION) for x in (query, key))
-        return q, k, score_step(one, one, scaling, query.shape[1])
-    q_scale = query_scale(query, scales, spec.q)
+        return q, k, score_step(one, one, call.scaling, heads)
+    q_scale = query_scale(query, call.scales, spec.q)
     if spec.q.granularity != "token":
         q_scale = static_scale(q_scale, query, spec.q.qmax)
-    k_scale = static_scale(scales.k, key, spec.k.qmax)
+    k_scale = static_scale(call.scales.k, key, spec.k.qmax)
     q_codes = quantize_straight_through(query, q_scale, spec.q.qmax)
     k_codes = quantize_straight_through(key, k_scale, spec.k.qmax)
-    return q_codes, k_codes, score_step(q_scale, k_scale, scaling, query.shape[1])
+    return q_codes, k_codes, score_step(q_scale, k_scale, call.scaling, heads)
 
 
 def static_scale(scale: Tensor | None, x: Tensor, qmax: int) -> Tensor:

@@ -5,22 +5,21 @@ Nothing here is on the path of training or of a prediction; a model shows its ca
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from attnpress.config import DENSE, AttentionSpec, TensorSpec
+from attnpress.config import DENSE, TensorSpec
 from attnpress.core.arguments import pair_mask
 from attnpress.core.attention import (
     Pairs,
-    Scales,
-    TailedScales,
     key_validity,
     prune_and_code,
     query_scale,
     repeat_heads,
 )
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import scores_operands
 from attnpress.core.quantizer import dequantize, quantize, smooth_key
@@ -31,18 +30,6 @@ from attnpress.core.thresholds import pair_histogram
 
 COARSE = 32
 """Fine bins in one bin of a probe's histogram: a quarter of an octave."""
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """One call: query, key, value [B, Hq or Hkv, S, D]; valid, real as `CompressedAttention.forward` takes them."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    valid: Tensor | None
-    real: Tensor | None
-    scaling: float
 
 
 @dataclass(frozen=True)
@@ -66,19 +53,18 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec) -> Probe:
-    """Run the call twice, exactly and as `spec` compresses it, on the same Q, K and V.
+def probe(call: AttentionCall) -> Probe:
+    """Run the call twice, exactly and as its spec compresses it, on the same Q, K and V.
 
     Args:
-        call: as the model made it.
-        scales, cutoff, spec: as `attention.integer_attention`; any matrix may stay in floating point.
+        call: as the model made it; any matrix may stay in floating point.
     """
-    call = replace(call, valid=pair_mask(call.valid, call.query, call.key))
-    dense, pairs = _pairs(call, Scales(), None, DENSE), _pairs(call, scales, cutoff, spec)
-    before, after = dense.codes / dense.divisor, _compressed(call, scales, cutoff, spec, pairs)
+    call = call.with_(valid=pair_mask(call.valid, call.query, call.key))
+    dense, pairs = _pairs(call.with_(scales=Scales(), cutoff=None, spec=DENSE)), _pairs(call)
+    before, after = dense.codes / dense.divisor, _compressed(call, pairs)
     counted = pairs.valid if call.real is None else pairs.valid & call.real
-    bins = pair_histogram(rule_of(spec).bins(pairs.exponent, pairs.probability, pairs.distance), counted)
-    loss = _loss(call, scales, spec, before, after, counted)
+    bins = pair_histogram(rule_of(call.spec).bins(pairs.exponent, pairs.probability, pairs.distance), counted)
+    loss = _loss(call, before, after, counted)
     return Probe(before, after, pairs.codes, counted, bins.unflatten(-1, (BINS // COARSE, COARSE)).sum(-1), loss)
 
 
@@ -87,19 +73,18 @@ def relative_error(loss: Tensor) -> Tensor:
     return (loss[0] / loss[1].clamp(min=torch.finfo(loss.dtype).tiny)).sqrt()
 
 
-def _pairs(call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec) -> Pairs:
-    q, k, alpha = scores_operands(call.query, call.key, call.valid, scales, spec, call.scaling)
-    return prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, call.valid, alpha, cutoff, spec)
+def _pairs(call: AttentionCall) -> Pairs:
+    q, k, alpha = scores_operands(call)
+    return prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, call.valid, alpha, call.cutoff, call.spec)
 
 
-def _compressed(
-    call: AttentionCall, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec, pairs: Pairs
-) -> Tensor:
+def _compressed(call: AttentionCall, pairs: Pairs) -> Tensor:
     """P as the output has it: survivors by their codes, the pairs of the tail by its level."""
-    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, call.query)
+    spec = call.spec
+    tail = active_tail(spec, call.scales.tail, call.cutoff, call.query)
     if tail is None:
         return pairs.codes / pairs.divisor
-    q, k, alpha = scores_operands(call.query, call.key, call.valid, scales, spec, call.scaling)
+    q, k, alpha = scores_operands(call)
     heads, scored = q.shape[1], scored_codes(q, k, spec, tail)
     rest = pairs.valid & (pairs.codes == 0)
     rate, qmax = exponent_rate(alpha), spec.p.qmax
@@ -111,9 +96,8 @@ def _compressed(
     return (pairs.codes + sums.level * share) / (pairs.divisor + sums.level * sums.count)
 
 
-def _loss(
-    call: AttentionCall, scales: Scales, spec: AttentionSpec, before: Tensor, after: Tensor, counted: Tensor
-) -> dict[str, Tensor]:
+def _loss(call: AttentionCall, before: Tensor, after: Tensor, counted: Tensor) -> dict[str, Tensor]:
+    spec, scales = call.spec, call.scales
     heads, keys = call.query.shape[1], key_validity(counted)
     rows = counted.any(-1, keepdim=True)
     key = smooth_key(call.key, key_validity(call.valid)) if spec.smooth_key else call.key.float()

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec
 from attnpress.core.arguments import pair_mask, some_key
-from attnpress.core.attention import Scales, repeat_heads
+from attnpress.core.attention import repeat_heads
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.fake_quantize import scores_operands, static_scale
 from attnpress.core.quantizer import quantize_straight_through
 
@@ -33,30 +34,27 @@ SLOWEST = 100.0
 """Nats below the row maximum beyond which exponentials are zero; keeps those of pairs that are not valid finite."""
 
 
-def soft_gate_attention(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scales: Scales,
-    cutoff: Tensor, spec: AttentionSpec, scaling: float, dropout: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def soft_gate_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention of quantized Q, K, V and P whose pairs pass a soft gate; for training only.
 
     Args:
-        query, key, value, valid, scales, spec, scaling, dropout: as `fake_quantize.fake_quantize_attention`.
-        real: bool [B or 1, 1, Sq, 1], rows of real tokens, whose density counts; None if all are.
-        cutoff: float32 [1], nats below the row maximum; gradients reach it.
+        call: as `fake_quantize.fake_quantize_attention` takes it, but for `cutoff`: float32 [1], nats below the row
+            maximum; gradients reach it. Rows that are not `real` do not count for the density.
 
     Returns:
         Output, float32 [B, Hq, Sq, D]; and the share of valid pairs that the gate lets through, a scalar with gradient.
     """
-    key, value, valid = some_key(key, value, pair_mask(valid, query, key))
-    heads = query.shape[1]
-    q, k, alpha = scores_operands(query, key, valid, scales, spec, scaling)
+    key, value, valid = some_key(call.key, call.value, pair_mask(call.valid, call.query, call.key))
+    call, heads, spec = call.with_(key=key, value=value, valid=valid), call.query.shape[1], call.spec
+    q, k, alpha = scores_operands(call)
+    assert call.cutoff is not None
     nats, allowed = _nats_below(q @ repeat_heads(k, heads).mT * alpha, valid)
-    gate = torch.sigmoid((cutoff - nats) * SHARPNESS) * allowed
+    gate = torch.sigmoid((call.cutoff - nats) * SHARPNESS) * allowed
     weights = _coded(torch.exp(-nats) * gate, spec)
     total = weights.sum(-1, keepdim=True)
-    probs = F.dropout(weights / torch.where(total > 0, total, 1.0), dropout)
-    output = probs @ repeat_heads(_quantized_value(value, scales, spec), heads)
-    counted = allowed if real is None else allowed & real
+    probs = F.dropout(weights / torch.where(total > 0, total, 1.0), call.dropout)
+    output = probs @ repeat_heads(_quantized_value(value, call.scales, spec), heads)
+    counted = allowed if call.real is None else allowed & call.real
     return output, (gate * counted).sum() / counted.sum().clamp(min=1)
 
 

@@ -11,21 +11,18 @@ from typing import Literal, TypeVar
 
 from torch import Tensor, nn
 
-from attnpress.config import AttentionSpec
-from attnpress.core.attention import Scales
+from attnpress.core.call import AttentionCall
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.inference import without_gradient
 from attnpress.deployment.linear import int8_encoder, pack_int8, use_int8
 from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.encoder import Packing, find_encoder, is_int8, plan_of
 
 AUTO = "auto"
-
-PACKING = "_attnpress_packing"
-"""Attribute of an encoder that runs without padding."""
 
 Linear = Literal["float", "int8"]
 Padding = Literal["keep", "skip"]
@@ -120,14 +117,15 @@ def _pack(model: nn.Module) -> None:
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
     else:
-        setattr(encoder, PACKING, Packing(encoder))
+        attach(encoder, packing=Packing(encoder))
 
 
 def _unpack(model: nn.Module) -> None:
     encoder = find_encoder(model)
-    packing: Packing | None = None if encoder is None else vars(encoder).pop(PACKING, None)
-    if packing is not None:
+    packing = attached_to(encoder).packing
+    if encoder is not None and packing is not None:
         packing.remove()
+        attach(encoder, packing=None)
 
 
 @functools.cache
@@ -158,8 +156,8 @@ def _choose(module: CompressedAttention) -> str:
 @functools.cache
 def _say_once() -> None:
     warnings.warn(
-        "the compiled CPU kernel is not built, so attention runs through the slow reference; build it with "
-        "`make kernel`, or pass backend='reference' to mean it",
+        f"the CPU kernel is not built, so attention runs through the slow reference: {cpu.HOW_TO_GET}; pass "
+        "backend='reference' to use the reference on purpose",
         stacklevel=5,
     )
 
@@ -179,15 +177,8 @@ def _check(name: str, module: CompressedAttention, backend: str) -> None:
         raise ValueError(f"{name}: {error}") from None
 
 
-def _attend(
-    backend: str, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales,
-    cutoff: Tensor | None, spec: AttentionSpec, scaling: float, dropout: float = 0.0, bounds: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The signature of `fake_quantize_attention`, without its gradients; `bounds` as `ops.attention_packed` has it."""
-    if dropout > 0:
+def _attend(backend: str, call: AttentionCall) -> Tensor:
+    """`fake_quantize_attention` without its gradients."""
+    if call.dropout > 0:
         raise RuntimeError("a deployed model does not train: call undeploy(model), or model.eval()")
-    if bounds is not None:
-        output = ops.attention_packed(query, key, value, bounds, scales, cutoff, spec, scaling, backend=backend)
-    else:
-        output = ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend=backend)
-    return without_gradient(output, query, key, value)
+    return without_gradient(ops.attention(call, backend=backend), call.query, call.key, call.value)

@@ -17,23 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.onnx import ops
 
-from attnpress.config import AttentionSpec, ProbsSpec
-from attnpress.core.attention import (
-    Pairs,
-    Scales,
-    TailedScales,
-    key_validity,
-    prune_and_code,
-    query_scale,
-    repeat_heads,
-    score_step,
-)
+from attnpress.config import ProbsSpec
+from attnpress.core.attention import Pairs, key_validity, prune_and_code, query_scale, repeat_heads, score_step
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import ONE, exponent_rate, power_table
 from attnpress.core.quantizer import EXACT, smooth_key
 from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.errors import ExportError
-from attnpress.models.attention import Attend, CompressedAttention
+from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.modes import evaluation_mode
 
@@ -76,10 +68,8 @@ def graph_attention(coder: Coder) -> Attend:
     """A strategy for `CompressedAttention.attend` that traces into the runtime's operators; it cannot be run itself."""
     power_table(torch.device("cpu"))  # made now, it is a constant of the graph; made while tracing, it would be steps
 
-    def attend(
-        query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-        spec: AttentionSpec, scaling: float, dropout: float = 0.0,
-    ) -> Tensor:  # fmt: skip
+    def attend(call: AttentionCall) -> Tensor:
+        query, key, valid, scales, spec = call.query, call.key, call.valid, call.scales, call.spec
         heads, q_scale = query.shape[1], query_scale(query, scales, spec.q)
         assert scales.k is not None
         assert scales.v is not None
@@ -89,12 +79,12 @@ def graph_attention(coder: Coder) -> Attend:
         q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8, spec.q.qmax)
         keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
         k = coder(keys.mT, torch.int8, spec.k.qmax)
-        v = coder(repeat_heads(_in_steps(value, scales.v, spec.v.qmax), heads), torch.int8, spec.v.qmax)
-        alpha = score_step(q_scale, scales.k, scaling, heads)
-        pairs = prune_and_code(q @ k, valid, alpha, cutoff, spec)
+        v = coder(repeat_heads(_in_steps(call.value, scales.v, spec.v.qmax), heads), torch.int8, spec.v.qmax)
+        alpha = score_step(q_scale, scales.k, call.scaling, heads)
+        pairs = prune_and_code(q @ k, valid, alpha, call.cutoff, spec)
         p = coder(_probabilities(pairs, spec.p), torch.uint8, spec.p.qmax)
         weighted, divisor = p @ v, _divisor(p, spec.p)
-        tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+        tail = active_tail(spec, scales.tail, call.cutoff, query)
         if tail is not None:
             tail = _for_each_query_head(tail, heads)
             # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.onnx import ops
 
 from attnpress.core.attention import repeat_heads
+from attnpress.core.call import AttentionCall
 from attnpress.export.errors import ExportError, require
 from attnpress.export.graph import OPSET, check_exportable, graph_attention
-from attnpress.export.recording import Call, record_batch
+from attnpress.export.recording import record_batch
 from attnpress.models.binding import attentions
 
 MODEL, INPUTS = "layer{number:02d}.onnx", "layer{number:02d}.safetensors"
@@ -50,13 +51,13 @@ def quant_node(x: Tensor, dtype: torch.dtype, qmax: int) -> Tensor:
 class _Block(nn.Module):
     """Attention of one call, its scales and thresholds constants."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: AttentionCall) -> None:
         super().__init__()
-        self.attend, self.constants = graph_attention(quant_node), call[4:]
+        self.attend, self.made = graph_attention(quant_node), call
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor) -> Tensor:
         """[B, Hq, S, D]."""
-        return self.attend(query, key, value, valid, *self.constants)
+        return self.attend(self.made.with_(query=query, key=key, value=value, valid=valid))
 
 
 def write_qonnx(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
@@ -108,14 +109,14 @@ def run_qonnx(file: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[st
     return {**context, "quants": quants}
 
 
-def _inputs(call: Call) -> dict[str, Tensor]:
-    query, key, value, valid = call[:4]
+def _inputs(call: AttentionCall) -> dict[str, Tensor]:
+    query, key, value, valid = call.query, call.key, call.value, call.valid
     pairs = torch.ones(1, 1, 1, 1, dtype=torch.bool) if valid is None else valid
     shape = len(query), pairs.shape[1], query.shape[2], key.shape[2]
     return {"query": query, "key": key, "value": value, "valid": pairs.expand(shape).contiguous()}
 
 
-def _write_block(name: str, call: Call, inputs: dict[str, Tensor], file: Path) -> None:
+def _write_block(name: str, call: AttentionCall, inputs: dict[str, Tensor], file: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         try:

@@ -14,8 +14,6 @@ from attnpress.core.arguments import pair_mask
 from attnpress.core.attention import (
     IntegerAttention,
     Pairs,
-    Scales,
-    TailedScales,
     integer_attention,
     prune_and_code,
     query_scale,
@@ -23,6 +21,7 @@ from attnpress.core.attention import (
     row_maximum,
     score_step,
 )
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import exponent_rate
 from attnpress.core.rules import rule_of
 from attnpress.core.sparse_rows import csr_of
@@ -40,9 +39,6 @@ CODES = ("q_codes", "k_codes", "v_codes")
 GIVEN = (*CODES, "valid", "alpha", "v_scale")
 """What all else follows from, with the thresholds and the tail's parameters where there are any."""
 
-Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
-"""Arguments of `integer_attention`, as a module makes them."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Recorded:
@@ -56,7 +52,7 @@ class Recorded:
     """
 
     layers: dict[str, Tensors]
-    calls: dict[str, Call]
+    calls: dict[str, AttentionCall]
     answers: Tensors
     compared: str
 
@@ -79,7 +75,7 @@ def record_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Recorded:
                 f"{name}: a trace of integers needs bits for all of q, k, v and p; found {module.spec.bits}"
             )
     backend = usable_backend(modules.values())
-    calls: dict[str, list[tuple[Tensors, Call]]] = {name: [] for name in modules}
+    calls: dict[str, list[tuple[Tensors, AttentionCall]]] = {name: [] for name in modules}
     with evaluation_mode(model), torch.no_grad(), _recording(modules, calls, backend):
         answers = {key: x for key, x in model(**batch).items() if isinstance(x, Tensor)}
     for name, found in calls.items():
@@ -92,53 +88,48 @@ def record_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Recorded:
 
 @contextmanager
 def _recording(
-    modules: Mapping[str, CompressedAttention], calls: dict[str, list[tuple[Tensors, Call]]], backend: str
+    modules: Mapping[str, CompressedAttention], calls: dict[str, list[tuple[Tensors, AttentionCall]]], backend: str
 ) -> Iterator[None]:
     """Inside the `with` block each call is checked and kept."""
-    before = {name: (module.attend, module.probe) for name, module in modules.items()}
+    before = {name: module.attend for name, module in modules.items()}
     for name, module in modules.items():
-        _record_calls(name, module, calls[name], backend)
+        module.attend = _recorder(name, module.attend, calls[name], backend)
     try:
         yield
     finally:
         for name, module in modules.items():
-            module.attend, module.probe = before[name]
+            module.attend = before[name]
 
 
-def _record_calls(name: str, module: CompressedAttention, calls: list[tuple[Tensors, Call]], backend: str) -> None:
-    attend, real = module.attend, list[Tensor | None]()
-
-    def record(*arguments: object) -> Tensor:
-        call: Call = arguments[:8]  # type: ignore[assignment]
-        found, trained = integer_attention(*call), attend(*call)
+def _recorder(name: str, attend: Attend, calls: list[tuple[Tensors, AttentionCall]], backend: str) -> Attend:
+    def record(call: AttentionCall) -> Tensor:
+        found, trained = integer_attention(call), attend(call)
         _expect(name, "output", found.output, trained)
         if backend == "cpu":
-            kernel = ops.compiled_integers(*call)
+            kernel = ops.compiled_integers(call)
             tailed = [part for part in kernel if part.startswith("tail_")]
             for part in ("q_codes", "row_max", "p_codes", "code_sum", "weighted", "output", *tailed):
                 _expect(name, part, getattr(found, part), kernel[part])
-        calls.append((_tensors(name, found, call, real.pop()), call))
+        calls.append((_tensors(name, found, call), call))
         return trained
 
-    # The strategy is not told which rows are real tokens; a probe, shown the same call just before, is.
-    module.probe = lambda shown: real.append(shown.real)
-    module.attend = record
+    return record
 
 
-def _tensors(name: str, found: IntegerAttention, call: Call, real: Tensor | None) -> Tensors:
-    query, key, _, valid, scales, cutoff, spec, scaling = call
+def _tensors(name: str, found: IntegerAttention, call: AttentionCall) -> Tensors:
+    query, key, scales, cutoff, spec = call.query, call.key, call.scales, call.cutoff, call.spec
     q_scale = query_scale(query, scales, spec.q)
     assert scales.k is not None
     assert scales.v is not None
-    allowed = pair_mask(valid, query, key)
+    allowed = pair_mask(call.valid, query, key)
     pairs = torch.ones(1, 1, 1, 1, dtype=torch.bool) if allowed is None else allowed
-    pairs = (pairs if real is None else pairs & real).expand(query.shape[0], -1, query.shape[2], key.shape[2])
+    pairs = (pairs if call.real is None else pairs & call.real).expand(query.shape[0], -1, query.shape[2], key.shape[2])
     tensors: Tensors = {
         "q_codes": found.q_codes, "k_codes": found.k_codes, "v_codes": found.v_codes, "valid": pairs,
         "q_scale": q_scale, "k_scale": scales.k, "v_scale": scales.v,
-        "alpha": score_step(q_scale, scales.k, scaling, query.shape[1]),
+        "alpha": score_step(q_scale, scales.k, call.scaling, query.shape[1]),
     }  # fmt: skip
-    tail = active_tail(spec, TailedScales.tail_of(scales), cutoff, query)
+    tail = active_tail(spec, scales.tail, cutoff, query)
     if tail is not None:
         tensors |= tail.tensors()
     if cutoff is not None:

@@ -20,18 +20,17 @@ from attnpress.config import AttentionSpec
 from attnpress.core.arguments import check_cutoff, check_tail, check_tensors, misfit, pair_mask
 from attnpress.core.attention import (
     IntegerAttention,
-    Scales,
-    TailedScales,
     checked_mask,
     integer_attention,
     warn_of_nan,
 )
+from attnpress.core.call import Attend, AttentionCall, Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import active_tail
 from attnpress.kernels import cpu, gpu
 from attnpress.kernels.cpu import BackendUnavailableError
-from attnpress.kernels.slices import SECOND, SHORT, Call, products, sequences, slices
+from attnpress.kernels.slices import SECOND, SHORT, products, sequences, slices
 
 LARGEST_HEAD = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -63,45 +62,28 @@ class Backend:
             runs = f"runs on {self.active_target}" if self.available else f"cannot run here: {self.reason}"
             return f"the Triton kernel for NVIDIA GPUs; {runs}"
         if not self.available:
-            return "the compiled kernel; not built here: make kernel"
+            return f"the compiled kernel; cannot run here: {self.reason}"
         return f"the compiled kernel; targets {', '.join(self.targets)}; runs {self.active_target}"
 
 
 def backends() -> list[Backend]:
     """All backends, for listings; nothing is built or chosen by asking."""
-    compiled = Backend("cpu", available=False)
-    if cpu.is_built():
+    reason = cpu.why_unavailable()
+    compiled = Backend("cpu", available=False, reason=reason)
+    if reason is None:
         compiled = Backend("cpu", True, tuple(cpu.supported_targets()), cpu.active_target())
     reason = gpu.why_unavailable()
     triton = Backend("gpu", reason is None, active_target=gpu.device_name() if reason is None else None, reason=reason)
     return [compiled, triton, Backend("reference", available=True)]
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    scales: Scales,
-    cutoff: Tensor | None,
-    spec: AttentionSpec,
-    scaling: float,
-    *,
-    causal: bool = False,
-    backend: str = "cpu",
-) -> Tensor:
+def attention(call: AttentionCall, *, backend: str = "cpu") -> Tensor:
     """Compressed attention on the backend asked for, for inference.
 
     Args:
-        query: float32, bfloat16 or float16 [B, Hq, Sq, D], D a multiple of 4 up to 256; any strides. On the CPU, or
-            for "gpu" on an NVIDIA GPU.
-        key, value: [B, Hkv, Sk, D], Hq a multiple of Hkv.
-        valid: bool broadcastable to [B, Hq, Sq, Sk], True where the query may attend to the key; None allows all.
-        scales: static scales; Q has none with granularity "token".
-        cutoff: float32 [Hq] (`thresholds.fit_cutoff`), or None to prune nothing.
-        spec: all four matrices quantized.
-        scaling: factor of the scores, usually 1 / sqrt(D).
-        causal: also keep each query from the keys after it; the last query sees all.
+        call: all four matrices quantized; D a multiple of 4 up to 256 for "cpu" and "gpu". Tensors are on the CPU, or
+            for "gpu" on an NVIDIA GPU. With `bounds`, B is 1 and each sequence attends to itself alone: a batch without
+            padding, bit for bit what each sequence gives alone.
         backend: "cpu", "gpu" or "reference".
 
     Returns:
@@ -114,44 +96,7 @@ def attention(
     run = _BACKENDS.get(backend)
     if run is None:
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
-    return run(query, key, value, valid, scales, cutoff, spec, scaling, causal)
-
-
-def attention_packed(
-    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, *, causal: bool = False, backend: str = "cpu",
-) -> Tensor:  # fmt: skip
-    """`attention` of sequences that lie end to end, each to itself alone: a batch without padding.
-
-    Args:
-        query: float [1, Hq, T, D], T tokens of all sequences together.
-        key, value: float [1, Hkv, T, D].
-        bounds: int64 [sequences + 1], from 0 to T, never falling: sequence i is tokens bounds[i] to bounds[i + 1].
-
-    Returns:
-        float32 [1, Hq, T, D], stored so that its transpose is contiguous; bit for bit what each sequence gives alone.
-
-    Raises:
-        ValueError, BackendUnavailableError: see `attention`.
-    """
-    call: Call = (query, key, value, None, scales, cutoff, spec, scaling)
-    places = _check_packed(query, key, value, bounds)
-    if backend == "cpu":
-        return _compiled_packed(call, bounds.contiguous(), places, causal)
-    if backend == "gpu":
-        gpu.check_keys(max((end - begin for begin, end in pairwise(places)), default=0))
-        return _triton(*call, causal, bounds)
-    checked_mask(*call)
-    parts = [
-        attention(
-            query[:, :, begin:end], key[:, :, begin:end], value[:, :, begin:end], None, scales, cutoff, spec, scaling,
-            causal=causal, backend=backend,
-        ).transpose(1, 2)
-        for begin, end in pairwise(places) if begin < end
-    ]  # fmt: skip
-    return torch.cat([query.new_empty(1, 0, query.shape[1], value.shape[3], dtype=torch.float32), *parts], 1).transpose(
-        1, 2
-    )
+    return run(call)
 
 
 def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> None:
@@ -164,62 +109,70 @@ def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> N
         _check_scales(spec, scales)
 
 
-def _reference(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, causal: bool,
-) -> Tensor:  # fmt: skip
-    valid = checked_mask(query, key, value, valid, scales, cutoff, spec, scaling)
-    allowed = causal_pairs(query, key, valid) if causal else valid
-    if None in spec.bits.values():  # no integers then: what is computed is the forward of training
-        output = fake_quantize_attention(query, key, value, allowed, scales, cutoff, spec, scaling).float()
+def _reference(call: AttentionCall) -> Tensor:
+    if call.bounds is not None:
+        return _reference_packed(call, _check_packed(call, call.bounds))
+    valid = checked_mask(call)
+    call = call.with_(valid=causal_pairs(call.query, call.key, valid) if call.causal else valid)
+    if None in call.spec.bits.values():  # no integers then: what is computed is the forward of training
+        output = fake_quantize_attention(call).float()
     else:
-        output = integer_attention(query, key, value, allowed, scales, cutoff, spec, scaling).output
+        output = integer_attention(call).output
     return output.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _compiled(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, causal: bool,
-) -> Tensor:  # fmt: skip
-    call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
-    arguments = compiled_arguments(*call, causal)
-    if torch.compiler.is_compiling() or _is_short(products(query, key)):
+def _reference_packed(call: AttentionCall, places: list[int]) -> Tensor:
+    checked_mask(call)
+    parts = [
+        _reference(_tokens(call, slice(begin, end))).transpose(1, 2) for begin, end in pairwise(places) if begin < end
+    ]
+    none = call.query.new_empty(1, 0, call.query.shape[1], call.value.shape[3], dtype=torch.float32)
+    return torch.cat([none, *parts], 1).transpose(1, 2)
+
+
+def _tokens(call: AttentionCall, at: slice, bounds: Tensor | None = None) -> AttentionCall:
+    """The call of some of the tokens that lie end to end."""
+    return call.with_(query=call.query[:, :, at], key=call.key[:, :, at], value=call.value[:, :, at], bounds=bounds)
+
+
+def _compiled(call: AttentionCall) -> Tensor:
+    if call.bounds is not None:
+        return _compiled_packed(call, call.bounds.contiguous(), _check_packed(call, call.bounds))
+    arguments = compiled_arguments(call)
+    if torch.compiler.is_compiling() or _is_short(products(call.query, call.key)):
         output: Tensor = _run(torch.ops.attnpress.attention, arguments, call)
         return output
-    checked_mask(*call)
-    output = _room(query)
-    for place, part in slices(call, causal, _most()):
-        output[place] = _run(torch.ops.attnpress.attention, compiled_arguments(*part, causal), part)
+    checked_mask(call)
+    output = _room(call.query)
+    for place, part in slices(call, _most()):
+        output[place] = _run(torch.ops.attnpress.attention, compiled_arguments(part), part)
     return output
 
 
-def _compiled_packed(call: Call, bounds: Tensor, places: list[int], causal: bool) -> Tensor:
-    query, key, value, _, scales, cutoff, spec, scaling = call
-    arguments = compiled_arguments(*call, causal)
-    of_pair = 2 * query.shape[1] * query.shape[3]
+def _compiled_packed(call: AttentionCall, bounds: Tensor, places: list[int]) -> Tensor:
+    arguments = compiled_arguments(call)
+    of_pair = 2 * call.query.shape[1] * call.query.shape[3]
     if _is_short(of_pair * sum((end - begin) ** 2 for begin, end in pairwise(places))):
         packed = (*arguments[:3], bounds, *arguments[4:])
         output: Tensor = _run(torch.ops.attnpress.attention_packed, packed, call)
         return output
-    checked_mask(*call)
-    output = _room(query)
+    checked_mask(call)
+    output = _room(call.query)
     for first, last in sequences(places, of_pair, _most()):
         at, inner = slice(places[first], places[last]), [place - places[first] for place in places[first : last + 1]]
-        own: Call = (query[:, :, at], key[:, :, at], value[:, :, at], None, scales, cutoff, spec, scaling)
+        own = bounds.new_tensor(inner)
         alone = last - first == 1
         output[:, :, at] = (
-            _compiled(*own, causal) if alone else _compiled_packed(own, bounds.new_tensor(inner), inner, causal)
+            _compiled(_tokens(call, at)) if alone else _compiled_packed(_tokens(call, at, own), own, inner)
         )
     return output
 
 
-def _triton(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, causal: bool, bounds: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    output: Tensor = torch.ops.attnpress.attention_gpu(
-        *gpu_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal, bounds)
-    )
+def _triton(call: AttentionCall) -> Tensor:
+    if call.bounds is not None:
+        places = _check_packed(call, call.bounds)
+        gpu.check_keys(max((end - begin for begin, end in pairwise(places)), default=0))
+    output: Tensor = torch.ops.attnpress.attention_gpu(*gpu_arguments(call))
     return output
 
 
@@ -237,22 +190,21 @@ def _room(query: Tensor) -> Tensor:
     return query.new_empty(query.transpose(1, 2).shape, dtype=torch.float32).transpose(1, 2)
 
 
-def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: Call) -> Any:
+def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: AttentionCall) -> Any:
     """The operator, which checks its arguments; what it refuses is said in the words of the reference."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
     try:
         result = operator(*arguments)
     except RuntimeError:
-        checked_mask(*call)
+        checked_mask(call)
         raise
     if torch.ops.attnpress.met_nan.default():
-        query, key, value, valid, *_ = call
-        warn_of_nan(query, key, value, pair_mask(valid, query, key))
+        warn_of_nan(call.query, call.key, call.value, pair_mask(call.valid, call.query, call.key))
     return result
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {"cpu": _compiled, "gpu": _triton, "reference": _reference}
+_BACKENDS: dict[str, Attend] = {"cpu": _compiled, "gpu": _triton, "reference": _reference}
 
 
 INTEGERS = (
@@ -265,56 +217,44 @@ TAIL_AT = 19
 """Where among the arguments of the operators the tail's name is."""
 
 
-def compiled_integers(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, *, causal: bool = False,
-) -> dict[str, Tensor]:  # fmt: skip
+def compiled_integers(call: AttentionCall) -> dict[str, Tensor]:
     """The integers that the compiled kernel works with, by their names in `IntegerAttention`; holds S x S P codes.
 
     With a tail also those of `TailedAttention`. For tests, and to look into a kernel. Codes of keys that no query may
     attend to are 0: they are never made.
     """
-    arguments = compiled_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal)
-    call: Call = (query, key, value, valid, scales, cutoff, spec, scaling)
+    arguments = compiled_arguments(call)
     found = zip(INTEGERS, _run(torch.ops.attnpress.attention_integers, arguments, call), strict=True)
     kind = arguments[TAIL_AT] if len(arguments) > TAIL_AT else "none"
     dropped = {"none": ("tail_",), "mean": ("tail_score", "tail_slope"), "linear": ()}[kind]
     return {name: x for name, x in found if not name.startswith(dropped)}
 
 
-def compiled_arguments(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, causal: bool,
-) -> tuple[Any, ...]:  # fmt: skip
+def compiled_arguments(call: AttentionCall) -> tuple[Any, ...]:
     """Arguments of `torch.ops.attnpress.attention`, checked.
 
     Raises:
         ValueError: what the compiled kernel cannot take.
         BackendUnavailableError: it is not built.
     """
-    arguments = _arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal, "cpu")
+    arguments = _arguments(call, "cpu")
     valid = arguments[3]
     return (*arguments[:3], None if valid is None else _rows_contiguous(valid), *arguments[4:])
 
 
-def gpu_arguments(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, causal: bool, bounds: Tensor | None = None,
-) -> tuple[Any, ...]:  # fmt: skip
-    """Arguments of `torch.ops.attnpress.attention_gpu`, checked; `bounds` as in `attention_packed`.
+def gpu_arguments(call: AttentionCall) -> tuple[Any, ...]:
+    """Arguments of `torch.ops.attnpress.attention_gpu`, checked.
 
     Raises:
         ValueError: what the Triton kernel cannot take.
         BackendUnavailableError: it cannot run here.
     """
-    return (*_arguments(query, key, value, valid, scales, cutoff, spec, scaling, causal, "gpu"), bounds)
+    return (*_arguments(call, "gpu"), call.bounds)
 
 
-def _arguments(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scales: Scales, cutoff: Tensor | None,
-    spec: AttentionSpec, scaling: float, causal: bool, backend: str,
-) -> tuple[Any, ...]:  # fmt: skip
+def _arguments(call: AttentionCall, backend: str) -> tuple[Any, ...]:
     """What the operators of both kernels take, in their order."""
+    query, key, value, scales, cutoff, spec = call.query, call.key, call.value, call.scales, call.cutoff, call.spec
     if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
         {"cpu": cpu, "gpu": gpu}[backend].load()
     _check_spec(spec, backend)
@@ -325,7 +265,7 @@ def _arguments(
             raise ValueError(
                 f"{name}: backend {backend!r} takes tensors on {_place(backend)}, found one on {tensor.device}"
             )
-    tail = _tail_arguments(query, key, scales, cutoff, spec) if backend == "cpu" else ()
+    tail = _tail_arguments(call) if backend == "cpu" else ()
     if cutoff is not None:
         shown = rule_of(spec).kernel_cutoff(cutoff)
         if shown is not cutoff or not cutoff.is_contiguous():
@@ -334,19 +274,17 @@ def _arguments(
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
-        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), pair_mask(valid, query, key), causal,
-        float(scaling), q_scale, scales.k, scales.v, cutoff, spec.rule, float(spec.sparsity), mode,
+        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), pair_mask(call.valid, query, key),
+        call.causal, float(call.scaling), q_scale, scales.k, scales.v, cutoff, spec.rule, float(spec.sparsity), mode,
         spec.q.qmax, spec.k.qmax, spec.v.qmax, spec.p.qmax, spec.smooth_key, spec.q.power_of_two, *tail,
     )  # fmt: skip
 
 
-def _tail_arguments(
-    query: Tensor, key: Tensor, scales: Scales, cutoff: Tensor | None, spec: AttentionSpec
-) -> tuple[Any, ...]:
+def _tail_arguments(call: AttentionCall) -> tuple[Any, ...]:
     """What the operators take last; nothing where no row has a tail."""
+    query, key, cutoff, spec, tail = call.query, call.key, call.cutoff, call.spec, call.scales.tail
     if spec.tail == "none":
         return ()
-    tail = TailedScales.tail_of(scales)
     if not torch.compiler.is_compiling():  # what follows would stumble over shapes that do not fit
         if tail is not None:
             check_tail(tail, query, key, values=False)
@@ -417,13 +355,16 @@ def _check_tensors(query: Tensor, key: Tensor, value: Tensor, backend: str) -> N
     _check_head(query.shape[3], backend)
 
 
-def _check_packed(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor) -> list[int]:
-    check_tensors(query, key, value)
+def _check_packed(call: AttentionCall, bounds: Tensor) -> list[int]:
+    query, key = call.query, call.key
+    check_tensors(query, key, call.value)
     if query.shape[0] != 1 or key.shape[2] != query.shape[2]:
         raise ValueError(
             f"packed tensors are [1, H, T, D] with as many keys as queries, found query {list(query.shape)}, "
             f"key {list(key.shape)}"
         )
+    if call.valid is not None:
+        raise ValueError("valid: sequences that lie end to end have no mask; leave it None, or give no bounds")
     tokens = query.shape[2]
     # As plain numbers: comparing tensors takes longer than the attention of a few short sequences.
     is_list = bounds.dtype == torch.int64 and bounds.dim() == 1 and not bounds.is_meta
@@ -449,7 +390,6 @@ __all__ = [
     "BackendUnavailableError",
     "IntegerAttention",
     "attention",
-    "attention_packed",
     "backends",
     "check",
     "compiled_integers",

@@ -13,14 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
-from attnpress.config import AttentionSpec
 from attnpress.core.arguments import pair_mask
-from attnpress.core.attention import Scales, TailedScales, key_validity
+from attnpress.core.attention import key_validity
+from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.quantizer import smooth_key
 from attnpress.core.tail import Directions, Tail
-
-Call = tuple[Tensor, Tensor, Tensor, Tensor | None, Scales, Tensor | None, AttentionSpec, float]
-"""Query, key, value, valid, scales, cutoff, spec and scaling."""
 
 SECOND = {"scalar": 2**30, "avx2": 2**34, "avx512vnni": 2**35, "amx": 2**36}
 """Products that one thread of a target makes in a good second or less, whatever the rule."""
@@ -34,18 +31,17 @@ def products(query: Tensor, key: Tensor) -> int:
     return 2 * query.numel() * key.shape[2]
 
 
-def slices(call: Call, causal: bool, most: int) -> Iterator[tuple[tuple[slice, ...], Call]]:
+def slices(call: AttentionCall, most: int) -> Iterator[tuple[tuple[slice, ...], AttentionCall]]:
     """The call in parts of about `most` products each.
 
     Args:
-        call: [B, Hq, Sq, D] and so on, checked.
-        causal: as in `ops.attention`; parts keep it, with the keys that their last row sees.
+        call: checked; parts keep `causal`, with the keys that their last row sees.
 
     Yields:
         Where in the output [B, Hq, Sq, D] a part belongs, and the part.
     """
-    call = _smoothed(call, causal)
-    query, key = call[:2]
+    call = _smoothed(call)
+    query, key = call.query, call.key
     batch, rows, keys, kv_heads = query.shape[0], query.shape[2], key.shape[2], key.shape[1]
     group = query.shape[1] // kv_heads
     row = products(query[:1, :group, :1], key)
@@ -53,7 +49,7 @@ def slices(call: Call, causal: bool, most: int) -> Iterator[tuple[tuple[slice, .
         for h in _steps(kv_heads, most // (row * rows)):
             for r in _steps(rows, most // row):
                 heads = slice(h.start * group, h.stop * group)
-                seen = slice(0, max(0, keys - rows + r.stop) if causal else keys)
+                seen = slice(0, max(0, keys - rows + r.stop) if call.causal else keys)
                 yield (b, heads, r), _part(call, b, h, heads, r, seen)
 
 
@@ -82,13 +78,13 @@ def _steps(size: int, step: int) -> Iterator[slice]:
     return (slice(start, min(size, start + step)) for start in range(0, size, step))
 
 
-def _smoothed(call: Call, causal: bool) -> Call:
+def _smoothed(call: AttentionCall) -> AttentionCall:
     """The call with smoothed keys, as float32: their mean is over all keys that some row of the whole call sees."""
-    query, key, value, valid, scales, cutoff, spec, scaling = call
-    valid = pair_mask(valid, query, key)
-    if spec.smooth_key:
-        key, spec = smoothed_key(key, valid, query.shape[2], causal), dataclasses.replace(spec, smooth_key=False)
-    return query, key, value, valid, scales, cutoff, spec, scaling
+    call = call.with_(valid=pair_mask(call.valid, call.query, call.key))
+    if not call.spec.smooth_key:
+        return call
+    key = smoothed_key(call.key, call.valid, call.query.shape[2], call.causal)
+    return call.with_(key=key, spec=dataclasses.replace(call.spec, smooth_key=False))
 
 
 def smoothed_key(key: Tensor, valid: Tensor | None, rows: int, causal: bool) -> Tensor:
@@ -98,31 +94,32 @@ def smoothed_key(key: Tensor, valid: Tensor | None, rows: int, causal: bool) -> 
         key: [B, Hkv, Sk, D].
         valid: from `pair_mask`.
         rows: Sq.
-        causal: as in `ops.attention`.
+        causal: as in `AttentionCall`.
     """
     if valid is not None and causal and valid.shape[2] > 1:  # else the last row sees all that any row does
         valid = valid & valid.new_ones(rows, key.shape[2]).tril(key.shape[2] - rows)
     return smooth_key(key, key_validity(valid))
 
 
-def _part(call: Call, batch: slice, kv_heads: slice, heads: slice, rows: slice, keys: slice) -> Call:
-    query, key, value, valid, scales, cutoff, spec, scaling = call
-    key, value = key[batch, kv_heads, keys], value[batch, kv_heads, keys]
-    own = _scales(scales, heads, kv_heads)
+def _part(call: AttentionCall, batch: slice, kv_heads: slice, heads: slice, rows: slice, keys: slice) -> AttentionCall:
+    valid = call.valid
     for dim, part in enumerate((batch, heads, rows, keys)):
         valid = _of(valid, dim, part)
-    cutoff = None if cutoff is None else cutoff[heads]
-    return query[batch, heads, rows], key, value, valid, own, cutoff, spec, scaling
+    return call.with_(
+        query=call.query[batch, heads, rows], key=call.key[batch, kv_heads, keys],
+        value=call.value[batch, kv_heads, keys], valid=valid, scales=_scales(call.scales, heads, kv_heads),
+        cutoff=None if call.cutoff is None else call.cutoff[heads],
+    )  # fmt: skip
 
 
 def _scales(scales: Scales, heads: slice, kv_heads: slice) -> Scales:
     q, k, v = _of(scales.q, 1, heads), _of(scales.k, 1, kv_heads), _of(scales.v, 1, kv_heads)
-    tail = TailedScales.tail_of(scales)
+    tail = scales.tail
     if tail is None:
         return Scales(q, k, v)
     of = tail.directions
     directions = of and Directions(of.query[kv_heads], of.key[kv_heads], of.offset[kv_heads], of.step[kv_heads])
-    return TailedScales(q, k, v, Tail(tail.lift[heads], directions))
+    return Scales(q, k, v, tail=Tail(tail.lift[heads], directions))
 
 
 def _of(x: Any, dim: int, part: slice) -> Any:

@@ -17,8 +17,8 @@ from transformers.utils import output_capturing
 
 from attnpress.config import TensorSpec
 from attnpress.core.attention import repeat_heads
+from attnpress.core.call import AttentionCall
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.core.probe import AttentionCall
 from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
@@ -79,29 +79,27 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} adds {', '.join(terms)} to its scores; not supported")
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    if state.probe is not None:
-        state.probe(_attention_call(module, query, key, value, attention_mask, scaling))
-    if state.observers is not None or (state.spec.is_dense and state.rows is None):
-        output, weights = eager_function(module)(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        if state.observers is not None or state.counts is not None:
-            valid = valid_pairs(module, query, key, attention_mask)
-            real = real_rows(module, query, key, valid)
-            state.observe(query, key, value, valid, real)
-            state.count_dense(query, key, valid, real)
-    else:
-        if state.unset:
-            state.require_calibrated(type(module).__name__, thresholds=state.rows is None)
+    scaling = usual_scaling(query) if scaling is None else scaling
+    compressed = not state.runs_uncompressed
+    if compressed and state.unset:
+        fitted = not any(watcher.before_thresholds for watcher in state.watchers)
+        state.require_calibrated(type(module).__name__, thresholds=fitted)
+    if compressed or state.watchers:
         valid = valid_pairs(module, query, key, attention_mask)
         real = real_rows(module, query, key, valid)
-        scaling = usual_scaling(query) if scaling is None else scaling
+    if compressed:
         with torch.autocast(query.device.type, enabled=False):
             exact = state(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
             weights = compressed_probs(state, query, key, valid, scaling) if _wants_weights(module, kwargs) else None
         output = exact.transpose(1, 2).to(query.dtype).contiguous()
-    if state.captured is not None:
-        state.captured.append(output)
+    else:
+        if state.watchers:
+            state.show(state.call(query, key, value, valid, real, scaling))
+        output, weights = eager_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for watcher in state.watchers:
+        watcher.hear(output)
     return output, weights
 
 
@@ -135,16 +133,8 @@ def compressed_probs(
     units = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
     spec = dataclasses.replace(state.spec, v=TensorSpec(bits=2, granularity="tensor"))
     scales = dataclasses.replace(state.scales(), v=torch.ones(1, 1, 1, 1, device=key.device))
-    probs = fake_quantize_attention(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
-    return probs.to(query.dtype)
-
-
-def _attention_call(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None
-) -> AttentionCall:
-    valid = valid_pairs(module, query, key, mask)
-    real = real_rows(module, query, key, valid)
-    return AttentionCall(query, key, value, valid, real, usual_scaling(query) if scaling is None else scaling)
+    call = AttentionCall(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
+    return fake_quantize_attention(call).to(query.dtype)
 
 
 def usual_scaling(query: Tensor) -> float:

@@ -211,6 +211,7 @@ class AttnPressQuantizer(HfQuantizer):
             pass
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from attnpress.models.attached import attach
         from attnpress.models.binding import attentions, bind
         from attnpress.models.encoder import is_int8, set_plan
 
@@ -224,7 +225,7 @@ class AttnPressQuantizer(HfQuantizer):
         for name, module in attentions(model).items():
             _check_loaded(name, module)
         _check_ordinary(model)
-        model._attnpress_before = "eager"
+        attach(model, implementation="eager")
         if is_int8(model):
             leave_files(model)
 

@@ -12,10 +12,11 @@ from attnpress.core.cost import total_work
 from attnpress.deployment.attention import Linear, deploy
 from attnpress.deployment.linear import calibrate_linear, linear_layers
 from attnpress.models.binding import bind, bound_modules
-from attnpress.models.counting import counting, pairs_work, summed, tails_work
 from attnpress.models.encoders import Encoder, Rows
 from attnpress.models.inputs import Batch
 from attnpress.models.outputs import outputs
+from attnpress.models.watchers import Counting, watched
+from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.training.calibration import calibrate
 
 BATCH = 8
@@ -107,10 +108,11 @@ def make(dense: Encoder, form: Form, rows: Rows) -> Made:
 
 def _survivors(encoder: Encoder, rows: Rows) -> Survivors:
     modules = list(bound_modules(encoder.model).values())
-    with counting(modules) as counts:
+    counting = [Counting(module) for module in modules]
+    with watched(zip(modules, counting, strict=True)):
         for _ in outputs(encoder.model, encoder.batches(by_length(rows), BATCH)):
             pass
-    merged = [count.total() for count in counts]
+    merged = [watcher.counts.total() for watcher in counting]
     total, pairs = summed(merged), list(zip(modules, merged, strict=True))
     work = total_work(part(*pair) for pair in pairs for part in (pairs_work, tails_work))
     return Survivors(

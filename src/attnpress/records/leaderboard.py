@@ -36,7 +36,7 @@ class BaselineRecord:
 
     @property
     def reference(self) -> float:
-        """What compressed models are held against: the dense model that was trained as long, where there is one."""
+        """The baseline of compressed models: the dense model that was trained equally long, where there is one."""
         return self.dense if self.control is None else self.control
 
 

@@ -17,7 +17,7 @@ STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """One head: sparsity by its names (fractions of its valid pairs), kept keys a row, and its threshold.
+    """One head: sparsity by its names (fractions of its valid pairs), keys kept per query, and its threshold.
 
     `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold. `errors` are relative
     root-mean-square errors on a few evaluation rows: of q, k and v from quantizing them, of p and output from all that

@@ -80,7 +80,7 @@ def map_drawings(number: int, run: Run) -> Iterator[Drawing]:
             words = (
                 f"Attention of layer {layer}, head {head} on “{' '.join(tokens)}”: the dense model gives P of 0.01 or "
                 f"more to {int((dense >= 0.01).sum())} of {dense.size} pairs; the compressed one leaves {kept}, "
-                f"{kept / len(pruned):.1f} keys a row."
+                f"{kept / len(pruned):.1f} keys per query."
             )
             title = f"Layer {layer}, head {head}, input {index + 1}"
             yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, words, figure)
@@ -105,6 +105,6 @@ def _shares(counts: NDArray[Any], used: int) -> NDArray[Any]:
 def _histogram_words(rule: str, head: HeadRecord) -> str:
     fitted = f"threshold {head.threshold:.3g}" if threshold_at(rule, head.threshold) is not None else "no threshold"
     return (
-        f"Rule “{rule}”, {fitted}: {head.pruned:.1%} of valid pairs pruned, {head.keys_per_row:.2f} keys kept a row "
-        "on the whole evaluation set; the bars are a few of its rows."
+        f"Rule “{rule}”, {fitted}: {head.pruned:.1%} of valid pairs pruned, {head.keys_per_row:.2f} keys kept per "
+        "query on the whole evaluation set; the bars are a few of its rows."
     )

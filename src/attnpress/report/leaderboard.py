@@ -13,7 +13,7 @@ from attnpress.report import plots
 from attnpress.report.render import markdown_table
 
 COLUMNS = (
-    "task", "asked", "rule", "metric", "score", "against dense", "sparsity", "keys a row", "QK^T skipped",
+    "task", "asked", "rule", "metric", "score", "against dense", "sparsity", "keys per query", "QK^T skipped",
     "PV skipped", "seeds",
 )  # fmt: skip
 MISSING = "not run yet"
@@ -96,7 +96,7 @@ def board_caption(record: BoardRecord) -> str:
     """The dense models that scores are held against."""
     return " ".join(
         f"{one.task}, seed {one.seed}: {one.headline} {one.dense:.2f} dense"
-        + ("" if one.control is None else f", {one.control:.2f} trained as long as the others")
+        + ("" if one.control is None else f", {one.control:.2f} trained equally long")
         + ("" if one.majority is None else f", {one.majority:.2f} for always answering the commonest class")
         + f"; {one.provenance['rows']['train']} training rows, {one.provenance['rows']['eval']} to evaluate."
         for one in record.baselines

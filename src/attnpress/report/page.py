@@ -192,7 +192,9 @@ def _stage_tables(group: Group, groups: Sequence[Group]) -> Iterator[Table]:
         return
     every = [one for other in groups for one in other.records if one.stage("dense")]
     header = tuple(column.format(metric=record.headline) for column in SEEDS_COLUMNS)
-    note = f"{group.label}: mean and standard deviation over seeds; against the dense model trained as long, if any."
+    note = (
+        f"{group.label}: mean and standard deviation over seeds; against the dense model trained equally long, if any."
+    )
     yield Table(header, seeds_rows(group.records, every), f"{note} {caption(record)}")
 
 

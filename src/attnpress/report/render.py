@@ -13,14 +13,14 @@ from attnpress.records.sweep import SweepRecord
 
 TITLES = {
     "dense": "dense",
-    "dense_control": "dense, trained as long",
+    "dense_control": "dense, trained equally long",
     "quantized": "quantized, no training",
-    "one_shot": "pruned at once, no training",
-    "progressive": "pruned progressively",
+    "one_shot": "one-shot pruning, no training",
+    "progressive": "progressive pruning",
 }
 
 COLUMNS = (
-    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys a row", "bits Q/K/V/P", "MACs left",
+    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys per query", "bits Q/K/V/P", "MACs left",
 )  # fmt: skip
 
 
@@ -217,7 +217,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: 
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys a row", "seeds")
+SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys per query", "seeds")
 
 
 def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple[str, ...]]:
@@ -225,7 +225,7 @@ def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple
 
     Args:
         records: what to average.
-        every: records in which to look for the dense models that were trained as long.
+        every: records in which to look for the dense models that were trained equally long.
 
     Raises:
         ValueError: a record has no dense stage.
@@ -253,7 +253,7 @@ Start = tuple[str, float]
 
 
 def control_scores(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, float]:
-    """Score of the dense model trained as long as the compressed one, by what both began from and for how long.
+    """Score of the dense model trained as many steps as the compressed one, by what both began from and for how long.
 
     Args:
         records: those without the stage are passed over.
@@ -264,7 +264,7 @@ def control_scores(records: Iterable[Record], stage: str = "dense_control") -> d
 
 
 def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
-    """What a record is compared with: its dense model trained as long where `controls` has it, or else as it was.
+    """What a record is compared with: its dense model trained equally long where `controls` has it, or else as it was.
 
     Raises:
         ValueError: the record has no dense stage.

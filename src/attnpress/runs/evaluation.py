@@ -18,7 +18,8 @@ from attnpress.core.cost import FLOAT_BITS, PairCounts, total_work
 from attnpress.distributed import reduce_over_ranks, this_process
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import bound_modules
-from attnpress.models.counting import counting, pairs_work, summed, tails_work
+from attnpress.models.watchers import Counting, watched
+from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.records.run import HeadRecord, LayerRecord, StageRecord
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
@@ -45,9 +46,10 @@ def evaluate(
             f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
         )
     modules = bound_modules(model.to(this_process().device))
-    with counting(modules.values()) as found:
+    counting = {name: Counting(module) for name, module in modules.items()}
+    with watched((module, counting[name]) for name, module in modules.items()):
         metrics = predict(model, data, batch_size)
-    counts = {name: _merged(count) for name, count in zip(modules, found, strict=True)}
+    counts = {name: _merged(watcher.counts) for name, watcher in counting.items()}
     return _stage_record(name, metrics, modules, counts, padded_length, seconds)
 
 

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.attention import dense_attention
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.cost import attention_work
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.core.probe import AttentionCall, probe
-from attnpress.models.attention import Attend, CompressedAttention
+from attnpress.core.probe import probe
+from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind, probed
 from attnpress.models.outputs import first_output
 from attnpress.tasks.tokens import encode as token_ids
@@ -123,7 +124,7 @@ def _try(model: Any, batch: Mapping[str, Tensor], exact: Tensor, spec: Attention
 
     def count(_: str, state: CompressedAttention, call: AttentionCall) -> None:
         nonlocal dense, left
-        seen = probe(call, state.scales(), state.active_cutoff(), state.spec)
+        seen = probe(call)
         survivors = int(((seen.codes > 0) & seen.counted).sum())
         work = attention_work(int(seen.counted.sum()), survivors, state.head_dim, state.spec.bits)
         dense, left = dense + work.bit_operations_dense, left + work.bit_operations_remaining
@@ -156,16 +157,13 @@ def _only(states: Any, chosen: CompressedAttention, head: int) -> Iterator[None]
             state.attend = fake_quantize_attention
 
 
-def _exact(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, _scales: Any, _cutoff: Any, _spec: AttentionSpec,
-    scaling: float, _dropout: float,
-) -> Tensor:  # fmt: skip
-    return dense_attention(query.float(), key.float(), value.float(), valid, scaling)
+def _exact(call: AttentionCall) -> Tensor:
+    return dense_attention(call.query.float(), call.key.float(), call.value.float(), call.valid, call.scaling)
 
 
 def _with_one_head(head: int) -> Attend:
-    def attend(*call: Any) -> Tensor:
-        output, compressed = _exact(*call), fake_quantize_attention(*call)
+    def attend(call: AttentionCall) -> Tensor:
+        output, compressed = _exact(call), fake_quantize_attention(call)
         output[:, head] = compressed[:, head]
         return output
 
@@ -186,7 +184,7 @@ def _views(model: Any, batch: Mapping[str, Tensor]) -> list[HeadView]:
 
 
 def _look(name: str, state: CompressedAttention, call: AttentionCall) -> list[HeadView]:
-    seen = probe(call, state.scales(), None, state.spec)
+    seen = probe(call.with_(cutoff=None))
     rows = seen.counted.any(-1).sum((0, 2)).clamp(min=1)
     pairs = seen.counted.sum((0, 2, 3)).clamp(min=1)
     zeros = ((seen.codes == 0) & seen.counted).sum((0, 2, 3)) / pairs

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from attnpress.config import RuleName
-from attnpress.core.probe import AttentionCall, Probe, probe, relative_error
+from attnpress.core.call import AttentionCall
+from attnpress.core.probe import Probe, probe, relative_error
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import probed
 from attnpress.models.outputs import outputs
@@ -90,8 +91,7 @@ class Maps:
 
 def probe_state(state: CompressedAttention, call: AttentionCall, rule: RuleName | None = None) -> Probe:
     """Probe a call of a bound module as its state compresses it."""
-    spec = state.spec if rule is None else dataclasses.replace(state.spec, rule=rule)
-    return probe(call, state.scales(), state.active_cutoff(), spec)
+    return probe(call if rule is None else call.with_(spec=dataclasses.replace(state.spec, rule=rule)))
 
 
 def _show(model: nn.Module, data: TaskData, rows: Iterable[int], look: Totals | Maps) -> None:

@@ -1,30 +1,13 @@
-"""Counting the pairs of a bound model while it runs, and the work that they are."""
+"""The work that the pairs of a bound model are: counts of its modules together, and what Q K^T, P V and tails take."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 
 from attnpress.core.cost import PairCounts, Work, attention_work, tail_work
 from attnpress.models.attention import CompressedAttention
-
-
-@contextmanager
-def counting(modules: Iterable[CompressedAttention]) -> Iterator[list[PairCounts]]:
-    """Inside the `with` block, calls of the modules count their pairs; the list holds the counts, module by module."""
-    chosen = list(modules)
-    counts: list[PairCounts] = []
-    for module in chosen:
-        none = PairCounts.none_yet(module.heads).tensors()
-        module.counts = PairCounts(*(count.to(module.cutoff.device) for count in none))
-    try:
-        yield counts
-        counts += [module.counts for module in chosen if module.counts is not None]
-    finally:
-        for module in chosen:
-            module.counts = None
 
 
 def summed(counts: Iterable[PairCounts]) -> PairCounts:
