@@ -19,8 +19,10 @@ from typing import Any
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.config.recipe import load_spec
 from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
+from attnpress.posttraining.card import quantized_markdown
 from attnpress.records.lanes import LaneRecord, read_lanes
 from attnpress.records.leaderboard import BoardRecord, read_board
+from attnpress.records.quantized import read_quantized
 from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.report.benchmark import (
     attention_markdown,
@@ -62,6 +64,7 @@ PAGES = (
     "docs/ecosystem.md",
     "docs/reliability.md",
     "docs/accelerator.md",
+    "docs/howto/quantize.md",
 )
 README_CELLS = (
     ("mrpc", "8888-0.95"), ("mrpc", "4444-0.95"), ("squad", "8888-0.95"), ("squad", "4444-0.95"),
@@ -113,6 +116,7 @@ def tables() -> dict[str, str]:
         "tail_cost": tail_cost_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
+        "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
 
 
