@@ -6,7 +6,7 @@
 namespace attnpress {
 namespace {
 
-constexpr int32_t TAIL_END = 64 * 1024;  // core/tail.py: exponent from which a level is 0
+constexpr int32_t TAIL_END = 64 * STEPS_PER_OCTAVE;  // core/tail.py: exponent from which a level is 0
 
 // One row's tail; names in brackets are those of numerics, section 8.
 struct RowTail {
@@ -36,11 +36,9 @@ template <class I> void find_levels(const Job<I>& job, const Head<I>& unit, cons
         const auto mean = I::quotient(I::loadf(distances), I::loadf(counts));
         const auto steps = I::subf(I::nearest(I::minf(I::mulf(mean, I::loadf(rates)), end)), lift);
         const V t = I::round(I::minf(I::maxf(steps, zero), end));
-        const V fraction = I::template shl<6>(I::band(t, I::set1(1023)));
-        const V inner = I::sub(I::set1(15148), I::mulhi(fraction, I::set1(2596)));
-        const V power = I::sub(I::set1(ONE), I::mulhi(fraction, I::sub(I::set1(45324), I::mulhi(fraction, inner))));
+        const V power = power_of_steps<I>(t);
         const V weight = I::select_le(t, I::set1(TAIL_END - 1), I::sub(I::sllv(power, bits), power));
-        const V octaves = I::template shl<23>(I::sub(I::set1(127 - 16), I::template shr<10>(t)));  // bits of a power of two
+        const V octaves = I::template shl<23>(I::sub(I::set1(127 - ONE_BITS), I::template shr<STEP_BITS>(t)));  // bits of a power of two
         I::store(exponents, t);
         I::storef(levels, I::mulf(I::to_float(weight), I::as_float(octaves)));
         for (int64_t r = 0; r < some; ++r) {
