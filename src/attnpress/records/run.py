@@ -179,7 +179,7 @@ class Record:
     Attributes:
         recipe: the RunConfig as plain data.
         headline: name of the metric that is compared.
-        majority: headline of always answering the commonest class, in points; None outside classification.
+        majority: headline of always predicting the most frequent class, in points; None outside classification.
         provenance: versions, hashes of data and weights, machine, row counts.
         stages: in the order they were run.
         training: log history of each trained stage.
