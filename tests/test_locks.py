@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from attnpress.locks import alone, beside, is_held
+from attnpress.locks import alone, is_held
 
 HOLD = """
 import sys
@@ -22,14 +22,14 @@ with alone(Path(sys.argv[1])):
 
 
 @pytest.fixture
-def lock(tmp_path: Path) -> Path:
-    return beside(tmp_path / "made" / "run")
+def place(tmp_path: Path) -> Path:
+    return tmp_path / "made" / "run"
 
 
 @pytest.fixture
-def holder(lock: Path) -> Iterator[subprocess.Popen[str]]:
+def holder(place: Path) -> Iterator[subprocess.Popen[str]]:
     with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", HOLD, str(place)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "inside\n"
@@ -37,32 +37,32 @@ def holder(lock: Path) -> Iterator[subprocess.Popen[str]]:
         process.kill()
 
 
-def test_a_lock_file_lies_beside_what_it_is_for(lock: Path) -> None:
-    assert lock.name == ".run.lock"
-    assert not is_held(lock)
-    with alone(lock):
-        assert is_held(lock)
-    assert not is_held(lock)
+def test_a_lock_file_lies_beside_what_it_is_for(place: Path) -> None:
+    assert not is_held(place)
+    with alone(place):
+        assert is_held(place)
+    assert not is_held(place)
+    assert [path.name for path in place.parent.iterdir()] == [".run.lock"]
 
 
-def test_a_second_process_is_refused_in_the_words_of_the_caller(lock: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_second_process_is_refused_in_the_words_of_the_caller(place: Path, holder: subprocess.Popen[str]) -> None:
     def refuse() -> None:
         raise ValueError("busy")
 
-    assert is_held(lock)
-    with pytest.raises(ValueError, match="busy"), alone(lock, refuse):
+    assert is_held(place)
+    with pytest.raises(ValueError, match="busy"), alone(place, refuse):
         pass
     assert holder.poll() is None
 
 
-def test_a_second_process_waits_and_a_killed_one_lets_go(lock: Path, holder: subprocess.Popen[str]) -> None:
+def test_a_second_process_waits_and_a_killed_one_lets_go(place: Path, holder: subprocess.Popen[str]) -> None:
     told = []
 
     def tell() -> None:
         told.append("waiting")
         holder.kill()
 
-    with alone(lock, tell):
+    with alone(place, tell):
         assert told == ["waiting"]
-    with alone(lock, tell):
+    with alone(place, tell):
         assert told == ["waiting"]

@@ -6,19 +6,34 @@ import contextlib
 import fcntl
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 
-def beside(path: Path) -> Path:
-    """The lock file of a file or folder, which may not be there yet."""
-    return path.with_name(f".{path.name}.lock")
+def alone(place: Path, busy: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
+    """One process at a time works for a file or folder, which may not be there yet; the lock file lies beside it.
+
+    Args:
+        busy: as `locked` takes it.
+    """
+    return locked(_beside(place), busy)
+
+
+def is_held(place: Path) -> bool:
+    """Whether a process works for a file or folder, inside `alone`."""
+    lock = _beside(place)
+    if not lock.is_file():
+        return False
+    held = FileLock(lock)
+    free = _acquired(held)
+    held.release()
+    return not free
 
 
 @contextmanager
-def alone(lock: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None]:
+def locked(lock: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None]:
     """One process at a time is inside the `with` block.
 
     Args:
@@ -36,14 +51,8 @@ def alone(lock: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None]
         held.release()
 
 
-def is_held(lock: Path) -> bool:
-    """Whether a process is inside `alone`."""
-    if not lock.is_file():
-        return False
-    held = FileLock(lock)
-    free = _acquired(held)
-    held.release()
-    return not free
+def _beside(place: Path) -> Path:
+    return place.with_name(f".{place.name}.lock")
 
 
 def _acquired(lock: FileLock) -> bool:

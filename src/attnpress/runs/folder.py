@@ -15,7 +15,7 @@ from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_config, spec_to_dict
 from attnpress.distributed import this_process
 from attnpress.files import MARKER, mark, read_marker, write_text
-from attnpress.locks import alone
+from attnpress.locks import locked
 from attnpress.models.loading import weights_hash
 from attnpress.records.provenance import machine, versions
 from attnpress.records.reading import RecordError
@@ -66,7 +66,7 @@ def hold_folder(output: Path) -> Iterator[None]:
     def refuse() -> None:
         raise ConfigError(f"{output}: another run is at work there; wait for its end, or choose another --output")
 
-    with alone(output / "run.lock", refuse):
+    with locked(output / "run.lock", refuse):
         yield
 
 

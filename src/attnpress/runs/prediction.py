@@ -26,7 +26,7 @@ from attnpress.config import DataSpec, RunConfig
 from attnpress.deployment.attention import Linear, deploy, place_on
 from attnpress.deployment.linear import plan_linear
 from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
-from attnpress.locks import alone, beside
+from attnpress.locks import alone
 from attnpress.models.encoder import plan_of
 from attnpress.models.loading import weights_hash
 from attnpress.records.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -389,7 +389,7 @@ def _alone(output: Path) -> AbstractContextManager[None]:
     def refuse() -> None:
         raise PredictionError(f"{output}: another process is writing it; wait for its end")
 
-    return alone(beside(output), refuse)
+    return alone(output, refuse)
 
 
 @dataclass(frozen=True)

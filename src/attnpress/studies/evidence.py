@@ -19,7 +19,7 @@ from pydantic.dataclasses import dataclass
 from attnpress.config import ConfigError, RunConfig, Seed, merged
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.files import write_text
-from attnpress.locks import alone, beside, is_held
+from attnpress.locks import alone, is_held
 from attnpress.runs.compression import compress
 from attnpress.studies.teacher import check_one_process
 
@@ -162,11 +162,11 @@ def _lacks_dense(item: Item) -> bool:
 
 def _is_taken(item: Item, dense: Mapping[int, Item]) -> bool:
     """Whether another process is at work on it, or on the dense model that it needs."""
-    return is_held(beside(item.folder)) or (_lacks_dense(item) and is_held(beside(dense[item.seed].folder)))
+    return is_held(item.folder) or (_lacks_dense(item) and is_held(dense[item.seed].folder))
 
 
 def _run(item: Item, notify: Callable[[str], None], is_needed: Callable[[], bool]) -> None:
-    with alone(beside(item.folder), lambda: notify(f"waiting for the process that is at work on {item.name}")):
+    with alone(item.folder, lambda: notify(f"waiting for the process that is at work on {item.name}")):
         if is_needed():  # another process may have made it meanwhile
             known = item.record.is_file()
             compress(item.config, item.folder, notify, stages=item.stages[:1] if known else item.stages)

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from attnpress.config import ConfigError, RunConfig
-from attnpress.locks import alone, beside
+from attnpress.locks import alone
 from attnpress.records.run import Record
 from attnpress.runs.compression import compress
 
@@ -29,7 +29,7 @@ def train_teacher(
     Returns:
         Its record, and the folder of its weights: the recipe's own checkpoint where it has one.
     """
-    with alone(beside(folder), lambda: notify("waiting for the worker that trains the dense teacher")):
+    with alone(folder, lambda: notify("waiting for the worker that trains the dense teacher")):
         record = compress(recipe, folder, notify, stages=stages)
     return record, recipe.checkpoint or folder / "dense"
 
@@ -45,7 +45,7 @@ def train_student(
         folder: its run folder.
     """
     config = dataclasses.replace(recipe, checkpoint=dense)
-    with alone(beside(folder), lambda: notify("waiting for the same recipe")):
+    with alone(folder, lambda: notify("waiting for the same recipe")):
         return compress(config, folder, lambda _: None, stages=(stage,), callbacks=callbacks)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.files import remove_folder, take_folder, write_text
-from attnpress.locks import beside, is_held
+from attnpress.locks import is_held
 from attnpress.records.leaderboard import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
 from attnpress.records.reading import RecordError, to_json
 from attnpress.records.run import Record, StageRecord, read_record
@@ -60,7 +60,7 @@ def _is_board(folder: Path) -> bool:
 
 def _is_taken(cell: Cell, output: Path) -> bool:
     """Whether another process is at work on it, or on its dense model."""
-    return is_held(beside(output / "runs" / cell.name)) or is_held(beside(teacher_folder(output, cell.task, cell.seed)))
+    return is_held(output / "runs" / cell.name) or is_held(teacher_folder(output, cell.task, cell.seed))
 
 
 def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> StageRecord:
