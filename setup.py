@@ -1,7 +1,7 @@
-"""Builds the CPU kernel of csrc/ with the package where there is a C++ compiler and torch; pyproject.toml has the rest.
+"""Builds the CPU kernel of csrc/ with the package; pyproject.toml has the rest.
 
-Without them the package installs all the same and runs through its reference; the build says so. In a checkout,
-`make kernel` builds it anew, or fails.
+On Linux a build without the kernel is an error, unless ATTNPRESS_WITHOUT_KERNEL=1 asks for it. Elsewhere the package is
+pure Python. In a checkout, `make kernel` builds the kernel in place.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import BaseError, CompileError
+
+WITHOUT_VARIABLE = "ATTNPRESS_WITHOUT_KERNEL"
+WITH_KERNEL = sys.platform == "linux" and os.environ.get(WITHOUT_VARIABLE, "") in ("", "0")
+LOWEST_PYTHON = "cp311"  # the oldest of requires-python: one binary for it and every later version
 
 SHARED = [
     "-std=c++17",
@@ -56,21 +60,23 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 
 
 class BuildKernel(build_ext):
-    """Compiles each source with flags of its own, and links against the torch that is installed."""
+    """Compiles each source with flags of its own, and links against the torch of the build."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Build, or say once why the package goes without."""
+        """Build, or end with the reason and the ways out."""
         try:
             self._build(ext)
         except Exception as error:
-            print(
-                f"attnpress: built without its CPU kernel ({error}); it will run through the reference", file=sys.stderr
-            )
+            raise BaseError(
+                f"attnpress: the CPU kernel could not be built: {error}. Install a C++17 compiler (g++ or clang++) and "
+                f"try again, or set {WITHOUT_VARIABLE}=1 to install without the kernel: every backend but 'cpu' works "
+                "then."
+            ) from error
 
     def _build(self, ext: Extension) -> None:
         spec = importlib.util.find_spec("torch")
         if spec is None or spec.origin is None:
-            raise RuntimeError("torch is not installed where the build runs; try pip install --no-build-isolation")
+            raise RuntimeError("torch is not installed in the build environment (pip install 'torch>=2.10')")
         torch = Path(spec.origin).parent
         include = [str(torch / "include")]
         flags = dict(FLAGS)
@@ -107,16 +113,19 @@ class BuildKernel(build_ext):
         return True
 
 
+KERNEL = Extension(
+    "attnpress.kernels._attention",
+    sources=list(FLAGS),
+    depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
+    py_limited_api=True,
+    language="c++",
+)
+
+if not WITH_KERNEL:
+    print("attnpress: building without the CPU kernel; the backend 'cpu' will be unavailable", file=sys.stderr)
+
 setup(
-    ext_modules=[
-        Extension(
-            "attnpress.kernels._attention",
-            sources=list(FLAGS),
-            depends=[str(path) for path in sorted(Path("csrc").glob("*.h"))],
-            py_limited_api=True,
-            language="c++",
-        )
-    ],
+    ext_modules=[KERNEL] if WITH_KERNEL else [],
     cmdclass={"build_ext": BuildKernel},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    options={"bdist_wheel": {"py_limited_api": LOWEST_PYTHON}} if WITH_KERNEL else {},
 )

@@ -119,7 +119,7 @@ def peak_megabytes(run: Run) -> float | None:
 def inference(length: int, batch: int, rounds: int, calls: int) -> dict[str, Any]:
     """Our kernel and its peers on one shape; the mask leaves each sequence half to all of its keys."""
     from attnpress.config import AttentionSpec
-    from attnpress.core.call import Scales
+    from attnpress.core.call import AttentionCall, Scales
     from attnpress.kernels import gpu, ops
 
     device, torch_seed = gpu.device(), torch.Generator().manual_seed(0)
@@ -132,8 +132,10 @@ def inference(length: int, batch: int, rounds: int, calls: int) -> dict[str, Any
     scales = Scales(*(_scale(x) for x in (query, key, value)))
     cutoff, spec, scaling = torch.full((HEADS,), LIMIT, device=device), AttentionSpec(sparsity=SPARSITY), DIM**-0.5
 
+    call = AttentionCall(query, key, value, valid, scales, cutoff, spec, scaling)
+
     def ours() -> Tensor:
-        return ops.attention(query, key, value, valid, scales, cutoff, spec, scaling, backend="gpu")
+        return ops.attention(call, backend="gpu")
 
     sides: dict[str, Run] = {"ours": ours, "sdpa": lambda: F.scaled_dot_product_attention(query, key, value, valid)}
     if device.type == "cuda":

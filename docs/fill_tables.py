@@ -17,10 +17,18 @@ from typing import Any
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.config.recipe import load_spec
 from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
+from attnpress.posttraining.card import quantized_markdown
 from attnpress.records.lanes import LaneRecord, read_lanes
 from attnpress.records.leaderboard import BoardRecord, read_board
+from attnpress.records.quantized import read_quantized
 from attnpress.records.run import Record, StageRecord, read_record
-from attnpress.report.benchmark import attention_markdown, layers_markdown, models_markdown, settings_markdown
+from attnpress.report.benchmark import (
+    attention_markdown,
+    layers_markdown,
+    models_markdown,
+    processors_markdown,
+    settings_markdown,
+)
 from attnpress.report.evidence import (
     Cells,
     ablation_markdown,
@@ -30,6 +38,7 @@ from attnpress.report.evidence import (
     goals_markdown,
     losses,
     read_cells,
+    summary_markdown,
 )
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
@@ -49,10 +58,16 @@ PAGES = (
     "docs/method.md",
     "docs/leaderboard.md",
     "docs/benchmarks.md",
+    "docs/tutorial.md",
+    "docs/ecosystem.md",
     "docs/reliability.md",
     "docs/accelerator.md",
+    "docs/howto/quantize.md",
 )
-README_CELLS = ("dense", "dense-6epochs", "8888-0.95", "4444-0.95")
+README_CELLS = (
+    ("mrpc", "8888-0.95"), ("mrpc", "4444-0.95"), ("squad", "8888-0.95"), ("squad", "4444-0.95"),
+    ("sst2", "8888-0.95"), ("cola", "8888-0.80"), ("rte", "8888-0.95"),
+)  # fmt: skip
 TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
 BITS = "8888"
 GOALS = (
@@ -77,9 +92,7 @@ def tables() -> dict[str, str]:
     return {
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
-        "mrpc": evidence_markdown(
-            "mrpc", {cell: records for cell, records in tasks["mrpc"].items() if cell in README_CELLS}
-        ),
+        "results_readme": summary_markdown(tasks, README_CELLS),
         "missing": missing_in_words(),
         "errors": errors_markdown(tasks, BITS),
         "goals": goals_markdown(tasks, GOALS),
@@ -95,15 +108,19 @@ def tables() -> dict[str, str]:
         "reliability": reliability_markdown(),
         "lanes": lanes_markdown(lanes()),
         "accelerator": accelerator_markdown(tasks["mrpc"]),
+        "tail_sts": untrained_markdown("tail_sts_all"),
+        "tail_retrieval": untrained_markdown("tail_retrieval_part"),
+        "tail_mrpc": at_once_markdown(tasks["mrpc"]),
+        "tail_cost": tail_cost_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
+        "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
 
 
 def speeds() -> dict[str, str]:
     """Tables of benchmarks by name."""
     models = [each for file in WHOLE for each in timings(file)]
-    batched = [each for each in models if (each["model"], each["linear"], each["batch"]) == ("bert-base", "int8", 8)]
     return {
         "speed_attention": attention_markdown([*timings("attention-1thread"), *timings("attention-2threads")]),
         "speed_amx": attention_markdown([*timings("attention-amx-1thread"), *timings("attention-amx-2threads")]),
@@ -117,7 +134,14 @@ def speeds() -> dict[str, str]:
         ),
         "speed_layers": layers_markdown(timings("attention-trained-1thread")),
         "speed_models": models_markdown([each for each in models if each["peer"] != "eager"]),
-        "speed_readme": models_markdown([each for each in batched if each["threads"] == 1]),
+        "speed_readme": processors_markdown(
+            {
+                "AVX2": timings("whole-int8-avx2-1thread"),
+                "AVX-512 VNNI": timings("whole-int8-bert-1thread"),
+                "AMX": timings("whole-int8-bert-amx-1thread"),
+            },
+            "bert-base",
+        ),
     }
 
 
@@ -125,6 +149,67 @@ def timings(name: str) -> list[dict[str, Any]]:
     """A committed record of `attnpress bench`."""
     found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def untrained_markdown(name: str) -> str:
+    """What each tail keeps of the dense score without training, of a record of benchmarks/without_training.py."""
+    rows = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    dense = rows["dense"]["score"]
+    lines = [
+        "| asked | pairs without a code | sparsity | keys a row | score | against dense, points | errors of layers |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    order = {tail: place for place, tail in enumerate(("none", "mean", *(f"linear:{2**i}" for i in range(9))))}
+    pruned = sorted((key.split() for key in rows if " " in key), key=lambda key: (float(key[1]), order[key[0]]))
+    named = [("", "nothing, dense", rows["dense"]), ("", "quantized alone", rows["quantized"])]
+    named += [(asked, _tail_words(tail), rows[f"{tail} {asked}"]) for tail, asked in pruned]
+    for asked, words, row in named:
+        change = "" if row["score"] == dense else f"{100 * (row['score'] - dense):+.2f}"
+        errors = " ".join(f"{error:.2f}" for error in row["errors"]) if asked else ""
+        lines.append(
+            f"| {asked} | {words} | {row['sparsity']:.4f} | {row['keys_per_row']:.2f} | {row['score']:.4f} | {change} | {errors} |"
+        )
+    return "\n".join(lines)
+
+
+def _tail_words(tail: str) -> str:
+    kind, _, rank = tail.partition(":")
+    return f"`{kind}`, {rank} directions" if rank else f"`{kind}`"
+
+
+def at_once_markdown(cells: Cells) -> str:
+    """F1 of MRPC pruned at once and not trained, by tail, mean over the seeds that have a record."""
+    dense = {record.seed: record.stages[0].metrics["f1"] for record in cells["dense"]}
+    lines = ["| asked | tail | sparsity | F1 | against dense, by seed | mean |", "| --- | --- | ---: | ---: | --- | ---: |"]
+    for asked in ("0.95", "0.98"):
+        for tail, cell in (("none", ""), ("mean", "-mean-at-once"), ("linear, 4", "-linear4-at-once"), ("linear, 8", "-linear8-at-once")):
+            found = {record.seed: record.stage("one_shot") for record in cells.get(f"8888-{asked}{cell}", ())}
+            stages = {seed: stage for seed, stage in found.items() if stage is not None}
+            if not stages:
+                continue
+            lost = {seed: stage.metrics["f1"] - dense[seed] for seed, stage in stages.items()}
+            sparsity, score, mean = (
+                sum(each) / len(stages)
+                for each in ([s.sparsity for s in stages.values()], [s.metrics["f1"] for s in stages.values()], lost.values())
+            )
+            by_seed = ", ".join(f"{lost[seed]:+.2f}" for seed in sorted(lost))
+            lines.append(f"| {asked} | {tail} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
+    return "\n".join(lines)
+
+
+def tail_cost_markdown() -> str:
+    """What a tail adds to a call of the kernel, per cent of processor time, beside what was aimed at."""
+    record = json.loads((ROOT / "benchmarks/records/tail_cost.json").read_text(encoding="utf-8"))
+    bars = {"mean": {128: 15, 384: 5, 1024: 5}, "linear 8": {384: 15, 1024: 15}, "linear 64": {1024: 15}}
+    targets = list(dict.fromkeys(row["target"] for row in record["rows"]))
+    added = {(row["target"], row["seq_len"]): row["ratio"] for row in record["rows"]}
+    lines = [f"| tail | tokens | {' | '.join(targets)} | aim |", f"| --- | ---: |{' ---: |' * (len(targets) + 1)}"]
+    for tail, aims in bars.items():
+        for length in sorted({row["seq_len"] for row in record["rows"]}):
+            cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
+            aim = f"{aims[length]} %" if length in aims else ""
+            lines.append(f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |")
+    return "\n".join(lines)
 
 
 def reliability_markdown() -> str:
@@ -271,7 +356,7 @@ def picture(record: Record) -> str:
 def picture_in_words(record: Record) -> str:
     """The same numbers for those who do not see it."""
     parts = [
-        f"{TITLES[stage.name]}: {stage.keys_per_row:.1f} keys a query, {stage.metrics[record.headline]:.1f} points"
+        f"{TITLES[stage.name]}: {stage.keys_per_row:.1f} keys per query, {stage.metrics[record.headline]:.1f} points"
         for stage in record.stages
     ]
     return f"Bars of the demo run. {'; '.join(parts)}."
@@ -294,11 +379,11 @@ def choices_markdown(cells: Cells, choices: Cells, asked: Sequence[str]) -> str:
 
 
 def evidence_picture(records: Path) -> str:
-    """What pruning loses, by sparsity and by keys kept a row, as SVG."""
+    """What pruning loses, by sparsity and by keys kept per query, as SVG."""
     by_sparsity, by_keys = losses(read_cells(records), BITS)
-    panels = {"sparsity (fraction of valid pairs)": by_sparsity, "keys kept a row": by_keys}
+    panels = {"sparsity (fraction of valid pairs)": by_sparsity, "keys kept per query": by_keys}
     return recolored(
-        to_svg(two_axes(panels, "points against dense", logarithmic=["keys kept a row"]), "evidence"), PRINT
+        to_svg(two_axes(panels, "points against dense", logarithmic=["keys kept per query"]), "evidence"), PRINT
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 LACKS = (
     (r"browser", "a browser", "apt-get install chromium"),
     (r"could not import|optional peer|not installed", "packages of requirements-dev.txt", "make test"),
+    (r"distribution", "a built wheel", "make test-dist"),
     (r"kernel", "the compiled kernel", "make kernel"),
     (r"GPU", "a GPU", "run on a machine that has one"),
     (r"CPUID", "CPUID faulting, or a C compiler", "run on a processor that has it (cpuid_fault in /proc/cpuinfo)"),

@@ -19,8 +19,9 @@ from attnpress.config import DENSE, AttentionSpec
 from attnpress.core.linear import Bits, ProductPlan
 from attnpress.deployment import attention as deployment
 from attnpress.deployment import linear
-from attnpress.deployment.attention import PACKING, deploy, undeploy
+from attnpress.deployment.attention import deploy, undeploy
 from attnpress.deployment.linear import LinearLayers, calibrate_linear, linear_layers
+from attnpress.models.attached import attached_to
 from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.encoder import Packing, plan_of, set_plan
 from attnpress.models.hub import AttnPressConfig, ModelError
@@ -405,7 +406,7 @@ def test_a_pipeline_runs_an_int8_model(finished: Path) -> None:
     deploy(model, "reference", linear="int8")
     found = pipeline("text-classification", model=model, tokenizer=tokenizer)(texts, batch_size=3)
     assert [one["label"] for one in found] == [one["label"] for one in expected]
-    assert isinstance(getattr(model.bert.encoder, PACKING), Packing)
+    assert isinstance(attached_to(model.bert.encoder).packing, Packing)
 
 
 class Wrapper(nn.Module):

@@ -52,5 +52,5 @@ def test_lightning_prunes_by_the_same_schedule(accumulate: int, example: Any, mo
     assert math.isfinite(loss)
     assert pruned == pytest.approx(plain.TARGET, abs=0.05)
     assert all(
-        module.rows is None and bool(torch.isfinite(module.cutoff).all()) for module in attentions(model).values()
+        not module.watchers and bool(torch.isfinite(module.cutoff).all()) for module in attentions(model).values()
     )

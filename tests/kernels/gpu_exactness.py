@@ -257,7 +257,7 @@ def test_what_the_kernel_cannot_take_is_named() -> None:
     many = torch.zeros(1, 1, gpu.MOST_KEYS + 1, 4, device=gpu.device())
     one = torch.ones(1, 1, 1, 1, device=gpu.device())
     call = AttentionCall(many[:, :, :1], many, many, None, Scales(one, one, one), None, AttentionSpec(), 1.0)
-    with pytest.raises(ValueError, match="takes up to 66311 keys a row"):
+    with pytest.raises(ValueError, match="takes up to 66311 keys per query"):
         ops.attention(call, backend="gpu")
 
 

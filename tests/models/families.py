@@ -1,6 +1,6 @@
 """What is promised of each model family, measured on tiny random models: `python -m tests.models.families`.
 
-That writes docs/families.json, from which the README has its table; test_families.py holds file and models together.
+That writes docs/families.json, the source of a table in docs/ecosystem.md; test_families.py compares it with models.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
 from attnpress.core.thresholds import pair_histogram
 from attnpress.models.attention import CompressedAttention
+from attnpress.models.watchers import Counting, Fitting, Observing, start, stop, watched
 
 RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -48,12 +49,11 @@ def make_inputs(seed: int = 0, lengths: Sequence[int] = (11, 6)) -> Inputs:
 def calibrated(spec: AttentionSpec, inputs: Inputs) -> CompressedAttention:
     """A state with scales and thresholds from these inputs."""
     state = make_state(spec)
-    state.observers = state.make_observers()
-    state.observe(*inputs)
+    observing = Observing(state)
+    observing.see(state, state.call(*inputs, DIM**-0.5))
     with torch.no_grad():
-        for name, observer in state.observers.items():
+        for name, observer in observing.observers.items():
             getattr(state, f"{name}_scale").copy_(observer.scale())
-    state.observers = None
     watch(state, inputs, slice(None))
     state.take_seen(0.0)
     state.set_sparsity(spec.sparsity)
@@ -61,9 +61,8 @@ def calibrated(spec: AttentionSpec, inputs: Inputs) -> CompressedAttention:
 
 
 def watch(state: CompressedAttention, inputs: Inputs, rows: slice) -> None:
-    state.rows = rows
-    state(*inputs, scaling=DIM**-0.5, dropout=0.0)
-    state.rows = None
+    with watched([(state, Fitting(rows))]):
+        state(*inputs, scaling=DIM**-0.5, dropout=0.0)
 
 
 def call(state: CompressedAttention, inputs: Inputs, dropout: float = 0.0) -> Tensor:
@@ -141,7 +140,7 @@ def test_observers_of_smoothed_keys_see_them_smoothed() -> None:
 
 def test_observers_are_those_of_the_spec() -> None:
     spec = AttentionSpec(q=TensorSpec(bits=4), k=TensorSpec(bits=8), v=TensorSpec(observer="percentile"))
-    assert {name: one.name for name, one in make_state(spec).make_observers().items()} == {
+    assert {name: one.name for name, one in Observing(make_state(spec)).observers.items()} == {
         "q": "mse", "k": "ema", "v": "percentile",
     }  # fmt: skip
 
@@ -173,10 +172,10 @@ def pruned_fraction(state: CompressedAttention, inputs: Inputs) -> float:
 
 
 def counts_of(state: CompressedAttention, inputs: Inputs) -> PairCounts:
-    state.counts = PairCounts.none_yet(HEADS)
-    call(state, inputs)
-    counts, state.counts = state.counts, None
-    return counts
+    counting = Counting(state)
+    with watched([(state, counting)]):
+        call(state, inputs)
+    return counting.counts
 
 
 def test_thresholds_are_told_in_the_unit_of_the_rule() -> None:
@@ -224,8 +223,8 @@ def test_every_row_is_seen_once_over_a_round_of_strides() -> None:
     inputs = make_inputs()
     whole, parts = make_state(), make_state()
     watch(whole, inputs, slice(None))
-    for start in range(8):
-        watch(parts, inputs, slice(start, None, 8))
+    for first in range(8):
+        watch(parts, inputs, slice(first, None, 8))
     assert torch.equal(parts.seen, whole.seen)
 
 
@@ -257,13 +256,13 @@ def test_watching_and_counting_change_neither_output_nor_gradients() -> None:
     state = calibrated(AttentionSpec(sparsity=0.5), inputs)
     query = inputs[0].requires_grad_()
     results = []
-    for rows, counts in ((None, None), (slice(None), PairCounts.none_yet(HEADS))):
-        state.rows, state.counts = rows, counts
-        output = call(state, inputs)
+    for watchers in ([], [Fitting(slice(None)), Counting(state)]):
+        with watched((state, watcher) for watcher in watchers):
+            output = call(state, inputs)
         (gradient,) = torch.autograd.grad(output.sum(), query)
         results.append((output, gradient))
-    for plain, watched in zip(*results, strict=True):
-        assert torch.equal(plain, watched)
+    for plain, looked_at in zip(*results, strict=True):
+        assert torch.equal(plain, looked_at)
 
 
 # Counts.
@@ -286,13 +285,13 @@ def test_counts_are_those_of_the_reference(rule: RuleName) -> None:
 
 def test_dense_calls_count_their_pairs_too() -> None:
     state = make_state(DENSE)
-    query, key, _, valid, real = make_inputs()
-    state.counts = PairCounts.none_yet(HEADS)
-    state.count_dense(query, key, valid, real)
-    state.count_dense(query, key, None, None)
-    assert state.counts.pairs.tolist() == [11**2 + 6**2 + 2 * 11**2] * HEADS
-    assert not state.counts.zeros.any()
-    assert not state.counts.pruned.any()
+    query, key, value, valid, real = make_inputs()
+    counting = start(state, Counting(state))
+    state.show(state.call(query, key, value, valid, real, DIM**-0.5))
+    state.show(state.call(query, key, value, None, None, DIM**-0.5))
+    assert counting.counts.pairs.tolist() == [11**2 + 6**2 + 2 * 11**2] * HEADS
+    assert not counting.counts.zeros.any()
+    assert not counting.counts.pruned.any()
 
 
 # Precision and learning.
@@ -415,9 +414,10 @@ def test_no_tensor_is_made_on_another_device(
     state.to("meta").train()
     query, key, value, valid, real = (one.to("meta") for one in make_inputs())
     leaves = [one.requires_grad_() for one in (query, key, value)]
-    state.rows, state.counts = slice(0, None, 2), PairCounts.none_yet(HEADS)
+    counting = start(state, Counting(state))
+    start(state, Fitting(slice(0, None, 2)))
     output = state(*leaves, valid, real, scaling=DIM**-0.5, dropout=0.1)
     output.sum().backward()
-    state.rows = None
-    found = [output, state.take_seen(0.9), *state.counts.tensors(), *(leaf.grad for leaf in leaves)]
+    stop(state, Fitting)
+    found = [output, state.take_seen(0.9), *counting.counts.tensors(), *(leaf.grad for leaf in leaves)]
     assert {one.device.type for one in found} == {"meta"}

@@ -29,12 +29,12 @@ from transformers.models.bert.modeling_bert import BertSelfAttention
 
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.call import AttentionCall
-from attnpress.core.cost import PairCounts
 from attnpress.core.probe import probe
 from attnpress.deployment.attention import deploy
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind, captured_outputs, probed, unbind
 from attnpress.models.forward import UnsupportedModelError, attention_forward, eager_function, real_rows, valid_pairs
+from attnpress.models.watchers import Counting, Fitting, Observing, start, watched
 from attnpress.training.calibration import calibrate
 from tests.models.factories import (
     DECODERS,
@@ -188,10 +188,10 @@ def test_every_attention_module_gets_one_state_of_its_own(name: str) -> None:
 def test_layers_of_a_shared_module_all_pass_through_its_one_state() -> None:
     model, batch = compressed("ALBERT"), make_batch("ALBERT")
     (state,) = attentions(model).values()
-    state.counts = PairCounts.none_yet(HEADS)
+    counting = start(state, Counting(state))
     outputs(model, batch)
     pairs = sum(length**2 for length in (9, 5, 1))
-    assert state.counts.pairs.tolist() == [LAYERS * pairs] * HEADS
+    assert counting.counts.pairs.tolist() == [LAYERS * pairs] * HEADS
 
 
 def test_grouped_keys_and_values_have_scales_of_their_own() -> None:
@@ -338,10 +338,10 @@ def test_a_bound_model_saves_scales_and_thresholds_with_its_weights() -> None:
 def test_a_single_token_attends_to_itself(name: str, spec: AttentionSpec) -> None:
     model = compressed(name, spec)
     (state, *_) = attentions(model).values()
-    state.counts = PairCounts.none_yet(HEADS)
+    counting = start(state, Counting(state))
     found = outputs(model, make_batch(name, (1,)))
     assert bool(found.isfinite().all())
-    assert state.counts.sparsity().tolist() == [0] * HEADS
+    assert counting.counts.sparsity().tolist() == [0] * HEADS
 
 
 @pytest.mark.parametrize("name", WITH_PADDING)
@@ -364,14 +364,15 @@ def test_an_empty_batch_gives_an_empty_output(spec: AttentionSpec) -> None:
     model = compressed("BERT", spec)
     module = model.get_submodule(next(iter(attentions(model))))
     state = attentions(model)["encoder.layer.0.attention.self"]
-    state.counts, state.rows, state.observers = PairCounts.none_yet(HEADS), slice(3, None, 8), state.make_observers()
+    counting = start(state, Counting(state))
+    start(state, Fitting(slice(3, None, 8)))
     empty = torch.zeros(0, HEADS, 6, HEAD_DIM)
-    for observers in (state.observers, None):
-        state.observers = observers
-        output, _ = attention_forward(module, empty, empty, empty, torch.zeros(0, 1, 6, 6), scaling=0.3)
+    for watchers in ([Observing(state)], []):
+        with watched((state, watcher) for watcher in watchers):
+            output, _ = attention_forward(module, empty, empty, empty, torch.zeros(0, 1, 6, 6), scaling=0.3)
         assert output.shape == (0, 6, HEADS, HEAD_DIM)
     assert not state.seen.any()
-    assert not state.counts.pairs.any()
+    assert not counting.counts.pairs.any()
 
 
 @pytest.mark.filterwarnings("ignore:attention met NaN:attnpress.core.attention.NanWarning")
@@ -485,7 +486,7 @@ def test_capturing_stops_when_the_block_fails() -> None:
     model = compressed()
     with pytest.raises(ZeroDivisionError), captured_outputs(model):
         raise ZeroDivisionError
-    assert all(state.captured is None for state in attentions(model).values())
+    assert all(not state.watchers for state in attentions(model).values())
 
 
 # Masks.

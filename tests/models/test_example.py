@@ -45,11 +45,11 @@ from transformers import (
 )
 
 from attnpress.config import AttentionSpec
-from attnpress.core.cost import PairCounts
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import UnsupportedModelError
+from attnpress.models.watchers import Counting, watched
 from attnpress.training.calibration import calibrate
 from tests.models.factories import GPT
 
@@ -166,11 +166,10 @@ def test_rows_of_cross_attention_count_whether_or_not_source_and_target_are_equa
     calibrate(model, [batch])
     found = []
     for one in (batch, longer):
-        cross.counts = PairCounts.none_yet(2)
-        with torch.no_grad():
+        counting = Counting(cross)
+        with torch.no_grad(), watched([(cross, counting)]):
             model(**one)
-        found.append((cross.counts.pairs.tolist(), cross.counts.rows.tolist()))
-        cross.counts = None
+        found.append((counting.counts.pairs.tolist(), counting.counts.rows.tolist()))
     assert found[0] == found[1] == ([6 * (6 + 3)] * 2, [12] * 2)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnpress.config import AttentionSpec
 from attnpress.core.cost import PairCounts
 from attnpress.models.attention import CompressedAttention
+from attnpress.models.watchers import Counting, Fitting, Observing, start, watched
 from tests.core.factories import normal
 
 SHAPES: list[tuple[int, ...]] = [(), (7,), (5, 7), (5, 1), (4, 1, 7), (2, 1, 1, 7), (2, 1, 5, 1), (1, 1, 5, 7)]
@@ -22,22 +23,21 @@ def looked_at(valid: Tensor, spec: AttentionSpec) -> list[Tensor]:
     """Scales, histogram, thresholds, counts, and the output of one call, after calibration on that call."""
     query, key, value = normal(0, 2, 4, 5, 8), normal(1, 2, 2, 7, 8) + 2, normal(2, 2, 2, 7, 8)
     state = CompressedAttention(spec, 4, 2, 8).eval()
-    state.observers = state.make_observers()
-    state.observe(query, key, value, valid, REAL)
-    scales = [observer.scale() for observer in state.observers.values()]
-    for name, scale in zip(state.observers, scales, strict=True):
+    observing = Observing(state)
+    observing.see(state, state.call(query, key, value, valid, REAL, 0.35))
+    scales = [observer.scale() for observer in observing.observers.values()]
+    for name, scale in zip(observing.observers, scales, strict=True):
         getattr(state, f"{name}_scale").copy_(scale)
-    state.observers, state.rows = None, slice(None)
-    state(query, key, value, valid, REAL, 0.35, 0.0)
-    state.rows = None
+    with watched([(state, Fitting(slice(None)))]):
+        state(query, key, value, valid, REAL, 0.35, 0.0)
     state.take_seen(0.0)
     state.set_sparsity(0.5)
-    state.counts = PairCounts.none_yet(4)
-    output = state(query, key, value, valid, REAL, 0.35, 0.0)
-    counted = state.counts.tensors()
-    state.counts = PairCounts.none_yet(4)
-    state.count_dense(query, key, valid, REAL)
-    return [*scales, state.histogram, state.cutoff, output, *counted, *state.counts.tensors()]
+    compressed, dense = Counting(state), Counting(state)
+    with watched([(state, compressed)]):
+        output = state(query, key, value, valid, REAL, 0.35, 0.0)
+    with watched([(state, dense), (state, observing)]):
+        state.show(state.call(query, key, value, valid, REAL, 0.35))
+    return [*scales, state.histogram, state.cutoff, output, *compressed.counts.tensors(), *dense.counts.tensors()]
 
 
 @pytest.mark.parametrize("smooth_key", [False, True])
@@ -52,14 +52,14 @@ def test_a_mask_of_any_shape_gives_the_statistics_of_the_mask_in_full(shape: tup
 
 def test_a_call_without_a_key_counts_nothing_and_gives_zeros() -> None:
     state = CompressedAttention(AttentionSpec(sparsity=0.5, smooth_key=True), 4, 2, 8).eval()
-    state.counts, state.rows = PairCounts.none_yet(4), slice(None)
+    counting = start(state, Counting(state))
+    start(state, Fitting(slice(None)))
     empty = torch.zeros(2, 2, 0, 8)
     output = state(normal(0, 2, 4, 5, 8), empty, empty, None, REAL, 0.35, 0.0)
     assert torch.equal(output, torch.zeros(2, 4, 5, 8))
     assert int(state.seen.sum()) == 0
     expected = dataclasses.replace(PairCounts.none_yet(4), sequences=torch.full((4,), 2.0, dtype=torch.float64))
-    for left, right in zip(state.counts.tensors(), expected.tensors(), strict=True):
+    for left, right in zip(counting.counts.tensors(), expected.tensors(), strict=True):
         assert torch.equal(left, right)
-    state.observers = state.make_observers()
-    state.observe(normal(0, 2, 4, 5, 8), empty, empty, None, REAL)
-    state.count_dense(normal(0, 2, 4, 5, 8), empty, None, REAL)
+    start(state, Observing(state))
+    state.show(state.call(normal(0, 2, 4, 5, 8), empty, empty, None, REAL, 0.35))

@@ -12,13 +12,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from attnpress.config import AttentionSpec, RuleName, ScheduleSpec, TailName
-from attnpress.core.cost import PairCounts
 from attnpress.deployment.attention import deploy
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions, bind
 from attnpress.models.encoder import find_encoder
 from attnpress.models.hub import ModelError
 from attnpress.models.loading import WEIGHTS
+from attnpress.models.watchers import Counting, start
 from attnpress.training.calibration import calibrate, fit_thresholds
 from attnpress.training.driver import SparsityDriver
 from tests.kernels.factories import needs_kernel
@@ -53,7 +53,7 @@ def test_calibration_fits_what_the_tail_needs(name: str) -> None:
         assert bool((state.lift > 0).any())
         assert torch.equal(state.lift, state.lift.round())
         assert bool((state.masses[:, 0] > 0).all())
-        assert state.moments is None
+        assert not state.watchers
         assert state.has_directions == (name == "linear")
         if name == "linear":
             assert bool((state.query_directions != 0).any())
@@ -213,9 +213,9 @@ def test_sparsity_stays_the_share_without_a_code() -> None:
         model = bind(make_model(), AttentionSpec(sparsity=0.8, tail=tail))
         calibrate(model, [make_batch(seed=3)])
         first = states(model)[0]
-        first.counts = PairCounts.none_yet(first.heads)
+        counting = start(first, Counting(first))
         outputs(model, make_batch())
-        counts.append(first.counts)
+        counts.append(counting.counts)
     assert torch.equal(counts[0].zeros, counts[1].zeros)
 
 

@@ -53,17 +53,17 @@ def cells() -> dict[str, list[Record]]:
 
 def test_each_seed_is_compared_with_its_dense_model_trained_as_long(cells: dict[str, list[Record]]) -> None:
     lines = evidence_markdown("mrpc", cells).splitlines()
-    assert "| f1 | against dense | sparsity | padded to 128 | keys a row |" in lines[0]
+    assert "| f1 | against dense | sparsity | padded to 128 | keys per query |" in lines[0]
     figures = "0.950 | 0.9900 | 2.00 | 10.0% | 10.0% | 2 |"
-    assert f"| 8/8/8/8, 0.95 | pruned progressively | 84.50 ± 0.71 | -0.50 | {figures}" in lines
+    assert f"| 8/8/8/8, 0.95 | progressive pruning | 84.50 ± 0.71 | -0.50 | {figures}" in lines
     assert sum("8/8/8/8" in line for line in lines) == 3, "quantized, at once, progressively"
-    assert "| float | dense, trained as long | 85.00 ± 1.41 | +0.00 |" in "\n".join(lines)
-    assert lines[-1].startswith("| 4/4/4/4, 0.90 | pruned progressively | 83.00 | +3.00 | 0.900 |"), "its own dense: 80"
+    assert "| float | dense, trained equally long | 85.00 ± 1.41 | +0.00 |" in "\n".join(lines)
+    assert lines[-1].startswith("| 4/4/4/4, 0.90 | progressive pruning | 83.00 | +3.00 | 0.900 |"), "its own dense: 80"
 
 
 def test_choices_are_shown_beside_the_dense_model_trained_as_long(cells: dict[str, list[Record]]) -> None:
     lines = ablation_markdown({"dense": cells["dense"], "cubic-to-0.5": cells["8888-0.95"]}).splitlines()
-    assert lines[0] == "| choice | f1 | against dense | sparsity | keys a row | seeds |"
+    assert lines[0] == "| choice | f1 | against dense | sparsity | keys per query | seeds |"
     assert lines[2:] == [
         "| dense | 85.00 ± 1.41 | +0.00 | 0.000 | 50.00 | 2 |",
         "| cubic to 0.5 | 84.50 ± 0.71 | -0.50 | 0.950 | 2.00 | 2 |",
@@ -78,16 +78,18 @@ def test_a_cell_trained_for_longer_is_compared_with_a_dense_model_trained_for_lo
     ]
     four = [record(seed, stage("dense", 80.0), stage("progressive", 82.5), epochs=6.0) for seed in (0, 1)]
     lines = evidence_markdown("mrpc", {**cells, "dense-6epochs": longer, "4444-0.95": four}).splitlines()
-    assert any(line.startswith("| float, 6 epochs | dense, trained as long | 83.00 ± 0.00 | +0.00 |") for line in lines)
-    assert any(line.startswith("| 4/4/4/4, 0.95 | pruned progressively | 82.50 ± 0.00 | -0.50 |") for line in lines)
-    assert any(line.startswith("| 8/8/8/8, 0.95 | pruned progressively | 84.50 ± 0.71 | -0.50 |") for line in lines)
+    assert any(
+        line.startswith("| float, 6 epochs | dense, trained equally long | 83.00 ± 0.00 | +0.00 |") for line in lines
+    )
+    assert any(line.startswith("| 4/4/4/4, 0.95 | progressive pruning | 82.50 ± 0.00 | -0.50 |") for line in lines)
+    assert any(line.startswith("| 8/8/8/8, 0.95 | progressive pruning | 84.50 ± 0.71 | -0.50 |") for line in lines)
 
 
 def test_a_cell_from_a_dense_model_made_anew_is_compared_with_that_of_its_seed(cells: dict[str, list[Record]]) -> None:
     elsewhere = record(1, stage("dense", 70.0), stage("progressive", 83.0))
     elsewhere.provenance["weights"] = {"dense": "another hash"}
     last = evidence_markdown("mrpc", {"dense": cells["dense"], "4444-0.90": [elsewhere]}).splitlines()[-1]
-    assert last.startswith("| 4/4/4/4, 0.90 | pruned progressively | 83.00 | -3.00 |"), "86 of seed 1"
+    assert last.startswith("| 4/4/4/4, 0.90 | progressive pruning | 83.00 | -3.00 |"), "86 of seed 1"
 
 
 def test_the_figure_has_a_point_for_each_cell(cells: dict[str, list[Record]]) -> None:
@@ -111,7 +113,7 @@ def test_errors_of_layers_are_means_over_heads_and_seeds() -> None:
     lines = errors_markdown(
         {"rte": {"8888-0.90": two, "4444-0.90": other}, "mrpc": {"8888-0.95": other, "8888-0.90": old}}, "8888"
     ).splitlines()
-    assert lines[0] == "| task | asked | keys a row | of | layer 0 | layer 1 |"
+    assert lines[0] == "| task | asked | keys per query | of | layer 0 | layer 1 |"
     assert lines[2:] == [
         "| mrpc | 0.95 | 1.5 | 15 | 0.70 | 0.80 |", "| rte | 0.90 | 2.0 | 20 | 0.35 | 1.00 |"
     ], "fewest keys first; other bits, and records made before errors were, are left out"  # fmt: skip
@@ -146,7 +148,7 @@ def test_the_caption_says_what_attention_weighs(cells: dict[str, list[Record]]) 
     assert "7.7% of the model" in said, "50 keys: 2 * 100 * 50 of attention, 12 * 100 * 100 of linear layers a token"
     assert "81.22" in said
     one = {"dense": [dataclasses.replace(cells["dense"][0], majority=None)]}
-    assert "commonest" not in caption(one, 100)
+    assert "most frequent class" not in caption(one, 100)
     assert "Run on" not in said
     first = cells["dense"][0]
     on_gpu = dataclasses.replace(first, provenance={**first.provenance, "machine": {"accelerator": "NVIDIA H100"}})

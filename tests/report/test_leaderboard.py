@@ -65,7 +65,7 @@ def row(asked: str, rule: str) -> dict[str, str]:
 def test_a_row_is_the_mean_over_seeds_against_each_seeds_own_dense_model() -> None:
     found = row("0.9", "ours")
     assert found["score"] == "83.00 ± 1.41"
-    assert found["against dense"] == "-2.00", "84 of 86 trained as long, and 82 of 84, which has no control"
+    assert found["against dense"] == "-2.00", "84 of 86 trained equally long, and 82 of 84, which has no control"
     assert (found["sparsity"], found["seeds"], found["metric"]) == ("0.920", "2 of 2", "f1")
 
 
@@ -109,9 +109,7 @@ def test_a_board_that_was_just_begun_is_told_as_such() -> None:
 
 
 def test_the_caption_says_what_scores_are_held_against() -> None:
-    assert board_caption(RECORD).startswith(
-        "mrpc, seed 0: f1 85.00 dense, 86.00 trained as long as the others, 60.00 for"
-    )
+    assert board_caption(RECORD).startswith("mrpc, seed 0: f1 85.00 dense, 86.00 trained equally long, 60.00 for")
     assert "seed 1: f1 84.00 dense, 60.00 for" in board_caption(RECORD)
 
 

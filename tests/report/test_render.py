@@ -26,7 +26,17 @@ def make_record(seed: int = 0, *stages: StageRecord) -> Record:
 
 def test_a_row_for_each_stage() -> None:
     header, dense, progressive = stage_rows(make_record())
-    assert header == ("stage", "f1", "sparsity", "pruned", "padded", "tiles", "keys a row", "bits Q/K/V/P", "MACs left")
+    assert header == (
+        "stage",
+        "f1",
+        "sparsity",
+        "pruned",
+        "padded",
+        "tiles",
+        "keys per query",
+        "bits Q/K/V/P",
+        "MACs left",
+    )
     assert dense == ("dense", "85.13", "0.000", "0.000", "0.500", "0.000", "31.40", "fp/fp/fp/fp", "100.0%")
     assert progressive[1:] == ("84.50", "0.951", "0.940", "0.980", "0.250", "1.53", "8/8/4/fp", "52.5%")
     assert set(TITLES) == set(STAGES), "every stage has a title"
@@ -51,9 +61,9 @@ def test_the_table_says_what_its_figures_mean() -> None:
     for text in (" ".join(screen.getvalue().split()), stages_markdown(make_record())):
         assert "f1 in points on 408 rows" in text
         assert "padded to 64 tokens" in text
-        assert "commonest class gives 81.22" in text
+        assert "most frequent class gives 81.22" in text
     assert "mrpc with tiny" in screen.getvalue()
-    assert "commonest" not in stages_markdown(dataclasses.replace(make_record(), majority=None))
+    assert "most frequent class" not in stages_markdown(dataclasses.replace(make_record(), majority=None))
 
 
 def test_a_run_that_has_just_begun_has_an_empty_table() -> None:

@@ -66,7 +66,7 @@ def test_nothing_of_an_evaluation_stays_in_the_model(model: PreTrainedModel, dat
     model.train()
     evaluate(model, data, "progressive", 32)
     assert model.training
-    assert all(module.counts is None for module in attentions(model).values())
+    assert all(not module.watchers for module in attentions(model).values())
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
@@ -76,7 +76,7 @@ def test_counting_stops_also_when_a_prediction_is_not_a_number(finished: Path, d
         broken.get_parameter("classifier.bias").fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="predictions hold NaN or infinity in 80 of 80 rows"):
         evaluate(broken, data, "dense", 32)
-    assert all(module.counts is None for module in attentions(broken).values())
+    assert all(not module.watchers for module in attentions(broken).values())
 
 
 def test_what_cannot_be_evaluated_is_refused(model: PreTrainedModel, finished: Path, data: TaskData) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from attnpress.config import RunConfig
+from attnpress.models.binding import attentions
 from attnpress.models.loading import load_compressed, load_tokenizer
 from attnpress.records.run import STAGES, Record, read_record
 from attnpress.records.samples import Samples, read_samples
@@ -79,4 +80,4 @@ def test_samples_are_those_of_the_saved_model(finished: Path, data: TaskData) ->
     for name, maps in before.maps.items():
         assert all(np.array_equal(a, b) for a, b in zip(maps, again.maps[name], strict=True))
     assert errors.keys() == before.maps.keys()
-    assert all(module.probe is None for module in model.modules() if hasattr(module, "probe"))
+    assert all(not module.watchers for module in attentions(model).values())

@@ -76,7 +76,9 @@ def test_the_dense_model_of_a_cell_is_trained_first_and_shared(done: Path) -> No
     assert [stage.name for stage in dense.stages] == ["dense", "dense_control"]
     assert [stage.name for stage in cell.stages] == ["dense", "quantized", "one_shot", "progressive"]
     assert cell.provenance["weights"]["dense"] == dense.provenance["weights"]["dense"]
-    assert dense.training["dense_control"][-1]["step"] == cell.training["progressive"][-1]["step"], "trained as long"
+    assert dense.training["dense_control"][-1]["step"] == cell.training["progressive"][-1]["step"], (
+        "trained equally long"
+    )
 
 
 def test_a_table_without_training_prunes_a_given_dense_model_at_once(from_dense: RunConfig, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from attnpress.core.rules import rule_of
 from attnpress.models.binding import attentions, bind
 from attnpress.models.inputs import Batch
 from attnpress.models.outputs import outputs
+from attnpress.models.watchers import Counting, Fitting, watched
 from attnpress.training.calibration import REFITS, calibrate, fit_thresholds, watching
 
 
@@ -48,12 +49,11 @@ def calibrated(spec: AttentionSpec, batches: list[dict[str, torch.Tensor]]) -> d
 
 def seen_pairs(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> list[PairCounts]:
     """Pairs of each module, by head."""
-    modules = attentions(model).values()
-    for module in modules:
-        module.counts = PairCounts.none_yet(module.heads)
-    for _ in outputs(model, batches):
-        pass
-    return [module.counts for module in modules if module.counts is not None]
+    counting = {module: Counting(module) for module in attentions(model).values()}
+    with watched(counting.items()):
+        for _ in outputs(model, batches):
+            pass
+    return [watcher.counts for watcher in counting.values()]
 
 
 def measured(model: PreTrainedModel, batches: list[dict[str, torch.Tensor]]) -> float:
@@ -146,7 +146,7 @@ def test_the_model_comes_back_in_its_mode_without_gradients_and_batches_are_read
     assert model.training
     assert all(module.training for module in attentions(model).values())
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert all(module.rows is None and module.observers is None for module in attentions(model).values())
+    assert all(not module.watchers for module in attentions(model).values())
 
 
 def test_dropout_does_not_reach_the_statistics() -> None:
@@ -173,9 +173,11 @@ def test_watching_ends_also_when_a_call_fails() -> None:
     module = next(iter(attentions(bind(make_model(), AttentionSpec())).values()))
     watch = watching([module], slice(2))
     watch.__enter__()
-    assert module.rows == slice(2)
+    (watcher,) = module.watchers
+    assert isinstance(watcher, Fitting)
+    assert watcher.rows == slice(2)
     watch.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
-    assert module.rows is None
+    assert not module.watchers
 
 
 def test_what_cannot_be_calibrated_is_explained() -> None:
@@ -203,7 +205,7 @@ def test_a_failed_calibration_leaves_no_observer_behind() -> None:
     model = bind(make_model(), AttentionSpec())
     with pytest.raises(IndexError):
         calibrate(model, [{"input_ids": torch.full((2, 5), 10**6)}])
-    assert all(module.observers is None for module in attentions(model).values())
+    assert all(not module.watchers for module in attentions(model).values())
 
 
 @pytest.mark.parametrize("rule", ["relative", "threshold", "mass"])

@@ -17,6 +17,7 @@ from attnpress.config import DENSE, AttentionSpec, ConfigError, DistillationSpec
 from attnpress.core.schedule import sparsity_at
 from attnpress.models.binding import attentions, bind, threshold_penalty, unbind
 from attnpress.models.loading import load_model, load_tokenizer
+from attnpress.models.watchers import Fitting, start
 from attnpress.runs.evaluation import evaluate
 from attnpress.tasks import TaskData, load_task
 from attnpress.training.calibration import calibrate
@@ -69,7 +70,7 @@ def test_a_plain_loop_is_driven_to_the_target(dense: PreTrainedModel, data: Task
     driver.freeze()
     stage = evaluate(model, data, "progressive", 32)
     assert stage.pruned == pytest.approx(TARGET, abs=0.05), "on rows that it has not seen"
-    assert all(module.rows is None and not module.seen.any() for module in attentions(model).values())
+    assert all(not module.watchers and not module.seen.any() for module in attentions(model).values())
 
 
 def test_a_plain_trainer_is_driven_to_the_target(dense: PreTrainedModel, data: TaskData, tmp_path: Path) -> None:
@@ -236,7 +237,7 @@ def test_the_histogram_forgets_and_holds_whole_rows_in_turn(dense: PreTrainedMod
     module.histogram.zero_()
     seen = torch.zeros(2, dtype=torch.float64)
     for step in range(8):
-        module.rows = slice(step, None, 8)
+        start(module, Fitting(slice(step, None, 8)))
         with torch.no_grad():
             model(**batch)
         seen += module.seen.sum(-1)
@@ -412,7 +413,7 @@ def test_a_driver_starts_from_a_model_bound_to_nothing(tiny_model: Path) -> None
     driver = SparsityDriver(model, ScheduleSpec(kind="constant"), target=0.8, total=2)
     model.train()
     for module in attentions(model).values():
-        module.rows = slice(None)
+        start(module, Fitting(slice(None)))
     model(**batch)
     driver.end()
     driver.begin(0)

@@ -11,11 +11,11 @@ from torch import Tensor
 from attnpress.benchmark.problem import Problem
 from attnpress.config import RunConfig
 from attnpress.core.call import AttentionCall
-from attnpress.core.cost import PairCounts
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.outputs import outputs
+from attnpress.models.watchers import Counting, start
 from attnpress.runs.finished import finished_model
 
 
@@ -33,28 +33,24 @@ def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Pr
     model, data = finished_model(run_folder, config)
     modules = {name: module for name, module in attentions(model).items() if not module.spec.is_dense}
     calls = {name: _capture(module) for name, module in modules.items()}
+    counting = {name: start(module, Counting(module)) for name, module in modules.items()}
     chosen = range(min(rows, len(data.eval)))
     for _ in outputs(model, [data.collate([data.eval[row] for row in chosen])]):
         pass
     return [
-        replace(problem, source=str(run_folder), layer=name, sparsity=_counted_sparsity(modules[name]))
+        replace(problem, source=str(run_folder), layer=name, sparsity=float(counting[name].counts.total().sparsity()))
         for name, found in calls.items()
         for problem in found[:1]  # a module shared by layers is called once for each
     ]
 
 
 def _capture(module: CompressedAttention) -> list[Problem]:
-    """A list that the module's calls are added to, with their sparsity still open; counts its pairs too."""
+    """A list that the module's calls are added to, with their sparsity still open."""
     found: list[Problem] = []
 
     def attend(call: AttentionCall) -> Tensor:
         found.append(Problem(call, torch.nan))
         return fake_quantize_attention(call)
 
-    module.attend, module.counts = attend, PairCounts.none_yet(module.heads)
+    module.attend = attend
     return found
-
-
-def _counted_sparsity(module: CompressedAttention) -> float:
-    assert module.counts is not None
-    return float(module.counts.total().sparsity())

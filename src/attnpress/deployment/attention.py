@@ -17,14 +17,12 @@ from attnpress.core.inference import without_gradient
 from attnpress.deployment.linear import int8_encoder, pack_int8, use_int8
 from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
 from attnpress.models.encoder import Packing, find_encoder, is_int8, plan_of
 
 AUTO = "auto"
-
-PACKING = "_attnpress_packing"
-"""Attribute of an encoder that runs without padding."""
 
 Linear = Literal["float", "int8"]
 Padding = Literal["keep", "skip"]
@@ -119,14 +117,15 @@ def _pack(model: nn.Module) -> None:
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
     else:
-        setattr(encoder, PACKING, Packing(encoder))
+        attach(encoder, packing=Packing(encoder))
 
 
 def _unpack(model: nn.Module) -> None:
     encoder = find_encoder(model)
-    packing: Packing | None = None if encoder is None else vars(encoder).pop(PACKING, None)
-    if packing is not None:
+    packing = attached_to(encoder).packing
+    if encoder is not None and packing is not None:
         packing.remove()
+        attach(encoder, packing=None)
 
 
 @functools.cache
@@ -157,8 +156,8 @@ def _choose(module: CompressedAttention) -> str:
 @functools.cache
 def _say_once() -> None:
     warnings.warn(
-        "the compiled CPU kernel is not built, so attention runs through the slow reference; build it with "
-        "`make kernel`, or pass backend='reference' to mean it",
+        f"the CPU kernel is not built, so attention runs through the slow reference: {cpu.HOW_TO_GET}; pass "
+        "backend='reference' to use the reference on purpose",
         stacklevel=5,
     )
 

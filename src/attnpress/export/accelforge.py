@@ -1,6 +1,6 @@
 """`--to accelforge`: attention as a workload of AccelForge, with the survivors of each layer.
 
-AccelForge 1.0 has no sparse tensors, so what pruning leaves is said in the sizes of ranks: P V runs over R keys a row
+AccelForge 1.0 has no sparse tensors, so the sizes of ranks say what pruning leaves: P V runs over R keys per query
 in place of all P, R the mean number of survivors, as if all rows of a head kept the same keys.
 """
 

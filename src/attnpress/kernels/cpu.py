@@ -24,6 +24,18 @@ BELOW_VNNI = (*BELOW_AVX2, "avx2", "avx512_core")
 """Values of these variables, and of ours, in lower case, that keep a process from an instruction set."""
 
 
+OLDEST_TORCH = (2, 10)
+"""The release of torch whose stable ABI the kernel is compiled for: the binary runs with this and every later one."""
+
+HOW_TO_GET = (
+    "install the wheel of attnpress for Linux on x86-64; or, with a C++17 compiler, run `make kernel` in a checkout or "
+    "`pip install .` in an unpacked source distribution"
+)
+"""The ways to a package with its kernel, for messages."""
+
+NOT_BUILT = f"the CPU kernel is not built: {HOW_TO_GET}; or use backend 'reference'"
+
+
 class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why and what to do."""
 
@@ -47,18 +59,33 @@ def load() -> None:
     """
     path = library_path()
     if path is None:
-        raise BackendUnavailableError(
-            "the CPU kernel is not built: run `make kernel` in a checkout (or reinstall with "
-            "`pip install --no-build-isolation attnpress`) where a C++17 compiler and torch are installed, or use "
-            "backend 'reference'"
-        )
+        raise BackendUnavailableError(NOT_BUILT)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
-        raise BackendUnavailableError(f"{path.name} does not load ({error}); rebuild it against this torch") from error
+        raise BackendUnavailableError(f"{path.name} does not load ({error}): {_how_to_load()}") from error
     torch.library.register_fake("attnpress::attention", fake_attention)
     torch.library.register_fake("attnpress::attention_packed", fake_attention)
     torch.library.register_fake("attnpress::attention_integers", _fake_integers)
+
+
+def _how_to_load() -> str:
+    """What to do about a library that this torch cannot load."""
+    oldest = ".".join(map(str, OLDEST_TORCH))
+    if torch.torch_version.TorchVersion(torch.__version__) < oldest:
+        return f"it needs torch {oldest} or newer, and torch {torch.__version__} is installed"
+    return f"it does not fit torch {torch.__version__} on this system; build it again with this torch: {HOW_TO_GET}"
+
+
+def why_unavailable() -> str | None:
+    """What is missing for the kernel to run here; None if nothing is. Loads the library."""
+    if not is_built():
+        return NOT_BUILT
+    try:
+        active_target()
+    except BackendUnavailableError as error:
+        return str(error)
+    return None
 
 
 def supported_targets() -> list[str]:

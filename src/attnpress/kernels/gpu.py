@@ -78,7 +78,7 @@ def check_keys(keys: int) -> None:
     """
     if keys > MOST_KEYS:
         raise ValueError(
-            f"key: backend 'gpu' takes up to {MOST_KEYS} keys a row, since its sums have 32 bits, found {keys}; "
+            f"key: backend 'gpu' takes up to {MOST_KEYS} keys per query, since its sums have 32 bits, found {keys}; "
             "use backend 'cpu' or 'reference'"
         )
 

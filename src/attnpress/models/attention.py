@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,21 +13,12 @@ from torch import Tensor, nn
 from attnpress.config import AttentionSpec, TensorSpec
 from attnpress.config.rules import RULES
 from attnpress.core.arguments import pair_mask, some_key
-from attnpress.core.attention import Pairs, key_validity, prune_and_code, repeat_heads
 from attnpress.core.call import Attend, AttentionCall, Scales
-from attnpress.core.cost import PairCounts, count_pairs
-from attnpress.core.exponential import exponent_rate
 from attnpress.core.fake_quantize import (
-    additive_mask,
-    batch_part,
-    batch_slices,
-    code_pairs,
     fake_quantize_attention,
-    scores_operands,
-    unpruned_bins,
 )
-from attnpress.core.observer import Observer, Reduce, alone
-from attnpress.core.quantizer import positive_scale, smooth_key
+from attnpress.core.observer import Reduce, alone
+from attnpress.core.quantizer import positive_scale
 from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
 from attnpress.core.soft_gate import GAIN, soft_gate_attention
@@ -37,12 +28,9 @@ from attnpress.core.tail import (
     Tail,
     fit_directions,
     fit_lift,
-    level,
-    prunes,
     sees_whole_score,
-    tail_masses,
 )
-from attnpress.core.thresholds import fit_cutoff, fixed_cutoff, pair_histogram
+from attnpress.core.thresholds import fit_cutoff, fixed_cutoff
 from attnpress.models.state import (
     WIDEST,
     NotCalibratedError,
@@ -60,14 +48,29 @@ NAME = "attnpress"
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 
-LARGEST_HEAD = 512
-"""Beyond it differences of 8-bit scores pass 2^24, up to where float32 holds every integer (numerics, section 2)."""
-
 HISTOGRAM_DECAY = 0.95
 """What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
 
 EXTRA = "_extra_state"
 """How torch ends the names of extra states in a state dict."""
+
+
+class Watcher:
+    """Looks at the calls of attention modules while it is on their lists; see `models.watchers`.
+
+    Attributes:
+        uncompressed: a module that it watches runs as its framework has it.
+        before_thresholds: it needs no fitted thresholds, and has modules that compress nothing run as if they did.
+    """
+
+    uncompressed = False
+    before_thresholds = False
+
+    def see(self, module: CompressedAttention, call: AttentionCall) -> None:
+        """Is shown each call before it is computed, without gradients."""
+
+    def hear(self, output: Tensor) -> None:
+        """Is shown each output [B, S, H, D] as the model gets it, with gradients."""
 
 
 class CompressedAttention(nn.Module):
@@ -81,8 +84,7 @@ class CompressedAttention(nn.Module):
     each training call leaves the share of pairs that its soft gate lets through in `density`.
     With `spec.tail`, lift [Hq] and float64 masses [Hq, 2] are fitted with cutoff, and run as the histogram does; with
     "linear", what `core.tail.Directions` holds is fitted in calibration, unless the whole score is seen.
-    Calls add to `seen` while `rows` names the query rows to look at; `take_seen` moves that into the histogram.
-    A `probe` is shown the tensors of each call.
+    `watchers` are shown each call. One of them adds to `seen`; `take_seen` moves that into the histogram.
 
     `unset` names what nothing has set yet of scales and thresholds; `calibrate` sets them, `set_scales` by hand. A
     state dict holds the spec, the sparsity in force and `unset` as extra state: see `models.state`.
@@ -113,13 +115,8 @@ class CompressedAttention(nn.Module):
         super().__init__()
         self.spec, self.heads, self.kv_heads, self.head_dim, self.is_cross = spec, heads, kv_heads, head_dim, is_cross
         self.attend: Attend = fake_quantize_attention
-        self.observers: dict[str, Observer] | None = None
-        self.counts: PairCounts | None = None
-        self.captured: list[Tensor] | None = None
-        self.probe: Callable[[AttentionCall], None] | None = None
-        self.rows: slice | None = None
+        self.watchers: list[Watcher] = []
         self.density: Tensor | None = None
-        self.moments: Moments | None = None
         for name, tensor_spec in self.quantized().items():
             scale = torch.ones(self._scale_shape(name, tensor_spec), dtype=torch.float32)
             if tensor_spec.learned:
@@ -168,15 +165,12 @@ class CompressedAttention(nn.Module):
         found = self.query_directions, self.key_directions, self.key_offset, self.direction_step
         return Tail(self.lift, Directions(*found))
 
-    def fit_directions(self, reduce: Reduce = alone) -> None:
-        """Put the directions where the codes seen since `moments` was made vary most.
+    def fit_directions(self, moments: Moments, reduce: Reduce = alone) -> None:
+        """Put the directions where the codes of all ranks vary most.
 
         Raises:
             ValueError: none was of a real token.
         """
-        moments, self.moments = self.moments, None
-        if moments is None:
-            return
         found = fit_directions(Moments(*(reduce(x, "sum") for x in moments.tensors())), self.spec.tail_rank)
         self.query_directions.copy_(found.query)
         self.key_directions.copy_(found.key)
@@ -238,10 +232,18 @@ class CompressedAttention(nn.Module):
         return bool(self.cutoff.isinf().all())
 
     @property
-    def is_watched(self) -> bool:
-        """True while somebody looks at calls: counts, observes, captures or probes them."""
-        lookers = (self.observers, self.counts, self.captured, self.probe, self.rows, self.moments)
-        return any(looker is not None for looker in lookers)
+    def runs_uncompressed(self) -> bool:
+        """Whether calls are computed as the framework has them, for the spec's sake or for that of a watcher."""
+        if any(watcher.uncompressed for watcher in self.watchers):
+            return True
+        return self.spec.is_dense and not any(watcher.before_thresholds for watcher in self.watchers)
+
+    def show(self, call: AttentionCall) -> None:
+        """Show a call to the watchers; not the second time, inside the backward pass of gradient checkpointing."""
+        if self.watchers and not _recomputing():
+            with torch.no_grad():
+                for watcher in self.watchers:
+                    watcher.see(self, call)
 
     def scales(self) -> Scales:
         """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
@@ -286,13 +288,6 @@ class CompressedAttention(nn.Module):
                 self.trained_cutoff.copy_(pooled.clamp(max=WIDEST) / GAIN)
         self.unset.discard("cutoff")
 
-    def count_dense(self, query: Tensor, key: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
-        """Count the valid pairs of a call that nothing is taken from."""
-        if self.counts is not None:
-            valid = pair_mask(valid, query, key)
-            pairs = _counted((*query.shape[:3], key.shape[2]), valid, real, query.device)
-            self.counts += count_pairs(pairs, None, pairs)
-
     def take_seen(self, decay: float, reduce: Reduce = alone) -> Tensor:
         """histogram = decay * histogram + what all ranks have seen since the last time.
 
@@ -323,87 +318,21 @@ class CompressedAttention(nn.Module):
         Returns:
             float32 [B, Hq, Sq, D].
         """
-        key, value, valid = some_key(key, value, pair_mask(valid, query, key))
-        call = self.call(query, key, value, valid, real, scaling).with_(dropout=dropout, bounds=bounds)
-        watched = not _recomputing()
-        with torch.no_grad():
-            if self.moments is not None:
-                self._add_moments(call)
-            if self.rows is not None and watched:
-                self._watch(call, self.rows)
-            if self.counts is not None and watched:
-                self.counts += self._count(call)
+        call = self.call(query, key, value, valid, real, scaling, dropout, bounds)
+        self.show(call)
         if self.training and self.spec.threshold_penalty is not None and call.cutoff is not None:
             output, self.density = soft_gate_attention(call.with_(cutoff=self.trained_cutoff * GAIN))
             return output
         return self.attend(call)
 
     def call(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
-    ) -> AttentionCall:
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float,
+        dropout: float = 0.0, bounds: Tensor | None = None,
+    ) -> AttentionCall:  # fmt: skip
         """The call of these tensors with the scales, thresholds and spec in force; see `forward`."""
-        return AttentionCall(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, real)
-
-    def _count(self, call: AttentionCall) -> PairCounts:
-        q, k, alpha = scores_operands(call)
-        k, bias = repeat_heads(k, self.heads), None if call.valid is None else additive_mask(call.valid)
-        shape = (*q.shape[:3], k.shape[2])
-        counted, counts = _counted(shape, call.valid, call.real, q.device), PairCounts.none_yet(self.heads)
-        for part in batch_slices(shape, q.device):
-            masks = batch_part(call.valid, part), batch_part(bias, part)
-            found = code_pairs(q[part], k[part], *masks, batch_part(alpha, part), call.cutoff, self.spec)
-            counts += count_pairs(found.codes, found.beyond, counted[part])
-        return counts
-
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None) -> None:
-        """Show the tensors of one call to the observers."""
-        valid = pair_mask(valid, query, key)
-        keys = key_validity(valid if real is None or valid is None else valid & real)
-        if self.spec.smooth_key:
-            key = smooth_key(key, key_validity(valid))
-        shown = {"q": (query, real), "k": (key, keys), "v": (value, keys)}
-        for name, observer in (self.observers or {}).items():
-            observer.update(*shown[name])
-
-    def make_observers(self) -> dict[str, Observer]:
-        """A fresh observer for each static scale."""
-        return {
-            name: Observer(spec.observer_name, spec.granularity, spec.qmax, power_of_two=spec.power_of_two)
-            for name, spec in self.quantized().items()
-        }
-
-    def _watch(self, call: AttentionCall, rows: slice) -> None:
-        """Add the valid pairs of the chosen rows, unpruned, to `seen`."""
-        q, k, alpha = scores_operands(call.with_(query=call.query[:, :, rows]))
-        k, valid, real = repeat_heads(k, self.heads), _rows(call.valid, rows), _rows(call.real, rows)
-        bias, shape = None if valid is None else additive_mask(valid), (*q.shape[:3], k.shape[2])
-        counted, cutoff = _counted(shape, valid, real, q.device), call.cutoff
-        for part in batch_slices(shape, q.device):
-            masks = batch_part(valid, part), batch_part(bias, part)
-            bins = unpruned_bins(q[part], k[part], *masks, batch_part(alpha, part), self.spec)
-            self.seen += pair_histogram(bins, counted[part])
-            if self.spec.tail != "none" and prunes(self.spec, cutoff):
-                coded = prune_and_code(q[part] @ k[part].mT, masks[0], batch_part(alpha, part), cutoff, self.spec)
-                self.seen_masses += self._masses(coded, batch_part(alpha, part), counted[part])
-
-    def _masses(self, pairs: Pairs, alpha: Tensor, counted: Tensor) -> Tensor:
-        """Of the rows that count, what tails hold and what levels without lift make of it."""
-        rest = pairs.valid & (pairs.codes == 0)
-        distance = torch.where(rest, pairs.distance, 0).sum(-1, keepdim=True, dtype=torch.float64)
-        bare, qmax = torch.zeros_like(self.lift), self.spec.p.qmax
-        _, one = level(distance, rest.sum(-1, keepdim=True), exponent_rate(alpha), bare, qmax)
-        masses = tail_masses(pairs.probability, rest, one / qmax, counted.any(-1, keepdim=True))
-        # A head that nothing is pruned from has no tail.
-        return masses if RULES[self.spec.rule].counts else masses * (self.cutoff != torch.inf).unsqueeze(-1)
-
-    def _add_moments(self, call: AttentionCall) -> None:
-        q, k, _ = scores_operands(call)
-        valid, real = call.valid, call.real
-        rows = torch.ones(len(q), 1, q.shape[2], 1, device=q.device) * (1 if real is None else real)
-        keys = key_validity(valid if real is None or valid is None else valid & real)
-        keys = torch.ones(len(k), 1, k.shape[2], 1, device=k.device) * (1 if keys is None else keys)
-        if self.moments is not None:
-            self.moments.add(q, k, rows, keys)
+        key, value, valid = some_key(key, value, pair_mask(valid, query, key))
+        scales, cutoff = self.scales(), self.active_cutoff()
+        return AttentionCall(query, key, value, valid, scales, cutoff, self.spec, scaling, real, dropout, bounds)
 
     def get_extra_state(self) -> Tensor:
         """The spec with the sparsity in force, and what is not set yet; uint8, see `models.state.pack_extra`."""
@@ -483,15 +412,3 @@ def _is_empty(state: Any) -> bool:
 def _recomputing() -> bool:
     """True in the second forward of gradient checkpointing, inside the backward pass: its pairs were seen before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _counted(shape: Sequence[int], valid: Tensor | None, real: Tensor | None, device: torch.device) -> Tensor:
-    """Pairs of real rows with keys that they may attend to: bool [B, 1 or Hq, Sq, Sk]; `shape` is [B, Hq, Sq, Sk]."""
-    pairs = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool, device=device)
-    for mask in (valid, real):
-        pairs = pairs if mask is None else pairs & mask
-    return pairs
-
-
-def _rows(x: Any, rows: slice) -> Any:
-    return x if x is None or x.shape[2] == 1 else x[:, :, rows]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,14 +20,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-from attnpress.config import AttentionSpec, ConfigError
+from attnpress.config import LARGEST_HEAD, AttentionSpec, ConfigError
 from attnpress.core.call import AttentionCall
 from attnpress.core.soft_gate import density_penalty
-from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.models.attached import attach, attached_to
+from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.encoder import set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
 from attnpress.models.modes import evaluation_mode
+from attnpress.models.watchers import Capturing, Looking, watched
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -81,7 +82,7 @@ def bind(
             child.train(call.module.training)
             call.module.add_module(NAME, child.to(call.device))
         for root, implementation in zip(roots, before, strict=True):
-            root._attnpress_before = implementation
+            attach(root, implementation=implementation)
             _give_quantizer(root, spec)
     return model
 
@@ -156,8 +157,9 @@ def unbind(model: Model) -> Model:
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
     bound = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    for root in [module for module in bound if "_attnpress_before" in vars(module)]:
-        before = vars(root).pop("_attnpress_before")
+    for root in [module for module in bound if attached_to(module).implementation is not None]:
+        before = attached_to(root).implementation or ""
+        attach(root, implementation=None)
         set_plan(root, None)
         _take_quantizer(root)
         _switch(root, before)
@@ -194,28 +196,20 @@ def threshold_penalty(model: nn.Module) -> Tensor | None:
 @contextmanager
 def probed(model: nn.Module, look: Callable[[str, CompressedAttention, AttentionCall], None]) -> Iterator[None]:
     """Inside the `with` block, `look` is shown each attention call: the module's name, its state, the tensors."""
-    modules = attentions(model)
-    for name, module in modules.items():
-        module.probe = functools.partial(look, name, module)
-    try:
+
+    def looking(name: str) -> Looking:
+        return Looking(lambda module, call: look(name, module, call))
+
+    with watched((module, looking(name)) for name, module in attentions(model).items()):
         yield
-    finally:
-        for module in modules.values():
-            module.probe = None
 
 
 @contextmanager
 def captured_outputs(model: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the attention outputs [B, S, H, D] of every call inside the `with` block, in order."""
     outputs: list[Tensor] = []
-    modules = list(attentions(model).values())
-    for module in modules:
-        module.captured = outputs
-    try:
+    with watched((module, Capturing(outputs)) for module in attentions(model).values()):
         yield outputs
-    finally:
-        for module in modules:
-            module.captured = None
 
 
 @dataclass(frozen=True)

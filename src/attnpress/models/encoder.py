@@ -20,6 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import eager_attention_forward  # noqa: F401 - models.forward asks for it
 
 from attnpress.core.linear import ProductPlan
+from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.forward import BOUNDS, attention_forward
 from attnpress.models.linear import HalfEmbedding, Int8Linear, Int8Output
@@ -36,9 +37,6 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 
 FLOAT = ProductPlan(quantized=False)
 
-PLAN = "_attnpress_linear_plan"
-"""Attribute of an encoder: what its int8 layers are, or are to be."""
-
 EMBEDDING = "embedding"
 """The word embedding, in plans: not a product, but it goes to half precision with them."""
 
@@ -54,17 +52,15 @@ def find_encoder(model: nn.Module) -> nn.Module | None:
 
 def plan_of(model: nn.Module) -> dict[str, ProductPlan] | None:
     """The plan of a model's int8 layers; None where none was made."""
-    found: dict[str, ProductPlan] | None = getattr(find_encoder(model), PLAN, None)
-    return found
+    plan = attached_to(find_encoder(model)).plan
+    return None if plan is None else dict(plan)
 
 
 def set_plan(model: nn.Module, plan: Mapping[str, ProductPlan] | None) -> None:
     """Keep a plan on the encoder, so that a model and what wraps it know the same one; None forgets it."""
     encoder = find_encoder(model)
-    if encoder is not None and plan is not None:
-        setattr(encoder, PLAN, dict(plan))
-    elif encoder is not None:
-        vars(encoder).pop(PLAN, None)
+    if encoder is not None:
+        attach(encoder, plan=None if plan is None else dict(plan))
 
 
 def is_int8(model: nn.Module) -> bool:
@@ -242,7 +238,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 def _real_tokens(encoder: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
     """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
-    if mask is None or torch.compiler.is_compiling() or any(state.is_watched for state in states(encoder)):
+    if mask is None or torch.compiler.is_compiling() or any(state.watchers for state in states(encoder)):
         return None
     return padding_alone(mask, *hidden.shape[:2])
 

@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from transformers.utils import output_capturing
 
 from attnpress.config import TensorSpec
+from attnpress.core.arguments import causal_mask
 from attnpress.core.attention import repeat_heads
 from attnpress.core.call import AttentionCall
 from attnpress.core.fake_quantize import fake_quantize_attention
@@ -79,31 +80,27 @@ def attention_forward(
         raise UnsupportedModelError(f"{type(module).__name__} adds {', '.join(terms)} to its scores; not supported")
     if state is None:
         return _without_state(module, query, key, value, attention_mask, scaling, dropout, **kwargs)
-    if state.probe is not None:
+    scaling = usual_scaling(query) if scaling is None else scaling
+    compressed = not state.runs_uncompressed
+    if compressed and state.unset:
+        fitted = not any(watcher.before_thresholds for watcher in state.watchers)
+        state.require_calibrated(type(module).__name__, thresholds=fitted)
+    if compressed or state.watchers:
         valid = valid_pairs(module, query, key, attention_mask)
         real = real_rows(module, query, key, valid)
-        state.probe(state.call(query, key, value, valid, real, usual_scaling(query) if scaling is None else scaling))
-    if state.observers is not None or (state.spec.is_dense and state.rows is None):
-        output, weights = eager_function(module)(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
-        if state.observers is not None or state.counts is not None:
-            valid = valid_pairs(module, query, key, attention_mask)
-            real = real_rows(module, query, key, valid)
-            state.observe(query, key, value, valid, real)
-            state.count_dense(query, key, valid, real)
-    else:
-        if state.unset:
-            state.require_calibrated(type(module).__name__, thresholds=state.rows is None)
-        valid = valid_pairs(module, query, key, attention_mask)
-        real = real_rows(module, query, key, valid)
-        scaling = usual_scaling(query) if scaling is None else scaling
+    if compressed:
         with torch.autocast(query.device.type, enabled=False):
             exact = state(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
             weights = compressed_probs(state, query, key, valid, scaling) if _wants_weights(module, kwargs) else None
         output = exact.transpose(1, 2).to(query.dtype).contiguous()
-    if state.captured is not None:
-        state.captured.append(output)
+    else:
+        if state.watchers:
+            state.show(state.call(query, key, value, valid, real, scaling))
+        output, weights = eager_function(module)(
+            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
+        )
+    for watcher in state.watchers:
+        watcher.hear(output)
     return output, weights
 
 
@@ -153,10 +150,8 @@ def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
         ValueError: the mask holds values other than 0 and "very negative": it is a bias, not a mask.
     """
     if mask is None:
-        rows, keys = query.shape[2], key.shape[2]
-        if not getattr(module, "is_causal", False) or rows == 1:
-            return None
-        return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+        may_attend_to_all = not getattr(module, "is_causal", False) or query.shape[2] == 1
+        return None if may_attend_to_all else causal_mask(query, key)
     mask = mask[..., : key.shape[2]]
     if mask.dtype == torch.bool:
         return mask

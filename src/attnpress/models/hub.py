@@ -21,10 +21,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
+from attnpress.config import LARGEST_HEAD, AttentionSpec, ConfigError, ProbsSpec, TensorSpec
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.core.linear import ProductPlan
-from attnpress.models.attention import EXTRA, LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.models.attention import EXTRA, NAME, CompressedAttention
 from attnpress.models.checkpoint import ModelError as ModelError
 from attnpress.models.checkpoint import (
     check_geometry,
@@ -211,6 +211,7 @@ class AttnPressQuantizer(HfQuantizer):
             pass
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        from attnpress.models.attached import attach
         from attnpress.models.binding import attentions, bind
         from attnpress.models.encoder import is_int8, set_plan
 
@@ -224,7 +225,7 @@ class AttnPressQuantizer(HfQuantizer):
         for name, module in attentions(model).items():
             _check_loaded(name, module)
         _check_ordinary(model)
-        model._attnpress_before = "eager"
+        attach(model, implementation="eager")
         if is_int8(model):
             leave_files(model)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnpress.records.reading import Amount, RecordError, Share, Some, Whole, _text, build_record
+from attnpress.records.reading import Amount, RecordError, Share, Some, Whole, build_record, read_text
 from attnpress.records.strict_json import JsonError, parse_json
 
 FORMAT = 1
@@ -18,7 +18,7 @@ STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """One head: sparsity by its names (fractions of its valid pairs), kept keys a row, and its threshold.
+    """One head: sparsity by its names (fractions of its valid pairs), keys kept per query, and its threshold.
 
     `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold. `errors` are relative
     root-mean-square errors on a few evaluation rows: of q, k and v from quantizing them, of p and output from all that
@@ -190,7 +190,7 @@ class Record:
     Attributes:
         recipe: the RunConfig as plain data.
         headline: name of the metric that is compared.
-        majority: headline of always answering the commonest class, in points; None outside classification.
+        majority: headline of always predicting the most frequent class, in points; None outside classification.
         provenance: versions, hashes of data and weights, machine, row counts.
         stages: in the order they were run.
         training: log history of each trained stage.
@@ -263,7 +263,7 @@ def read_record(path: Path) -> Record:
     file = path / "record.json" if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file}: no such record; give the folder that `attnpress compress --output` wrote")
-    return from_json(_text(file), str(file))
+    return from_json(read_text(file), str(file))
 
 
 def _checked(record: Record, where: str) -> Record:

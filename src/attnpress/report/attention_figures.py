@@ -54,7 +54,9 @@ def histogram_drawings(number: int, run: Run) -> Iterator[Drawing]:
         at, unit = threshold_at(after.rule, record.threshold), UNITS.get(after.rule, RELATIVE)
         figure = plots.threshold_histogram(edges, before, _shares(counts, used), at, unit)
         title = f"P in layer {layer}, head {head}"
-        yield Drawing(f"histogram-{number}-{layer}-{head}", title, _histogram_words(after.rule, record), figure)
+        caption = "Pairs to the left of the line are pruned. A tall left part means many small probabilities."
+        words = _histogram_words(after.rule, record)
+        yield Drawing(f"histogram-{number}-{layer}-{head}", title, caption, words, figure)
 
 
 def threshold_at(rule: str, threshold: float) -> float | None:
@@ -80,10 +82,11 @@ def map_drawings(number: int, run: Run) -> Iterator[Drawing]:
             words = (
                 f"Attention of layer {layer}, head {head} on “{' '.join(tokens)}”: the dense model gives P of 0.01 or "
                 f"more to {int((dense >= 0.01).sum())} of {dense.size} pairs; the compressed one leaves {kept}, "
-                f"{kept / len(pruned):.1f} keys a row."
+                f"{kept / len(pruned):.1f} keys per query."
             )
             title = f"Layer {layer}, head {head}, input {index + 1}"
-            yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, words, figure)
+            caption = "Does the pattern survive? Rows are queries, columns are keys; grey pairs are skipped."
+            yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, caption, words, figure)
 
 
 def _map(samples: Samples, layer: str, index: int, head: int) -> NDArray[Any]:
@@ -105,6 +108,6 @@ def _shares(counts: NDArray[Any], used: int) -> NDArray[Any]:
 def _histogram_words(rule: str, head: HeadRecord) -> str:
     fitted = f"threshold {head.threshold:.3g}" if threshold_at(rule, head.threshold) is not None else "no threshold"
     return (
-        f"Rule “{rule}”, {fitted}: {head.pruned:.1%} of valid pairs pruned, {head.keys_per_row:.2f} keys kept a row "
-        "on the whole evaluation set; the bars are a few of its rows."
+        f"Rule “{rule}”, {fitted}: {head.pruned:.1%} of valid pairs pruned, {head.keys_per_row:.2f} keys kept per "
+        "query on the whole evaluation set; the bars are a few of its rows."
     )

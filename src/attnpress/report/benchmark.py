@@ -79,6 +79,31 @@ def models_markdown(found: Sequence[Comparison]) -> str:
     return _markdown(header, rows)
 
 
+def processors_markdown(processors: Mapping[str, Sequence[Comparison]], model: str) -> str:
+    """How many times as fast a whole int8 model is than each peer, by processor.
+
+    Args:
+        processors: records by the name of the processor; cases of other models and batches of one row are left out.
+        model: the model that is shown.
+    """
+    chosen = {
+        name: [each for each in found if (each["model"], each["linear"]) == (model, "int8") and each["batch"] > 1]
+        for name, found in processors.items()
+    }
+    peers = [peer for peer in PEERS if any(each["peer"] == peer for found in chosen.values() for each in found)]
+    rows = []
+    for name, found in chosen.items():
+        for length, ragged in dict.fromkeys((each["seq_len"], each["ragged"]) for each in found):
+            ratios = {
+                each["peer"]: each["ratio"] for each in found if (each["seq_len"], each["ragged"]) == (length, ragged)
+            }
+            batch = f"{ragged.upper()} lengths, up to {length}" if ragged else f"{length} tokens"
+            rows.append([name, batch, *(_times(ratios.get(peer)) for peer in peers)])
+    return markdown_table(
+        ["processor", "input", *(f"vs {PEERS[peer]}" for peer in peers)], rows, ["processor", "input"]
+    )
+
+
 def _shares(dense: Comparison | None) -> list[str]:
     """What only a comparison with the framework in float32 tells."""
     if dense is None:

@@ -21,12 +21,15 @@ DETAILED = "0.95"
 """Cells of this sparsity also show what quantizing and pruning do without training."""
 PADDED = {"squad": 384, "squadpart": 384}
 """Customary padded length, where it is not 128."""
+TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD"}
+"""Titles, where they are not the names."""
 COLUMNS = (
-    "bits, asked", "stage", "{metric}", "against dense", "sparsity", "padded to {length}", "keys a row",
+    "bits, asked", "stage", "{metric}", "against dense", "sparsity", "padded to {length}", "keys per query",
     "bit operations left", "bytes of P left", "seeds",
 )  # fmt: skip
 GOAL_COLUMNS = (
-    "task", "bits, asked", "keys a row", "may lose", "against dense, trained as long", "against the best dense",
+    "task", "bits, asked", "keys per query", "may lose", "against dense, trained equally long",
+    "against the best dense",
 )  # fmt: skip
 
 
@@ -84,7 +87,7 @@ def ablation_markdown(cells: Cells) -> str:
     """What each choice is worth: the last stage of each cell beside the last of the dense model."""
     every = _every(cells)
     known = _controls(cells) or control_scores(every, "dense")
-    header = ["choice", every[0].headline, "against dense", "sparsity", "keys a row", "seeds"]
+    header = ["choice", every[0].headline, "against dense", "sparsity", "keys per query", "seeds"]
     rows = []
     for cell, records in cells.items():
         row = _row(cell.replace("-", " "), records[0].stages[-1].name, records, known, 128)
@@ -114,7 +117,7 @@ def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
             valid = statistics.mean(known.keys_per_row / (1 - known.sparsity) for known in found)
             asked = cell.removeprefix(f"{bits}-")
             rows.append((keys, [task, asked, f"{keys:.1f}", f"{valid:.0f}", *(f"{error:.2f}" for error in errors)]))
-    names = ["task", "asked", "keys a row", "of"]
+    names = ["task", "asked", "keys per query", "of"]
     depth = max((len(row) for _, row in rows), default=len(names)) - len(names)
     header = [*names, *(f"layer {layer}" for layer in range(depth))]
     return markdown_table(header, [row for _, row in sorted(rows)], header[:1])
@@ -128,8 +131,8 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
         goals: task, cell, and the points that it may lose.
 
     Returns:
-        A table. Losses are against the dense model trained as long, seed by seed (mean and standard deviation), and
-        against the best mean that any dense model of the task has, before or after training on.
+        A table. Losses are against the dense model trained equally long, seed by seed (mean and standard deviation),
+        and against the best mean that any dense model of the task has, before or after training on.
     """
     rows = []
     for task, cell, allowed in goals:
@@ -150,6 +153,31 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
             f"{below_best:.2f}: {_verdict(below_best, allowed)}",
         ])  # fmt: skip
     return markdown_table(GOAL_COLUMNS, rows, GOAL_COLUMNS[:2])
+
+
+def summary_markdown(tasks: Mapping[str, Cells], chosen: Sequence[tuple[str, str]]) -> str:
+    """One row for each chosen cell: its score beside that of the dense model, and the keys that a query still reads.
+
+    Args:
+        tasks: cells by task.
+        chosen: task and cell.
+    """
+    header = ["task (metric)", "bits", "training", "dense", "compressed", "difference", "keys per query", "seeds"]
+    rows = []
+    for task, cell in chosen:
+        found = [(one, stage) for one in tasks[task][cell] if (stage := one.stage("progressive"))]
+        known = _controls(tasks[task])
+        dense = [reference_score(record, known) for record, _ in found]
+        scores = [stage.metrics[record.headline] for record, stage in found]
+        change = statistics.mean(scores) - statistics.mean(dense)
+        keys = [stage.keys_per_row for _, stage in found]
+        valid = statistics.mean(stage.keys_per_row / (1 - stage.sparsity) for _, stage in found)
+        rows.append([
+            f"{TASKS.get(task, task)} ({found[0][0].headline})", "/".join(cell.partition("-")[0]), "fine-tuned",
+            mean_and_spread(dense), mean_and_spread(scores), f"{change:+.2f}",
+            f"{statistics.mean(keys):.1f} of {valid:.0f}", str(len(found)),
+        ])  # fmt: skip
+    return markdown_table(header, rows, header[:3])
 
 
 def _verdict(change: float, allowed: float) -> str:
@@ -176,7 +204,9 @@ def caption(cells: Cells, hidden: int) -> str:
     rows = record.provenance["rows"]
     keys = record.stages[0].keys_per_row
     share = keys / (keys + 6 * hidden)
-    floor = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    floor = (
+        "" if record.majority is None else f" Always predicting the most frequent class gives {record.majority:.2f}."
+    )
     gpus = {one.provenance.get("machine", {}).get("accelerator") for one in _every(cells)}
     named = " and ".join(f"one {gpu}" if gpu else "processors" for gpu in sorted(gpus, key=str))
     machine = f" Run on {named}." if any(gpus) else ""
@@ -187,7 +217,7 @@ def caption(cells: Cells, hidden: int) -> str:
 
 
 def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line]]:
-    """For each task, what progressive pruning loses against the dense model by sparsity, and by keys kept a row.
+    """For each task, what progressive pruning loses against the dense model by sparsity, and by keys kept per query.
 
     Args:
         tasks: cells by task.

@@ -13,14 +13,14 @@ from attnpress.records.sweep import SweepRecord
 
 TITLES = {
     "dense": "dense",
-    "dense_control": "dense, trained as long",
+    "dense_control": "dense, trained equally long",
     "quantized": "quantized, no training",
-    "one_shot": "pruned at once, no training",
-    "progressive": "pruned progressively",
+    "one_shot": "one-shot pruning, no training",
+    "progressive": "progressive pruning",
 }
 
 COLUMNS = (
-    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys a row", "bits Q/K/V/P", "MACs left",
+    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys per query", "bits Q/K/V/P", "MACs left",
 )  # fmt: skip
 
 
@@ -33,12 +33,7 @@ def stage_rows(record: Record) -> list[tuple[str, ...]]:
 def stages_table(record: Record) -> Table:
     """The closing table for a terminal."""
     header, *rows = stage_rows(record)
-    table = Table(title=_title(record), caption=caption(record))
-    for column in header:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return text_table(header, rows, _title(record), caption(record))
 
 
 def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -186,7 +181,9 @@ def front_rows(record: SweepRecord) -> list[tuple[str, ...]]:
 def front_caption(record: SweepRecord) -> str:
     """What came of a sweep's trials."""
     states = [trial.state for trial in record.trials]
-    majority = "" if record.majority is None else f"; always answering the commonest class gives {record.majority:.2f}"
+    majority = (
+        "" if record.majority is None else f"; Always predicting the most frequent class gives {record.majority:.2f}"
+    )
     return (
         f"{record.headline} in points, of the dense model {record.dense:.2f}{majority}. {len(states)} trials: "
         + ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
@@ -197,9 +194,14 @@ def front_caption(record: SweepRecord) -> str:
 def front_table(record: SweepRecord) -> Table:
     """The front of a sweep for a terminal."""
     header, *rows = front_rows(record)
-    table = Table(title=f"{record.task}: the least work for each score", caption=front_caption(record))
-    for column in header:
-        table.add_column(column, justify="left" if column == "chosen" else "right")
+    return text_table(header, rows, f"{record.task}: the least work for each score", front_caption(record))
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str, caption: str) -> Table:
+    """Rows of text for a terminal; all columns but the first hold numbers."""
+    table = Table(title=title, caption=caption)
+    for place, column in enumerate(header):
+        table.add_column(column, justify="right" if place else "left")
     for row in rows:
         table.add_row(*row)
     return table
@@ -217,7 +219,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: 
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
 
-SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys a row", "seeds")
+SEEDS_COLUMNS = ("stage", "{metric}", "against dense", "sparsity", "keys per query", "seeds")
 
 
 def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple[str, ...]]:
@@ -225,7 +227,7 @@ def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple
 
     Args:
         records: what to average.
-        every: records in which to look for the dense models that were trained as long.
+        every: records in which to look for the dense models that were trained equally long.
 
     Raises:
         ValueError: a record has no dense stage.
@@ -253,7 +255,7 @@ Start = tuple[str, float]
 
 
 def control_scores(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, float]:
-    """Score of the dense model trained as long as the compressed one, by what both began from and for how long.
+    """Score of the dense model trained as many steps as the compressed one, by what both began from and for how long.
 
     Args:
         records: those without the stage are passed over.
@@ -264,7 +266,7 @@ def control_scores(records: Iterable[Record], stage: str = "dense_control") -> d
 
 
 def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
-    """What a record is compared with: its dense model trained as long where `controls` has it, or else as it was.
+    """What a record is compared with: its dense model trained equally long where `controls` has it, or else as it was.
 
     Raises:
         ValueError: the record has no dense stage.
@@ -298,7 +300,9 @@ def _title(record: Record) -> str:
 def caption(record: Record) -> str:
     """What the columns of `stage_rows` mean."""
     length = record.stages[0].padded_length if record.stages else "?"
-    majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    majority = (
+        "" if record.majority is None else f" Always predicting the most frequent class gives {record.majority:.2f}."
+    )
     return (
         f"{record.headline} in points on {record.provenance['rows']['eval']} rows; sparsity over valid pairs (the"
         f" headline figure), pruned by the rule alone, padded to {length} tokens, and of 16 x 64 tiles; MACs of"

@@ -1,7 +1,4 @@
-"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them.
-
-Of finished runs, too: on other data, or to prove that a backend predicts what the trained model predicts.
-"""
+"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them."""
 
 from __future__ import annotations
 
@@ -10,15 +7,16 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from attnpress.config import ConfigError, Count, RunConfig
 from attnpress.config.recipe import checked
-from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
+from attnpress.core.cost import FLOAT_BITS, PairCounts, total_work
 from attnpress.distributed import reduce_over_ranks, this_process
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import bound_modules
+from attnpress.models.watchers import Counting, watched
+from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.records.run import HeadRecord, LayerRecord, StageRecord
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
@@ -45,22 +43,15 @@ def evaluate(
             f"padded_length: {padded_length} is less than the longest evaluation row, of {longest} tokens"
         )
     modules = bound_modules(model.to(this_process().device))
-    for module in modules.values():
-        module.counts = PairCounts(
-            *(none.to(module.cutoff.device) for none in PairCounts.none_yet(module.heads).tensors())
-        )
-    try:
+    counting = {name: Counting(module) for name, module in modules.items()}
+    with watched((module, counting[name]) for name, module in modules.items()):
         metrics = predict(model, data, batch_size)
-        counts = {name: _merged(module) for name, module in modules.items()}
-    finally:
-        for module in modules.values():
-            module.counts = None
+    counts = {name: _merged(watcher.counts) for name, watcher in counting.items()}
     return _stage_record(name, metrics, modules, counts, padded_length, seconds)
 
 
-def _merged(module: CompressedAttention) -> PairCounts:
-    assert module.counts is not None
-    return PairCounts(*(reduce_over_ranks(count, "sum") for count in module.counts.tensors()))
+def _merged(counts: PairCounts) -> PairCounts:
+    return PairCounts(*(reduce_over_ranks(count, "sum") for count in counts.tensors()))
 
 
 def _stage_record(
@@ -68,13 +59,11 @@ def _stage_record(
     padded_length: int, seconds: float,
 ) -> StageRecord:  # fmt: skip
     merged = [count.total() for count in counts.values()]
-    total = PairCounts(
-        *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
-    )
+    total = summed(merged)
     pairs = list(zip(modules.values(), merged, strict=True))
-    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (_work, _tail_work)]))
+    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (pairs_work, tails_work)]))
     if any(module.spec.tail != "none" for module in modules.values()):
-        tail = total_work(_tail_work(*pair) for pair in pairs)
+        tail = total_work(tails_work(*pair) for pair in pairs)
         work |= {"macs_tail": tail.macs_remaining, "bit_operations_tail": tail.bit_operations_remaining}
         work |= {"bytes_tail": tail.bytes_remaining}
     return StageRecord(
@@ -87,18 +76,6 @@ def _stage_record(
         layers=[_layer_record(key, module, counts[key], padded_length) for key, module in modules.items()],
         seconds=round(seconds, 1),
     )  # fmt: skip
-
-
-def _work(module: CompressedAttention, count: PairCounts) -> Work:
-    pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
-    return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
-
-
-def _tail_work(module: CompressedAttention, count: PairCounts) -> Work:
-    # In attention of a sequence to itself there are as many keys as rows, for each key head.
-    rows, share = int(count.rows), module.kv_heads / module.heads
-    survivors, sequences = int(count.pairs - count.zeros), int(count.sequences * share)
-    return tail_work(rows, round(rows * share), survivors, sequences, module.spec, module.head_dim)
 
 
 def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:

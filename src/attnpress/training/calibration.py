@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from attnpress.core.tail import Moments
+from attnpress.core.observer import Observer
 from attnpress.core.thresholds import head_budgets
 from attnpress.distributed import reduce_over_ranks
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import bound_modules
 from attnpress.models.inputs import Batch, listed
 from attnpress.models.outputs import first_output, outputs
+from attnpress.models.watchers import Fitting, Gathering, Observing, watched
 
 SENSITIVITY_BATCHES = 2
 """Each head costs a forward pass over them."""
@@ -39,16 +40,12 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
     """
     modules = list(bound_modules(model).values())
     kept = listed(batches, "calibrate")
-    for module in modules:
-        module.observers = module.make_observers()
-    try:
+    observing = {module: Observing(module) for module in modules}
+    with watched(observing.items()):
         for _ in outputs(model, kept):
             pass
-        for name, module in bound_modules(model).items():
-            _set_scales(name, module)
-    finally:  # a module with observers runs uncompressed: a failed calibration must not leave it so
-        for module in modules:
-            module.observers = None
+    for name, module in bound_modules(model).items():
+        _set_scales(name, module, observing[module].observers)
     _fit_directions(model, kept, modules)
     _fit(model, kept, modules)
     spread = [module for module in modules if module.spec.budget == "sensitivity" and module.spec.sparsity > 0]
@@ -97,36 +94,22 @@ def _in_force(module: CompressedAttention) -> Tensor:
 
 def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
     """Fit the directions of those modules that have some, before any threshold is."""
-    chosen = [module for module in modules if module.has_directions]
-    for module in chosen:
-        module.moments = Moments.none_yet(module.kv_heads, module.head_dim, module.cutoff.device)
-    try:
-        # Watched, though at no row: modules then do without the thresholds that nothing has fitted yet.
-        with watching([module for module in modules if not module.spec.is_dense], slice(0)):
-            for _ in outputs(model, batches if chosen else []):
-                pass
-        for module in chosen:
-            module.fit_directions(reduce_over_ranks)
-    finally:  # a module that keeps its moments would go on adding to them
-        for module in chosen:
-            module.moments = None
+    gathering = {module: Gathering(module) for module in modules if module.has_directions}
+    # Watched at no row, modules do without the thresholds that nothing has fitted yet.
+    fitting = watching([module for module in modules if not module.spec.is_dense], slice(0))
+    with fitting, watched(gathering.items()):
+        for _ in outputs(model, batches if gathering else []):
+            pass
+    for module, watcher in gathering.items():
+        module.fit_directions(watcher.moments, reduce_over_ranks)
 
 
-@contextmanager
-def watching(modules: Iterable[CompressedAttention], rows: slice) -> Iterator[None]:
+def watching(modules: Iterable[CompressedAttention], rows: slice) -> AbstractContextManager[None]:
     """Inside the `with` block, calls add the pairs of the chosen query rows to `seen`."""
-    chosen = list(modules)
-    for module in chosen:
-        module.rows = rows
-    try:
-        yield
-    finally:
-        for module in chosen:
-            module.rows = None
+    return watched((module, Fitting(rows)) for module in modules)
 
 
-def _set_scales(name: str, module: CompressedAttention) -> None:
-    observers, module.observers = module.observers or {}, None
+def _set_scales(name: str, module: CompressedAttention, observers: Mapping[str, Observer]) -> None:
     scales = {}
     for matrix, observer in observers.items():
         try:

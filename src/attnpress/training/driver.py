@@ -14,6 +14,7 @@ from attnpress.core.schedule import sparsity_at
 from attnpress.distributed import reduce_over_ranks
 from attnpress.models.attention import HISTOGRAM_DECAY, ROW_STRIDE, CompressedAttention
 from attnpress.models.binding import attentions
+from attnpress.models.watchers import Fitting, start, stop
 
 Target = float | Mapping[str, float]
 
@@ -72,7 +73,7 @@ class SparsityDriver:
             asked.append(sparsity_at(step, self.total, self.schedule, target))
             if self.schedule.kind != "fixed":
                 module.set_sparsity(asked[-1])
-            module.rows = slice(step % ROW_STRIDE, None, ROW_STRIDE)
+            start(module, Fitting(slice(step % ROW_STRIDE, None, ROW_STRIDE)))
         return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
     def end(self) -> float:
@@ -83,7 +84,7 @@ class SparsityDriver:
         """
         counts = []
         for module in self.modules:
-            module.rows = None
+            stop(module, Fitting)
             counts.append(module.take_seen(HISTOGRAM_DECAY, reduce_over_ranks))
         pruned, pairs = torch.stack(counts).sum(0).tolist()
         self.achieved = float(pruned / pairs) if pairs else self.achieved
