@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
         *("config", "files", "distributed", "records", "core", "models", "kernels", "tasks", "deployment", "training"),
     },
     "export": {"config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "runs"},
-    "benchmark": {"config", "core", "models", "kernels", "deployment", "training", "runs"},
+    "benchmark": {"config", "files", "core", "models", "kernels", "deployment", "training", "runs"},
     "studies": {"config", "files", "records", "core", "models", "tasks", "training", "runs"},
     "posttraining": {
         *("config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "training", "runs"),

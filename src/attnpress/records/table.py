@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from attnpress.records.reading import RecordError, _text
+from attnpress.records.reading import RecordError, read_text
 from attnpress.records.run import Record, StageRecord, from_plain, read_record
 from attnpress.records.strict_json import JsonError, parse_json
 
@@ -49,7 +49,7 @@ def _line(record: Record) -> str:
 
 def is_table(file: Path) -> bool:
     """Whether a file begins as tables do; what follows may still be damaged."""
-    return file.is_file() and bool(HEADER.match(_text(file)))
+    return file.is_file() and bool(HEADER.match(read_text(file)))
 
 
 def read_table(file: Path) -> dict[str, Record]:
@@ -59,7 +59,7 @@ def read_table(file: Path) -> dict[str, Record]:
         RecordError: no such file, not a table, of a newer format, or with a record that `run.from_plain` refuses.
     """
     try:
-        data = parse_json(_text(file))
+        data = parse_json(read_text(file))
     except JsonError as error:
         raise RecordError(f"{file}: not a table of records (line {error.line}: {error})") from None
     if not isinstance(data, dict) or not isinstance(data.get("records"), dict):
