@@ -37,11 +37,15 @@ ARROWS: dict[str, set[str]] = {
     "export": {"config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "runs"},
     "benchmark": {"config", "core", "models", "kernels", "deployment", "training", "runs"},
     "studies": {"config", "files", "records", "core", "models", "tasks", "training", "runs"},
+    "posttraining": {
+        *("config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "training", "runs"),
+        "benchmark",
+    },
     "cli": {
         *("__init__", "config", "files", "distributed", "records", "report", "models", "kernels", "tasks", "training"),
-        *("runs", "export", "benchmark", "studies"),
+        *("runs", "export", "benchmark", "studies", "posttraining"),
     },
-    "__init__": {"config", "models", "deployment", "training", "runs"},
+    "__init__": {"config", "models", "deployment", "training", "runs", "posttraining"},
 }
 """What each part of the package may import of the others; a part's own modules are always allowed."""
 

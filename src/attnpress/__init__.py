@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from attnpress.models.binding import attentions, bind, unbind
     from attnpress.models.hub import AttnPressConfig
     from attnpress.models.loading import load_compressed
+    from attnpress.posttraining import quantize
     from attnpress.runs.compression import compress
     from attnpress.training.calibration import calibrate, fit_thresholds
     from attnpress.training.callbacks import SparsityCallback
@@ -59,6 +60,7 @@ __all__ = [
     "fit_thresholds",
     "load_compressed",
     "load_config",
+    "quantize",
     "unbind",
     "undeploy",
 ]
@@ -76,6 +78,7 @@ _LATE = {
     "deploy": "deployment",
     "fit_thresholds": "training.calibration",
     "load_compressed": "models.loading",
+    "quantize": "posttraining",
     "unbind": "models.binding",
     "undeploy": "deployment",
 }

@@ -26,6 +26,8 @@ from attnpress.cli import build_parser, main
 from attnpress.config import RunConfig
 from attnpress.config.recipe import load_config, load_spec
 from attnpress.export import KINDS
+from attnpress.kernels import cpu
+from attnpress.posttraining.measure import Cost
 from attnpress.studies.sweep.spec import SweepSpec
 
 ROOT = Path(__file__).parents[2]
@@ -155,9 +157,24 @@ def simulators() -> dict[str, Any]:
     return {}
 
 
+def compiled(*packages: str) -> Callable[[], dict[str, Any]]:
+    """The pages of encoders deploy on the kernel."""
+
+    def provide() -> dict[str, Any]:
+        if not cpu.is_built():
+            pytest.skip("the CPU kernel is not built: run `make kernel`")
+        for name in packages:
+            pytest.importorskip(name)
+        return {}
+
+    return provide
+
+
 PROVIDED: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/benchmarks.md": lambda: {"compiled": openvino_model()},
     "docs/howto/hardware.md": simulators,
+    "docs/howto/quantize.md": compiled(),
+    "docs/howto/sentence-transformers.md": compiled("sentence_transformers"),
 }
 """What a page takes from elsewhere; every other page is complete in itself."""
 
@@ -168,6 +185,10 @@ def test_the_blocks_of_a_page_hold(
     name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("CI", "true")  # openvino reports to its makers otherwise
+    # Two processes that load libraries, to time models that are too small to gain by it.
+    monkeypatch.setattr(
+        "attnpress.posttraining.run.costs", lambda *_: (Cost(1.0, 1.0, 1.0), Cost(2.0, 1.0, 1.0), "avx2")
+    )
     monkeypatch.setattr(sys, "argv", ["page.py", "runs/demo/export/trace/trace.safetensors"])
     run_page(TEXTS[name], name, folder, PROVIDED.get(name, dict)() | {"__name__": "page"})
 

@@ -14,7 +14,7 @@ from attnpress.studies.evidence import plan as plan_evidence
 from attnpress.studies.leaderboard.spec import BoardSpec, plan
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("leaderboard", "reliability", "hardware")
+OTHERS = ("leaderboard", "reliability", "hardware", "quantize")
 RECORDS = sorted(path for path in (ROOT / "records").rglob("*.json") if path.parent.name not in OTHERS)
 ASKED = {
     item.record: item.stages
@@ -28,7 +28,7 @@ ASKED = {
 @pytest.mark.parametrize(
     ("page", "count"),
     [
-        ("README.md", 3),
+        ("README.md", 4),
         ("docs/tutorial.md", 1),
         ("docs/ecosystem.md", 1),
         ("docs/results.md", 13),
@@ -36,6 +36,7 @@ ASKED = {
         ("docs/benchmarks.md", 7),
         ("docs/reliability.md", 1),
         ("docs/accelerator.md", 4),
+        ("docs/howto/quantize.md", 1),
     ],
 )
 def test_tables_are_made_from_records(page: str, count: int) -> None:

@@ -34,6 +34,36 @@ def compress(options: argparse.Namespace) -> int:
     return 0
 
 
+def quantize(options: argparse.Namespace) -> int:
+    """Compress an encoder with texts alone; print what that cost."""
+    _quiet_libraries()
+    import dataclasses
+    import warnings
+
+    from attnpress.posttraining import QuantizeSpec
+    from attnpress.posttraining import quantize as make
+    from attnpress.posttraining.card import quantized_caption, quantized_rows
+    from attnpress.report.render import text_table
+
+    plain = {field.name: getattr(options, field.name) for field in dataclasses.fields(QuantizeSpec)}
+    spec = parse_spec(QuantizeSpec, {name: value for name, value in plain.items() if value is not None})
+    with warnings.catch_warnings():
+        warnings.showwarning = _say_warning
+        warnings.simplefilter("always", UserWarning)
+        record = make(
+            options.model,
+            str(options.texts),
+            output=options.output,
+            columns=options.column,
+            spec=spec,
+            notify=_stage_line,
+        ).record
+    header, *rows = quantized_rows(record)
+    _print_table(text_table(header, rows, f"{record.model}: {record.kind}", quantized_caption(record)), options.talk)
+    print(f"model: {options.output}\nrecord: {options.output / 'quantize.json'}")
+    return 0
+
+
 def evaluate(options: argparse.Namespace) -> int:
     """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
     _check_json(options.json, {"same_predictions", "identical_logits"}, {"padded_sparsity", "macs_dense"})
@@ -325,6 +355,10 @@ def _write_json(found: object, file: Path | None) -> None:
 
 def _stage_line(text: str) -> None:
     print(f"== {text}", flush=True)
+
+
+def _say_warning(message: Warning | str, *_: object) -> None:
+    print(f"attnpress: {message}", file=sys.stderr, flush=True)
 
 
 def _quiet_libraries() -> None:

@@ -12,11 +12,15 @@ from typing import TypeAlias
 from attnpress.cli import commands
 from attnpress.cli.exit_status import exit_status
 from attnpress.cli.option_types import share, whole
+from attnpress.config import LARGEST_HEAD
 from attnpress.files import STDIN, STDOUT, is_stdout
 
 EXAMPLES = """examples:
   attnpress compress recipes/demo.yaml --output runs/demo
   attnpress compress recipes/mrpc-8bit.yaml --set data.data_dir=glue/MRPC --set seed=1 --output runs/mrpc-1
+  attnpress quantize sentence-transformers/all-MiniLM-L6-v2 --texts mine.jsonl --output fast
+  attnpress quantize my-classifier --texts mine.csv --column text --sparsity 0.9 --linear int8 --output fast
+  attnpress quantize my-reranker --texts pairs.parquet --column query passage --max-loss 0.01 --output fast
   attnpress evaluate runs/demo
   attnpress evaluate runs/demo --backend cpu --json agreement.json
   attnpress evaluate runs/demo --backend cpu --linear int8
@@ -85,6 +89,11 @@ def _add_one_run(subparsers: Commands) -> None:
     compress = _command(subparsers, "compress", commands.compress, "run a recipe, or go on with an interrupted run")
     _recipe_arguments(compress)
     compress.add_argument("--output", type=Path, required=True, metavar="RUN_DIR", help="run folder, made if needed")
+    _quantize_arguments(_command(
+        subparsers, "quantize", commands.quantize,
+        "compress an embedder, classifier or reranker with texts alone, without labels and training, and say what it "
+        "cost; the same command goes on with a search that was interrupted",
+    ))  # fmt: skip
     evaluate = _command(subparsers, "evaluate", commands.evaluate, "evaluate the compressed model of a finished run")
     _run_argument(evaluate)
     evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
@@ -196,6 +205,36 @@ def _command(subparsers: Commands, name: str, run: Callable[[argparse.Namespace]
     return parser
 
 
+def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
+    parser.add_argument(
+        "--texts", type=_read_from, required=True, metavar="FILE",
+        help="a few hundred such as the model will see: JSON lines, CSV, tab-separated (.tsv), Parquet, or a text a "
+        "line; - for standard input; or a data set's name on the Hub",
+    )  # fmt: skip
+    parser.add_argument(
+        "--column", nargs="+", default=(), metavar="NAME", help="of the texts, or the two of a pair (default: text)"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="of the model, its record and card"
+    )
+    sparsity = share("--sparsity", "sparsity is the fraction of pairs pruned")
+    parser.add_argument("--sparsity", type=sparsity, metavar="SHARE", help="fraction of pairs to prune")
+    parser.add_argument("--bits", type=whole("--bits", 2, 8), metavar="N", help="of Q, K, V and P (default: 8)")
+    parser.add_argument("--tail", choices=["none", "mean", "linear"], help="let what is pruned still count")
+    parser.add_argument(
+        "--linear", choices=["float", "int8"],
+        help="int8: linear layers in 8 bits and no padding, or an error if they cannot be (default: int8 if they can)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--max-loss", type=share("--max-loss", "max-loss is how far agreement may fall below 1"), metavar="SHARE",
+        help="search for the most compressed form whose agreement falls by no more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--threads", type=whole("--threads", 1, 1024), metavar="N", help="when both are timed (default: torch's own)"
+    )
+
+
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made, or save_pretrained"
@@ -256,7 +295,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="let what is pruned still count; the default peer is then no-tail, the same call without a tail",
     )  # fmt: skip
     parser.add_argument(
-        "--tail-rank", type=whole("--tail-rank", 1, 512), metavar="R", help="directions of --tail linear (default: 8)"
+        "--tail-rank",
+        type=whole("--tail-rank", 1, LARGEST_HEAD),
+        metavar="R",
+        help="directions of --tail linear (default: 8)",
     )
     threads = whole("--threads", 1, 1024)
     parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")

@@ -125,7 +125,9 @@ class PackedProduct:
         self._column = reference.column_sums(codes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.weight(), self._scale, self._bias, self._bits)
+        # No tensor that lives for the pickle alone: torch hands tensors to other processes as descriptors of files, and
+        # that of one which is gone by then is somebody else's.
+        return _unpickled, (self.weight().numpy(), self._scale, self._bias, self._bits)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor | Coded, activated: bool, next_bits: int = 8) -> Tensor | Coded:
@@ -180,6 +182,10 @@ class PackedProduct:
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
         return self._multiply.weight()
+
+
+def _unpickled(codes: Any, weight_scale: Tensor, bias: Tensor | None, bits: int) -> PackedProduct:
+    return PackedProduct(torch.from_numpy(codes), weight_scale, bias, bits)
 
 
 def _flat(coded: Coded) -> Coded:

@@ -48,9 +48,6 @@ NAME = "attnpress"
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 
-LARGEST_HEAD = 512
-"""Beyond it differences of 8-bit scores pass 2^24, up to where float32 holds every integer (numerics, section 2)."""
-
 HISTOGRAM_DECAY = 0.95
 """What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
 

@@ -11,6 +11,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import nn
 
+from attnpress.models.pipeline import called_with_batches, is_pipeline
+
 Batch = Mapping[str, Any]
 
 LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
@@ -61,6 +63,9 @@ def forward_inputs(model: nn.Module, batch: Batch, number: int = 0) -> dict[str,
             f"batch {number} is a {type(batch).__name__}; a batch is a mapping from the names of forward's arguments "
             "to tensors, such as {'input_ids': ..., 'attention_mask': ...}"
         )
+    if is_pipeline(model):  # whose preprocessing adds notes of its own to the tensors
+        batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor | list | np.ndarray)}
+        model = called_with_batches(model)
     device, (names, takes_others) = next(model.parameters()).device, _arguments(model)
     found = {}
     for name, value in batch.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers.activations import GELUActivation
 
 from attnpress.core.inference import without_gradient
 from attnpress.core.ordered import Passes
+from attnpress.models.pipeline import after_encoder, place_hook, place_ordered_sums
 
 TANH_HEADS = ("RobertaClassificationHead", "XLMRobertaClassificationHead", "CamembertClassificationHead")
 """Heads that call tanh as a function: dense, tanh, out_proj of the first token."""
@@ -62,33 +64,48 @@ class OrderedTanhHead(nn.Module):
 def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
     """Have the float layers around the encoder computed in one order; they stay the modules that they are.
 
-    That is what belongs to the encoder's own model, and every head beside it but one that predicts words: its product
-    is as large as the vocabulary, and stays a library's.
+    That is what belongs to the encoder's own model, every head beside it but one that predicts words (its product is
+    as large as the vocabulary, and stays a library's), and what a pipeline of sentence-transformers does behind it.
     """
-    kinds: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., Tensor]]] = {
+    place_ordered_sums(model)
+    layers: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., Tensor]]] = {
         nn.LayerNorm: (OrderedLayerNorm, passes.layer_norm),
         nn.Linear: (OrderedLinear, passes.linear),
-        nn.Tanh: (OrderedActivation, passes.tanh),
-        GELUActivation: (OrderedActivation, passes.gelu),
     }
-    for module in _around(model, encoder):
-        found = kinds.get(type(module))
+    activations = {nn.Tanh: passes.tanh, nn.GELU: passes.gelu, GELUActivation: passes.gelu}
+    base = _base_of(model, encoder)
+    behind = [] if base is None else list(after_encoder(model, base))
+    for module in [] if base is None else [*_around(model, base, encoder), *behind]:
+        found = layers.get(type(module))
+        exact = getattr(module, "approximate", "none") == "none"
+        activation = activations.get(type(module)) if exact else None
         if type(module).__name__ in TANH_HEADS:
             found = OrderedTanhHead, passes.tanh
+        elif activation is not None and all(module is not other for other in behind):
+            found = OrderedActivation, activation
+        elif activation is not None:
+            # By a hook: the class of this one is written down when the pipeline is saved.
+            place_hook(module, functools.partial(_activated, activation))
         if found is not None and not (isinstance(module, nn.LayerNorm) and module.bias is None):
             # The same object: hooks, names and ties of its weights stay.
             module.__class__, vars(module)["compute"] = found
 
 
-def _around(model: Any, encoder: nn.Module) -> Iterator[nn.Module]:
+def _activated(compute: Callable[[Tensor], Tensor], _module: nn.Module, args: tuple[Tensor], _output: Tensor) -> Tensor:
+    return without_gradient(compute(args[0]), args[0])
+
+
+def _base_of(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
+    return next((module for module in model.modules() if getattr(module, "encoder", None) is encoder), None)
+
+
+def _around(model: nn.Module, base: Any, encoder: nn.Module) -> Iterator[nn.Module]:
     """Modules of the encoder's model that are not in the encoder, and those of heads."""
-    base = next((module for module in model.modules() if getattr(module, "encoder", None) is encoder), None)
-    if base is None:
-        return
     beside = [child for child in base.children() if child is not encoder]
-    if getattr(model, "base_model", None) is base and model is not base:
-        words = getattr(model, "get_output_embeddings", lambda: None)()
-        heads = [child for child in model.children() if child is not base]
+    owner: Any = next((module for module in model.modules() if getattr(module, "base_model", None) is base), base)
+    if owner is not base:
+        words = getattr(owner, "get_output_embeddings", lambda: None)()
+        heads = [child for child in owner.children() if child is not base]
         beside += [head for head in heads if words is None or all(module is not words for module in head.modules())]
     for part in beside:
         yield from part.modules()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from attnpress.models.inputs import Batch, forward_inputs
 from attnpress.models.modes import evaluation_mode
+from attnpress.models.pipeline import called_with_batches
 
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:
@@ -31,5 +32,5 @@ def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
         for number, batch in enumerate(batches):
             inputs = forward_inputs(model, batch, number)
             with torch.no_grad():
-                output = model(**inputs)
+                output = called_with_batches(model)(**inputs)
             yield output

@@ -33,12 +33,7 @@ def stage_rows(record: Record) -> list[tuple[str, ...]]:
 def stages_table(record: Record) -> Table:
     """The closing table for a terminal."""
     header, *rows = stage_rows(record)
-    table = Table(title=_title(record), caption=caption(record))
-    for column in header:
-        table.add_column(column, justify="left" if column == "stage" else "right")
-    for row in rows:
-        table.add_row(*row)
-    return table
+    return text_table(header, rows, _title(record), caption(record))
 
 
 def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
@@ -199,9 +194,14 @@ def front_caption(record: SweepRecord) -> str:
 def front_table(record: SweepRecord) -> Table:
     """The front of a sweep for a terminal."""
     header, *rows = front_rows(record)
-    table = Table(title=f"{record.task}: the least work for each score", caption=front_caption(record))
-    for column in header:
-        table.add_column(column, justify="left" if column == "chosen" else "right")
+    return text_table(header, rows, f"{record.task}: the least work for each score", front_caption(record))
+
+
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str, caption: str) -> Table:
+    """Rows of text for a terminal; all columns but the first hold numbers."""
+    table = Table(title=title, caption=caption)
+    for place, column in enumerate(header):
+        table.add_column(column, justify="right" if place else "left")
     for row in rows:
         table.add_row(*row)
     return table

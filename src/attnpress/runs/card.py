@@ -74,7 +74,7 @@ def model_card(record: Record, kind: str, name: str = "progressive") -> str:
     pipeline = PIPELINES.get(kind, "text-classification")
     return CARD.format(
         header=_header(recipe["data"]["task"], pipeline, stage, record.headline),
-        task=recipe["data"]["task"], base=_public_name(recipe["model"]), rule=recipe["attention"]["rule"],
+        task=recipe["data"]["task"], base=public_name(recipe["model"]), rule=recipe["attention"]["rule"],
         bits="/".join("fp" if bits is None else f"{bits:.3g}" for bits in stage.bits.values()),
         version=record.provenance["versions"]["attnpress"], scores=_scores(stage, dense),
         rows=record.provenance["rows"]["eval"], figures=_figures(stage), keys=stage.keys_per_row,
@@ -92,7 +92,7 @@ def _tail(attention: Mapping[str, Any]) -> str:
     return f"; pairs without a code still count, by a tail (`{name}`{rank})"
 
 
-def _public_name(model: str) -> str:
+def public_name(model: str) -> str:
     """The model's name without the folders of the machine that it was on."""
     return PurePath(model).name if model.startswith((".", "/", "~")) else model
 

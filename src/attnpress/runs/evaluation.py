@@ -7,16 +7,16 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedModel
 
 from attnpress.config import ConfigError, Count, RunConfig
 from attnpress.config.recipe import checked
-from attnpress.core.cost import FLOAT_BITS, PairCounts, Work, attention_work, tail_work, total_work
+from attnpress.core.cost import FLOAT_BITS, PairCounts, total_work
 from attnpress.distributed import reduce_over_ranks, this_process
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import bound_modules
 from attnpress.models.watchers import Counting, watched
+from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.records.run import HeadRecord, LayerRecord, StageRecord
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
@@ -59,13 +59,11 @@ def _stage_record(
     padded_length: int, seconds: float,
 ) -> StageRecord:  # fmt: skip
     merged = [count.total() for count in counts.values()]
-    total = PairCounts(
-        *(torch.stack(parts).sum(0) for parts in zip(*(count.tensors() for count in merged), strict=True))
-    )
+    total = summed(merged)
     pairs = list(zip(modules.values(), merged, strict=True))
-    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (_work, _tail_work)]))
+    work = dataclasses.asdict(total_work([make(*pair) for pair in pairs for make in (pairs_work, tails_work)]))
     if any(module.spec.tail != "none" for module in modules.values()):
-        tail = total_work(_tail_work(*pair) for pair in pairs)
+        tail = total_work(tails_work(*pair) for pair in pairs)
         work |= {"macs_tail": tail.macs_remaining, "bit_operations_tail": tail.bit_operations_remaining}
         work |= {"bytes_tail": tail.bytes_remaining}
     return StageRecord(
@@ -78,18 +76,6 @@ def _stage_record(
         layers=[_layer_record(key, module, counts[key], padded_length) for key, module in modules.items()],
         seconds=round(seconds, 1),
     )  # fmt: skip
-
-
-def _work(module: CompressedAttention, count: PairCounts) -> Work:
-    pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
-    return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
-
-
-def _tail_work(module: CompressedAttention, count: PairCounts) -> Work:
-    # In attention of a sequence to itself there are as many keys as rows, for each key head.
-    rows, share = int(count.rows), module.kv_heads / module.heads
-    survivors, sequences = int(count.pairs - count.zeros), int(count.sequences * share)
-    return tail_work(rows, round(rows * share), survivors, sequences, module.spec, module.head_dim)
 
 
 def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from io import TextIOBase
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ def newline_of(path: Path) -> str:
 
 
 def read_rows(
-    path: Path, lines: TextIOBase, wanted: Sequence[str] = (), header: Sequence[str] | None = None
+    path: Path, lines: Iterable[str], wanted: Sequence[str] = (), header: Sequence[str] | None = None
 ) -> Numbered:
     """Rows of an open file, by the ending of its name: CSV, tab-separated text, and JSON lines for all others.
 
@@ -118,13 +117,13 @@ def _named(
             yield line, dict(zip(names, values, strict=True))
 
 
-def _tab_fields(lines: TextIOBase) -> Iterator[tuple[int, list[str] | Broken]]:
+def _tab_fields(lines: Iterable[str]) -> Iterator[tuple[int, list[str] | Broken]]:
     for number, line in enumerate(lines, start=1):
         if text := line.removesuffix("\n").removesuffix("\r"):
             yield number, _not_text(text) or text.split("\t")
 
 
-def _csv_fields(path: Path, lines: TextIOBase) -> Iterator[tuple[int, list[str] | Broken]]:
+def _csv_fields(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[str] | Broken]]:
     csv.field_size_limit(LONGEST_FIELD)
     reader = csv.reader(lines, strict=True)
     while True:
@@ -144,7 +143,7 @@ def _csv_fields(path: Path, lines: TextIOBase) -> Iterator[tuple[int, list[str] 
             yield begin, next((broken for value in values if (broken := _not_text(value))), values)
 
 
-def _json_rows(lines: TextIOBase) -> Numbered:
+def _json_rows(lines: Iterable[str]) -> Numbered:
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, _not_utf8(line) or _json_row(line)

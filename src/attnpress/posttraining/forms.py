@@ -1,0 +1,132 @@
+"""A compressed form of an encoder: made from calibration texts, judged on others."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attnpress.config import AttentionSpec, ProbsSpec, TailName, TensorSpec
+from attnpress.core.cost import total_work
+from attnpress.deployment.attention import Linear, deploy
+from attnpress.deployment.linear import calibrate_linear, linear_layers
+from attnpress.models.binding import bind, bound_modules
+from attnpress.models.encoders import Encoder, Rows
+from attnpress.models.inputs import Batch
+from attnpress.models.outputs import outputs
+from attnpress.models.watchers import Counting, watched
+from attnpress.models.work import pairs_work, summed, tails_work
+from attnpress.training.calibration import calibrate
+
+BATCH = 8
+"""Texts that go through the model together while it is calibrated: its intermediate results are large."""
+
+COUNTED = 16
+"""Texts on which survivors are counted."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What to make of a model.
+
+    Attributes:
+        bits: of Q, K, V and P.
+        sparsity: fraction of valid pairs to prune.
+        tail: of what is pruned; without pruning there is none.
+        linear: "int8" for linear layers in 8 bits and no padding.
+    """
+
+    bits: int
+    sparsity: float
+    tail: TailName
+    linear: Linear
+
+    @property
+    def attention(self) -> AttentionSpec:
+        """Its spec; K is smoothed at 4 bits or less."""
+        tensor, tail = TensorSpec(bits=self.bits), self.tail if self.sparsity else "none"
+        few = self.bits <= 4
+        return AttentionSpec(
+            tensor, tensor, tensor, ProbsSpec(bits=self.bits), sparsity=self.sparsity, tail=tail, smooth_key=few
+        )
+
+
+@dataclass(frozen=True)
+class Survivors:
+    """What attention leaves, over valid pairs.
+
+    Attributes:
+        sparsity: fraction of pairs whose probability is zero.
+        keys, dense_keys: of a query, that are left and that there were.
+        work: share of attention's bit operations that is left, the tail's included.
+    """
+
+    sparsity: float
+    keys: float
+    dense_keys: float
+    work: float
+
+
+@dataclass(frozen=True)
+class Made:
+    """A form as it was made.
+
+    Attributes:
+        encoder: deployed on the CPU.
+        form: with "float" linear layers where all stayed so.
+        float_products: of the encoder, that stayed in float because they lost too much.
+    """
+
+    encoder: Encoder
+    form: Form
+    float_products: list[str]
+    survivors: Survivors
+
+
+def make(dense: Encoder, form: Form, rows: Rows) -> Made:
+    """A copy of an encoder in a form.
+
+    Args:
+        dense: left as it is.
+        rows: texts for calibration.
+
+    Raises:
+        UnsupportedModelError: see `bind`.
+    """
+    encoder = copy.copy(dense)
+    encoder.model = model = bind(copy.deepcopy(dense.model), form.attention)
+    calibrate(model, encoder.batches(by_length(rows), BATCH))
+    deploy(model, "cpu", padding="skip")  # what follows asks for outputs alone, and these are the same
+    survivors = _survivors(encoder, rows[:COUNTED])
+    plan = calibrate_linear(model, _judging_batches(encoder, rows)) if form.linear == "int8" else {}
+    deploy(model, "cpu", linear=form.linear, padding="skip")
+    linear: Linear = "int8" if linear_layers(model).int8 else "float"
+    left = [name for name, product in plan.items() if not product.quantized]
+    return Made(encoder, dataclasses.replace(form, linear=linear), left, survivors)
+
+
+def _survivors(encoder: Encoder, rows: Rows) -> Survivors:
+    modules = list(bound_modules(encoder.model).values())
+    counting = [Counting(module) for module in modules]
+    with watched(zip(modules, counting, strict=True)):
+        for _ in outputs(encoder.model, encoder.batches(by_length(rows), BATCH)):
+            pass
+    merged = [watcher.counts.total() for watcher in counting]
+    total, pairs = summed(merged), list(zip(modules, merged, strict=True))
+    work = total_work(part(*pair) for pair in pairs for part in (pairs_work, tails_work))
+    return Survivors(
+        float(total.sparsity()), float(total.keys_per_row()), float(total.pairs / total.rows.clamp(min=1)),
+        work.bit_operations_remaining / max(1, work.bit_operations_dense),
+    )  # fmt: skip
+
+
+def _judging_batches(encoder: Encoder, rows: Rows) -> list[Batch]:
+    """Few texts of all lengths: each product of the encoder costs a pass over them."""
+    ordered = by_length(rows)
+    return list(encoder.batches(ordered[:: max(1, len(ordered) // BATCH)][:BATCH], BATCH // 2))
+
+
+def by_length(rows: Rows) -> list[Sequence[str]]:
+    """Texts of like length beside each other, so that little padding goes through the model."""
+    return sorted(rows, key=lambda row: sum(map(len, row)))

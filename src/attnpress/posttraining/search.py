@@ -1,0 +1,112 @@
+"""The most compressed form of an encoder that keeps its answers: what `--max-loss` looks for.
+
+More bits, less sparsity and float linear layers never lose more, up to noise: so at each number of bits the greatest
+sparsity that holds is found by halving, and fewer bits need not be tried beyond it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from attnpress.files import write_text
+from attnpress.posttraining.forms import Form
+from attnpress.records.quantized import TrialRecord
+from attnpress.records.reading import RecordError, build_record
+from attnpress.records.strict_json import JsonError, parse_json
+
+SPARSITIES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.98)
+BITS = (8, 6, 4)
+
+Judge = Callable[[Form], TrialRecord]
+
+
+class LossError(ValueError):
+    """No form loses as little as asked for; the message says which is the nearest."""
+
+
+class Trials:
+    """Forms that were judged, kept in a file, so that a search that was killed goes on.
+
+    Args:
+        file: where; None keeps them in memory alone.
+        made_from: what they depend on; those of something else are forgotten.
+    """
+
+    def __init__(self, file: Path | None, made_from: Mapping[str, Any]) -> None:
+        self.file, self.made_from = file, dict(made_from)
+        self.done: dict[tuple[int, float, str], TrialRecord] = {}
+        for trial in self._read():
+            self.done[trial.bits, trial.sparsity, trial.linear] = trial
+
+    def judged(self, form: Form, judge: Judge) -> TrialRecord:
+        """What is known of a form, or is found out now."""
+        key = form.bits, form.sparsity, form.linear
+        if key not in self.done:
+            self.done[key] = judge(form)
+            if self.file is not None:
+                trials = [asdict(trial) for trial in self.done.values()]
+                write_text(self.file, json.dumps({"made_from": self.made_from, "trials": trials}, indent=1) + "\n")
+        return self.done[key]
+
+    def forget(self) -> None:
+        """Remove the file: the search is over."""
+        if self.file is not None:
+            self.file.unlink(missing_ok=True)
+
+    def _read(self) -> list[TrialRecord]:
+        try:
+            plain = parse_json(self.file.read_text(encoding="utf-8")) if self.file is not None else {}
+            if plain.get("made_from") != self.made_from:
+                return []
+            return [build_record(TrialRecord, each, str(self.file), "damaged") for each in plain["trials"]]
+        except (FileNotFoundError, UnicodeDecodeError, JsonError, RecordError, AttributeError, KeyError, TypeError):
+            return []  # none yet, or damaged by something else: begin anew
+
+
+def most_compressed(
+    begin: Form, max_loss: float, judge: Judge, trials: Trials, *, bits: Sequence[int], sparsities: Sequence[float]
+) -> TrialRecord:
+    """The trial that leaves the fewest bit operations of those that lose no more than `max_loss`.
+
+    Args:
+        begin: tail and linear layers of all forms.
+        bits, sparsities: to choose among, the least compressed first.
+
+    Raises:
+        LossError: none does.
+    """
+    room = len(sparsities)
+    for few in bits:
+        room = _greatest(room, lambda place, few=few: _holds(begin, few, sparsities[place], max_loss, judge, trials))
+        if room == 0:
+            break  # fewer bits lose more
+    tried = [trial for trial in trials.done.values() if trial.linear == begin.linear]
+    held = [trial for trial in tried if trial.loss <= max_loss]
+    if not held:
+        nearest = min(tried, key=lambda trial: trial.loss)
+        raise LossError(
+            f"--max-loss {max_loss:g}: no form holds it; the nearest loses {nearest.loss:.3g} ({nearest.bits} bits, "
+            f"sparsity {nearest.sparsity:g}, linear layers in {nearest.linear}); allow that much, or more of --linear "
+            "float, --bits 8, --sparsity 0"
+        )
+    return min(held, key=lambda trial: (trial.work, -trial.sparsity))
+
+
+def _holds(begin: Form, bits: int, sparsity: float, max_loss: float, judge: Judge, trials: Trials) -> bool:
+    return trials.judged(Form(bits, sparsity, begin.tail, begin.linear), judge).loss <= max_loss
+
+
+def _greatest(room: int, holds: Callable[[int], bool]) -> int:
+    """How many of the first `room` places hold, if none holds behind one that does not; found by halving."""
+    low, high = 0, room
+    while low < high:
+        middle = (low + high) // 2
+        if holds(middle):
+            low = middle + 1
+        else:
+            high = middle
+    return low
