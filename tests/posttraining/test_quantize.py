@@ -155,6 +155,27 @@ def test_a_search_holds_what_it_is_asked_to_hold(
 
 
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("kind", ["embedder", "classifier"])
+def test_distillation_wins_back_what_pruning_costs(
+    tiny_model: Path, classifier: Path, tmp_path: Path, kind: str
+) -> None:
+    source, figure = (tiny_model, "lowest_cosine") if kind == "embedder" else (classifier, "logit_change")
+    torch.manual_seed(0)
+    form: dict[str, Any] = {"sparsity": 0.9, "tail": "none", "linear": "float"}
+    texts = some_texts(240)
+    untaught = attnpress.quantize(source, texts, **form).record
+    taught = attnpress.quantize(source, texts, **form, distill=12, output=tmp_path / "taught").record
+    assert taught.texts.calibration < taught.texts.training == len(texts) - taught.texts.judged
+    assert taught.sparsity == pytest.approx(0.9, abs=0.05)
+    better = untaught.agreement[figure] < taught.agreement[figure]
+    assert better == (kind == "embedder")  # a cosine grows, a change shrinks
+    loaded = saved_encoder(tmp_path / "taught").model
+    assert {state.spec.sparsity for state in attnpress.attentions(loaded).values()} == {0.9}
+    with pytest.raises(ConfigError, match="--distill trains one form"):
+        attnpress.quantize(source, texts, distill=1, max_loss=0.1)
+
+
+@pytest.mark.usefixtures("untimed")
 def test_few_texts_and_texts_of_one_length_are_told_of(tiny_model: Path) -> None:
     with pytest.warns(UserWarning, match="only 20 texts"):
         attnpress.quantize(tiny_model, TEXTS[:20], linear="float")
@@ -252,15 +273,16 @@ def test_without_the_kernel_it_says_how_to_build_it(tiny_model: Path, monkeypatc
 def test_int8_layers_asked_for_by_name_where_there_are_none_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    from transformers import DistilBertConfig, DistilBertModel
+    from transformers import AlbertConfig, AlbertModel
 
     torch.manual_seed(0)
-    config = DistilBertConfig(vocab_size=len(VOCABULARY), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = AlbertConfig(vocab_size=len(VOCABULARY), embedding_size=32, **sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(ConfigError, match="--linear int8: all linear layers of DistilBertModel stay in float"):
-            attnpress.quantize(DistilBertModel(config), TEXTS, tokenizer=tokenizer, linear="int8")
-        record = attnpress.quantize(DistilBertModel(config), TEXTS, tokenizer=tokenizer).record
+        with pytest.raises(ConfigError, match="--linear int8: all linear layers of AlbertModel stay in float"):
+            attnpress.quantize(AlbertModel(config), TEXTS, tokenizer=tokenizer, linear="int8")
+        record = attnpress.quantize(AlbertModel(config), TEXTS, tokenizer=tokenizer).record
     assert record.linear == "float"
 
 

@@ -42,6 +42,7 @@ EXAMPLES = """examples:
   attnpress bench --seq-len 128 384 --sparsity 0.95 --threads 1 --peers sdpa openvino --json bench.json
   attnpress bench --seq-len 384 1024 --tail linear --tail-rank 8 --json tail.json
   attnpress bench --from runs/demo --layer 0 5 --batch 8 --peers sdpa openvino
+  attnpress bench --encode my-embedder --texts mine.jsonl --peers torch openvino-int8
   attnpress bench --whole-model minilm bert-base --seq-len 128 384 512 --peers sdpa eager
 """
 
@@ -230,6 +231,10 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
         help="search for the most compressed form whose agreement falls by no more",
     )  # fmt: skip
     parser.add_argument(
+        "--distill", type=float, metavar="EPOCHS",
+        help="also train it, without labels: to answer the texts that are not judged as the dense model does",
+    )  # fmt: skip
+    parser.add_argument(
         "--threads", type=whole("--threads", 1, 1024), metavar="N", help="when both are timed (default: torch's own)"
     )
 
@@ -304,6 +309,8 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "onnxruntime-int8, openvino-int8; "
         "ATTNPRESS_CPU_TARGET=avx2 in the environment holds all sides to AVX2",
     )  # fmt: skip
+    parser.add_argument("--texts", type=_read_from, metavar="FILE", help="with --encode: as `quantize` takes them")
+    parser.add_argument("--column", nargs="+", default=(), metavar="NAME", help="with --encode: of the texts")
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument(
         "--from", type=Path, dest="run_dir", metavar="RUN_DIR",
@@ -316,6 +323,12 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="MODEL",
         help="whole models instead: minilm, bert-base, modernbert-base",
+    )
+    inputs.add_argument(
+        "--encode",
+        metavar="MODEL",
+        help="an embedder, classifier or reranker in its default compressed form, on --texts, beside torch (float32), "
+        "onnxruntime-int8, openvino-int8",
     )
     _linear_argument(parser)
     parser.add_argument(
