@@ -211,8 +211,9 @@ class AttnPressQuantizer(HfQuantizer):
         for _ in place_int8(model, encoder, plan):
             pass
         for module in model.modules():
-            if any(isinstance(child, Int8Linear | HalfEmbedding) for child in module.children()):
-                # ModernBERT initializes from a parent what is to be loaded into weights of its children.
+            holds_int8 = any(isinstance(child, Int8Linear | HalfEmbedding) for child in module.children())
+            if holds_int8 and not module._parameters and not module._buffers:
+                # It has nothing of its own to initialize, but in ModernBERT it would reach for its children's weights.
                 module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:

@@ -102,7 +102,7 @@ def encode_caption(records: Sequence[Mapping[str, Any]]) -> str:
     first = records[0]
     return (
         f"{first['model']}: {first['texts']} texts, {first['tokens']} tokens at the median, in batches of "
-        f"{first['batch']}; {_conditions(records)}. Changed: texts whose answer is other bits in batches of another size."
+        f"{first['batch']}; {_conditions(records)}. Changed: texts with other bits in batches of another size."
     )
 
 
