@@ -11,7 +11,7 @@ namespace {
 
 constexpr int SHIFT = 12;            // core/tail.py: projections are in units of 2^-12
 constexpr int32_t MOST_SEEN = 127;   // and clamped
-constexpr int64_t SEEN_STEP = 8;     // I::dot_four takes so many products at once
+constexpr int64_t SEEN_STEP = 8;     // I::see takes so many products at once
 
 // The shape of a matrix whose entries are at most `largest` in magnitude, below 2^31.
 template <class I> Matrix<I> shape_matrix(int64_t rows, int64_t columns, int64_t largest) {
@@ -63,13 +63,6 @@ template <class I, int R> void apply(const Matrix<I>& matrix, const typename I::
     if constexpr (R > 1) apply<I, R / 2>(matrix, rows, stride, count, to, first);
 }
 
-// The product of a row, whose codes add up to `sum`, with a column; from `apply`.
-template <class I> ATTN_INLINE int64_t entry_of(const Matrix<I>& matrix, const int32_t* applied, int64_t column, int64_t sum) {
-    int64_t whole = -matrix.bias() * sum;
-    for (int p = 0; p < matrix.planes; ++p) whole += applied[p * matrix.columns + column] * (int64_t{1} << (I::DIGIT_BITS * p));
-    return whole;
-}
-
 // Rows of codes as these products take them.
 template <class I> const typename I::Left* as_left(const typename I::Query* codes, int64_t size, Scratch<I>& scratch) {
     if constexpr (std::is_same_v<typename I::Query, typename I::Left>) {
@@ -81,14 +74,16 @@ template <class I> const typename I::Left* as_left(const typename I::Query* code
     }
 }
 
-// core/tail.py, projected: rows of codes in the directions of a head; columns past the rank are 0.
-template <class I>
-void project(const Job<I>& job, const Matrix<I>& map, const typename I::Query* codes, int64_t count, const float* offset, int16_t* to, Scratch<I>& scratch) {
+// core/tail.py, projected: rows of codes in the directions of a head, raised by RAISE; columns past the rank stand for 0.
+// `to` has room for LANES past the last.
+template <class I, int RAISE, class To>
+void project(const Job<I>& job, const Matrix<I>& map, const typename I::Query* codes, int64_t count, const float* offset, To* to, Scratch<I>& scratch) {
+    using V = typename I::I32;
     const int64_t width = job.width, rank = job.a.tail.rank;
     const auto* left = as_left<I>(codes, count * width, scratch);
-    auto* applied = scratch.projected.template get<int32_t>(count * map.line());
+    auto* applied = scratch.projected.template get<int32_t>(count * map.line() + 2 * I::LANES);
     apply<I, 8>(map, left, width, count, applied);
-    int32_t offsets[LARGEST_RANK + SEEN_STEP] = {};
+    alignas(64) int32_t offsets[LARGEST_RANK + SEEN_STEP + I::LANES] = {};
     for (int64_t i = 0; offset != nullptr && i < rank; ++i) offsets[i] = static_cast<int32_t>(offset[i]);
     for (int64_t r = 0; r < count; ++r) {
         const int32_t* sums = applied + r * map.line();
@@ -98,13 +93,12 @@ void project(const Job<I>& job, const Matrix<I>& map, const typename I::Query* c
             for (int64_t d = 0; d < width; ++d) sum += left[r * width + d];
             common -= static_cast<int32_t>(map.bias()) * sum;
         }
-        for (int64_t i = 0; i < job.seen_width; i += SEEN_STEP) {
-            for (int64_t j = i; j < i + SEEN_STEP; ++j) {
-                uint32_t whole = static_cast<uint32_t>(common) + static_cast<uint32_t>(sums[j]);
-                if (map.planes == 2) whole += static_cast<uint32_t>(sums[map.columns + j]) << I::DIGIT_BITS;
-                const int32_t moved = (static_cast<int32_t>(whole) >> SHIFT) - offsets[j];
-                to[r * job.seen_width + j] = static_cast<int16_t>(least(most(moved, -MOST_SEEN), MOST_SEEN));
-            }
+        for (int64_t i = 0; i < job.seen_width; i += I::LANES) {  // a vector reaches into the next row
+            V whole = I::add(I::load(sums + i), I::set1(common));
+            if (map.planes == 2) whole = I::add(whole, I::template shl<I::DIGIT_BITS>(I::load(sums + map.columns + i)));
+            const V moved = I::sub(I::template sra<SHIFT>(whole), I::load(offsets + i));
+            const V most_of = I::max(I::set1(RAISE - MOST_SEEN), I::min(I::add(moved, I::set1(RAISE)), I::set1(RAISE + MOST_SEEN)));
+            I::store_code(to + r * job.seen_width + i, most_of);
         }
     }
 }
@@ -115,8 +109,10 @@ template <class I> Matrix<I> of_head(Matrix<I> map, int64_t head) {
 }
 
 // The keys of a tile as the directions of their head see them; padding too, for nobody.
-template <class I> void see_keys(const Job<I>& job, const typename I::Query* codes, int64_t head, int16_t* to, Scratch<I>& scratch) {
-    project(job, of_head(job.key_map, head), codes, job.W, job.a.tail.offset + head * job.a.tail.rank, to, scratch);
+template <class I> void see_keys(const Job<I>& job, const typename I::Query* codes, int64_t head, typename I::Seen* to, Scratch<I>& scratch) {
+    auto* seen = scratch.mapped.template get<typename I::Seen>(job.W * job.seen_width + I::LANES);
+    project<I, I::SEEN_OFFSET>(job, of_head(job.key_map, head), codes, job.W, job.a.tail.offset + head * job.a.tail.rank, seen, scratch);
+    std::memcpy(to, seen, job.W * job.seen_width * sizeof(*to));
 }
 
 // Whole matrices of directions, once a call.

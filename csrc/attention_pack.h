@@ -174,7 +174,7 @@ template <class I> void prepare(const Job<I>& job, int64_t index, Batch<I>& batc
     const int64_t sums = a.kv_heads * batch.padded / job.W * job.width;
     batch.key_sums = job.tailed ? batch.sum_buffer.template get<int32_t>(2 * sums) : nullptr;
     batch.value_sums = job.tailed ? batch.key_sums + sums : nullptr;
-    batch.seen = job.directed ? batch.seen_buffer.template get<int16_t>(a.kv_heads * batch.padded * job.seen_width + 64) : nullptr;
+    batch.seen = job.directed ? batch.seen_buffer.template get<typename I::Seen>(a.kv_heads * batch.padded * job.seen_width + 64) : nullptr;
 }
 
 // Sums of the codes of a tile, by head; null where nobody asks for them. Padding has codes of 0.

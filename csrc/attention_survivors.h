@@ -209,46 +209,48 @@ template <class I> class Survivors {
         return weigh_planes<I, P>(job, unit.values, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
     }
 
-    // The same, with sums in registers, where values are one tile wide.
-    template <int P> ATTN_INLINE int32_t weigh_in_registers(const Job<I>& job, const Head<I>& unit, const Row& row, typename I::I32 (&sums)[P + 1][I::COLS]) const {
-        return gather_planes<I, P, 1>(unit.values, job.width, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
+    // The same, with sums in registers, of T tiles from column d.
+    template <int P, int T> ATTN_INLINE int32_t weigh_tiles(const Head<I>& unit, int64_t width, const Row& row, int64_t d, typename I::I32 (&sums)[P + 1][T * I::COLS]) const {
+        return gather_planes<I, P, T>(unit.values + d, width, keys_ + row.first, codes_ + row.first, room_, row.count, sums);
     }
 
-    // Below 2^15 * 2^16.
-    ATTN_INLINE int32_t slack_sum(const Row& row) const { return I::sum_shorts(slack_ + row.first, row.count); }
+    // Slack of a row's survivors, summed in lanes; below 2^15 * 2^16.
+    ATTN_INLINE typename I::I32 slack_sum(const Row& row) const { return I::sum_shorts(slack_ + row.first, row.count); }
 
-    // Scores of a row's survivors as the directions see them.
-    ATTN_INLINE void score(const Job<I>& job, const Head<I>& unit, const Row& row, const int16_t* query, int32_t* scores) const {
-        const uint16_t* keys = keys_ + row.first;
-        for (int i = 0; i < row.count; i += 4) {
-            const int16_t* from[4];
-            for (int g = 0; g < 4; ++g) {
-                // Vectors of zeros end the lists, or the next row's keys follow; scalars end nothing.
-                const int place = I::LANES > 1 ? i + g : least(i + g, row.count - 1);
-                from[g] = unit.seen + keys[place] * job.seen_width;
-            }
-            int32_t four[4];
-            I::dot_four(query, from, job.seen_width, four);
-            std::memcpy(scores + i, four, sizeof(four));
+    // Scores of LANES survivors of a row, from the i-th, as the directions see them; 0 past the last. `raised`: what each has too much.
+    ATTN_INLINE typename I::I32 scores_at(const Job<I>& job, const Head<I>& unit, const Row& row, const typename I::SeenQuery* query, typename I::I32 raised, int i) const {
+        // Past the last, vectors of zeros end the lists, or the next row's keys follow.
+        const auto scores = I::see(query, unit.seen, job.seen_width, keys_ + row.first + i);
+        return I::select_le(I::iota(), I::set1(row.count - 1 - i), I::sub(scores, raised));
+    }
+
+    // Those scores as SCORE_PLANES lists beside the codes, if 16 bits hold them. Adds them to `sum`, in lanes. Rows come in order: a vector
+    // reaches into the next.
+    ATTN_INLINE bool code_scores(const Job<I>& job, const Head<I>& unit, const Row& row, const typename I::SeenQuery* query, typename I::I32 raised, typename I::I32& sum) {
+        const auto half = I::set1(1 << 15);
+        bool fits = true;
+        for (int i = 0; i < row.count; i += I::LANES) {
+            const auto scores = scores_at(job, unit, row, query, raised, i), above = I::add(scores, half);
+            sum = I::add(sum, scores);
+            fits &= !I::passes_short(above);
+            store_score(row.first + i, I::SCORE_OFFSET == 0 ? scores : I::select_le(I::iota(), I::set1(row.count - 1 - i), above));
         }
+        return fits;
     }
 
-    // Raised scores as SCORE_BYTES lists of codes; what fills a group up gets 0. Returns the sum of the scores. Rows come in order: a
-    // vector reaches into the next.
-    ATTN_INLINE int64_t code_scores(const Row& row, const int32_t* scores) {
+    // Any scores, raised by SCORE_OFFSET, as SCORE_BYTES lists of bytes; 0 past the last. `score(i)` gives LANES of them.
+    template <class Score> void code_any_scores(const Row& row, Score score) {
         const auto low = I::set1(255), offset = I::set1(SCORE_OFFSET);
-        int64_t sum = -static_cast<int64_t>(row.count) * SCORE_OFFSET;
         for (int i = 0; i < row.count; i += I::LANES) {
             const int64_t at = row.first + i;
-            const auto inside = I::set1(row.count - 1 - i);
-            const auto raised = I::select_le(I::iota(), inside, I::add(I::load(scores + i), offset));
-            sum += I::total(raised);
+            const auto raised = I::select_le(I::iota(), I::set1(row.count - 1 - i), I::add(score(i), offset));
             I::store_code(codes_ + room_ + at, I::band(raised, low));
             I::store_code(codes_ + 2 * room_ + at, I::band(I::template shr<8>(raised), low));
             I::store_code(codes_ + 3 * room_ + at, I::template shr<16>(raised));
         }
-        return sum;
     }
+
+    ATTN_INLINE typename I::I32 slack_at(const Row& row, int i) const { return I::load_short(slack_ + row.first + i); }
 
   private:
     void code_run(const Job<I>& job, const Row& row, int64_t begin, int64_t end) {
@@ -263,11 +265,16 @@ template <class I> class Survivors {
 
     // What fills a group up has a slack below 0, and gets 0.
     __attribute__((noinline)) void code_slack(int64_t begin, int64_t end) {
-        const auto zero = I::set1(0), low = I::set1(255);
-        for (int64_t i = begin; i < end; i += I::LANES) {
-            const auto slack = I::load_short(slack_ + i);
-            I::store_code(codes_ + room_ + i, I::select_le(zero, slack, I::band(slack, low)));
-            I::store_code(codes_ + 2 * room_ + i, I::select_le(zero, slack, I::template shr<8>(slack)));
+        for (int64_t i = begin; i < end; i += I::LANES) store_score(i, I::max(I::load_short(slack_ + i), I::set1(0)));
+    }
+
+    // 16 bits each.
+    ATTN_INLINE void store_score(int64_t at, typename I::I32 scores) {
+        if constexpr (I::SCORE_PLANES == 1) {
+            I::store_code(codes_ + room_ + at, scores);
+        } else {
+            I::store_code(codes_ + room_ + at, I::band(scores, I::set1(255)));
+            I::store_code(codes_ + 2 * room_ + at, I::template shr<8>(scores));
         }
     }
 

@@ -216,9 +216,9 @@ void emit_thorough_tails(const Job<I>& job, const Head<I>& unit, const typename 
     auto* rest = scratch.planes.template get<typename I::Prob>(planes * plane);
     auto* weighted = scratch.weighted.template get<int32_t>(I::ROWS * width);
     auto* wide = scratch.wide.template get<int64_t>((1 + planes) * R * width);
-    auto* queries = scratch.slopes.template get<int16_t>(R * job.seen_width);
+    auto* queries = scratch.slopes.template get<typename I::SeenQuery>(R * job.seen_width + I::LANES);
     auto* seen = scratch.mapped.template get<int32_t>(padded);
-    if (job.directed) project(job, of_head(job.query_map, unit.kv_head), codes, R, nullptr, queries, scratch);
+    if (job.directed) project<I, 0>(job, of_head(job.query_map, unit.kv_head), codes, R, nullptr, queries, scratch);
     RowTail tails[R];
     for (int r = 0; r < R; ++r) {
         const int32_t* own = scores + r * padded;

@@ -25,7 +25,7 @@ constexpr int64_t KEPT = 1 << 23;        // bytes of a buffer that a thread may 
 constexpr int64_t SHORT = 512;           // keys up to which slack of a few rows stays in the first cache
 constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
 
-constexpr int SCORE_BYTES = 3;           // of a score that a tail sees, raised to lie above zero
+constexpr int SCORE_BYTES = 3;           // of any score that a tail sees, raised to lie above zero
 constexpr int32_t SCORE_OFFSET = 1 << 22;  // above 127 * 127 * LARGEST_RANK
 
 ATTN_INLINE int64_t round_up(int64_t x, int64_t step) { return (x + step - 1) / step * step; }
@@ -91,7 +91,7 @@ template <class I> struct Batch {
     typename I::Value* values;   // [Hkv][padded][width], each W columns in the order that I::interleave undoes
     float* means;                // [Hkv][width], of K
     int32_t *key_sums, *value_sums;  // [Hkv][tiles][width], of codes; null without a tail
-    int16_t* seen;               // [Hkv][padded][seen_width]: K as the tail's directions see it; null where they are none
+    typename I::Seen* seen;      // [Hkv][padded][seen_width]: K as the tail's directions see it, raised by SEEN_OFFSET; null where there are none
     const Keys* mask;
     int64_t index, count, padded;
 };
@@ -103,7 +103,7 @@ template <class I> struct Head {
     const typename I::Key* keys;
     const typename I::Value* values;
     const int32_t *key_sums, *value_sums;  // [tiles][width]
-    const int16_t* seen;                   // [padded][seen_width]
+    const typename I::Seen* seen;          // [padded][seen_width]
     const Keys& mask;
     int64_t batch, head, kv_head, count, padded;
 };
@@ -119,20 +119,30 @@ template <class I> struct Matrix {
     ATTN_INLINE int64_t bias() const { return I::SIGNED_DIGITS ? 0 : int64_t{1} << (I::DIGIT_BITS * planes - 1); }
 };
 
-// Sums over all packed keys of a head, which its tails are made of (attention_tail.h).
+// A matrix [rows][width] of wider integers as signed digits, side by side as a panel of values is (attention_panels.h).
+template <class I> struct Panels {
+    typename I::Value* digits = nullptr;  // [planes][width / W][steps][W][VALUE_GROUP]
+    int32_t* raised = nullptr;            // [width]: what codes raised by RAISED add, modulo 2^32
+    int64_t steps = 0;
+    int planes = 0;
+};
+
+// Sums over all packed keys of a head, which its tails are made of (attention_tail_sums.h).
 template <class I> struct HeadSums {
-    Buffer value_buffer, key_buffer, slope_buffer, seen_buffer;
-    int32_t* values;    // [width]
-    Matrix<I> keys;     // [D][2]: sums of codes, and ones
-    Matrix<I> slopes;   // [rank][width], with `linear`: of codes of K, as its directions see them, times those of V
-    int32_t* seen;      // [seen_width]: of K as its directions see it
-    int64_t largest;    // magnitude in slopes
-    int64_t of = -1;    // which head
+    Buffer value_buffer, key_buffer, slope_buffer, raised_buffer, seen_buffer, digit_buffer;
+    int32_t* values;                // [width]
+    typename I::Digit* keys;        // [key_planes][width]: digits of the sums of K as it is packed
+    int key_planes;
+    const int32_t* slopes;          // [rank][width], with `linear`: of codes of K, as its directions see them, times those of V
+    Panels<I> panels;               // the same
+    int32_t* seen;                  // [seen_width]: of K as its directions see it
+    int64_t largest;                // magnitude in slopes
+    int64_t of = -1;                // which head
 };
 
 template <class I> struct Scratch {
     Buffer floats, codes, keys, slack, blocks, scores, probs, listed, list_keys, list_slack, panel, weighted, wide;
-    Buffer left, mapped, planes, projected, slopes, key_codes, raw;  // of the tail
+    Buffer left, mapped, planes, projected, slopes, key_codes, raw, raised;  // of the tail
     HeadSums<I> sums;
     int64_t panel_of = -1;  // which head the panel holds
     bool many = false;      // what the last rows were like

@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include "attention_body.h"
-#include "dot_four.h"
 
 namespace attnpress {
 namespace {
@@ -41,6 +40,9 @@ struct Avx2 : VectorProducts {
     using Digit = int16_t;
     static constexpr int DIGIT_GROUP = 2, DIGIT_BITS = 16, SUMS = 12;
     static constexpr bool SIGNED_DIGITS = true;
+    using Seen = int16_t;
+    using SeenQuery = int16_t;
+    static constexpr int SEEN_OFFSET = 0, SCORE_PLANES = 1, SCORE_OFFSET = 0;
     using Short = __m256i;
     using Slack = __m256i;
 
@@ -115,15 +117,26 @@ struct Avx2 : VectorProducts {
     static ATTN_INLINE F32 quotient(F32 a, F32 b) { return _mm256_div_ps(a, b); }
     static ATTN_INLINE F32 as_float(I32 a) { return _mm256_castsi256_ps(a); }
     static ATTN_INLINE I32 mullo(I32 a, I32 b) { return _mm256_mullo_epi32(a, b); }
-    // Of numbers below 2^15; reads a vector past the last.
-    static ATTN_INLINE int32_t sum_shorts(const uint16_t* from, int count) {
+    static ATTN_INLINE I32 min(I32 a, I32 b) { return _mm256_min_epi32(a, b); }
+    template <int N> static ATTN_INLINE I32 sra(I32 a) { return _mm256_srai_epi32(a, N); }
+    static ATTN_INLINE I32 load_seen(const SeenQuery* p) { return load_short(reinterpret_cast<const uint16_t*>(p)); }
+    static ATTN_INLINE I32 bxor(I32 a, I32 b) { return _mm256_xor_si256(a, b); }
+    static ATTN_INLINE bool passes_short(I32 a) { return _mm256_testz_si256(a, set1(static_cast<int32_t>(0xffff0000))) == 0; }
+    // Lane r: the sum of the lanes of row r.
+    static ATTN_INLINE I32 totals(const I32 (&rows)[LANES]) {
+        const I32 a = _mm256_hadd_epi32(_mm256_hadd_epi32(rows[0], rows[1]), _mm256_hadd_epi32(rows[2], rows[3]));
+        const I32 b = _mm256_hadd_epi32(_mm256_hadd_epi32(rows[4], rows[5]), _mm256_hadd_epi32(rows[6], rows[7]));
+        return add(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    }
+    // Sum, in lanes, of numbers below 2^15; reads a vector past the last.
+    static ATTN_INLINE I32 sum_shorts(const uint16_t* from, int count) {
         const I32 place = _mm256_setr_epi16(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
         I32 sum = set1(0);
         for (int i = 0; i < count; i += 16) {
             const I32 inside = _mm256_cmpgt_epi16(set1_short(static_cast<int16_t>(least(count - i, 16))), place);
             sum = add(sum, _mm256_madd_epi16(_mm256_and_si256(at(from + i), inside), ones()));
         }
-        return total(sum);
+        return sum;
     }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm256_min_ps(a, b); }
@@ -142,8 +155,24 @@ struct Avx2 : VectorProducts {
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return _mm256_add_epi32(acc, _mm256_madd_epi16(key, query)); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return _mm256_add_epi32(acc, _mm256_madd_epi16(code, value)); }
     static ATTN_INLINE I32 dot_digits(I32 acc, I32 digits, I32 codes) { return _mm256_add_epi32(acc, _mm256_madd_epi16(digits, codes)); }
-    static ATTN_INLINE void dot_four(const int16_t* query, const int16_t* const (&keys)[4], int64_t count, int32_t (&to)[4]) {
-        attnpress::dot_four(query, keys, count, to);
+    // query . seen[key] of LANES keys, `width` codes each, a multiple of 8.
+    static ATTN_INLINE I32 see(const SeenQuery* query, const Seen* seen, int64_t width, const uint16_t* keys) {
+        I32 sums[4] = {set1(0), set1(0), set1(0), set1(0)};  // of keys g and g + 4
+        for (int64_t i = 0; i < width; i += 8) {
+            const I32 group = _mm256_broadcastsi128_si256(half_at(reinterpret_cast<const uint16_t*>(query + i)));
+#pragma GCC unroll 4
+            for (int g = 0; g < 4; ++g) {
+                const auto half = [&](int key) { return half_at(reinterpret_cast<const uint16_t*>(seen + keys[key] * width + i)); };
+                sums[g] = add(sums[g], _mm256_madd_epi16(_mm256_inserti128_si256(_mm256_castsi128_si256(half(g)), half(g + 4), 1), group));
+            }
+        }
+        return _mm256_hadd_epi32(_mm256_hadd_epi32(sums[0], sums[1]), _mm256_hadd_epi32(sums[2], sums[3]));
+    }
+    // `rank` columns of `count` keys as rows, `line` apart, of codes of P.
+    static void turn(const Seen* seen, int64_t width, int64_t rank, int64_t count, Prob* to, int64_t line) {
+        for (int64_t key = 0; key < count; ++key) {
+            for (int64_t i = 0; i < rank; ++i) to[i * line + key] = static_cast<Prob>(seen[key * width + i] + RAISED);
+        }
     }
     static ATTN_INLINE I32 at_most_one(I32 codes) { return _mm256_min_epi16(codes, ones()); }
     // The code at one place of each group, as it is packed.

@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include "attention_body.h"
-#include "dot_four.h"
 
 namespace attnpress {
 namespace {
@@ -25,6 +24,9 @@ struct Avx512Vnni : VectorProducts {
     using Digit = uint8_t;
     static constexpr int DIGIT_GROUP = 4, DIGIT_BITS = 8, SUMS = 24;
     static constexpr bool SIGNED_DIGITS = false;
+    using Seen = uint8_t;
+    using SeenQuery = int8_t;
+    static constexpr int SEEN_OFFSET = 128, SCORE_PLANES = 2, SCORE_OFFSET = 1 << 15;
     using Short = __m512i;
     struct Slack {
         __m512i low, high;
@@ -85,14 +87,35 @@ struct Avx512Vnni : VectorProducts {
     static ATTN_INLINE F32 quotient(F32 a, F32 b) { return _mm512_div_ps(a, b); }
     static ATTN_INLINE F32 as_float(I32 a) { return _mm512_castsi512_ps(a); }
     static ATTN_INLINE I32 mullo(I32 a, I32 b) { return _mm512_mullo_epi32(a, b); }
-    // Of numbers below 2^15.
-    static ATTN_INLINE int32_t sum_shorts(const uint16_t* from, int count) {
+    static ATTN_INLINE I32 min(I32 a, I32 b) { return _mm512_min_epi32(a, b); }
+    template <int N> static ATTN_INLINE I32 sra(I32 a) { return _mm512_srai_epi32(a, N); }
+    static ATTN_INLINE I32 load_seen(const SeenQuery* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+    static ATTN_INLINE I32 bxor(I32 a, I32 b) { return _mm512_xor_si512(a, b); }
+    static ATTN_INLINE bool passes_short(I32 a) { return _mm512_test_epi32_mask(a, set1(static_cast<int32_t>(0xffff0000))) != 0; }
+    // Lane r: the sum of the lanes of row r.
+    static ATTN_INLINE I32 totals(const I32 (&rows)[LANES]) {
+        I32 quarter[4], half[2];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+            const I32 &a = rows[4 * i], &b = rows[4 * i + 1], &c = rows[4 * i + 2], &d = rows[4 * i + 3];
+            const I32 ab = add(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b)), cd = add(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+            quarter[i] = add(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+        }
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; ++i) {
+            const I32 &a = quarter[2 * i], &b = quarter[2 * i + 1];
+            half[i] = add(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
+        }
+        return add(_mm512_shuffle_i32x4(half[0], half[1], 0x88), _mm512_shuffle_i32x4(half[0], half[1], 0xdd));
+    }
+    // Sum, in lanes, of numbers below 2^15.
+    static ATTN_INLINE I32 sum_shorts(const uint16_t* from, int count) {
         I32 sum = set1(0);
         for (int i = 0; i < count; i += 32) {
             const __mmask32 inside = count - i >= 32 ? ~uint32_t{0} : (uint32_t{1} << (count - i)) - 1;
             sum = add(sum, _mm512_madd_epi16(_mm512_maskz_loadu_epi16(inside, from + i), set1_short(1)));
         }
-        return total(sum);
+        return sum;
     }
     static ATTN_INLINE F32 subf(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
     static ATTN_INLINE F32 minf(F32 a, F32 b) { return _mm512_min_ps(a, b); }
@@ -116,8 +139,61 @@ struct Avx512Vnni : VectorProducts {
     static ATTN_INLINE I32 dot_scores(I32 acc, I32 key, I32 query) { return dot(acc, key, query); }
     static ATTN_INLINE I32 dot_values(I32 acc, I32 code, I32 value) { return dot(acc, code, value); }
     static ATTN_INLINE I32 dot_digits(I32 acc, I32 digits, I32 codes) { return dot(acc, digits, codes); }
-    static ATTN_INLINE void dot_four(const int16_t* query, const int16_t* const (&keys)[4], int64_t count, int32_t (&to)[4]) {
-        attnpress::dot_four(query, keys, count, to);
+    // query . seen[key] of LANES keys, `width` codes each, a multiple of 8.
+    static ATTN_INLINE I32 see(const SeenQuery* query, const Seen* seen, int64_t width, const uint16_t* keys) {
+        const auto both = [&](int64_t known) __attribute__((always_inline)) {
+            return _mm512_inserti64x4(_mm512_castsi256_si512(see_eight(query, seen, known, keys)), see_eight(query, seen, known, keys + 8), 1);
+        };
+        return width == 8 ? both(8) : both(width);
+    }
+    // `rank` columns of `count` keys as rows, `line` apart, of codes of P; count is a multiple of 16.
+    static void turn(const Seen* seen, int64_t width, int64_t rank, int64_t count, Prob* to, int64_t line) {
+        for (int64_t first = 0; first < rank; first += 8) {
+            for (int64_t key = 0; key < count; key += 16) {
+                __m128i a[16], b[16];
+#pragma GCC unroll 16
+                for (int i = 0; i < 16; ++i) a[i] = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(seen + (key + i) * width + first));
+#pragma GCC unroll 8
+                for (int i = 0; i < 8; ++i) b[i] = _mm_unpacklo_epi8(a[2 * i], a[2 * i + 1]);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    a[2 * i] = _mm_unpacklo_epi16(b[2 * i], b[2 * i + 1]);
+                    a[2 * i + 1] = _mm_unpackhi_epi16(b[2 * i], b[2 * i + 1]);
+                }
+#pragma GCC unroll 2
+                for (int i = 0; i < 2; ++i) {
+#pragma GCC unroll 2
+                    for (int half = 0; half < 2; ++half) {
+                        b[4 * i + 2 * half] = _mm_unpacklo_epi32(a[4 * i + half], a[4 * i + 2 + half]);
+                        b[4 * i + 2 * half + 1] = _mm_unpackhi_epi32(a[4 * i + half], a[4 * i + 2 + half]);
+                    }
+                }
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; ++i) {
+                    const auto put = [&](int64_t row, __m128i x) {
+                        if (first + row < rank) _mm_storeu_si128(reinterpret_cast<__m128i*>(to + (first + row) * line + key), x);
+                    };
+                    put(2 * i, _mm_unpacklo_epi64(b[i], b[4 + i]));
+                    put(2 * i + 1, _mm_unpackhi_epi64(b[i], b[4 + i]));
+                }
+            }
+        }
+    }
+    static ATTN_INLINE __m256i see_eight(const SeenQuery* query, const Seen* seen, int64_t width, const uint16_t* keys) {
+        __m256i low = _mm256_setzero_si256(), high = low;  // keys 0, 1, 4, 5 and 2, 3, 6, 7, two sums each
+        for (int64_t i = 0; i < width; i += 8) {
+            const auto two = [&](int first) {
+                const auto at = [&](int key) { return reinterpret_cast<const char*>(seen + keys[key] * width + i); };
+                return _mm_castps_si128(_mm_loadh_pi(_mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at(first)))),
+                                                     reinterpret_cast<const __m64*>(at(first + 1))));
+            };
+            int64_t eight;
+            std::memcpy(&eight, query + i, 8);
+            const __m256i group = _mm256_set1_epi64x(eight);
+            low = _mm256_dpbusd_epi32(low, _mm256_inserti128_si256(_mm256_castsi128_si256(two(0)), two(4), 1), group);
+            high = _mm256_dpbusd_epi32(high, _mm256_inserti128_si256(_mm256_castsi128_si256(two(2)), two(6), 1), group);
+        }
+        return _mm256_hadd_epi32(low, high);
     }
     static ATTN_INLINE I32 at_most_one(I32 codes) { return _mm512_min_epu8(codes, ones()); }
     // The code at one place of each group, as it is packed.

@@ -16,6 +16,9 @@ struct Scalar : VectorProducts {
     using Digit = int32_t;
     static constexpr int DIGIT_GROUP = 1, DIGIT_BITS = 16, SUMS = 8;
     static constexpr bool SIGNED_DIGITS = true;
+    using Seen = int32_t;
+    using SeenQuery = int32_t;
+    static constexpr int SEEN_OFFSET = 0, SCORE_PLANES = 1, SCORE_OFFSET = 0;
     using Short = int16_t;
     struct Slack {
         int16_t of[COLS];
@@ -67,7 +70,13 @@ struct Scalar : VectorProducts {
         return x;
     }
     static I32 mullo(I32 a, I32 b) { return static_cast<int32_t>(static_cast<uint32_t>(a) * static_cast<uint32_t>(b)); }
-    static int32_t sum_shorts(const uint16_t* from, int count) {
+    static I32 min(I32 a, I32 b) { return least(a, b); }
+    template <int N> static I32 sra(I32 a) { return a >> N; }
+    static I32 load_seen(const SeenQuery* p) { return *p; }
+    static I32 bxor(I32 a, I32 b) { return a ^ b; }
+    static bool passes_short(I32 a) { return static_cast<uint32_t>(a) >> 16 != 0; }
+    static I32 totals(const I32 (&rows)[LANES]) { return rows[0]; }
+    static I32 sum_shorts(const uint16_t* from, int count) {
         int32_t sum = 0;
         for (int i = 0; i < count; ++i) sum += from[i];
         return sum;
@@ -82,10 +91,15 @@ struct Scalar : VectorProducts {
     static I32 dot_scores(I32 acc, I32 key, I32 query) { return acc + key * query; }
     static I32 dot_values(I32 acc, I32 code, I32 value) { return acc + code * value; }
     static I32 dot_digits(I32 acc, I32 digit, I32 code) { return acc + digit * code; }
-    static void dot_four(const int16_t* query, const int16_t* const (&keys)[4], int64_t count, int32_t (&to)[4]) {
-        for (int g = 0; g < 4; ++g) {
-            to[g] = 0;
-            for (int64_t i = 0; i < count; ++i) to[g] += query[i] * keys[g][i];
+    static I32 see(const SeenQuery* query, const Seen* seen, int64_t width, const uint16_t* keys) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < width; ++i) sum += query[i] * seen[keys[0] * width + i];
+        return sum;
+    }
+    // `rank` columns of `count` keys as rows, `line` apart, of codes of P.
+    static void turn(const Seen* seen, int64_t width, int64_t rank, int64_t count, Prob* to, int64_t line) {
+        for (int64_t key = 0; key < count; ++key) {
+            for (int64_t i = 0; i < rank; ++i) to[i * line + key] = static_cast<Prob>(seen[key * width + i] + RAISED);
         }
     }
     static I32 at_most_one(I32 codes) { return least(codes, 1); }

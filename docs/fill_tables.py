@@ -108,6 +108,10 @@ def tables() -> dict[str, str]:
         "reliability": reliability_markdown(),
         "lanes": lanes_markdown(lanes()),
         "accelerator": accelerator_markdown(tasks["mrpc"]),
+        "tail_sts": untrained_markdown("tail_sts_all"),
+        "tail_retrieval": untrained_markdown("tail_retrieval_part"),
+        "tail_mrpc": at_once_markdown(tasks["mrpc"]),
+        "tail_cost": tail_cost_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
         "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
@@ -145,6 +149,67 @@ def timings(name: str) -> list[dict[str, Any]]:
     """A committed record of `attnpress bench`."""
     found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+def untrained_markdown(name: str) -> str:
+    """What each tail keeps of the dense score without training, of a record of benchmarks/without_training.py."""
+    rows = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+    dense = rows["dense"]["score"]
+    lines = [
+        "| asked | pairs without a code | sparsity | keys a row | score | against dense, points | errors of layers |",
+        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    order = {tail: place for place, tail in enumerate(("none", "mean", *(f"linear:{2**i}" for i in range(9))))}
+    pruned = sorted((key.split() for key in rows if " " in key), key=lambda key: (float(key[1]), order[key[0]]))
+    named = [("", "nothing, dense", rows["dense"]), ("", "quantized alone", rows["quantized"])]
+    named += [(asked, _tail_words(tail), rows[f"{tail} {asked}"]) for tail, asked in pruned]
+    for asked, words, row in named:
+        change = "" if row["score"] == dense else f"{100 * (row['score'] - dense):+.2f}"
+        errors = " ".join(f"{error:.2f}" for error in row["errors"]) if asked else ""
+        lines.append(
+            f"| {asked} | {words} | {row['sparsity']:.4f} | {row['keys_per_row']:.2f} | {row['score']:.4f} | {change} | {errors} |"
+        )
+    return "\n".join(lines)
+
+
+def _tail_words(tail: str) -> str:
+    kind, _, rank = tail.partition(":")
+    return f"`{kind}`, {rank} directions" if rank else f"`{kind}`"
+
+
+def at_once_markdown(cells: Cells) -> str:
+    """F1 of MRPC pruned at once and not trained, by tail, mean over the seeds that have a record."""
+    dense = {record.seed: record.stages[0].metrics["f1"] for record in cells["dense"]}
+    lines = ["| asked | tail | sparsity | F1 | against dense, by seed | mean |", "| --- | --- | ---: | ---: | --- | ---: |"]
+    for asked in ("0.95", "0.98"):
+        for tail, cell in (("none", ""), ("mean", "-mean-at-once"), ("linear, 4", "-linear4-at-once"), ("linear, 8", "-linear8-at-once")):
+            found = {record.seed: record.stage("one_shot") for record in cells.get(f"8888-{asked}{cell}", ())}
+            stages = {seed: stage for seed, stage in found.items() if stage is not None}
+            if not stages:
+                continue
+            lost = {seed: stage.metrics["f1"] - dense[seed] for seed, stage in stages.items()}
+            sparsity, score, mean = (
+                sum(each) / len(stages)
+                for each in ([s.sparsity for s in stages.values()], [s.metrics["f1"] for s in stages.values()], lost.values())
+            )
+            by_seed = ", ".join(f"{lost[seed]:+.2f}" for seed in sorted(lost))
+            lines.append(f"| {asked} | {tail} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
+    return "\n".join(lines)
+
+
+def tail_cost_markdown() -> str:
+    """What a tail adds to a call of the kernel, per cent of processor time, beside what was aimed at."""
+    record = json.loads((ROOT / "benchmarks/records/tail_cost.json").read_text(encoding="utf-8"))
+    bars = {"mean": {128: 15, 384: 5, 1024: 5}, "linear 8": {384: 15, 1024: 15}, "linear 64": {1024: 15}}
+    targets = list(dict.fromkeys(row["target"] for row in record["rows"]))
+    added = {(row["target"], row["seq_len"]): row["ratio"] for row in record["rows"]}
+    lines = [f"| tail | tokens | {' | '.join(targets)} | aim |", f"| --- | ---: |{' ---: |' * (len(targets) + 1)}"]
+    for tail, aims in bars.items():
+        for length in sorted({row["seq_len"] for row in record["rows"]}):
+            cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
+            aim = f"{aims[length]} %" if length in aims else ""
+            lines.append(f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |")
+    return "\n".join(lines)
 
 
 def reliability_markdown() -> str:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
+from attnpress.core.arguments import with_causal
 from attnpress.core.attention import integer_attention
 from attnpress.core.call import AttentionCall, Scales
 from attnpress.kernels import cpu, ops
@@ -163,7 +164,7 @@ def _reference(arguments: Arguments) -> Tensor:
         p=ProbsSpec(max(2, p_max.bit_length()), mode.partition("_")[0], p_max == 1, mode.endswith("renormalized")),
         rule=rule, sparsity=sparsity, smooth_key=smooth_key,
     )  # fmt: skip
-    allowed = ops.causal_pairs(query, key, valid) if causal else valid
+    allowed = with_causal(valid, query, key) if causal else valid
     scales = Scales(q=q_scale, k=k_scale, v=v_scale)
     return integer_attention(AttentionCall(query, key, value, allowed, scales, cutoff, spec, scaling)).output
 

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsMode, ProbsSpec, RuleName, TailName, TensorSpec
+from attnpress.core.arguments import with_causal
 from attnpress.core.attention import IntegerAttention
 from attnpress.core.call import Scales
 from attnpress.core.tail import Directions, Tail
 from attnpress.kernels import cpu
-from attnpress.kernels.ops import causal_pairs
 from tests.core.factories import Call
 
 COMPILER = next(filter(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")), None)
@@ -42,7 +42,7 @@ class Case(Call):
 
     def in_mask(self) -> Case:
         """The same call with the causal order as a part of its mask."""
-        valid = causal_pairs(self.query, self.key, self.valid) if self.causal else self.valid
+        valid = with_causal(self.valid, self.query, self.key) if self.causal else self.valid
         return self.with_(valid=valid, causal=False)
 
 

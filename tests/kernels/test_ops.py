@@ -25,6 +25,25 @@ def test_reference_backend_needs_no_compiler(monkeypatch: pytest.MonkeyPatch) ->
     ]
 
 
+def test_a_missing_kernel_is_listed_with_the_ways_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "library_path", lambda: None)
+    listed = ops.backends()[0].describe()
+    assert "cannot run here: the CPU kernel is not built: install the wheel" in listed
+    assert "make kernel" in listed
+    assert "pip install ." in listed
+
+
+def test_a_library_for_a_newer_torch_says_which_one_it_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "_attention.abi3.so"
+    broken.write_bytes(b"not a library")
+    monkeypatch.setattr(cpu, "library_path", lambda: broken)
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    cpu.load.cache_clear()
+    assert "it needs torch 2.10 or newer, and torch 2.9.1+cpu is installed" in str(ops.backends()[0].reason)
+    monkeypatch.undo()
+    cpu.load.cache_clear()
+
+
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "library_path", lambda: None)
     cpu.load.cache_clear()

@@ -148,7 +148,7 @@ def test_the_caption_says_what_attention_weighs(cells: dict[str, list[Record]]) 
     assert "7.7% of the model" in said, "50 keys: 2 * 100 * 50 of attention, 12 * 100 * 100 of linear layers a token"
     assert "81.22" in said
     one = {"dense": [dataclasses.replace(cells["dense"][0], majority=None)]}
-    assert "commonest" not in caption(one, 100)
+    assert "most frequent class" not in caption(one, 100)
     assert "Run on" not in said
     first = cells["dense"][0]
     on_gpu = dataclasses.replace(first, provenance={**first.provenance, "machine": {"accelerator": "NVIDIA H100"}})

@@ -61,9 +61,9 @@ def test_the_table_says_what_its_figures_mean() -> None:
     for text in (" ".join(screen.getvalue().split()), stages_markdown(make_record())):
         assert "f1 in points on 408 rows" in text
         assert "padded to 64 tokens" in text
-        assert "commonest class gives 81.22" in text
+        assert "most frequent class gives 81.22" in text
     assert "mrpc with tiny" in screen.getvalue()
-    assert "commonest" not in stages_markdown(dataclasses.replace(make_record(), majority=None))
+    assert "most frequent class" not in stages_markdown(dataclasses.replace(make_record(), majority=None))
 
 
 def test_a_run_that_has_just_begun_has_an_empty_table() -> None:

@@ -418,7 +418,9 @@ def test_a_checkpoint_below_the_commonest_class_is_warned_of(
     """Names that say nothing count as the data do: here the other way round."""
     checkpoint = renamed(finished / "dense", tmp_path / "turned", ("LABEL_0", "LABEL_1"), turned=True)
     config = dataclasses.replace(from_dense, checkpoint=checkpoint)
-    with pytest.warns(UserWarning, match=r"less than always answering the commonest class \(\d+\.\d+\); is it fine-"):
+    with pytest.warns(
+        UserWarning, match=r"less than always predicting the most frequent class \(\d+\.\d+\); is it fine-"
+    ):
         compress(config, tmp_path / "run", notify=lambda _: None, stages=("dense",))
 
 

@@ -12,6 +12,7 @@ from typing import TypeAlias
 from attnpress.cli import commands
 from attnpress.cli.exit_status import exit_status
 from attnpress.cli.option_types import share, whole
+from attnpress.config import LARGEST_HEAD
 from attnpress.files import STDIN, STDOUT, is_stdout
 
 EXAMPLES = """examples:
@@ -299,7 +300,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="let what is pruned still count; the default peer is then no-tail, the same call without a tail",
     )  # fmt: skip
     parser.add_argument(
-        "--tail-rank", type=whole("--tail-rank", 1, 512), metavar="R", help="directions of --tail linear (default: 8)"
+        "--tail-rank",
+        type=whole("--tail-rank", 1, LARGEST_HEAD),
+        metavar="R",
+        help="directions of --tail linear (default: 8)",
     )
     threads = whole("--threads", 1, 1024)
     parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")

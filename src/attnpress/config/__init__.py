@@ -3,6 +3,7 @@
 from attnpress.config.rules import RuleName
 from attnpress.config.specs import (
     DENSE,
+    LARGEST_HEAD,
     AttentionSpec,
     BatchSize,
     Bits,
@@ -32,6 +33,7 @@ from attnpress.config.specs import (
 
 __all__ = [
     "DENSE",
+    "LARGEST_HEAD",
     "AttentionSpec",
     "BatchSize",
     "Bits",

@@ -46,6 +46,9 @@ LONGEST_NAME = 4096
 Number = BeforeValidator(_is_number)
 Usable = AfterValidator(_is_usable)
 
+LARGEST_HEAD = 512
+"""Beyond it differences of 8-bit scores pass 2^24, up to where float32 holds every integer (numerics, section 2)."""
+
 Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
 Fraction = Annotated[float, Number, Field(ge=0, le=1)]
 Sparsity = Annotated[float, Number, Field(ge=0, lt=1)]
@@ -164,7 +167,7 @@ class AttentionSpec:
     budget: BudgetName = "uniform"
     smooth_key: bool = False
     tail: TailName = "none"
-    tail_rank: Annotated[int, Field(ge=1, le=512)] = 8
+    tail_rank: Annotated[int, Field(ge=1, le=LARGEST_HEAD)] = 8
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:

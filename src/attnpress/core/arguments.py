@@ -73,6 +73,18 @@ def pair_mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     return four_dims(valid).expand(-1, -1, -1, key.shape[2])
 
 
+def causal_mask(query: Tensor, key: Tensor) -> Tensor:
+    """Keep each query from the keys after it, where the last query sees all; bool [1, 1, Sq, Sk], True = may attend."""
+    rows, keys = query.shape[2], key.shape[2]
+    return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+
+
+def with_causal(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """`valid` and `causal_mask` in one."""
+    before = causal_mask(query, key)
+    return before if valid is None else valid & before
+
+
 def four_dims(valid: Tensor) -> Tensor:
     """The mask with dimensions of size 1 put before its own, up to four."""
     return valid if valid.dim() == 4 else valid[(None,) * (4 - valid.dim())]

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from attnpress.core.rules import rule_of
 from attnpress.deployment.attention import deploy, undeploy
 from attnpress.export.errors import ExportError
-from attnpress.kernels import cpu
-from attnpress.models.attention import CompressedAttention
+from attnpress.kernels import cpu, head_size
 from attnpress.models.binding import attentions
 from attnpress.models.modes import evaluation_mode
 from attnpress.tasks import TaskData
@@ -101,12 +100,8 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
 def usable_backend(modules: Any) -> str:
     """The compiled kernel where it is built and knows the rule, else the reference."""
     compressed = [module for module in modules if not module.spec.is_dense]
-    native = all("cpu" in rule_of(module.spec).kernels and _fits_kernel(module) for module in compressed)
+    native = all("cpu" in rule_of(module.spec).kernels and head_size.fits(module.head_dim) for module in compressed)
     return "cpu" if native and cpu.is_built() else "reference"
-
-
-def _fits_kernel(module: CompressedAttention) -> bool:
-    return module.head_dim % 4 == 0 and 4 <= module.head_dim <= 256
 
 
 def _same_decisions(ours: Tensor, theirs: Tensor) -> float:

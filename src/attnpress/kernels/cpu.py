@@ -33,6 +33,8 @@ HOW_TO_GET = (
 )
 """The ways to a package with its kernel, for messages."""
 
+NOT_BUILT = f"the CPU kernel is not built: {HOW_TO_GET}; or use backend 'reference'"
+
 
 class BackendUnavailableError(RuntimeError):
     """A backend that was asked for by name cannot run here; the message says why and what to do."""
@@ -57,7 +59,7 @@ def load() -> None:
     """
     path = library_path()
     if path is None:
-        raise BackendUnavailableError(f"the CPU kernel is not built: {HOW_TO_GET}; or use backend 'reference'")
+        raise BackendUnavailableError(NOT_BUILT)
     try:
         torch.ops.load_library(str(path))
     except OSError as error:
@@ -77,6 +79,8 @@ def _how_to_load() -> str:
 
 def why_unavailable() -> str | None:
     """What is missing for the kernel to run here; None if nothing is. Loads the library."""
+    if not is_built():
+        return NOT_BUILT
     try:
         active_target()
     except BackendUnavailableError as error:

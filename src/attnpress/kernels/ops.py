@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.core.arguments import check_cutoff, check_tail, check_tensors, misfit, pair_mask
+from attnpress.core.arguments import check_cutoff, check_tail, check_tensors, misfit, pair_mask, with_causal
 from attnpress.core.attention import (
     IntegerAttention,
     checked_mask,
@@ -28,11 +28,10 @@ from attnpress.core.call import Attend, AttentionCall, Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import active_tail
-from attnpress.kernels import cpu, gpu
+from attnpress.kernels import cpu, gpu, head_size
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.kernels.slices import SECOND, SHORT, products, sequences, slices
 
-LARGEST_HEAD = 256
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -81,7 +80,7 @@ def attention(call: AttentionCall, *, backend: str = "cpu") -> Tensor:
     """Compressed attention on the backend asked for, for inference.
 
     Args:
-        call: all four matrices quantized; D a multiple of 4 up to 256 for "cpu" and "gpu". Tensors are on the CPU, or
+        call: all four matrices quantized; D as `head_size` has it for "cpu" and "gpu". Tensors are on the CPU, or
             for "gpu" on an NVIDIA GPU. With `bounds`, B is 1 and each sequence attends to itself alone: a batch without
             padding, bit for bit what each sequence gives alone.
         backend: "cpu", "gpu" or "reference".
@@ -113,7 +112,7 @@ def _reference(call: AttentionCall) -> Tensor:
     if call.bounds is not None:
         return _reference_packed(call, _check_packed(call, call.bounds))
     valid = checked_mask(call)
-    call = call.with_(valid=causal_pairs(call.query, call.key, valid) if call.causal else valid)
+    call = call.with_(valid=with_causal(valid, call.query, call.key) if call.causal else valid)
     if None in call.spec.bits.values():  # no integers then: what is computed is the forward of training
         output = fake_quantize_attention(call).float()
     else:
@@ -298,13 +297,6 @@ def _tail_arguments(call: AttentionCall) -> tuple[Any, ...]:
     return (spec.tail, *(x.contiguous() for x in (tail.lift, *parts)))
 
 
-def causal_pairs(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor:
-    """`valid` without the keys after each query, where the last query sees all; bool [.., Sq, Sk]."""
-    rows, keys = query.shape[2], key.shape[2]
-    before = torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
-    return before if valid is None else valid & before
-
-
 def check_native(spec: AttentionSpec, head_dim: int, backend: str = "cpu") -> None:
     """Raise ValueError, with the reason, if a kernel, "cpu" or "gpu", is not made for a spec or a head size."""
     _check_spec(spec, backend)
@@ -375,9 +367,10 @@ def _check_packed(call: AttentionCall, bounds: Tensor) -> list[int]:
 
 
 def _check_head(dim: int, backend: str) -> None:
-    if dim % 4 != 0 or not 4 <= dim <= LARGEST_HEAD:
+    if not head_size.fits(dim):
         raise ValueError(
-            f"head size {dim}: backend {backend!r} takes multiples of 4 up to {LARGEST_HEAD}; use 'reference'"
+            f"head size {dim}: backend {backend!r} takes multiples of {head_size.STEP} up to {head_size.LARGEST}; "
+            "use 'reference'"
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from attnpress.core.arguments import pair_mask
+from attnpress.core.arguments import pair_mask, with_causal
 from attnpress.core.attention import key_validity
 from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.quantizer import smooth_key
@@ -83,21 +83,21 @@ def _smoothed(call: AttentionCall) -> AttentionCall:
     call = call.with_(valid=pair_mask(call.valid, call.query, call.key))
     if not call.spec.smooth_key:
         return call
-    key = smoothed_key(call.key, call.valid, call.query.shape[2], call.causal)
+    key = smoothed_key(call.query, call.key, call.valid, call.causal)
     return call.with_(key=key, spec=dataclasses.replace(call.spec, smooth_key=False))
 
 
-def smoothed_key(key: Tensor, valid: Tensor | None, rows: int, causal: bool) -> Tensor:
+def smoothed_key(query: Tensor, key: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
     """K less its mean over the keys that some row sees; float32 [B, Hkv, Sk, D].
 
     Args:
+        query: [B, Hq, Sq, D].
         key: [B, Hkv, Sk, D].
         valid: from `pair_mask`.
-        rows: Sq.
         causal: as in `AttentionCall`.
     """
     if valid is not None and causal and valid.shape[2] > 1:  # else the last row sees all that any row does
-        valid = valid & valid.new_ones(rows, key.shape[2]).tril(key.shape[2] - rows)
+        valid = with_causal(valid, query, key)
     return smooth_key(key, key_validity(valid))
 
 

@@ -48,9 +48,6 @@ NAME = "attnpress"
 ROW_STRIDE = 8
 """While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
 
-LARGEST_HEAD = 512
-"""Beyond it differences of 8-bit scores pass 2^24, up to where float32 holds every integer (numerics, section 2)."""
-
 HISTOGRAM_DECAY = 0.95
 """What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
 
@@ -321,7 +318,7 @@ class CompressedAttention(nn.Module):
         Returns:
             float32 [B, Hq, Sq, D].
         """
-        call = self.call(query, key, value, valid, real, scaling).with_(dropout=dropout, bounds=bounds)
+        call = self.call(query, key, value, valid, real, scaling, dropout, bounds)
         self.show(call)
         if self.training and self.spec.threshold_penalty is not None and call.cutoff is not None:
             output, self.density = soft_gate_attention(call.with_(cutoff=self.trained_cutoff * GAIN))
@@ -329,11 +326,13 @@ class CompressedAttention(nn.Module):
         return self.attend(call)
 
     def call(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float
-    ) -> AttentionCall:
+        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float,
+        dropout: float = 0.0, bounds: Tensor | None = None,
+    ) -> AttentionCall:  # fmt: skip
         """The call of these tensors with the scales, thresholds and spec in force; see `forward`."""
         key, value, valid = some_key(key, value, pair_mask(valid, query, key))
-        return AttentionCall(query, key, value, valid, self.scales(), self.active_cutoff(), self.spec, scaling, real)
+        scales, cutoff = self.scales(), self.active_cutoff()
+        return AttentionCall(query, key, value, valid, scales, cutoff, self.spec, scaling, real, dropout, bounds)
 
     def get_extra_state(self) -> Tensor:
         """The spec with the sparsity in force, and what is not set yet; uint8, see `models.state.pack_extra`."""

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
-from attnpress.config import AttentionSpec, ConfigError
+from attnpress.config import LARGEST_HEAD, AttentionSpec, ConfigError
 from attnpress.core.call import AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attached import attach, attached_to
-from attnpress.models.attention import LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.models.attention import NAME, CompressedAttention
 from attnpress.models.encoder import set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted

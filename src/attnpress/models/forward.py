@@ -16,6 +16,7 @@ from transformers.masking_utils import eager_mask
 from transformers.utils import output_capturing
 
 from attnpress.config import TensorSpec
+from attnpress.core.arguments import causal_mask
 from attnpress.core.attention import repeat_heads
 from attnpress.core.call import AttentionCall
 from attnpress.core.fake_quantize import fake_quantize_attention
@@ -149,10 +150,8 @@ def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
         ValueError: the mask holds values other than 0 and "very negative": it is a bias, not a mask.
     """
     if mask is None:
-        rows, keys = query.shape[2], key.shape[2]
-        if not getattr(module, "is_causal", False) or rows == 1:
-            return None
-        return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
+        may_attend_to_all = not getattr(module, "is_causal", False) or query.shape[2] == 1
+        return None if may_attend_to_all else causal_mask(query, key)
     mask = mask[..., : key.shape[2]]
     if mask.dtype == torch.bool:
         return mask

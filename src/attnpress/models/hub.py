@@ -21,10 +21,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from attnpress.config import AttentionSpec, ConfigError, ProbsSpec, TensorSpec
+from attnpress.config import LARGEST_HEAD, AttentionSpec, ConfigError, ProbsSpec, TensorSpec
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.core.linear import ProductPlan
-from attnpress.models.attention import EXTRA, LARGEST_HEAD, NAME, CompressedAttention
+from attnpress.models.attention import EXTRA, NAME, CompressedAttention
 from attnpress.models.checkpoint import ModelError as ModelError
 from attnpress.models.checkpoint import (
     check_geometry,

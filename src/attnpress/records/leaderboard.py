@@ -22,7 +22,7 @@ class BaselineRecord:
         headline: name of the metric that is compared.
         dense: its score in points.
         control: score of the dense model trained on, as long as the compressed ones; None where that was not asked for.
-        majority: score of always answering the commonest class; None outside classification.
+        majority: score of always predicting the most frequent class; None outside classification.
         provenance: of its run: versions, data, weights, rows, machine.
     """
 

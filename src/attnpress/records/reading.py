@@ -34,7 +34,7 @@ def read_json(file: Path, newest: int, kind: type[Built]) -> Built:
         RecordError: no such file, of a newer format, or damaged.
     """
     try:
-        data = parse_json(_text(file))
+        data = parse_json(read_text(file))
         if data["format"] != newest:
             raise RecordError(f"{file}: format {data['format']!r:.40}; this version reads {newest}: update attnpress")
     except JsonError as error:
@@ -58,7 +58,12 @@ def build_record(kind: type[Built], data: Any, where: str, damaged: str = "damag
         raise RecordError(f"{where}: {damaged} ({error.place}): {error.problem}") from None
 
 
-def _text(file: Path) -> str:
+def read_text(file: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        RecordError: it cannot be read, or is not UTF-8.
+    """
     try:
         return file.read_text(encoding="utf-8")
     except OSError as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from attnpress.records.reading import Amount, RecordError, Share, Some, Whole, _text, build_record
+from attnpress.records.reading import Amount, RecordError, Share, Some, Whole, build_record, read_text
 from attnpress.records.strict_json import JsonError, parse_json
 
 FORMAT = 1
@@ -179,7 +179,7 @@ class Record:
     Attributes:
         recipe: the RunConfig as plain data.
         headline: name of the metric that is compared.
-        majority: headline of always answering the commonest class, in points; None outside classification.
+        majority: headline of always predicting the most frequent class, in points; None outside classification.
         provenance: versions, hashes of data and weights, machine, row counts.
         stages: in the order they were run.
         training: log history of each trained stage.
@@ -243,7 +243,7 @@ def read_record(path: Path) -> Record:
     file = path / "record.json" if path.is_dir() else path
     if not file.is_file():
         raise RecordError(f"{file}: no such record; give the folder that `attnpress compress --output` wrote")
-    return from_json(_text(file), str(file))
+    return from_json(read_text(file), str(file))
 
 
 def _checked(record: Record, where: str) -> Record:

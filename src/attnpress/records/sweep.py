@@ -52,7 +52,7 @@ class SweepRecord:
     Attributes:
         task, headline: what was measured.
         dense: headline of the dense teacher, in points.
-        majority: headline of always answering the commonest class; None outside classification.
+        majority: headline of always predicting the most frequent class; None outside classification.
         provenance: of the teacher's record.
         sweep: the SweepSpec as plain data, without its storage.
         trials: by number.

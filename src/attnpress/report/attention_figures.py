@@ -54,7 +54,9 @@ def histogram_drawings(number: int, run: Run) -> Iterator[Drawing]:
         at, unit = threshold_at(after.rule, record.threshold), UNITS.get(after.rule, RELATIVE)
         figure = plots.threshold_histogram(edges, before, _shares(counts, used), at, unit)
         title = f"P in layer {layer}, head {head}"
-        yield Drawing(f"histogram-{number}-{layer}-{head}", title, _histogram_words(after.rule, record), figure)
+        caption = "Pairs to the left of the line are pruned. A tall left part means many small probabilities."
+        words = _histogram_words(after.rule, record)
+        yield Drawing(f"histogram-{number}-{layer}-{head}", title, caption, words, figure)
 
 
 def threshold_at(rule: str, threshold: float) -> float | None:
@@ -83,7 +85,8 @@ def map_drawings(number: int, run: Run) -> Iterator[Drawing]:
                 f"{kept / len(pruned):.1f} keys per query."
             )
             title = f"Layer {layer}, head {head}, input {index + 1}"
-            yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, words, figure)
+            caption = "Does the pattern survive? Rows are queries, columns are keys; grey pairs are skipped."
+            yield Drawing(f"map-{number}-{layer}-{head}-{index}", title, caption, words, figure)
 
 
 def _map(samples: Samples, layer: str, index: int, head: int) -> NDArray[Any]:

@@ -199,7 +199,9 @@ def caption(cells: Cells, hidden: int) -> str:
     rows = record.provenance["rows"]
     keys = record.stages[0].keys_per_row
     share = keys / (keys + 6 * hidden)
-    floor = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    floor = (
+        "" if record.majority is None else f" Always predicting the most frequent class gives {record.majority:.2f}."
+    )
     gpus = {one.provenance.get("machine", {}).get("accelerator") for one in _every(cells)}
     named = " and ".join(f"one {gpu}" if gpu else "processors" for gpu in sorted(gpus, key=str))
     machine = f" Run on {named}." if any(gpus) else ""

@@ -9,24 +9,52 @@ from typing import TYPE_CHECKING, Any
 
 from attnpress.records.run import StageRecord
 from attnpress.report.inputs import AFTER, Group, Run
+from attnpress.report.noise import WATCHED_ROWS, standard_error
 from attnpress.report.render import TITLES
 
 if TYPE_CHECKING:
-    from attnpress.report.plots import Line, Plot
+    from attnpress.report.plots import Band, Line, Plot
 
 WORK = {"multiply-accumulates": "macs", "bit operations": "bit_operations", "bytes of P": "bytes"}
 ERRORS = {
-    "q": "error of quantizing Q", "k": "error of quantizing K", "v": "error of quantizing V",
-    "p": "error of P, pruning included", "output": "error of the head's output, pruning included",
+    "q": "quantization error of Q", "k": "quantization error of K", "v": "quantization error of V",
+    "p": "error of P, pruning included", "output": "output error, pruning included",
 }  # fmt: skip
+HEAD_CAPTIONS = {
+    "sparsity": "Share of pairs that each head skips. Dark heads read many keys.",
+    "threshold": "Pairs below it are pruned. Heads with a high threshold are flat.",
+    "scale": "Step between two codes. A bright head has large values and a coarse grid.",
+    "error": "0 is exact, 1 is as wrong as zeros. Bright heads are candidates for more bits.",
+    "error-p": "0 is exact, 1 is as wrong as zeros. Bright heads lose most to pruning.",
+    "error-output": "0 is exact, 1 is as wrong as an output of zeros. Bright heads lose most.",
+}
+"""What to look for in a map of heads, by its name or the first part of it."""
+
+
+SCORE_CAPTION = "Right is sparser, up is better. Marks inside the grey band differ from dense by no more than chance."
+TRAINING_CAPTIONS = {
+    "loss": "Falls as the model learns; it may rise while the sparsity rises, and should fall again after that.",
+    "sparsity": "Achieved should follow asked. A gap means that thresholds lag behind the model.",
+    "metric": "Watched on at most 200 rows. The grey band is one standard error of the dense score on as many rows.",
+}
+WORK_CAPTION = "The dotted line is dense attention. Shorter bars are less work; scores keep half of the MACs."
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """A figure: its file name, what it shows, and the same in words for those who do not see it."""
+    """A figure.
+
+    Attributes:
+        name: of its file.
+        title: what it shows.
+        caption: what to look for; shown beneath the title.
+        description: its numbers in words, for those who do not see it.
+        figure: the drawing.
+    """
 
     name: str
     title: str
+    caption: str
     description: str
     figure: Plot
 
@@ -45,9 +73,27 @@ def metric_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
                 lines.append(plots.Line(TITLES[name], [stage.sparsity for stage in stages], scores, series))
                 words.append(f"{TITLES[name]}: {mean_and_spread(scores)} at sparsity {_mean(lines[-1].x):.3f}")
         if lines:
-            figure = plots.metric_against_sparsity(lines, f"{record.headline} (points)", record.majority)
+            noise = dense_noise(group)
+            figure = plots.metric_against_sparsity(lines, f"{record.headline} (points)", record.majority, noise)
             title = _capital(f"{record.headline} against sparsity{_suffix(group, groups)}")
-            yield Drawing(f"metric-{number}", title, "; ".join(words) + ".", figure)
+            yield Drawing(f"metric-{number}", title, SCORE_CAPTION, "; ".join(words) + ".", figure)
+
+
+def dense_noise(group: Group, most_rows: int | None = None) -> Band | None:
+    """One standard error of the dense model's score, from the evaluation rows; None where either is unknown.
+
+    Args:
+        group: runs that differ by their seed.
+        most_rows: rows of a score that is computed on a part of them.
+    """
+    from attnpress.report.plots import Band
+
+    record = group.records[0]
+    scores = [stage.metrics[record.headline] for one in group.records if (stage := one.stage("dense"))]
+    rows = record.provenance.get("rows", {}).get("eval")
+    if not scores or not rows:
+        return None
+    return Band(_mean(scores), standard_error(record.headline, _mean(scores), min(rows, most_rows or rows)))
 
 
 def training_drawings(number: int, group: Group) -> Iterator[Drawing]:
@@ -62,8 +108,11 @@ def training_drawings(number: int, group: Group) -> Iterator[Drawing]:
     for name, (title, keys) in wanted.items():
         lines = [line for key in keys for line in _training_lines(group, key)]
         if lines:
-            figure = plots.curves(lines, name if name != "metric" else title, unit_range=name == "sparsity")
-            yield Drawing(f"training-{name}-{number}", _capital(title), f"By step. {describe_curves(lines)}.", figure)
+            noise = dense_noise(group, WATCHED_ROWS) if name == "metric" else None
+            label = name if name != "metric" else title
+            figure = plots.curves(lines, label, unit_range=name == "sparsity", noise=noise)
+            words = f"By step. {describe_curves(lines)}."
+            yield Drawing(f"training-{name}-{number}", _capital(title), TRAINING_CAPTIONS[name], words, figure)
 
 
 def describe_curves(lines: Sequence[Line]) -> str:
@@ -98,7 +147,8 @@ def head_drawings(number: int, run: Run) -> Iterator[Drawing]:
     stage = run.record.stage(AFTER)
     for name, (title, values) in head_values(stage).items() if stage else ():
         figure = plots.head_map(values)
-        yield Drawing(f"heads-{name}-{number}", _capital(title), describe_heads(values), figure)
+        caption = HEAD_CAPTIONS.get(name) or HEAD_CAPTIONS[name.partition("-")[0]]
+        yield Drawing(f"heads-{name}-{number}", _capital(title), caption, describe_heads(values), figure)
 
 
 def head_values(stage: StageRecord) -> dict[str, tuple[str, list[list[float]]]]:
@@ -143,7 +193,7 @@ def work_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
             )
             figure = plots.bars(rows, "percent of dense attention's", reference=100)
             title = f"Remaining work of attention{_suffix(group, groups)}"
-            yield Drawing(f"work-{number}", title, words + ".", figure)
+            yield Drawing(f"work-{number}", title, WORK_CAPTION, words + ".", figure)
 
 
 def remaining_work(stage: StageRecord) -> dict[str, float]:
@@ -166,7 +216,9 @@ def speed_drawings(timings: Sequence[Mapping[str, Any]]) -> Iterator[Drawing]:
         words = "; ".join(f"{name}: {value:.3g}" for name, row in rows.items() for value in row.values())
         figure = plots.bars(rows, f"time of {peer} over ours", reference=1.0)
         title = f"Speed of one attention call against {peer}"
-        yield Drawing(f"speed-{peer}", title, f"Time of {peer} over time of the compiled kernel. {words}.", figure)
+        caption = "Bars beyond the dotted line: the compiled kernel is faster."
+        told = f"Time of {peer} over time of the compiled kernel. {words}."
+        yield Drawing(f"speed-{peer}", title, caption, told, figure)
 
 
 def mean_and_spread(values: Sequence[float]) -> str:

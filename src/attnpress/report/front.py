@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from attnpress.records.sweep import SweepRecord, TrialRecord
 from attnpress.report.figures import Drawing
+from attnpress.report.noise import standard_error
 
 
 def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
@@ -15,13 +16,16 @@ def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
     best = sweep.on_front()
     beaten = [trial for trial in sweep.trials if trial.state == "complete" and trial.number not in sweep.front]
     words = "; ".join(f"trial {trial.number}: {_point(trial)}, {trial.chosen}" for trial in best)
+    rows = sweep.provenance.get("rows", {}).get("eval")
+    noise = plots.Band(sweep.dense, standard_error(sweep.headline, sweep.dense, rows)) if rows else None
     figure = plots.front(
         plots.Line("beaten by another", *_points(beaten)), plots.Line("not beaten", *_points(best), series=1),
-        f"{sweep.headline} (points)", sweep.dense,
+        f"{sweep.headline} (points)", sweep.dense, noise,
     )  # fmt: skip
     return Drawing(
         f"front-{number}",
         f"{sweep.headline[0].upper()}{sweep.headline[1:]} against remaining work",
+        "Left is less work, up is better. Choose the leftmost mark that is good enough.",
         f"Not beaten: {words}.",
         figure,
     )

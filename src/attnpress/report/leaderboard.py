@@ -10,6 +10,7 @@ from rich.table import Table
 
 from attnpress.records.leaderboard import BoardRecord, CellRecord
 from attnpress.report import plots
+from attnpress.report.noise import standard_error
 from attnpress.report.render import markdown_table
 
 COLUMNS = (
@@ -97,7 +98,7 @@ def board_caption(record: BoardRecord) -> str:
     return " ".join(
         f"{one.task}, seed {one.seed}: {one.headline} {one.dense:.2f} dense"
         + ("" if one.control is None else f", {one.control:.2f} trained equally long")
-        + ("" if one.majority is None else f", {one.majority:.2f} for always answering the commonest class")
+        + ("" if one.majority is None else f", {one.majority:.2f} for always predicting the most frequent class")
         + f"; {one.provenance['rows']['train']} training rows, {one.provenance['rows']['eval']} to evaluate."
         for one in record.baselines
     )
@@ -124,7 +125,8 @@ def board_figure(record: BoardRecord) -> plots.Plot:
         name = f"{task}: {known[0].headline} (points)" if known else f"{task} ({MISSING})"
         panels[name] = [line for line in _lines(record, task) if line.x]
         if known:
-            references[name] = statistics.mean(one.reference for one in known)
+            dense, rows = statistics.mean(one.reference for one in known), known[0].provenance["rows"]["eval"]
+            references[name] = plots.Band(dense, standard_error(known[0].headline, dense, rows))
     return plots.leaderboard(panels, references)
 
 

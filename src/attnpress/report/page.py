@@ -80,8 +80,8 @@ class Section:
 
     @property
     def rows(self) -> list[list[Drawing]]:
-        """Drawings of one kind stand side by side, since another kind may be much taller."""
-        return [list(same) for _, same in itertools.groupby(self.drawings, lambda one: one.name.partition("-")[0])]
+        """Drawings that stand side by side: all but maps of attention, which are much taller than the others."""
+        return [list(same) for _, same in itertools.groupby(self.drawings, lambda one: one.name.startswith("map-"))]
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,11 @@ def _group_sections(number: int, group: Group, suffix: str) -> Iterator[Section]
         "compare; the metric is watched on a few evaluation rows only."
     )
     heads = Section(f"heads-{number}", f"Layers and heads{suffix}", drawings=list(head_drawings(number, run)))
-    heads.lead = f"The compressed model, head by head{seed}. Errors are relative root mean squares on a few rows."
+    heads.lead = (
+        f"The compressed model, head by head{seed}. Errors are relative root-mean-square errors on a few rows. The "
+        "output error compares a head's output with exact attention on the same Q, K and V: 0 is exact, 1 is as wrong "
+        "as an output of zeros."
+    )
     inside = Section(f"attention-{number}", f"Attention{suffix}")
     inside.lead = (
         f"Three heads{seed}: those whose output compression changes least, in the middle, and most. "
@@ -215,7 +219,7 @@ def summary(group: Group) -> str:
     scores = mean_and_spread([stage.metrics[headline] for _, stage in done])
     return (
         f"{group.label}: {headline} {scores} against {mean_and_spread(dense) if dense else 'an unknown score'} dense, "
-        f"with {sparsity:.1%} of the valid pairs skipped and {keys:.2f} keys left a row."
+        f"with {sparsity:.1%} of the valid pairs skipped and {keys:.2f} keys per query."
     )
 
 

@@ -49,6 +49,15 @@ Plot: TypeAlias = Figure
 
 
 @dataclass(frozen=True)
+class Band:
+    """A score and one standard error of it; scores within are not told apart by the rows at hand."""
+
+    score: float
+    error: float
+    label: str = "dense ± one standard error"
+
+
+@dataclass(frozen=True)
 class Line:
     """One curve: `series` chooses its colour, so that seeds of one stage share it."""
 
@@ -60,15 +69,19 @@ class Line:
 
 
 @mpl.rc_context(STYLE)
-def metric_against_sparsity(points: Sequence[Line], metric: str, floor: float | None) -> Figure:
+def metric_against_sparsity(
+    points: Sequence[Line], metric: str, floor: float | None, noise: Band | None = None
+) -> Figure:
     """A mark for each stage: mean and range over seeds in both directions, and each seed as a dot.
 
     Args:
         points: of each stage, the sparsities and scores of its seeds.
         metric: name of the score.
-        floor: score of always answering the commonest class.
+        floor: score of always predicting the most frequent class.
+        noise: of the dense model's score; None draws no band.
     """
     figure, axes = _axes(3.2)
+    _noise_band(axes, noise)
     for point in points:
         color, x, y = COLORS[point.series % len(COLORS)], np.array(point.x), np.array(point.y)
         spread = y.std(ddof=1) if len(y) > 1 else 0.0
@@ -77,22 +90,24 @@ def metric_against_sparsity(points: Sequence[Line], metric: str, floor: float | 
             axes.plot(x, y, ".", ms=5, alpha=0.6, color=color)
     lowest = min(min(point.y) for point in points)
     if floor is not None and floor > lowest - 10:
-        axes.axhline(floor, ls=":", color=THEME["ink"], lw=1, label="always the commonest class")
+        axes.axhline(floor, ls=":", color=THEME["ink"], lw=1, label="most frequent class")
     axes.set(xlabel="sparsity (fraction of valid pairs skipped)", ylabel=metric, xlim=(-0.05, 1.05))
     _legend_below(figure, axes)
     return figure
 
 
 @mpl.rc_context(STYLE)
-def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
+def front(trials: Line, best: Line, metric: str, dense: float, noise: Band | None = None) -> Figure:
     """Trials of a sweep by the work they leave, in percent, and those that no other beats as a line of steps.
 
     Args:
         trials: x is work, y is the score; likewise `best`, least work first.
         metric: name of the score.
         dense: score of the dense model, at a work of 100 percent that is not drawn.
+        noise: of that score; None draws no band.
     """
     figure, axes = _axes(3.2)
+    _noise_band(axes, noise)
     if trials.x:
         axes.plot(trials.x, trials.y, "o", ms=5, alpha=0.5, color=COLORS[trials.series], label=trials.label)
     # From one trial to the next, no more is known than the last one's score.
@@ -104,14 +119,15 @@ def front(trials: Line, best: Line, metric: str, dense: float) -> Figure:
 
 
 @mpl.rc_context(STYLE)
-def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, float]) -> Figure:
-    """Score against achieved sparsity, a line for each rule; panels by score, each with its reference."""
+def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, Band]) -> Figure:
+    """Score against achieved sparsity, a line for each rule; panels by score, each with its reference and noise."""
     figure = _figure(0.9 + 2.4 * len(panels))
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, (name, lines) in zip(rows, panels.items(), strict=True):
         _marked(axes, lines)
         if name in references:
-            axes.axhline(references[name], ls=":", color=THEME["ink"], lw=1, label="dense model")
+            _noise_band(axes, references[name])
+            axes.axhline(references[name].score, ls=":", color=THEME["ink"], lw=1, label="dense model")
         axes.set_ylabel(name)
     rows[-1].set_xlabel("sparsity achieved (fraction of valid pairs)")
     _legend_below(figure, rows[0])
@@ -119,9 +135,10 @@ def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, f
 
 
 @mpl.rc_context(STYLE)
-def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False) -> Figure:
-    """Figures of training by step."""
+def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False, noise: Band | None = None) -> Figure:
+    """Figures of training by step; `noise` is that of a score."""
     figure, axes = _axes(2.7)
+    _noise_band(axes, noise)
     for line in lines:
         style: dict[str, Any] = {"color": COLORS[line.series % len(COLORS)], "lw": 1.6, "label": line.label}
         axes.plot(line.x, line.y, "--" if line.dashed else "-", marker="o" if len(line.x) < 9 else None, ms=3, **style)
@@ -264,6 +281,12 @@ def grid_of_lines(panels: Mapping[str, Sequence[Line]], xlabel: str, ylabel: str
         axes.set_visible(False)
     _legend_below(figure, every[0])
     return figure
+
+
+def _noise_band(axes: Axes, noise: Band | None) -> None:
+    if noise is not None:
+        low, high = noise.score - noise.error, noise.score + noise.error
+        axes.axhspan(low, high, color=THEME["ink"], alpha=0.12, lw=0, label=noise.label)
 
 
 def _marked(axes: Axes, lines: Sequence[Line]) -> None:

@@ -212,7 +212,9 @@ def front_rows(record: SweepRecord) -> list[tuple[str, ...]]:
 def front_caption(record: SweepRecord) -> str:
     """What came of a sweep's trials."""
     states = [trial.state for trial in record.trials]
-    majority = "" if record.majority is None else f"; always answering the commonest class gives {record.majority:.2f}"
+    majority = (
+        "" if record.majority is None else f"; Always predicting the most frequent class gives {record.majority:.2f}"
+    )
     return (
         f"{record.headline} in points, of the dense model {record.dense:.2f}{majority}. {len(states)} trials: "
         + ", ".join(f"{states.count(state)} {state}" for state in ("complete", "pruned", "failed"))
@@ -329,7 +331,9 @@ def _title(record: Record) -> str:
 def caption(record: Record) -> str:
     """What the columns of `stage_rows` mean."""
     length = record.stages[0].padded_length if record.stages else "?"
-    majority = "" if record.majority is None else f" Always answering the commonest class gives {record.majority:.2f}."
+    majority = (
+        "" if record.majority is None else f" Always predicting the most frequent class gives {record.majority:.2f}."
+    )
     return (
         f"{record.headline} in points on {record.provenance['rows']['eval']} rows; sparsity over valid pairs (the"
         f" headline figure), pruned by the rule alone, padded to {length} tokens, and of 16 x 64 tiles; MACs of"

@@ -193,8 +193,8 @@ def _warn_below_majority(run: Run, stage: StageRecord) -> None:
     headline, majority = run.data.task.headline, run.data.majority
     if this_process().is_main_process and majority is not None and stage.metrics[headline] < majority:
         warnings.warn(
-            f"checkpoint: {run.base} has {headline} {stage.metrics[headline]:.2f}, less than always answering the "
-            f"commonest class ({majority:.2f}); is it fine-tuned for this task, and are its labels "
+            f"checkpoint: {run.base} has {headline} {stage.metrics[headline]:.2f}, less than always predicting the "
+            f"most frequent class ({majority:.2f}); is it fine-tuned for this task, and are its labels "
             f"({', '.join(run.data.label_names)}) in the order of its outputs?",
             stacklevel=2,
         )

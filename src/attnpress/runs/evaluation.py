@@ -1,7 +1,4 @@
-"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them.
-
-Of finished runs, too: on other data, or to prove that a backend predicts what the trained model predicts.
-"""
+"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them."""
 
 from __future__ import annotations
 

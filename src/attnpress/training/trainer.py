@@ -1,7 +1,4 @@
-"""Training: one Transformers Trainer for dense and compressing stages; a callback asks for sparsity, a teacher helps.
-
-`SparsityCallback` works with any Trainer; `SparsityDriver`, which it drives, with any loop of your own.
-"""
+"""The one Trainer, of dense and compressing stages: the task's loss, and what a teacher adds to it; resumable."""
 
 from __future__ import annotations
 

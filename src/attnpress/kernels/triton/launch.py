@@ -13,8 +13,11 @@ import torch
 import triton
 from torch import Tensor
 
+from attnpress.config.rules import RULES
 from attnpress.core.arguments import check_tensors, check_values, misfit, pair_mask
 from attnpress.core.quantizer import smooth_key
+from attnpress.core.rules import rules_of
+from attnpress.kernels import head_size
 from attnpress.kernels.slices import smoothed_key
 from attnpress.kernels.triton.sweeps import attention_kernel, pack_kernel, span_kernel
 
@@ -24,10 +27,6 @@ NARROWEST = 32
 SIGNED = 127
 """Largest code that a signed byte holds as it is."""
 
-LARGEST = 256
-"""Values of a head: scores of larger ones pass what `steps.exact_float` holds."""
-
-RULES = ("relative", "threshold", "topk")
 MODES = ("row", "unit", "unit_renormalized")
 
 SPAN = 32 if triton.knobs.runtime.interpret else 1024
@@ -77,14 +76,14 @@ class KernelCall:
         """
         query, key, value = self.query, self.key, self.value
         check_tensors(query, key, value)
-        if key.shape != value.shape or query.shape[3] > LARGEST:
+        if key.shape != value.shape or query.shape[3] > head_size.LARGEST:
             raise misfit(query, key, value)
         scales = {"q": self.q_scale, "k": self.k_scale, "v": self.v_scale}
         check_values(query, key, value, scales, self.cutoff, self.scaling)
         mask = pair_mask(self.valid, query, key)
         if mask is not None and self.valid is not None and mask.shape != self.valid.shape:
             raise ValueError("valid: a mask of four dimensions, the last as long as the keys, is needed")
-        if self.rule not in RULES or self.mode not in MODES or not 0 <= self.sparsity < 1:
+        if self.rule not in rules_of("gpu") or self.mode not in MODES or not 0 <= self.sparsity < 1:
             raise ValueError(f"rule {self.rule!r}, mode {self.mode!r} and sparsity {self.sparsity} are no kernel's")
         if not all(1 <= top <= SIGNED for top in (self.q_max, self.k_max, self.v_max)) or not 1 <= self.p_max <= 255:
             raise ValueError("largest codes are 1 to 127, and to 255 of P")
@@ -237,6 +236,7 @@ def _attention_arguments(
     call: KernelCall, found: dict[str, Tensor], spans: dict[str, Tensor], parts: int
 ) -> dict[str, Any]:
     query, rule = call.query, _rule(call)
+    counts = rule != "none" and RULES[rule].counts
     heads, rows, keys = query.shape[1], query.shape[2], call.key.shape[2]
     unused = found["k_codes"]  # where a kernel is told not to look
     q_scale = call.k_scale if call.q_scale is None else call.q_scale
@@ -247,7 +247,7 @@ def _attention_arguments(
         "v_sums": found.get("v_sums", unused), "output": found["output"],
         "q_scale": q_scale, "k_scale": call.k_scale, "v_scale": call.v_scale,
         "cutoff": call.k_scale if call.cutoff is None else call.cutoff,
-        "kept_of": _kept_of(call.sparsity, keys, query.device) if rule == "topk" else unused,
+        "kept_of": _kept_of(call.sparsity, keys, query.device) if counts else unused,
         **{name: spans.get(name, unused) for name in ("low", "high", "holes", "mask")}, **outputs,
         "scaling": float(call.scaling), "q_max": float(call.q_max), **_strides("q", query, "bhsd"),
         "q_scale_h": _stride(q_scale, 1), **_scale_strides(call),
@@ -256,7 +256,7 @@ def _attention_arguments(
         "RULE": rule, "MODE": call.mode.partition("_")[0], "RENORMALIZE": call.mode.endswith("renormalized"),
         "P_MAX": call.p_max, "TOKEN": call.q_scale is None, "POWER_OF_TWO": call.power_of_two,
         "SPANS": "low" in spans, "BYTES": "mask" in spans, "CAUSAL": call.causal,
-        "SHIFTED": "v_sums" in found, "BITS": farthest.bit_length() if rule == "topk" else 0,
+        "SHIFTED": "v_sums" in found, "BITS": farthest.bit_length() if counts else 0,
     }  # fmt: skip
 
 
@@ -265,9 +265,8 @@ _INTEGERS = ("q_codes", "row_max", "p_codes", "code_sum", "weighted")
 
 def _rule(call: KernelCall) -> str:
     """The rule in force; "none" where it keeps all pairs."""
-    if call.rule == "topk":
-        return "topk" if call.sparsity > 0 else "none"
-    return "none" if call.cutoff is None else call.rule
+    prunes = call.sparsity > 0 if RULES[call.rule].counts else call.cutoff is not None
+    return call.rule if prunes else "none"
 
 
 def _kept_of(sparsity: float, keys: int, device: torch.device) -> Tensor:
@@ -279,7 +278,7 @@ def _kept_of(sparsity: float, keys: int, device: torch.device) -> Tensor:
 def _smoothed(call: KernelCall) -> Tensor:
     """K less its mean over the keys of its sequence that some row sees."""
     if call.bounds is None:
-        return smoothed_key(call.key, call.valid, call.query.shape[2], call.causal)
+        return smoothed_key(call.query, call.key, call.valid, call.causal)
     places = call.bounds.tolist()
     return torch.cat([smooth_key(call.key[:, :, begin:end], None) for begin, end in pairwise(places)], 2)
 

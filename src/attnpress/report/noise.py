@@ -1,0 +1,29 @@
+"""How far a score may be off by chance alone, from the number of rows that it was measured on."""
+
+from __future__ import annotations
+
+import math
+
+CORRELATIONS = ("matthews", "pearson", "spearman")
+"""Metrics from -1 to 1, times 100; all others are shares, in percent."""
+
+WATCHED_ROWS = 200
+"""Most rows on which a score is watched during training (`training.progress`)."""
+
+
+def standard_error(metric: str, score: float, rows: int) -> float:
+    """One standard error of a score in points: how far another draw of as many rows typically moves it.
+
+    Exact for a share of right answers (accuracy, exact match). For F1 it treats the score as such a share, which
+    is an approximation; for a correlation r it is (1 - r^2) / sqrt(rows - 1). Seeds add a spread of their own.
+
+    Args:
+        metric: name of the score.
+        score: in points, 0 to 100, or -100 to 100 for a correlation.
+        rows: number of evaluation rows; for fewer than 2 the error is that of 2.
+    """
+    share = score / 100
+    if metric in CORRELATIONS:
+        return 100 * (1 - min(1.0, share * share)) / math.sqrt(max(1, rows - 1))
+    inside = min(1.0, max(0.0, share))
+    return 100 * math.sqrt(inside * (1 - inside) / max(2, rows))
