@@ -268,8 +268,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a folder that save_pretrained wrote")
     parser.add_argument(
         "--input", type=_read_from, required=True, metavar="FILE",
-        help="CSV, tab-separated text (.tsv, .txt) or JSON lines, in UTF-8, with the texts under the names that the "
-        'task gives them, {"text": ...} for instance',
+        help="CSV, tab-separated text (.tsv, .txt), JSON lines in UTF-8, or Parquet, with the texts under the names "
+        'that the task gives them, {"text": ...} for instance',
     )  # fmt: skip
     parser.add_argument(
         "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
