@@ -56,7 +56,7 @@ def test_peers_that_cannot_be_had_are_refused_by_name(tiny_model: Path, monkeypa
     with pytest.raises(BenchmarkError, match="no peer called 'sentence-transformers-onnx'; use some of torch"):
         peers.bench_encode(str(tiny_model), "none.jsonl", peers=["sentence-transformers-onnx"])
     missing = dataclasses.replace(RUNTIMES["openvino-int8"], packages=("no_such_package",))
-    monkeypatch.setitem(peers.RUNTIMES, "openvino-int8", missing)
+    monkeypatch.setitem(RUNTIMES, "openvino-int8", missing)
     with pytest.raises(BenchmarkError, match=r"peer openvino-int8: no_such_package not installed here"):
         peers.bench_encode(str(tiny_model), "none.jsonl", peers=["openvino-int8"])
 

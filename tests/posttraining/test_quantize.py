@@ -26,13 +26,17 @@ from attnpress.cli.parser import main
 from attnpress.config import ConfigError
 from attnpress.deployment.linear import linear_layers
 from attnpress.files import OutputError
+from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
-from attnpress.models.encoders import ModelError, saved_encoder
+from attnpress.models.checkpoint import ModelError
+from attnpress.models.encoders import saved_encoder
 from attnpress.models.forward import UnsupportedModelError
 from attnpress.posttraining import run as module
+from attnpress.posttraining.forms import make
 from attnpress.posttraining.measure import Cost, costs
 from attnpress.posttraining.run import QuantizeSpec
 from attnpress.records.quantized import read_quantized
+from attnpress.tasks.texts import texts_of
 from tests.conftest import VOCABULARY, TokenizerFactory
 from tests.kernels.factories import needs_kernel
 from tests.posttraining.factories import make_embedder, save_classifier, some_pairs, some_texts
@@ -84,7 +88,7 @@ def test_what_is_judged_is_the_model_that_is_saved(classifier: Path, tmp_path: P
     record = attnpress.quantize(classifier, TEXTS, output=tmp_path / "fast", bits=4, sparsity=0.8).record
     dense, ours = saved_encoder(classifier), saved_encoder(tmp_path / "fast")
     attnpress.deploy(ours.model, "cpu")
-    rows = module.texts_of(TEXTS).rows[record.texts.calibration :]
+    rows = texts_of(TEXTS).rows[record.texts.calibration :]
     assert len(rows) == record.texts.judged
     same = dense.answer(rows).argmax(-1) == ours.answer(rows, batch_size=5).argmax(-1)
     assert record.agreement["same_decisions"] == pytest.approx(float(same.double().mean()))
@@ -199,7 +203,7 @@ def test_a_slower_model_is_told_of(tiny_model: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_costs_are_those_of_the_saved_models(tiny_model: Path, tmp_path: Path) -> None:
-    made = module.make(saved_encoder(tiny_model), module.USUAL, [(text,) for text in TEXTS[:16]])
+    made = make(saved_encoder(tiny_model), module.USUAL, [(text,) for text in TEXTS[:16]])
     made.encoder.save(tmp_path / "fast")
     dense, ours, target = costs(tiny_model, tmp_path / "fast", [(text,) for text in TEXTS[:8]], threads=1, seconds=0.1)
     assert dense.texts_per_second > 0
@@ -264,7 +268,7 @@ def test_an_output_in_use_is_refused_before_the_work(tiny_model: Path, tmp_path:
 
 
 def test_without_the_kernel_it_says_how_to_build_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.cpu, "is_built", lambda: False)
+    monkeypatch.setattr(cpu, "is_built", lambda: False)
     with pytest.raises(BackendUnavailableError, match="run `make kernel`"):
         attnpress.quantize(tiny_model, TEXTS)
 
@@ -276,8 +280,8 @@ def test_int8_layers_asked_for_by_name_where_there_are_none_are_refused(
     from transformers import AlbertConfig, AlbertModel
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    config = AlbertConfig(vocab_size=len(VOCABULARY), embedding_size=32, **sizes)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AlbertConfig(vocab_size=len(VOCABULARY), embedding_size=32, intermediate_size=64, **sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         with pytest.raises(ConfigError, match="--linear int8: all linear layers of AlbertModel stay in float"):

@@ -366,7 +366,10 @@ def _stage_line(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def _say_warning(message: Warning | str, *_: object) -> None:
+def _say_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
     print(f"attnpress: {message}", file=sys.stderr, flush=True)
 
 

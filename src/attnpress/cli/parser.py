@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from attnpress.cli import commands
 from attnpress.cli.exit_status import exit_status
@@ -313,8 +313,6 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "onnxruntime-int8, openvino-int8; "
         "ATTNPRESS_CPU_TARGET=avx2 in the environment holds all sides to AVX2",
     )  # fmt: skip
-    parser.add_argument("--texts", type=_read_from, metavar="FILE", help="with --encode: as `quantize` takes them")
-    parser.add_argument("--column", nargs="+", default=(), metavar="NAME", help="with --encode: of the texts")
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument(
         "--from", type=Path, dest="run_dir", metavar="RUN_DIR",
@@ -328,12 +326,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="whole models instead: minilm, bert-base, modernbert-base",
     )
-    inputs.add_argument(
-        "--encode",
-        metavar="MODEL",
-        help="an embedder, classifier or reranker in its default compressed form, on --texts, beside torch (float32), "
-        "onnxruntime-int8, openvino-int8",
-    )
+    _encode_arguments(parser, inputs)
     _linear_argument(parser)
     parser.add_argument(
         "--ragged",
@@ -348,6 +341,16 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --from: these layers only, from 0",
     )  # fmt: skip
     parser.add_argument("--json", type=_write_to, metavar="FILE", help="also write every figure there")
+
+
+def _encode_arguments(parser: argparse.ArgumentParser, inputs: Any) -> None:
+    inputs.add_argument(
+        "--encode", metavar="MODEL",
+        help="an embedder, classifier or reranker in its default compressed form, on --texts, beside torch (float32), "
+        "onnxruntime-int8, openvino-int8",
+    )  # fmt: skip
+    parser.add_argument("--texts", type=_read_from, metavar="FILE", help="with --encode: as `quantize` takes them")
+    parser.add_argument("--column", nargs="+", default=(), metavar="NAME", help="with --encode: of the texts")
 
 
 def _read_from(word: str) -> Path:

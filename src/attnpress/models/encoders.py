@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from attnpress.models.attention import NAME
 from attnpress.models.checkpoint import ModelError
@@ -193,7 +193,7 @@ def encoder_of(model: Any, tokenizer: Any = None) -> Encoder:
         )
     take_padding(model, tokenizer)
     model.eval()
-    kind = _kind(model.config.num_labels) if CLASSIFIES in type(model).__name__ else "embedder"
+    kind = _kind(model.config.num_labels or 1) if CLASSIFIES in type(model).__name__ else "embedder"
     limits = [longest_input(model) or LONGEST, tokenizer.model_max_length, LONGEST]
     return Encoder(model, tokenizer, kind, int(min(limits)))
 

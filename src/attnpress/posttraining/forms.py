@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TailName, TensorSpec, TrainSpec
 from attnpress.core.cost import total_work
@@ -127,11 +128,12 @@ def make(dense: Encoder, form: Form, rows: Rows, lesson: Lesson | None = None) -
 
 
 def _teach(dense: Encoder, encoder: Encoder, lesson: Lesson, sparsity: float) -> None:
-    teacher = bind(copy.deepcopy(called_with_batches(dense.model)), DENSE)
+    student: Any = called_with_batches(encoder.model)
+    teacher: Any = bind(copy.deepcopy(called_with_batches(dense.model)), DENSE)
     spec = TrainSpec(epochs=lesson.epochs, learning_rate=RATE, batch_size=2 * BATCH, checkpoints=1)
     with tempfile.TemporaryDirectory() as folder:
         train_unlabelled(
-            called_with_batches(encoder.model), teacher, lesson.rows, encoder.inputs, spec, Path(folder),
+            student, teacher, lesson.rows, encoder.inputs, spec, Path(folder),
             sparsity=sparsity, lengths=[sum(map(len, row)) for row in lesson.rows],
         )  # fmt: skip
 
