@@ -43,7 +43,7 @@ from attnpress.report.evidence import (
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
-from attnpress.report.render import TITLES, stages_markdown
+from attnpress.report.render import TITLES, encode_caption, encode_rows, markdown_table, stages_markdown
 from attnpress.studies.evidence import EvidenceSpec, missing, plan
 
 ROOT = Path(__file__).parents[1]
@@ -114,6 +114,7 @@ def tables() -> dict[str, str]:
         "tail_cost": tail_cost_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
+        **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad", "sts")},
         "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
 
@@ -143,6 +144,13 @@ def speeds() -> dict[str, str]:
             "bert-base",
         ),
     }
+
+
+def encode_markdown(name: str) -> str:
+    """An encoder beside its peers."""
+    records = timings(name)
+    header, *rows = encode_rows(records)
+    return f"{markdown_table(header, rows, header[:1])}\n\n{encode_caption(records)}"
 
 
 def timings(name: str) -> list[dict[str, Any]]:
@@ -180,9 +188,17 @@ def _tail_words(tail: str) -> str:
 def at_once_markdown(cells: Cells) -> str:
     """F1 of MRPC pruned at once and not trained, by tail, mean over the seeds that have a record."""
     dense = {record.seed: record.stages[0].metrics["f1"] for record in cells["dense"]}
-    lines = ["| asked | tail | sparsity | F1 | against dense, by seed | mean |", "| --- | --- | ---: | ---: | --- | ---: |"]
+    lines = [
+        "| asked | tail | sparsity | F1 | against dense, by seed | mean |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
+    ]
     for asked in ("0.95", "0.98"):
-        for tail, cell in (("none", ""), ("mean", "-mean-at-once"), ("linear, 4", "-linear4-at-once"), ("linear, 8", "-linear8-at-once")):
+        for tail, cell in (
+            ("none", ""),
+            ("mean", "-mean-at-once"),
+            ("linear, 4", "-linear4-at-once"),
+            ("linear, 8", "-linear8-at-once"),
+        ):
             found = {record.seed: record.stage("one_shot") for record in cells.get(f"8888-{asked}{cell}", ())}
             stages = {seed: stage for seed, stage in found.items() if stage is not None}
             if not stages:
@@ -190,7 +206,11 @@ def at_once_markdown(cells: Cells) -> str:
             lost = {seed: stage.metrics["f1"] - dense[seed] for seed, stage in stages.items()}
             sparsity, score, mean = (
                 sum(each) / len(stages)
-                for each in ([s.sparsity for s in stages.values()], [s.metrics["f1"] for s in stages.values()], lost.values())
+                for each in (
+                    [s.sparsity for s in stages.values()],
+                    [s.metrics["f1"] for s in stages.values()],
+                    lost.values(),
+                )
             )
             by_seed = ", ".join(f"{lost[seed]:+.2f}" for seed in sorted(lost))
             lines.append(f"| {asked} | {tail} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
@@ -208,7 +228,9 @@ def tail_cost_markdown() -> str:
         for length in sorted({row["seq_len"] for row in record["rows"]}):
             cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
             aim = f"{aims[length]} %" if length in aims else ""
-            lines.append(f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |")
+            lines.append(
+                f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |"
+            )
     return "\n".join(lines)
 
 

@@ -73,7 +73,7 @@ def test_options_of_encode_go_together(tiny_model: Path, tmp_path: Path, capsys:
 
 def test_the_table_has_a_row_for_each_side() -> None:
     record = {
-        "peer": "torch", "ours_ms": 500.0, "peer_ms": 2000.0, "ratio": 4.0, "texts": 10, "tokens": 5, "batch": 4,
+        "peer": "torch", "ours_ms": 500.0, "peer_ms": 2000.0, "ratio": 4.0, "texts": 10, "seq_len": 5, "batch": 4,
         "model": "m", "ours_agreement": {"cosine": 0.995}, "peer_agreement": {"cosine": 1.0}, "ours_changed": 0.0,
         "peer_changed": 0.5, "ours_model_mb": 50.0, "peer_model_mb": 90.0, "ours_file_mb": 40.0, "peer_file_mb": 91.0,
         "threads": 1, "target": "avx2",

@@ -43,24 +43,20 @@ OTHER_BATCH = 7
 ANSWERS = "answers.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class EncodeTiming(Comparison):
     """One peer's times and answers beside ours, for the same texts.
 
     Attributes:
-        model, texts, tokens, batch, threads: texts of a call, their median length, and how many go in at once.
+        model, texts: what is timed, and how many texts a call has; `seq_len` is their median length in tokens.
         ours_agreement, peer_agreement: with the float32 model, headline first; see `agreement`.
         ours_changed, peer_changed: share of texts whose answer is other bits in batches of OTHER_BATCH.
         ours_model_mb, peer_model_mb: memory for the model and a call.
         ours_file_mb, peer_file_mb: of its folder.
-        provenance: versions, machine, and what each side said of itself.
     """
 
     model: str
     texts: int
-    tokens: int
-    batch: int
-    threads: int
     ours_agreement: dict[str, float]
     peer_agreement: dict[str, float]
     ours_changed: float
@@ -69,7 +65,6 @@ class EncodeTiming(Comparison):
     peer_model_mb: float
     ours_file_mb: float
     peer_file_mb: float
-    provenance: dict[str, Any]
 
 
 def bench_encode(
@@ -109,17 +104,18 @@ def bench_encode(
         sides = []
         facts: dict[str, dict[str, Any]] = {}
         for name in ("ours", *names):
-            build(name, dense, calibration, place / name)
+            written = build(name, dense, calibration, place / name)
             side = stack.enter_context(Side(name))
             asked = {"folder": str(place / name), "rows": str(place / "rows.json"), "threads": threads, "batch": batch}
-            facts[name] = side.prepare(f"{__name__}:prepare", name=name, **asked)
+            facts[name] = written | side.prepare(f"{__name__}:prepare", name=name, **asked)
             sides.append(side)
         times = in_turns(sides, seconds, 5)
         exact = dense.answer(timed, batch)
         for name in facts:
             answers = load_file(place / name / ANSWERS)["answers"]
             facts[name]["agreement"] = agreement(dense.kind, exact, answers)
-    shared = {"model": model, "texts": count, "tokens": lengths[len(lengths) // 2], "batch": batch, "threads": threads}
+    shared = {"model": model, "texts": count, "batch": batch, "threads": threads}
+    shared |= {"seq_len": lengths[len(lengths) // 2], "sparsity": facts["ours"]["sparsity"]}
     return [_timing(shared, name, times, facts) for name in names]
 
 
@@ -137,14 +133,19 @@ def _timing(
     return EncodeTiming(**shared, **compared(times, peer, facts["ours"]["said"]["target"]), **told, provenance=where)
 
 
-def build(name: str, dense: Encoder, calibration: Rows, folder: Path) -> None:
-    """Write what a side loads: a model that `Encoder.save` saved, and the graph of a runtime beside it."""
-    encoder = make(dense, USUAL, calibration).encoder if name == "ours" else dense
-    encoder.save(folder)
+def build(name: str, dense: Encoder, calibration: Rows, folder: Path) -> dict[str, Any]:
+    """Write what a side loads: a model that `Encoder.save` saved, and the graph of a runtime beside it.
+
+    Returns:
+        Of ours, its sparsity.
+    """
+    made = make(dense, USUAL, calibration) if name == "ours" else None
+    (dense if made is None else made.encoder).save(folder)
     if name in RUNTIMES:
-        longest = max(encoder.batches(calibration, 8), key=lambda batch: batch["input_ids"].shape[1])
+        longest = max(dense.batches(calibration, 8), key=lambda batch: batch["input_ids"].shape[1])
         RUNTIMES[name].write(called_with_batches(dense.model), dict(longest), folder / RUNTIMES[name].file)
         (folder / "model.safetensors").rename(folder / "float.safetensors")
+    return {} if made is None else {"sparsity": made.survivors.sparsity}
 
 
 def prepare(name: str, folder: str, rows: str, threads: int, batch: int) -> Prepared:

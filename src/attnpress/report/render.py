@@ -101,7 +101,7 @@ def encode_caption(records: Sequence[Mapping[str, Any]]) -> str:
     """What they rest on."""
     first = records[0]
     return (
-        f"{first['model']}: {first['texts']} texts, {first['tokens']} tokens at the median, in batches of "
+        f"{first['model']}: {first['texts']} texts, {first['seq_len']} tokens at the median, in batches of "
         f"{first['batch']}; {_conditions(records)}. Changed: texts with other bits in batches of another size."
     )
 
