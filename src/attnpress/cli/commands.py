@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_config, load_spec, override, parse_spec
-from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_text
+from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_json, write_text
 
 GENERATOR = b'<meta name="generator" content="attnpress">'
 """In every page of `report`: only such a file is replaced by the next."""
@@ -245,9 +245,9 @@ def bench(options: argparse.Namespace) -> int:
     _check_json(options.json, {"peer", "ours_ms", "peer_ms", "ratio"})
     from dataclasses import asdict
 
-    from attnpress.report.render import models_table, timings_table
+    from attnpress.report.render import encode_table, models_table, timings_table
 
-    table = models_table if options.whole_model else timings_table
+    table = encode_table if options.encode else models_table if options.whole_model else timings_table
     records = [asdict(timing) for timing in _timings(options)]
     for record in records:
         record["provenance"]["command"] = _command_line(options)
@@ -299,6 +299,15 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         config = _run_config(options.run_dir)
         _quiet_libraries()
         return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
+    if options.encode:
+        if options.texts is None:
+            raise BenchmarkError("--encode needs texts: --texts FILE, as `attnpress quantize` takes them")
+        _quiet_libraries()
+        from attnpress.posttraining.peers import bench_encode
+
+        return bench_encode(options.encode, str(options.texts), options.column, batch=options.batch or 32, **shared)
+    if options.texts is not None or options.column:
+        raise BenchmarkError("--texts and --column are those of --encode MODEL")
     if options.layer:
         raise BenchmarkError("--layer chooses among the layers of --from RUN_DIR")
     sparsity, lengths = 0.95 if options.sparsity is None else options.sparsity, options.seq_len or [128, 512, 2048]
@@ -350,14 +359,17 @@ def _check_json(file: Path | None, *keys: set[str]) -> None:
 
 def _write_json(found: object, file: Path | None) -> None:
     if file is not None:
-        write_text(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def _stage_line(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def _say_warning(message: Warning | str, *_: object) -> None:
+def _say_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
     print(f"attnpress: {message}", file=sys.stderr, flush=True)
 
 
