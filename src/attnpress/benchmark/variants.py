@@ -35,7 +35,7 @@ def time_variants(
         seconds: for each side and length.
 
     Returns:
-        Of each length: `seq_len`, `batch`, `sparsity` by side, and the fields that `benchmark.attention.compared` gives.
+        Of each length: `seq_len`, `batch`, `sparsity` by side, and what `benchmark.attention.compared` gives.
     """
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(name, held())) for name in (OURS, other)]
