@@ -180,9 +180,17 @@ def _tail_words(tail: str) -> str:
 def at_once_markdown(cells: Cells) -> str:
     """F1 of MRPC pruned at once and not trained, by tail, mean over the seeds that have a record."""
     dense = {record.seed: record.stages[0].metrics["f1"] for record in cells["dense"]}
-    lines = ["| asked | tail | sparsity | F1 | against dense, by seed | mean |", "| --- | --- | ---: | ---: | --- | ---: |"]
+    lines = [
+        "| asked | tail | sparsity | F1 | against dense, by seed | mean |",
+        "| --- | --- | ---: | ---: | --- | ---: |",
+    ]
     for asked in ("0.95", "0.98"):
-        for tail, cell in (("none", ""), ("mean", "-mean-at-once"), ("linear, 4", "-linear4-at-once"), ("linear, 8", "-linear8-at-once")):
+        for tail, cell in (
+            ("none", ""),
+            ("mean", "-mean-at-once"),
+            ("linear, 4", "-linear4-at-once"),
+            ("linear, 8", "-linear8-at-once"),
+        ):
             found = {record.seed: record.stage("one_shot") for record in cells.get(f"8888-{asked}{cell}", ())}
             stages = {seed: stage for seed, stage in found.items() if stage is not None}
             if not stages:
@@ -190,7 +198,11 @@ def at_once_markdown(cells: Cells) -> str:
             lost = {seed: stage.metrics["f1"] - dense[seed] for seed, stage in stages.items()}
             sparsity, score, mean = (
                 sum(each) / len(stages)
-                for each in ([s.sparsity for s in stages.values()], [s.metrics["f1"] for s in stages.values()], lost.values())
+                for each in (
+                    [s.sparsity for s in stages.values()],
+                    [s.metrics["f1"] for s in stages.values()],
+                    lost.values(),
+                )
             )
             by_seed = ", ".join(f"{lost[seed]:+.2f}" for seed in sorted(lost))
             lines.append(f"| {asked} | {tail} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
@@ -208,7 +220,9 @@ def tail_cost_markdown() -> str:
         for length in sorted({row["seq_len"] for row in record["rows"]}):
             cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
             aim = f"{aims[length]} %" if length in aims else ""
-            lines.append(f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |")
+            lines.append(
+                f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |"
+            )
     return "\n".join(lines)
 
 

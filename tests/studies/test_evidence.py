@@ -13,11 +13,11 @@ import pytest
 from attnpress.cli import main
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_spec, parse_spec
+from attnpress.locks import alone
 from attnpress.records.reading import RecordError, to_json
 from attnpress.records.run import Record, read_record
 from attnpress.records.table import brief, read_table, table_text
 from attnpress.report.evidence import ablation_markdown
-from attnpress.studies.cells import alone
 from attnpress.studies.evidence import CellSpec, EvidenceSpec, choose, fold, missing, plan, run_missing
 
 ROOT = Path(__file__).parents[2]

@@ -6,13 +6,13 @@ import gc
 import os
 import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnpress.kernels import cpu
+from attnpress.records.provenance import machine, versions
 
 TOLD = ("nncf", "onnxruntime", "openvino", "sageattention", "transformers", "triton")
 """Packages whose versions matter to a time, beside our own and torch."""
@@ -26,6 +26,7 @@ def provenance(*packages: str) -> dict[str, Any]:
         *(name for name in packages if name in TOLD),
     ]
     return {
+<<<<<<< HEAD
         "versions": {"python": platform.python_version(), **{name: version(name) for name in named}},
         "machine": {
             "system": platform.platform(terse=True),
@@ -34,6 +35,10 @@ def provenance(*packages: str) -> dict[str, Any]:
             "load": round(os.getloadavg()[0], 1),
             **_gpu(),
         },
+=======
+        "versions": versions(named),
+        "machine": machine(processor=processor(), load=round(os.getloadavg()[0], 1)),
+>>>>>>> main
     }
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock, Timeout
-
 from attnpress.config import ConfigError
+from attnpress.locks import is_held
 
 Notify = Callable[[str], None]
 Cell = TypeVar("Cell")
@@ -47,36 +45,3 @@ def check_one_process() -> None:
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("a run is trained by one process: instead of torchrun, start the command several times")
-
-
-@contextmanager
-def alone(place: Path, tell: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """One process at a time works for a run folder, or writes a file; a process that dies lets go.
-
-    Args:
-        tell: called if another process has to be waited for.
-    """
-    held = _lock(place)
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        tell()
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def is_held(place: Path) -> bool:
-    """Whether a process works there, inside `alone`."""
-    try:
-        with _lock(place).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _lock(place: Path) -> FileLock:
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(place.with_name(f".{place.name}.lock"))

@@ -20,11 +20,12 @@ from pydantic.dataclasses import dataclass
 from attnpress.config import ConfigError, RunConfig, Seed, merged
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.files import write_text
+from attnpress.locks import alone
 from attnpress.records.reading import RecordError
 from attnpress.records.run import Record, read_record
 from attnpress.records.table import brief, read_table, recorded, records_apart, table_files, table_text
 from attnpress.runs.compression import compress
-from attnpress.studies.cells import Notify, alone, check_one_process, in_turn
+from attnpress.studies.cells import Notify, check_one_process, in_turn
 
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"

@@ -9,9 +9,10 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from attnpress.config import RunConfig
+from attnpress.locks import alone
 from attnpress.records.run import Record
 from attnpress.runs.compression import compress
-from attnpress.studies.cells import Notify, alone
+from attnpress.studies.cells import Notify
 
 
 def train_teacher(
