@@ -26,19 +26,8 @@ def provenance(*packages: str) -> dict[str, Any]:
         *(name for name in packages if name in TOLD),
     ]
     return {
-<<<<<<< HEAD
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in named}},
-        "machine": {
-            "system": platform.platform(terse=True),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1),
-            **_gpu(),
-        },
-=======
         "versions": versions(named),
-        "machine": machine(processor=processor(), load=round(os.getloadavg()[0], 1)),
->>>>>>> main
+        "machine": machine(processor=processor(), load=round(os.getloadavg()[0], 1), **_gpu()),
     }
 
 
