@@ -1,5 +1,6 @@
-"""Records by mutation: of runs, tables, sweeps and leaderboards, read and drawn. Allowed: a page, or one RecordError
-that names the file.
+"""Records by mutation: of runs, tables, sweeps and leaderboards, read and drawn.
+
+Allowed: a page, or one RecordError that names the file.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def test_a_lost_record_is_taken_from_the_finished_run(done: Path, tmp_path: Path
 
 def score(number: float) -> Record:
     """A record that is told from others by its headline's floor."""
-    parts = {
+    parts: dict[str, dict[str, Any]] = {
         "recipe": {
             "model": "bert", "data": {"task": "mrpc"}, "compress": {"epochs": 3},
             "attention": {"sparsity": 0.9, **{name: {"bits": 8} for name in "qkvp"}},

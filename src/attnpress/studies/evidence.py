@@ -171,7 +171,7 @@ def fold(folder: Path) -> list[Path]:
     Raises:
         RecordError: a file cannot be read, or a run has another record in the table.
     """
-    taken = []
+    taken: list[Path] = []
     for table in table_files(folder):
         if files := records_apart(table):
             _add(table, {name: read_record(file) for name, file in files.items()})
