@@ -13,10 +13,10 @@ import pytest
 from attnpress.cli import main
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_spec, parse_spec
+from attnpress.locks import alone
 from attnpress.records.run import read_record
 from attnpress.report.evidence import ablation_markdown
 from attnpress.studies.evidence import CellSpec, EvidenceSpec, choose, missing, plan, run_missing
-from attnpress.studies.teacher import alone
 
 ROOT = Path(__file__).parents[2]
 

@@ -6,13 +6,13 @@ import gc
 import os
 import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnpress.kernels import cpu
+from attnpress.records.provenance import machine, versions
 
 
 def provenance(*packages: str) -> dict[str, Any]:
@@ -23,13 +23,8 @@ def provenance(*packages: str) -> dict[str, Any]:
         *(name for name in packages if name in ("nncf", "onnxruntime", "openvino", "transformers")),
     ]
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in named}},
-        "machine": {
-            "system": platform.platform(terse=True),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1),
-        },
+        "versions": versions(named),
+        "machine": machine(processor=processor(), load=round(os.getloadavg()[0], 1)),
     }
 
 

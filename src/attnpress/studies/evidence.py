@@ -19,8 +19,9 @@ from pydantic.dataclasses import dataclass
 from attnpress.config import ConfigError, RunConfig, Seed, merged
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.files import write_text
+from attnpress.locks import alone, is_held
 from attnpress.runs.compression import compress
-from attnpress.studies.teacher import alone, check_one_process, is_held
+from attnpress.studies.teacher import check_one_process
 
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"

@@ -9,11 +9,12 @@ from typing import Any
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.files import remove_folder, take_folder, write_text
+from attnpress.locks import is_held
 from attnpress.records.leaderboard import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
 from attnpress.records.reading import RecordError, to_json
 from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.studies.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, teacher_recipe
-from attnpress.studies.teacher import Notify, check_one_process, is_held, train_student, train_teacher
+from attnpress.studies.teacher import Notify, check_one_process, train_student, train_teacher
 from attnpress.tasks import check_data
 
 
