@@ -8,7 +8,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo arrows dist test test-dist test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
+.PHONY: help setup kernel demo arrows tables dist test test-dist test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -91,6 +91,11 @@ check: setup $(TOOLS) ## format, lint, spelling, strict types, house rules
 
 arrows: ## print which folder of the package imports which
 	@$(PYTHON) tests/arrows.py
+
+tables: setup ## long records that lie in records/ into the tables there, and those of the documentation anew
+	$(BIN)/python -c "from pathlib import Path; from attnpress.studies.evidence import fold; \
+	  [print(file, 'is in its table: delete it') for kind in ('evidence', 'ablations') for file in fold(Path('records', kind))]"
+	$(BIN)/python docs/fill_tables.py
 
 docs: setup $(TOOLS) ## build the documentation into build/docs; a warning is an error
 	@$(PIP) install -c requirements.txt -c requirements-dev.txt -r requirements-docs.txt

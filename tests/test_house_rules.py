@@ -37,7 +37,7 @@ ARROWS: dict[str, set[str]] = {
         "training",
     },
     "export": {"config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "runs"},
-    "benchmark": {"config", "records", "core", "models", "kernels", "deployment", "training", "runs"},
+    "benchmark": {"config", "files", "records", "core", "models", "kernels", "deployment", "training", "runs"},
     "studies": {"config", "files", "locks", "records", "core", "models", "tasks", "training", "runs"},
     "posttraining": {
         *("config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "training", "runs"),

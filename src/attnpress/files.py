@@ -63,6 +63,11 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file's content by a value as indented JSON; see `write_bytes`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Replace the file's content in one step. A stream, such as /dev/stdout or a pipe, is written on.
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from transformers import TrainerCallback
 
-from attnpress.config import ConfigError, RunConfig
+from attnpress.config import RunConfig
 from attnpress.locks import alone
 from attnpress.records.run import Record
 from attnpress.runs.compression import compress
-
-Notify = Callable[[str], None]
+from attnpress.studies.cells import Notify
 
 
 def train_teacher(
@@ -47,13 +45,3 @@ def train_student(
     config = dataclasses.replace(recipe, checkpoint=dense)
     with alone(folder, lambda: notify("waiting for the same recipe")):
         return compress(config, folder, lambda _: None, stages=(stage,), callbacks=callbacks)
-
-
-def check_one_process() -> None:
-    """Refuse torchrun where several processes take a run each.
-
-    Raises:
-        ConfigError: this process is one of many.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a run is trained by one process: instead of torchrun, start the command several times")
