@@ -45,7 +45,7 @@ from attnpress.report.evidence import (
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
-from attnpress.report.render import TITLES, stages_markdown
+from attnpress.report.render import TITLES, encode_caption, encode_rows, markdown_table, stages_markdown
 from attnpress.studies.evidence import EvidenceSpec, missing, plan
 
 ROOT = Path(__file__).parents[1]
@@ -116,6 +116,7 @@ def tables() -> dict[str, str]:
         "tail_cost": tail_cost_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
+        **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad", "sts")},
         "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
 
@@ -147,6 +148,13 @@ def speeds() -> dict[str, str]:
     }
 
 
+def encode_markdown(name: str) -> str:
+    """An encoder beside its peers."""
+    records = timings(name)
+    header, *rows = encode_rows(records)
+    return f"{markdown_table(header, rows, header[:1])}\n\n{encode_caption(records)}"
+
+
 def timings(name: str) -> list[dict[str, Any]]:
     """A committed record of `attnpress bench`."""
     found: list[dict[str, Any]] = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))
@@ -158,7 +166,7 @@ def untrained_markdown(name: str) -> str:
     rows = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     dense = rows["dense"]["score"]
     lines = [
-        "| asked | pairs without a code | sparsity | keys a row | score | against dense, points |",
+        "| asked | pairs without a code | sparsity | keys per query | score | against dense, points |",
         "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     order = {tail: place for place, tail in enumerate(("none", "mean", *(f"linear:{2**i}" for i in range(9))))}

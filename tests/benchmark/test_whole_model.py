@@ -19,10 +19,15 @@ from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.stock import attention_seconds, make_stock
 from attnpress.benchmark.turns import Prepared
 from attnpress.benchmark.whole_model import bench_models, build, prepare
+from attnpress.config import AttentionSpec
 from attnpress.core.linear import ACTIVATION_BITS
+from attnpress.deployment.linear import say_float
 from attnpress.kernels import cpu
+from attnpress.models.binding import bind
 from attnpress.report.render import models_table
+from attnpress.training.calibration import calibrate
 from tests.kernels.factories import needs_kernel
+from tests.models.factories import make_batch, make_model
 
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
@@ -123,9 +128,12 @@ def test_the_model_in_float32_differs_from_itself_by_its_last_bits(tmp_path: Pat
 
 
 @needs_kernel
-def test_a_model_without_int8_layers_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(BenchmarkError, match=r"modernbert-base has no int8 linear layers: .*stay in float"):
-        side(tmp_path, "ours", "modernbert-base", 16, 2, 0.8, "int8")
+def test_a_model_without_int8_layers_is_refused_by_name() -> None:
+    say_float.cache_clear()
+    model = bind(make_model("GPT-2"), AttentionSpec())
+    calibrate(model, [make_batch("GPT-2")])
+    with pytest.raises(BenchmarkError, match=r"gpt2 has no int8 linear layers: .*stay in float"):
+        whole_model._put_into_int8(model, "gpt2")
 
 
 @needs_kernel

@@ -365,7 +365,7 @@ def test_without_a_plan_all_products_are_int8_and_a_plan_goes_with_its_binding()
         calibrate_linear(compressed(), [])
 
 
-@pytest.mark.parametrize("name", ["ModernBERT", "GPT-2", "ViT"])
+@pytest.mark.parametrize("name", ["ALBERT", "GPT-2", "ViT"])
 def test_other_families_keep_float_and_padding_and_say_so_once(name: str, recwarn: pytest.WarningsRecorder) -> None:
     linear.say_float.cache_clear()
     deployment._say_padding.cache_clear()
@@ -375,6 +375,47 @@ def test_other_families_keep_float_and_padding_and_say_so_once(name: str, recwar
     said = [str(warning.message) for warning in recwarn]
     assert [line.partition(": ")[2][:20] for line in said] == ["linear layers stay i", "padding is kept; onl"]
     recwarn.clear()
+
+
+ONE_BY_ONE = {
+    "DistilBERT": {"query", "key", "value", "attention", "up", "down"},
+    "ModernBERT": {"qkv", "attention", "up", "down"},
+}
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_layers_of_other_families_are_int8_one_by_one(
+    name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    kinds = ONE_BY_ONE[name]
+    model = bind(make_model(name).eval(), PRUNED)
+    calibrate(model, BATCHES)
+    exact = hidden(model)
+    plan = calibrate_linear(model, BATCHES)
+    assert {key.partition(".")[2] for key in plan if key != "embedding"} == kinds
+    assert "embedding" in plan
+    assert all(0 < product.error < 0.2 for product in plan.values())
+    deployed = deploy(copy.deepcopy(model), "reference", linear="int8")
+    assert linear_layers(deployed).int8 == 2 * len(kinds)
+    assert 0 < float((hidden(deployed) - exact).norm() / exact.norm()) < 0.3
+    for saved in (model, deployed):  # float weights with their plan, and int8 ones
+        saved.save_pretrained(tmp_path / name)
+        again = deploy(type(model).from_pretrained(tmp_path / name), "reference", linear="int8")
+        assert torch.equal(hidden(again), hidden(deployed))
+    assert {str(said.message).partition(": ")[2][:15] for said in recwarn} <= {"padding is kept"}
+
+
+def test_windows_and_rotations_of_modernbert_stay_with_int8_layers() -> None:
+    model = bind(make_model("ModernBERT").eval(), AttentionSpec())
+    long = {"input_ids": torch.arange(3, 3 + 40).view(1, 40) % (VOCABULARY - 3) + 3}
+    calibrate(model, [long])
+    float_layers = deploy(copy.deepcopy(model), "reference", padding="keep")
+    int8_layers = deploy(model, "reference", linear="int8", padding="keep")
+    moved = {"input_ids": long["input_ids"].roll(1, 1)}
+    with torch.no_grad():
+        near, exact = (each(**long).last_hidden_state for each in (int8_layers, float_layers))
+        other = float_layers(**moved).last_hidden_state
+    assert float((near - exact).norm() / exact.norm()) < 0.2 < float((other - exact).norm() / exact.norm())
 
 
 def test_a_dense_layer_keeps_padding(recwarn: pytest.WarningsRecorder) -> None:

@@ -60,11 +60,12 @@ def test_sums_in_one_order_are_those_of_the_library(pooling: str, include_prompt
     torch.manual_seed(0)
     module = Pooling(8, (pooling, "cls", pooling), include_prompt=include_prompt)
     mask = (torch.arange(9) < torch.tensor([[9], [5], [3]])).long()
-    features = {"token_embeddings": torch.randn(3, 9, 8), "attention_mask": mask, "prompt_length": 2}
+    states = torch.randn(3, 9, 8)
+    features = {"token_embeddings": states, "attention_mask": mask, "prompt_length": 2}
     expected = module(dict(features))["sentence_embedding"]
     found = ordered_pooling(module, None, {**features, "sentence_embedding": expected.clone()})["sentence_embedding"]
     torch.testing.assert_close(found, expected)
-    exact = features["token_embeddings"].double() * mask.unsqueeze(-1)
+    exact = states.double() * mask.unsqueeze(-1)
     if pooling == "mean" and include_prompt:
         torch.testing.assert_close(found[:, :8].double(), exact.sum(1) / mask.sum(1, keepdim=True))
 

@@ -26,13 +26,17 @@ from attnpress.cli.parser import main
 from attnpress.config import ConfigError
 from attnpress.deployment.linear import linear_layers
 from attnpress.files import OutputError
+from attnpress.kernels import cpu
 from attnpress.kernels.cpu import BackendUnavailableError
-from attnpress.models.encoders import ModelError, saved_encoder
+from attnpress.models.checkpoint import ModelError
+from attnpress.models.encoders import saved_encoder
 from attnpress.models.forward import UnsupportedModelError
 from attnpress.posttraining import run as module
+from attnpress.posttraining.forms import make
 from attnpress.posttraining.measure import Cost, costs
 from attnpress.posttraining.run import QuantizeSpec
 from attnpress.records.quantized import read_quantized
+from attnpress.tasks.texts import texts_of
 from tests.conftest import VOCABULARY, TokenizerFactory
 from tests.kernels.factories import needs_kernel
 from tests.posttraining.factories import make_embedder, save_classifier, some_pairs, some_texts
@@ -84,7 +88,7 @@ def test_what_is_judged_is_the_model_that_is_saved(classifier: Path, tmp_path: P
     record = attnpress.quantize(classifier, TEXTS, output=tmp_path / "fast", bits=4, sparsity=0.8).record
     dense, ours = saved_encoder(classifier), saved_encoder(tmp_path / "fast")
     attnpress.deploy(ours.model, "cpu")
-    rows = module.texts_of(TEXTS).rows[record.texts.calibration :]
+    rows = texts_of(TEXTS).rows[record.texts.calibration :]
     assert len(rows) == record.texts.judged
     same = dense.answer(rows).argmax(-1) == ours.answer(rows, batch_size=5).argmax(-1)
     assert record.agreement["same_decisions"] == pytest.approx(float(same.double().mean()))
@@ -155,6 +159,27 @@ def test_a_search_holds_what_it_is_asked_to_hold(
 
 
 @pytest.mark.usefixtures("untimed")
+@pytest.mark.parametrize("kind", ["embedder", "classifier"])
+def test_distillation_wins_back_what_pruning_costs(
+    tiny_model: Path, classifier: Path, tmp_path: Path, kind: str
+) -> None:
+    source, figure = (tiny_model, "lowest_cosine") if kind == "embedder" else (classifier, "logit_change")
+    torch.manual_seed(0)
+    form: dict[str, Any] = {"sparsity": 0.9, "tail": "none", "linear": "float"}
+    texts = some_texts(240)
+    untaught = attnpress.quantize(source, texts, **form).record
+    taught = attnpress.quantize(source, texts, **form, distill=12, output=tmp_path / "taught").record
+    assert taught.texts.calibration < taught.texts.training == len(texts) - taught.texts.judged
+    assert taught.sparsity == pytest.approx(0.9, abs=0.05)
+    better = untaught.agreement[figure] < taught.agreement[figure]
+    assert better == (kind == "embedder")  # a cosine grows, a change shrinks
+    loaded = saved_encoder(tmp_path / "taught").model
+    assert {state.spec.sparsity for state in attnpress.attentions(loaded).values()} == {0.9}
+    with pytest.raises(ConfigError, match="--distill trains one form"):
+        attnpress.quantize(source, texts, distill=1, max_loss=0.1)
+
+
+@pytest.mark.usefixtures("untimed")
 def test_few_texts_and_texts_of_one_length_are_told_of(tiny_model: Path) -> None:
     with pytest.warns(UserWarning, match="only 20 texts"):
         attnpress.quantize(tiny_model, TEXTS[:20], linear="float")
@@ -178,7 +203,7 @@ def test_a_slower_model_is_told_of(tiny_model: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_costs_are_those_of_the_saved_models(tiny_model: Path, tmp_path: Path) -> None:
-    made = module.make(saved_encoder(tiny_model), module.USUAL, [(text,) for text in TEXTS[:16]])
+    made = make(saved_encoder(tiny_model), module.USUAL, [(text,) for text in TEXTS[:16]])
     made.encoder.save(tmp_path / "fast")
     dense, ours, target = costs(tiny_model, tmp_path / "fast", [(text,) for text in TEXTS[:8]], threads=1, seconds=0.1)
     assert dense.texts_per_second > 0
@@ -243,7 +268,7 @@ def test_an_output_in_use_is_refused_before_the_work(tiny_model: Path, tmp_path:
 
 
 def test_without_the_kernel_it_says_how_to_build_it(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.cpu, "is_built", lambda: False)
+    monkeypatch.setattr(cpu, "is_built", lambda: False)
     with pytest.raises(BackendUnavailableError, match="run `make kernel`"):
         attnpress.quantize(tiny_model, TEXTS)
 
@@ -252,15 +277,16 @@ def test_without_the_kernel_it_says_how_to_build_it(tiny_model: Path, monkeypatc
 def test_int8_layers_asked_for_by_name_where_there_are_none_are_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    from transformers import DistilBertConfig, DistilBertModel
+    from transformers import AlbertConfig, AlbertModel
 
     torch.manual_seed(0)
-    config = DistilBertConfig(vocab_size=len(VOCABULARY), dim=32, n_layers=1, n_heads=2, hidden_dim=64)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AlbertConfig(vocab_size=len(VOCABULARY), embedding_size=32, intermediate_size=64, **sizes)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
-        with pytest.raises(ConfigError, match="--linear int8: all linear layers of DistilBertModel stay in float"):
-            attnpress.quantize(DistilBertModel(config), TEXTS, tokenizer=tokenizer, linear="int8")
-        record = attnpress.quantize(DistilBertModel(config), TEXTS, tokenizer=tokenizer).record
+        with pytest.raises(ConfigError, match="--linear int8: all linear layers of AlbertModel stay in float"):
+            attnpress.quantize(AlbertModel(config), TEXTS, tokenizer=tokenizer, linear="int8")
+        record = attnpress.quantize(AlbertModel(config), TEXTS, tokenizer=tokenizer).record
     assert record.linear == "float"
 
 

@@ -97,7 +97,7 @@ def test_a_comparison_of_int8_layers_is_refused_where_none_can_be(
         set_plan(model, plan)
         return plan
 
-    monkeypatch.setattr("attnpress.deployment.linear.plan_linear", float_plan)
+    monkeypatch.setattr("attnpress.runs.agreement.plan_linear", float_plan)
     with pytest.raises(
         ConfigError, match=r"--linear int8: all linear layers of BertForSequenceClassification stay in fl"
     ):

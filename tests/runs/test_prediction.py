@@ -238,6 +238,32 @@ def test_tables_and_lines_of_windows_are_read(name: str, content: bytes, tmp_pat
     assert found[0]["line"] == (1 if name == "in.jsonl" else 2)
 
 
+def test_parquet_is_answered_as_lines_are_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    rows = [json.loads(line) for line in texts(9)]
+    parquet.write_table(pa.Table.from_pylist([*rows, {"text": None, "id": "bad"}]), tmp_path / "in.parquet")
+    predict(write(tmp_path / "in.jsonl", [*texts(9), '{"text": null, "id": "bad"}']), tmp_path / "lines.jsonl")
+    monkeypatch.setattr(prediction, "CHUNK", 4)
+    calls: list[int] = []
+
+    def dies(chunk: Sequence[Row]) -> list[Row]:
+        calls.append(len(chunk))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return lengths(chunk)
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(tmp_path / "in.parquet", tmp_path / "rows.jsonl", answer=dies)
+    done = predict(tmp_path / "in.parquet", tmp_path / "rows.jsonl")
+    assert (done.written, done.skipped) == (9, 1)
+    assert read(tmp_path / "rows.jsonl") == read(tmp_path / "lines.jsonl")
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(TaskError, match="not a whole Parquet file"):
+        predict(tmp_path / "broken.parquet", tmp_path / "none.jsonl")
+
+
 def test_a_table_is_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prediction, "CHUNK", 3)
     (tmp_path / "in.csv").write_text("text\n" + "".join(f'"{"x" * n}\nx"\n' for n in range(10)), "utf-8")

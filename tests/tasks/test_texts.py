@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +119,13 @@ def test_a_place_without_a_file_is_refused(tmp_path: Path) -> None:
 def test_texts_of_python_are_checked(rows: Any, said: str) -> None:
     with pytest.raises(TaskError, match=re.compile(said)):
         texts_of(rows)
+
+
+def test_a_stream_is_read_as_a_file_is(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_text("\n".join(json.dumps({"text": text}) for text in TEXTS)))
+    writer.start()
+    found = read_texts(str(pipe))
+    writer.join()
+    assert found.rows == texts_of(TEXTS).rows

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,19 @@ OPSET = 21
 
 
 @dataclass(frozen=True)
+class Session:
+    """A graph that is ready to run.
+
+    Attributes:
+        run: from tensors by name, of any batch size and length, to the outputs.
+        facts: what the runtime says of itself.
+    """
+
+    run: Callable[[Mapping[str, Tensor]], Any]
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Runtime:
     """A peer that runs a file.
 
@@ -28,14 +42,19 @@ class Runtime:
         extra: of attnpress, which brings `packages`.
         file: below the folder of the side.
         write: writes that file for a float32 model and inputs to take ranges from.
-        serve: gets the file, the inputs and the number of threads.
+        session: opens that file, for a number of threads.
     """
 
     extra: str
     packages: tuple[str, ...]
     file: str
     write: Callable[[nn.Module, Mapping[str, Tensor], Path], None]
-    serve: Callable[[Path, Mapping[str, Tensor], int], Prepared]
+    session: Callable[[Path, int], Session]
+
+    def serve(self, file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
+        """The graph in that file, run again and again on the same inputs."""
+        session = self.session(file, threads)
+        return Prepared(lambda: session.run(inputs), session.facts)
 
 
 def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
@@ -60,15 +79,19 @@ def _write_onnxruntime(model: nn.Module, inputs: Mapping[str, Tensor], file: Pat
         quantize_dynamic(Path(scratch) / "model.onnx", file, per_channel=True, weight_type=QuantType.QInt8)
 
 
-def _serve_onnxruntime(file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
+def _open_onnxruntime(file: Path, threads: int) -> Session:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # no thread awake in the others' turns
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
-    arrays = {name: x.numpy() for name, x in inputs.items()}
-    return Prepared(lambda: session.run(None, arrays), {"threads": threads})
+    known = {each.name for each in session.get_inputs()}
+
+    def run(inputs: Mapping[str, Tensor]) -> Any:
+        return session.run(None, {name: x.numpy() for name, x in inputs.items() if name in known})
+
+    return Session(run, {"threads": threads})
 
 
 def _write_openvino(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
@@ -85,16 +108,21 @@ def _write_openvino(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) 
         openvino.save_model(quantized, file)
 
 
-def _serve_openvino(file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
+def _open_openvino(file: Path, threads: int) -> Session:
     """With the plugin's own choice of precision for what is not int8, and memory shared with the caller."""
     _keep_to_ourselves()
     import openvino
 
     compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_NUM_THREADS": threads})
     request = compiled.create_infer_request()
-    arrays = {name: x.numpy() for name, x in inputs.items()}
+    known = {name for each in compiled.inputs for name in each.get_names()}
     facts = {name: str(compiled.get_property(name)) for name in ("INFERENCE_NUM_THREADS", "INFERENCE_PRECISION_HINT")}
-    return Prepared(lambda: request.infer(arrays, share_inputs=True, share_outputs=True), facts)
+
+    def run(inputs: Mapping[str, Tensor]) -> Any:
+        arrays = {name: x.numpy() for name, x in inputs.items() if name in known}
+        return request.infer(arrays, share_inputs=True, share_outputs=True)
+
+    return Session(run, facts)
 
 
 def _keep_to_ourselves() -> None:
@@ -104,10 +132,10 @@ def _keep_to_ourselves() -> None:
 
 RUNTIMES = {
     "onnxruntime-int8": Runtime(
-        "onnx", ("onnx", "onnxruntime", "onnxscript"), "model.onnx", _write_onnxruntime, _serve_onnxruntime
+        "onnx", ("onnx", "onnxruntime", "onnxscript"), "model.onnx", _write_onnxruntime, _open_onnxruntime
     ),
     "openvino-int8": Runtime(
-        "openvino", ("nncf", "onnx", "onnxscript", "openvino"), "model.xml", _write_openvino, _serve_openvino
+        "openvino", ("nncf", "onnx", "onnxscript", "openvino"), "model.xml", _write_openvino, _open_openvino
     ),
 }
 """Peers of whole models, by name."""

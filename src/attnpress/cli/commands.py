@@ -245,9 +245,9 @@ def bench(options: argparse.Namespace) -> int:
     _check_json(options.json, {"peer", "ours_ms", "peer_ms", "ratio"})
     from dataclasses import asdict
 
-    from attnpress.report.render import models_table, timings_table
+    from attnpress.report.render import encode_table, models_table, timings_table
 
-    table = models_table if options.whole_model else timings_table
+    table = encode_table if options.encode else models_table if options.whole_model else timings_table
     records = [asdict(timing) for timing in _timings(options)]
     for record in records:
         record["provenance"]["command"] = _command_line(options)
@@ -299,6 +299,15 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         config = _run_config(options.run_dir)
         _quiet_libraries()
         return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
+    if options.encode:
+        if options.texts is None:
+            raise BenchmarkError("--encode needs texts: --texts FILE, as `attnpress quantize` takes them")
+        _quiet_libraries()
+        from attnpress.posttraining.peers import bench_encode
+
+        return bench_encode(options.encode, str(options.texts), options.column, batch=options.batch or 32, **shared)
+    if options.texts is not None or options.column:
+        raise BenchmarkError("--texts and --column are those of --encode MODEL")
     if options.layer:
         raise BenchmarkError("--layer chooses among the layers of --from RUN_DIR")
     sparsity, lengths = 0.95 if options.sparsity is None else options.sparsity, options.seq_len or [128, 512, 2048]
@@ -357,7 +366,10 @@ def _stage_line(text: str) -> None:
     print(f"== {text}", flush=True)
 
 
-def _say_warning(message: Warning | str, *_: object) -> None:
+def _say_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: TextIO | None = None, line: str | None = None,
+) -> None:  # fmt: skip
     print(f"attnpress: {message}", file=sys.stderr, flush=True)
 
 

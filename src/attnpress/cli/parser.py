@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from attnpress.cli import commands
 from attnpress.cli.exit_status import exit_status
@@ -43,6 +43,7 @@ EXAMPLES = """examples:
   attnpress bench --seq-len 128 384 --sparsity 0.95 --threads 1 --peers sdpa openvino --json bench.json
   attnpress bench --seq-len 384 1024 --tail linear --tail-rank 8 --json tail.json
   attnpress bench --from runs/demo --layer 0 5 --batch 8 --peers sdpa openvino
+  attnpress bench --encode my-embedder --texts mine.jsonl --peers torch openvino-int8
   attnpress bench --whole-model minilm bert-base --seq-len 128 384 512 --peers sdpa eager
 """
 
@@ -245,6 +246,10 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
         help="search for the strongest compression whose agreement drops by at most this much",
     )  # fmt: skip
     parser.add_argument(
+        "--distill", type=float, metavar="EPOCHS",
+        help="also train it, without labels: to answer the texts that are not judged as the dense model does",
+    )  # fmt: skip
+    parser.add_argument(
         "--threads", type=whole("--threads", 1, 1024), metavar="N", help="threads for timing (default: torch's setting)"
     )
 
@@ -279,7 +284,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input", type=_read_from, required=True, metavar="FILE",
-        help="CSV, tab-separated text (.tsv, .txt) or JSON lines, in UTF-8, with the column names of the task, for "
+        help="CSV, tab-separated text (.tsv, .txt), JSON lines in UTF-8, or Parquet, with the column names of the task, for "
         'example {"text": ...}',
     )  # fmt: skip
     parser.add_argument(
@@ -337,6 +342,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="measure whole models: minilm, bert-base, modernbert-base",
     )
+    _encode_arguments(parser, inputs)
     _linear_argument(parser)
     parser.add_argument(
         "--ragged",
@@ -351,6 +357,16 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --from: only these layers, counted from 0",
     )  # fmt: skip
     parser.add_argument("--json", type=_write_to, metavar="FILE", help="also write all figures to this file")
+
+
+def _encode_arguments(parser: argparse.ArgumentParser, inputs: Any) -> None:
+    inputs.add_argument(
+        "--encode", metavar="MODEL",
+        help="an embedder, classifier or reranker in its default compressed form, on --texts, beside torch (float32), "
+        "onnxruntime-int8, openvino-int8",
+    )  # fmt: skip
+    parser.add_argument("--texts", type=_read_from, metavar="FILE", help="with --encode: as `quantize` takes them")
+    parser.add_argument("--column", nargs="+", default=(), metavar="NAME", help="with --encode: of the texts")
 
 
 def _read_from(word: str) -> Path:

@@ -29,6 +29,16 @@ def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens:
     return torch.stack(errors).mean()
 
 
+def states_loss(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
+    """Squared error of hidden states [B, S, K] over real tokens, relative to the teacher's power.
+
+    Args:
+        tokens: 1 for real tokens, [B, S].
+    """
+    weight = tokens.unsqueeze(-1).to(teacher.dtype)
+    return ((student - teacher) ** 2 * weight).sum() / (teacher**2 * weight).sum().clamp(min=1e-30)
+
+
 def logits_loss(student: Any, teacher: Any, temperature: float, tokens: Tensor) -> Tensor:
     """Divergence of the predictions, softened by `temperature` and scaled by its square (Hinton et al. 2015).
 

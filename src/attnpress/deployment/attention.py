@@ -42,8 +42,9 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
             `calibrate_linear` left in float. Their float32 weights are let go, so such a model cannot be undeployed.
             `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. The small
             float layers around the encoder are computed in one order, so that with no product left in float the
-            output of a text is the same bits in any company, on any processor (docs/never_changes.md). Families
-            other than BERT's keep float layers, said once in a warning.
+            output of a text is the same bits in any company, on any processor (docs/never_changes.md). DistilBERT
+            and ModernBERT have int8 layers without that promise; other families keep float layers, said once in a
+            warning.
         padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
             padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
 

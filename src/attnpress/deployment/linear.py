@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnpress.config import RunConfig
 from attnpress.core.linear import ACTIVATION_BITS, Bits, ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PASSES, PackedProduct
-from attnpress.models.encoder import entries, find_encoder, is_int8, place_int8, plan_of, set_plan
+from attnpress.models.encoder import entries, find_encoder, find_layers, is_int8, place_int8, plan_of, set_plan
 from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
 from attnpress.models.ordered import OrderedLinear, place_ordered
@@ -96,9 +96,9 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
     Raises:
         ValueError: they are int8 already.
     """
-    encoder = find_encoder(model)
+    encoder = find_layers(model)
     if encoder is None:
-        say_float(type(model).__name__, "its layers are not those of BERT, RoBERTa or ELECTRA encoders")
+        say_float(type(model).__name__, "its layers are not those of BERT, DistilBERT or ModernBERT encoders")
         return None
     if next(encoder.parameters()).dtype != torch.float32:
         say_float(type(model).__name__, "its weights are not float32")

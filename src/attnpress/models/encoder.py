@@ -1,7 +1,8 @@
-"""Encoders of the BERT family as a deployment changes them: their linear layers, and running them without padding.
+"""Encoders as a deployment changes them: their linear layers, and running them without padding.
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA build their layers alike, from the same submodules under the same
-names; nothing here holds for other families, which `find_encoder` does not find.
+names: their products are joined with what stands around them, and they run without padding. `find_encoder` finds only
+those. Of DistilBERT and ModernBERT, which `find_layers` finds as well, linear layers are replaced one by one.
 """
 
 from __future__ import annotations
@@ -37,28 +38,81 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
 
 FLOAT = ProductPlan(quantized=False)
 
+
+@dataclass(frozen=True)
+class Family:
+    """Where encoders that are built alike have their linear layers.
+
+    Attributes:
+        layers: classes of an encoder's layers, by module of Transformers and name.
+        row: attribute of the encoder that lists them.
+        products: linear layers by the product that computes them.
+    """
+
+    layers: tuple[str, ...]
+    row: str
+    products: Mapping[str, tuple[str, ...]]
+
+    def has(self, module: nn.Module) -> bool:
+        """Whether a module is such an encoder, and no decoder."""
+        layers = getattr(module, self.row, None)
+        return isinstance(layers, nn.ModuleList) and len(layers) > 0 and all(map(self._is_layer, layers))
+
+    def _is_layer(self, layer: nn.Module) -> bool:
+        plain = not (getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False))
+        return type(layer).__name__ in self.layers and plain
+
+
+BERT = Family(LAYERS, "layer", PRODUCTS)
+ONE_BY_ONE = (
+    Family(
+        ("TransformerBlock",),
+        "layer",
+        {
+            "query": ("attention.q_lin",),
+            "key": ("attention.k_lin",),
+            "value": ("attention.v_lin",),
+            "attention": ("attention.out_lin",),
+            "up": ("ffn.lin1",),
+            "down": ("ffn.lin2",),
+        },
+    ),
+    Family(
+        ("ModernBertEncoderLayer",),
+        "layers",
+        {"qkv": ("attn.Wqkv",), "attention": ("attn.Wo",), "up": ("mlp.Wi",), "down": ("mlp.Wo",)},
+    ),
+)
+"""DistilBERT and ModernBERT: each product is one linear layer, and what stands around it stays Transformers' own."""
+
 EMBEDDING = "embedding"
 """The word embedding, in plans: not a product, but it goes to half precision with them."""
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
     """The module whose `layer` list holds encoder layers of the BERT family; None if the model has no such encoder."""
-    for module in model.modules():
-        layers = getattr(module, "layer", None)
-        if isinstance(layers, nn.ModuleList) and len(layers) and all(_is_encoder_layer(layer) for layer in layers):
-            return module
-    return None
+    return next((module for module in model.modules() if BERT.has(module)), None)
+
+
+def find_layers(model: nn.Module) -> nn.Module | None:
+    """The module that lists encoder layers of any family here, whose linear layers can be int8; None if none does."""
+    return next((module for module in model.modules() if family_of(module) is not None), None)
+
+
+def family_of(encoder: nn.Module) -> Family | None:
+    """The family of an encoder; None if it is none, or of another."""
+    return next((family for family in (BERT, *ONE_BY_ONE) if family.has(encoder)), None)
 
 
 def plan_of(model: nn.Module) -> dict[str, ProductPlan] | None:
     """The plan of a model's int8 layers; None where none was made."""
-    plan = attached_to(find_encoder(model)).plan
+    plan = attached_to(find_layers(model)).plan
     return None if plan is None else dict(plan)
 
 
 def set_plan(model: nn.Module, plan: Mapping[str, ProductPlan] | None) -> None:
     """Keep a plan on the encoder, so that a model and what wraps it know the same one; None forgets it."""
-    encoder = find_encoder(model)
+    encoder = find_layers(model)
     if encoder is not None:
         attach(encoder, plan=None if plan is None else dict(plan))
 
@@ -68,19 +122,15 @@ def is_int8(model: nn.Module) -> bool:
     return any(isinstance(module, Int8Linear | HalfEmbedding) for module in model.modules())
 
 
-def _is_encoder_layer(layer: nn.Module) -> bool:
-    plain = not (getattr(layer, "is_decoder", False) or getattr(layer, "add_cross_attention", False))
-    return type(layer).__name__ in LAYERS and plain
-
-
 def find_embedding(model: nn.Module, encoder: nn.Module) -> nn.Embedding | None:
     """The word embedding that feeds the encoder; None where another layer shares its weight."""
-    parents: list[Any] = [module for module in model.modules() if getattr(module, "encoder", None) is encoder]
-    if not parents:
+    parents = [module for module in model.modules() if module is encoder or encoder in module.children()]
+    embeddings = next((found for parent in parents if (found := getattr(parent, "embeddings", None)) is not None), None)
+    words = getattr(embeddings, "word_embeddings", getattr(embeddings, "tok_embeddings", None))
+    if not isinstance(words, nn.Embedding):
         return None
-    words: nn.Embedding = parents[0].embeddings.word_embeddings
     sharing = [module for module in model.modules() if getattr(module, "weight", None) is words.weight]
-    return words if isinstance(words, nn.Embedding) and len(sharing) == 1 else None
+    return words if len(sharing) == 1 else None
 
 
 def states(encoder: Any) -> Iterator[CompressedAttention]:
@@ -93,8 +143,9 @@ def states(encoder: Any) -> Iterator[CompressedAttention]:
 
 def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
     """Every product of the encoder by its name, "0.qkv" for instance, with the linear layers it computes."""
-    for index, layer in enumerate(encoder.layer):
-        for name, places in PRODUCTS.items():
+    family = family_of(encoder) or BERT
+    for index, layer in enumerate(getattr(encoder, family.row)):
+        for name, places in family.products.items():
             yield f"{index}.{name}", [layer.get_submodule(place) for place in places]
 
 
@@ -121,6 +172,12 @@ def place_int8(
             yield embedding, layers
             continue
         index, _, kind = name.partition(".")
+        family = family_of(encoder) or BERT
+        if family is not BERT:
+            product = Int8Linear.like(layers, bits=plan[name].bits)
+            getattr(encoder, family.row)[int(index)].set_submodule(family.products[kind][0], product)
+            yield product, layers
+            continue
         layer, down = encoder.layer[int(index)], plan.get(f"{index}.down", FLOAT)
         activated = kind == "up" and down.quantized and _has_gelu(layer)
         product = Int8Linear.like(layers, activated, plan[name].bits, down.bits)

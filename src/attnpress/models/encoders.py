@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from attnpress.models.attention import NAME
 from attnpress.models.checkpoint import ModelError
@@ -71,7 +71,7 @@ class Encoder:
     def batches(self, rows: Rows, size: int) -> Iterator[Batch]:
         """Inputs of the model in batches of so many texts, as they come."""
         for begin in range(0, len(rows), size):
-            yield self._inputs(rows[begin : begin + size])
+            yield self.inputs(rows[begin : begin + size])
 
     def answer(self, rows: Rows, batch_size: int = 32) -> Tensor:
         """What the model says of texts: float32 [rows, dimensions or classes or 1], on the CPU.
@@ -84,7 +84,7 @@ class Encoder:
         said: list[Tensor] = [torch.empty(0)] * len(rows)
         for begin in range(0, len(order), batch_size):
             part = order[begin : begin + batch_size]
-            inputs = self._inputs([rows[row] for row in part])
+            inputs = self.inputs([rows[row] for row in part])
             with torch.inference_mode():
                 found = self.model(**{name: x.to(self.model.device) for name, x in inputs.items()})
             answers = _mean(found[0], inputs["attention_mask"]) if self.kind == "embedder" else found.logits
@@ -108,7 +108,8 @@ class Encoder:
             found = self.model.predict([tuple(row) for row in rows], activation_fn=nn.Identity(), **shared)
         return found
 
-    def _inputs(self, rows: Rows) -> dict[str, Any]:
+    def inputs(self, rows: Rows) -> dict[str, Any]:
+        """Inputs of the model for texts, padded to the longest."""
         if is_pipeline(self.model):
             prompt = self.model.prompts.get(self.model.default_prompt_name)
             texts = [row[0] if len(row) == 1 else tuple(row) for row in rows]
@@ -192,7 +193,7 @@ def encoder_of(model: Any, tokenizer: Any = None) -> Encoder:
         )
     take_padding(model, tokenizer)
     model.eval()
-    kind = _kind(model.config.num_labels) if CLASSIFIES in type(model).__name__ else "embedder"
+    kind = _kind(model.config.num_labels or 1) if CLASSIFIES in type(model).__name__ else "embedder"
     limits = [longest_input(model) or LONGEST, tokenizer.model_max_length, LONGEST]
     return Encoder(model, tokenizer, kind, int(min(limits)))
 

@@ -34,6 +34,7 @@ from attnpress.models.checkpoint import (
     shapes_of,
     wrong_with,
 )
+from attnpress.models.linear import HalfEmbedding, Int8Linear
 from attnpress.models.mapping import leave_files
 from attnpress.models.state import parse_whole_spec, saving_call, unpack_extra
 
@@ -201,14 +202,19 @@ class AttnPressQuantizer(HfQuantizer):
             self._place_int8(model)
 
     def _place_int8(self, model: Any) -> None:
-        from attnpress.models.encoder import EMBEDDING, entries, find_encoder, place_int8
+        from attnpress.models.encoder import EMBEDDING, entries, find_layers, place_int8
 
-        encoder, plan = find_encoder(model), self.quantization_config.linear
+        encoder, plan = find_layers(model), self.quantization_config.linear
         known = set() if encoder is None else set(entries(model, encoder))
         if encoder is None or not known - {EMBEDDING} <= set(plan) <= known:
             raise ModelError("quantization_config of attnpress is damaged: its int8 layers are not those of this model")
         for _ in place_int8(model, encoder, plan):
             pass
+        for module in model.modules():
+            holds_int8 = any(isinstance(child, Int8Linear | HalfEmbedding) for child in module.children())
+            if holds_int8 and not module._parameters and not module._buffers:
+                # It has nothing of its own to initialize, but in ModernBERT it would reach for its children's weights.
+                module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         from attnpress.models.attached import attach

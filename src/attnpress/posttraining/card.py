@@ -16,7 +16,7 @@ CARD = """---
 # {base}, compressed
 
 {base} with query, key, value and attention probabilities at {bits} bits, {sparsity} of the probabilities zero, and
-linear layers in {linear}{tail}. Made by attnpress {version} without labels and without training; every figure is in
+linear layers in {linear}{tail}. Made by attnpress {version} without labels{training}; every figure is in
 `{file}`.
 
 {table}
@@ -74,10 +74,11 @@ def quantized_caption(record: QuantizedRecord) -> str:
     texts, float_products = record.texts, len(record.float_products)
     threads = f"{record.threads} thread" + ("s" if record.threads > 1 else "")
     stayed = f"; {float_products} products stayed in float" if record.linear == "int8" and float_products else ""
+    taught = f"; trained on {texts.training} others for {record.distill:g} epochs" if record.distill is not None else ""
     return (
         f"{texts.judged} texts judged, of {texts.shortest} to {texts.longest} tokens (median {texts.median}), none of "
         f"them among the {texts.calibration} for calibration; {threads}, {record.target}, linear layers in "
-        f"{record.linear}{stayed}."
+        f"{record.linear}{stayed}{taught}."
     )
 
 
@@ -104,6 +105,7 @@ def quantized_card(record: QuantizedRecord, class_name: str) -> str:
         bits="/".join(map(str, sorted(bits))),
         sparsity=f"{record.sparsity:.0%}", linear="8 bits" if record.linear == "int8" else "floating point",
         tail="" if tail == "none" else f"; what is pruned still counts, by a tail ({tail})",
+        training=" and without training" if record.distill is None else f", taught for {record.distill:g} epochs",
         version=record.provenance["versions"]["attnpress"], file=FILE,
         table=quantized_markdown(record),
         load=f"{imported}\n\nmodel = {made}  # this folder",

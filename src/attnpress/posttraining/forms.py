@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from attnpress.config import AttentionSpec, ProbsSpec, TailName, TensorSpec
+from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TailName, TensorSpec, TrainSpec
 from attnpress.core.cost import total_work
 from attnpress.deployment.attention import Linear, deploy
 from attnpress.deployment.linear import calibrate_linear, linear_layers
@@ -15,12 +18,17 @@ from attnpress.models.binding import bind, bound_modules
 from attnpress.models.encoders import Encoder, Rows
 from attnpress.models.inputs import Batch
 from attnpress.models.outputs import outputs
+from attnpress.models.pipeline import called_with_batches
 from attnpress.models.watchers import Counting, watched
 from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.training.calibration import calibrate
+from attnpress.training.unlabelled import train_unlabelled
 
 BATCH = 8
 """Texts that go through the model together while it is calibrated: its intermediate results are large."""
+
+RATE = 1e-4
+"""Learning rate at its peak, of a form that is trained."""
 
 COUNTED = 16
 """Texts on which survivors are counted."""
@@ -84,19 +92,32 @@ class Made:
     survivors: Survivors
 
 
-def make(dense: Encoder, form: Form, rows: Rows) -> Made:
+@dataclass(frozen=True)
+class Lesson:
+    """What a form is trained on before it is deployed: texts, and how often each."""
+
+    rows: Rows
+    epochs: float
+
+
+def make(dense: Encoder, form: Form, rows: Rows, lesson: Lesson | None = None) -> Made:
     """A copy of an encoder in a form.
 
     Args:
         dense: left as it is.
         rows: texts for calibration.
+        lesson: teach the copy to answer as the dense encoder does, while its sparsity rises.
 
     Raises:
         UnsupportedModelError: see `bind`.
+        DivergedError: see `train_unlabelled`.
     """
     encoder = copy.copy(dense)
-    encoder.model = model = bind(copy.deepcopy(dense.model), form.attention)
+    begin = form.attention if lesson is None else dataclasses.replace(form.attention, sparsity=0.0)
+    encoder.model = model = bind(copy.deepcopy(dense.model), begin)
     calibrate(model, encoder.batches(by_length(rows), BATCH))
+    if lesson is not None:
+        _teach(dense, encoder, lesson, form.sparsity)
     deploy(model, "cpu", padding="skip")  # what follows asks for outputs alone, and these are the same
     survivors = _survivors(encoder, rows[:COUNTED])
     plan = calibrate_linear(model, _judging_batches(encoder, rows)) if form.linear == "int8" else {}
@@ -104,6 +125,17 @@ def make(dense: Encoder, form: Form, rows: Rows) -> Made:
     linear: Linear = "int8" if linear_layers(model).int8 else "float"
     left = [name for name, product in plan.items() if not product.quantized]
     return Made(encoder, dataclasses.replace(form, linear=linear), left, survivors)
+
+
+def _teach(dense: Encoder, encoder: Encoder, lesson: Lesson, sparsity: float) -> None:
+    student: Any = called_with_batches(encoder.model)
+    teacher: Any = bind(copy.deepcopy(called_with_batches(dense.model)), DENSE)
+    spec = TrainSpec(epochs=lesson.epochs, learning_rate=RATE, batch_size=2 * BATCH, checkpoints=1)
+    with tempfile.TemporaryDirectory() as folder:
+        train_unlabelled(
+            student, teacher, lesson.rows, encoder.inputs, spec, Path(folder),
+            sparsity=sparsity, lengths=[sum(map(len, row)) for row in lesson.rows],
+        )  # fmt: skip
 
 
 def _survivors(encoder: Encoder, rows: Rows) -> Survivors:

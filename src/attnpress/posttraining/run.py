@@ -20,6 +20,7 @@ from pydantic.dataclasses import dataclass as checked_dataclass
 from attnpress.benchmark.machine import provenance
 from attnpress.config import ConfigError, Count, Sparsity, TailName
 from attnpress.config.recipe import spec_to_dict
+from attnpress.config.specs import Epochs
 from attnpress.deployment.linear import linear_layers
 from attnpress.files import check_folder, whole_folder, write_text
 from attnpress.kernels import cpu
@@ -28,7 +29,7 @@ from attnpress.models.encoders import Encoder, check_compressible, encoder_of, l
 from attnpress.models.pipeline import is_pipeline
 from attnpress.posttraining.agreement import agreement, loss_of
 from attnpress.posttraining.card import quantized_card
-from attnpress.posttraining.forms import Form, Made, make
+from attnpress.posttraining.forms import Form, Lesson, Made, make
 from attnpress.posttraining.measure import Cost, costs
 from attnpress.posttraining.search import BITS, SPARSITIES, Trials, most_compressed
 from attnpress.records.quantized import FILE, CostRecord, QuantizedRecord, TextsRecord, TrialRecord
@@ -59,6 +60,8 @@ class QuantizeSpec:
         tail: what pruned pairs still add: "none", "mean" or "linear".
         linear: "int8" for linear layers in 8 bits and no padding, "float" to leave them.
         max_loss: how much agreement may fall below 1; the most compressed form that holds it is made.
+        distill: epochs in which the compressed model learns from the dense one's answers, on the texts that are not
+            judged, while its sparsity rises.
         threads: with which speed is measured; torch's own number unless given.
     """
 
@@ -67,6 +70,7 @@ class QuantizeSpec:
     tail: TailName | None = None
     linear: Literal["float", "int8"] | None = None
     max_loss: Annotated[float, Field(ge=0, lt=1)] | None = None
+    distill: Epochs | None = None
     threads: Count | None = None
 
 
@@ -149,8 +153,12 @@ class _Task:
             raise ConfigError(
                 "texts: only one; at least two are needed, to calibrate on and to judge on: give hundreds"
             )
+        if self.asked.distill is not None and self.asked.max_loss is not None:
+            raise ConfigError("--distill trains one form, and --max-loss tries many: give --sparsity instead")
         cut = min(CALIBRATION, len(rows) // 2)
-        self.calibration, self.judged = rows[:cut], rows[cut : cut + JUDGED]
+        kept = cut + (min(JUDGED, (len(rows) - cut + 2) // 3) if self.asked.distill is not None else JUDGED)
+        self.calibration, self.judged = rows[:cut], rows[cut:kept]
+        self.training = [*self.calibration, *rows[kept:]] if self.asked.distill is not None else []
         self.texts = self._texts()
 
     def run(self) -> Quantized:
@@ -162,7 +170,11 @@ class _Task:
         if self.asked.max_loss is not None:
             form, trials = self._search(form, self.asked.max_loss)
         self.notify(f"making it: {_words(form)}")
-        made = make(self.dense, form, self.calibration)
+        lesson = None
+        if self.asked.distill is not None:
+            lesson = Lesson(self.training, self.asked.distill)
+            self.notify(f"teaching it on {len(self.training)} texts, {self.asked.distill:g} epochs")
+        made = make(self.dense, form, self.calibration, lesson)
         self._check_linear(made)
         return self._written(made, trials)
 
@@ -223,11 +235,12 @@ class _Task:
             linear_layers=dataclasses.asdict(linear_layers(made.encoder.model)), float_products=made.float_products,
             sparsity=left.sparsity, keys_per_query=left.keys, dense_keys=left.dense_keys, work=left.work,
             dense=CostRecord(**dataclasses.asdict(before)), compressed=CostRecord(**dataclasses.asdict(after)),
-            provenance=provenance("transformers"), max_loss=self.asked.max_loss, trials=trials, **ran,
+            provenance=provenance("transformers"), distill=self.asked.distill,
+            max_loss=self.asked.max_loss, trials=trials, **ran,
         )  # fmt: skip
 
     def _texts(self) -> TextsRecord:
-        used = [*self.calibration, *self.judged]
+        used = [*self.calibration, *self.judged, *self.training[len(self.calibration) :]]
         lengths = sorted(self.dense.lengths(used))
         cut, skipped = sum(length > self.dense.longest for length in lengths), self.found.skipped.total()
         if len(used) < FEW:
@@ -245,7 +258,7 @@ class _Task:
         digest = hashlib.sha256(json.dumps(used).encode()).hexdigest()
         return TextsRecord(
             len(self.calibration), len(self.judged), lengths[0], lengths[len(lengths) // 2], lengths[-1], cut, skipped,
-            self.found.repeated, digest,
+            self.found.repeated, digest, len(self.training),
         )  # fmt: skip
 
 

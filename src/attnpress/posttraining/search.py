@@ -81,7 +81,8 @@ def most_compressed(
     """
     room = len(sparsities)
     for few in bits:
-        room = _greatest(room, lambda place, few=few: _holds(begin, few, sparsities[place], max_loss, judge, trials))
+        forms = [Form(few, sparsity, begin.tail, begin.linear) for sparsity in sparsities]
+        room = _greatest(forms[:room], lambda form: trials.judged(form, judge).loss <= max_loss)
         if room == 0:
             break  # fewer bits lose more
     tried = [trial for trial in trials.done.values() if trial.linear == begin.linear]
@@ -96,16 +97,12 @@ def most_compressed(
     return min(held, key=lambda trial: (trial.work, -trial.sparsity))
 
 
-def _holds(begin: Form, bits: int, sparsity: float, max_loss: float, judge: Judge, trials: Trials) -> bool:
-    return trials.judged(Form(bits, sparsity, begin.tail, begin.linear), judge).loss <= max_loss
-
-
-def _greatest(room: int, holds: Callable[[int], bool]) -> int:
-    """How many of the first `room` places hold, if none holds behind one that does not; found by halving."""
-    low, high = 0, room
+def _greatest(forms: Sequence[Form], holds: Callable[[Form], bool]) -> int:
+    """How many of the first forms hold, if none holds behind one that does not; found by halving."""
+    low, high = 0, len(forms)
     while low < high:
         middle = (low + high) // 2
-        if holds(middle):
+        if holds(forms[middle]):
             low = middle + 1
         else:
             high = middle

@@ -22,6 +22,7 @@ class TextsRecord:
         cut: longer than the model takes.
         skipped, repeated: rows of the source that were left out.
         sha256: of the texts.
+        training: how many the compressed model was trained on, those for calibration among them.
     """
 
     calibration: Some
@@ -33,6 +34,7 @@ class TextsRecord:
     skipped: Whole
     repeated: Whole
     sha256: str
+    training: Whole = 0
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ class QuantizedRecord:
         sparsity, keys_per_query: over valid pairs; `dense_keys` is how many keys a query had.
         work: share of attention's bit operations that is left.
         dense, compressed: what each costs with `threads` threads; the kernel ran its code for `target`.
+        distill: epochs of training on the texts alone; None where nothing was trained.
         max_loss, trials: of a search for the most compressed form.
     """
 
@@ -95,6 +98,7 @@ class QuantizedRecord:
     threads: Some
     target: str
     provenance: dict[str, Any]
+    distill: Amount | None = None
     max_loss: Share | None = None
     trials: list[TrialRecord] = field(default_factory=list)
     format: int = FORMAT

@@ -71,7 +71,7 @@ def compare_backends(
     if linear == "int8" and ran == "float":
         raise ConfigError(
             f"--linear int8: all linear layers of {type(model).__name__} stay in float, so nothing can be compared: "
-            "they are not those of a BERT, RoBERTa or ELECTRA encoder in float32, or lose too much; drop --linear"
+            "they are not those of a BERT, DistilBERT or ModernBERT encoder in float32, or lose too much; drop --linear"
         )
     deployed = predicted_logits(model, data, batch_size)
     identical = (trained == deployed).flatten(1).all(1)

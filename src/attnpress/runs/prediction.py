@@ -32,7 +32,8 @@ from attnpress.models.loading import weights_hash
 from attnpress.records.strict_json import JsonError, dump_json, is_unicode, parse_json
 from attnpress.runs.finished import finished_classifier
 from attnpress.tasks import TASKS, load_task, text_columns
-from attnpress.tasks.lines import Broken, Record, foreign_kind, newline_of, read_rows
+from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind, newline_of, read_rows
+from attnpress.tasks.parquet import PARQUET, parquet_rows
 from attnpress.tasks.tokens import encode
 
 CHUNK = 1024
@@ -126,13 +127,24 @@ class Input:
         self.name, self.file, self.columns = name, file, columns
         with file.open("rb") as content:
             self.head = content.read(256)
-        if foreign := foreign_kind(self.head):
+        if not self.is_parquet and (foreign := foreign_kind(self.head)):
             raise PredictionError(f"{name}: {foreign}")
 
+    @property
+    def is_parquet(self) -> bool:
+        """Whether its name says so: such files are read by row groups, and a line is a row."""
+        return ending(self.name) == PARQUET
+
     def __iter__(self) -> Iterator[tuple[int, Row | Broken]]:
+        for line, record in self._records():
+            yield line, record if isinstance(record, Broken) else _row(line, record, self.columns)
+
+    def _records(self) -> Numbered:
+        if self.is_parquet:
+            yield from parquet_rows(self.file, (*self.columns, "id"))
+            return
         with self.file.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline_of(self.name)) as lines:
-            for line, record in read_rows(self.name, lines, (*self.columns, "id")):
-                yield line, record if isinstance(record, Broken) else _row(line, record, self.columns)
+            yield from read_rows(self.name, lines, (*self.columns, "id"))
 
     def survey(self, done: int) -> Survey:
         """Count the rows.
@@ -172,7 +184,7 @@ def predict_file(
     Args:
         answer: see `make_answer`.
         columns: keys that each row must have, with texts.
-        source: CSV, tab-separated text or JSON lines, as `tasks.lines.read_rows` reads them; empty lines do not count.
+        source: CSV, tab-separated text, JSON lines or Parquet, by its ending; empty lines do not count.
             A column or key "id" is handed through. A stream, such as /dev/stdin, is read to its end first.
         output: written whole when all lines are done; one JSON object a good line, with "line" from 1. A stream, such
             as /dev/stdout, is written on, and not gone on with.
@@ -382,7 +394,7 @@ def _as_file(source: Path) -> Iterator[Path]:
             yield Path(copy.name)
     else:
         what = "is a folder" if source.is_dir() else "no such file"
-        raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV or tab-separated text")
+        raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV, tab-separated text or Parquet")
 
 
 def _alone(output: Path) -> AbstractContextManager[None]:

@@ -30,7 +30,7 @@ FOREIGN = {
     b"\xfd7zXZ\x00": "compressed by xz; unpack it first",
     b"\x28\xb5\x2f\xfd": "compressed by zstd; unpack it first",
     b"PK\x03\x04": "a zip archive or a spreadsheet; unpack it, or save it as CSV",
-    b"PAR1": "a Parquet file; convert it to JSON lines",
+    b"PAR1": "a Parquet file; give it a name that ends in .parquet",
     b"%PDF": "a PDF; convert it to JSON lines",
     b"\xff\xfe": "not UTF-8 text but UTF-16 or UTF-32; save it as UTF-8",
     b"\xfe\xff": "not UTF-8 text but UTF-16; save it as UTF-8",

@@ -1,0 +1,84 @@
+"""Training without labels: the compressed model learns to answer texts as the dense one does, while it is pruned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Sampler
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback
+
+from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
+from attnpress.core.distillation import attention_loss, check_gradients, logits_loss, states_loss
+from attnpress.models.binding import captured_outputs
+from attnpress.tasks.sampler import LengthSampler
+from attnpress.training.callbacks import SparsityCallback
+from attnpress.training.trainer import CompressionTrainer, training_arguments
+
+Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
+
+
+class UnlabelledTrainer(CompressionTrainer):
+    """The loss is the distance to the teacher alone: of logits, or of hidden states where there are none.
+
+    Args:
+        lengths: of the training rows, so that those of like length are batched.
+    """
+
+    def __init__(self, *args: Any, lengths: Sequence[int], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.lengths = lengths
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
+        batch = self.args.train_batch_size * self.args.world_size
+        return LengthSampler(self.lengths, batch, self.args.seed, epoch=lambda: int(self.state.epoch or 0))
+
+    def _distilled(
+        self, teacher: PreTrainedModel, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any
+    ) -> tuple[Tensor, Any]:
+        with captured_outputs(self.accelerator.unwrap_model(model)) as seen:
+            outputs = model(**inputs)
+        check_gradients(seen, self.distillation)
+        with torch.no_grad(), captured_outputs(teacher) as wanted:
+            answers = teacher(**inputs)
+        spec, tokens = self.distillation, inputs["attention_mask"]
+        if hasattr(outputs, "logits"):
+            loss = logits_loss(outputs, answers, spec.temperature, tokens)
+        else:
+            loss = states_loss(outputs[0], answers[0], tokens)
+        return spec.logits * loss + spec.attention * attention_loss(seen, wanted, tokens), outputs
+
+
+def train_unlabelled(
+    model: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Any], collate: Collate, spec: TrainSpec,
+    folder: Path, *, sparsity: float, lengths: Sequence[int], seed: int = 0,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Train a bound, calibrated model in place, while its sparsity rises to what is asked for.
+
+    Args:
+        teacher: bound with `DENSE`.
+        rows, collate: texts, and what makes a batch of the model's inputs, with an attention mask, from some of them.
+        folder: of the Trainer; nothing is kept there.
+        sparsity: target of the schedule that recipes have by default.
+        lengths: of the rows.
+
+    Returns:
+        The log history, with the loss and the sparsity asked and achieved.
+
+    Raises:
+        DivergedError: NaN or infinity.
+    """
+    arguments = training_arguments(spec, len(rows), folder, seed)
+    arguments.save_strategy, arguments.remove_unused_columns = "no", False
+    trainer = UnlabelledTrainer(
+        model=model, args=arguments, train_dataset=list(rows), data_collator=collate, lengths=lengths, teacher=teacher,
+        distillation=DistillationSpec(), callbacks=[SparsityCallback(model, ScheduleSpec(), sparsity)],
+    )  # fmt: skip
+    for shown in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(shown)
+    trainer.train()
+    model.eval()
+    return list(trainer.state.log_history)
