@@ -8,7 +8,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo arrows dist test test-dist test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
+.PHONY: help setup kernel demo arrows tables dist test test-dist test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,14 +79,23 @@ bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor withou
 device: setup $(TOOLS) ## on a machine with an NVIDIA GPU: exactness, inference and training steps, in less than ten minutes
 	$(BIN)/python benchmarks/device.py --json benchmarks/records/device.json $(DEVICE)
 
-check: setup $(TOOLS) ## format, lint, strict types, house rules
+# Tests misspell on purpose.
+SPELLED := src docs csrc recipes examples README.md CONTRIBUTING.md CHANGELOG.md setup.py
+
+check: setup $(TOOLS) ## format, lint, spelling, strict types, house rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/codespell $(SPELLED)
 	$(BIN)/mypy
 	$(BIN)/python -m pytest --quiet tests/test_house_rules.py tests/test_project_files.py
 
 arrows: ## print which folder of the package imports which
 	@$(PYTHON) tests/arrows.py
+
+tables: setup ## long records that lie in records/ into the tables there, and those of the documentation anew
+	$(BIN)/python -c "from pathlib import Path; from attnpress.studies.evidence import fold; \
+	  [print(file, 'is in its table: delete it') for kind in ('evidence', 'ablations') for file in fold(Path('records', kind))]"
+	$(BIN)/python docs/fill_tables.py
 
 docs: setup $(TOOLS) ## build the documentation into build/docs; a warning is an error
 	@$(PIP) install -c requirements.txt -c requirements-dev.txt -r requirements-docs.txt
@@ -102,9 +111,10 @@ fuzz: setup $(TOOLS) ## MINUTES=1 of random calls, checkpoints, recipes, records
 torture: setup $(TOOLS) ## MINUTES=1 of kills, full disks and crowds, over compress and run
 	$(BIN)/python -m tests.torture --minutes $(or $(MINUTES),1) $(TORTURE)
 
-style: setup $(TOOLS) ## format the code and mend what the linter can
+style: setup $(TOOLS) ## format code and Markdown, and fix what the linter can
 	$(BIN)/ruff check --fix-only .
 	$(BIN)/ruff format .
+	$(BIN)/python docs/wrap.py
 
 clean: ## remove caches and build leftovers; keeps .venv and runs
 	rm -rf build dist $(KERNEL) src/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .fuzz

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor
 from torchmetrics.functional import spearman_corrcoef
 from transformers import AutoModel, PreTrainedModel
 
-from attnpress.benchmark.machine import provenance
+from attnpress.benchmark.variants import tell
 from attnpress.config import AttentionSpec, RunConfig
 from attnpress.config.recipe import load_config
 from attnpress.core.linear import ProductPlan
@@ -139,11 +138,7 @@ def main() -> None:
     found: dict[str, Any] = {"runs": [after_training(run) for run in options.runs]}
     if options.sts:
         found["similarity"] = similarity(options.sts, options.pairs)
-    found["provenance"] = provenance("transformers")
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+    tell(found, options.json, "transformers")
 
 
 if __name__ == "__main__":

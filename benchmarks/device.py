@@ -16,14 +16,12 @@ import argparse
 import importlib.util
 import json
 import os
-import platform
 import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +75,11 @@ def exactness(*, tiny: bool) -> dict[str, Any]:
 
 
 def in_turns(sides: dict[str, Run], rounds: int, calls: int) -> dict[str, float]:
-    """Median milliseconds of a call of each side; sides take turns, after one round that is not counted."""
+    """Median milliseconds of a call of each side; sides take turns, after one round that is not counted.
+
+    By the GPU's own events, in this process: `attnpress.benchmark.turns`, with a process for each side, is for
+    processors, whose threads get into each other's way.
+    """
     found: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, run in sides.items():
@@ -274,21 +276,6 @@ def _step(sparsity: float | None, length: int, batch: int, *, tiny: bool) -> Run
     return step
 
 
-def machine() -> dict[str, Any]:
-    """What the figures rest on."""
-    packages = ("torch", "triton", "transformers", "attnpress", "sageattention")
-    found = {name: version(name) for name in packages if importlib.util.find_spec(name) is not None}
-    device: dict[str, Any] = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count()}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        device |= {
-            "gpu": properties.name, "capability": [properties.major, properties.minor],
-            "multiprocessors": properties.multi_processor_count, "cuda": torch.version.cuda,
-            "gigabytes": round(properties.total_memory / 1e9, 1),
-        }  # fmt: skip
-    return {"versions": {"python": platform.python_version(), **found}, "machine": device}
-
-
 def main() -> int:
     """Measure, print, and write JSON if asked; 1 if the integers differ."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -302,7 +289,11 @@ def main() -> int:
         parser.error("torch finds no NVIDIA GPU here; --tiny tries the script without one")
     sizes = ({16: 1}, {16: 2}, 1, 1) if options.tiny else (INFERENCE, TRAINING, 20, 10)
     lengths, steps, rounds, calls = sizes
-    found = machine() | {"command": " ".join(["python", *sys.argv]), "tiny": options.tiny}
+    from attnpress.benchmark.machine import provenance  # now: Triton asks for its interpreter when it is imported
+    from attnpress.files import write_json
+
+    packages = [name for name in ("transformers", "triton", "sageattention") if importlib.util.find_spec(name)]
+    found = {**provenance(*packages), "command": " ".join(["python", *sys.argv]), "tiny": options.tiny}
     parts: dict[str, Run] = {
         "inference": lambda: [inference(length, batch, rounds, calls) for length, batch in lengths.items()],
         "tiles": lambda: tiles(*list(lengths.items())[len(lengths) // 2], rounds, calls),
@@ -313,8 +304,7 @@ def main() -> int:
         found[name] = parts[name]()
         print(json.dumps({name: found[name]}, indent=1), flush=True)
         if options.json is not None:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
-            options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            write_json(options.json, found)
     return 0 if found.get("exactness", {"met": True})["met"] else 1
 
 

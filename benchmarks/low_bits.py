@@ -8,52 +8,20 @@ have 8 bits on both sides. Without the variable it times the best target of this
 
 from __future__ import annotations
 
-import argparse
-import json
-import tempfile
-from contextlib import ExitStack
-from pathlib import Path
-from typing import Any
-
-from attnpress.benchmark.attention import SECONDS, compared, held, usual_batch
-from attnpress.benchmark.machine import provenance
-from attnpress.benchmark.problem import make_problem, save_problem
-from attnpress.benchmark.turns import Side, in_turns
+from attnpress.benchmark.attention import usual_batch
+from attnpress.benchmark.problem import Problem, make_problem
+from attnpress.benchmark.variants import OURS, variants_main
 from attnpress.config import AttentionSpec, TensorSpec
 
-BITS = {"ours": 4, "8 bits": 8}
+BITS = {OURS: 4, "8 bits": 8}
 """Of Q and K, by the name of the side."""
 
 
-def compare(sides: list[Side], length: int, threads: int, folder: Path) -> dict[str, Any]:
-    """Both at one length, in turns."""
-    found: dict[str, Any] = {"seq_len": length, "batch": usual_batch(length)}
-    for side in sides:
-        few = TensorSpec(bits=BITS[side.name])
-        problem = make_problem(length, usual_batch(length), 12, 64, 0.95, spec=AttentionSpec(q=few, k=few))
-        file = folder / f"{side.name}.safetensors"
-        save_problem(problem, file)
-        facts = side.prepare("attnpress.benchmark.sides:prepare", name="ours", file=str(file), threads=threads)
-        found[f"sparsity_{BITS[side.name]}bit"] = round(problem.sparsity, 4)
-    return {**found, **compared(in_turns(sides, SECONDS), "8 bits", facts["target"])}
-
-
-def main() -> None:
-    """Measure, print, and write JSON if asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
-    with ExitStack() as stack:
-        sides = [stack.enter_context(Side(name, held())) for name in BITS]
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        timings = [compare(sides, length, options.threads, folder) for length in (128, 384, 1024, 4096)]
-    found = {"threads": options.threads, "timings": timings, "provenance": provenance()}
-    text = json.dumps(found, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+def problems(length: int) -> dict[str, Problem]:
+    """The call with either bits."""
+    specs = {name: AttentionSpec(q=TensorSpec(bits), k=TensorSpec(bits)) for name, bits in BITS.items()}
+    return {name: make_problem(length, usual_batch(length), 12, 64, 0.95, spec=spec) for name, spec in specs.items()}
 
 
 if __name__ == "__main__":
-    main()
+    variants_main(__doc__, problems, "8 bits")

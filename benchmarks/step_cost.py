@@ -1,31 +1,30 @@
-"""What a compressing training step costs beside a dense eager one: time (paired, interleaved) and peak memory.
+"""What a compressing training step costs beside a dense eager one: time, by the clock of `attnpress bench`, and memory.
 
     python benchmarks/step_cost.py --json benchmarks/records/step_cost.json
 
-MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Three kinds of step are timed in turn in
-one process: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with the dense teacher.
-Peak memory is taken in a fresh process each, as growth over the loaded model: of the resident set, or, where there is a
-GPU and so the steps run on it, of what PyTorch allocated there.
+MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Three kinds of step, each in a process of
+its own, are timed in turn: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with the
+dense teacher. Peak memory is taken first, as growth over the loaded model in three steps: of the resident set, or,
+where there is a GPU and so the steps run on it, of what PyTorch allocated there.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from attnpress.benchmark.turns import Prepared, Side, in_turns, paired_ratio
+from attnpress.benchmark.variants import tell
 from attnpress.config import DENSE, AttentionSpec, DistillationSpec, ScheduleSpec
 from attnpress.models.binding import bind
 from attnpress.models.loading import load_model, quiet, resolve_model
@@ -74,33 +73,23 @@ def make_batch(size: int, length: int) -> dict[str, Any]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def time_steps(rounds: int, batch: dict[str, Any]) -> dict[str, list[float]]:
-    """Seconds of each kind of step, taken in turn."""
-    steps = {kind: make_step(kind, batch) for kind in KINDS}
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for number in range(rounds + 2):
-        for kind, step in steps.items():
-            synchronize()
-            begin = time.perf_counter()
-            step()
-            synchronize()
-            if number >= 2:
-                seconds[kind].append(time.perf_counter() - begin)
-        print(f"round {number + 1}/{rounds + 2}", file=sys.stderr)
-    return seconds
+def prepare(kind: str, size: int, length: int, precision: str, threads: int) -> Prepared:
+    """In a side's own process: a step to time, and the memory that the first three needed."""
+    quiet()
+    torch.set_float32_matmul_precision(precision)
+    torch.set_num_threads(threads)
+    step = make_step(kind, make_batch(size, length))
+    before = peak()
+    for _ in range(3):
+        step()
+    grown = peak() - before
 
+    def run() -> None:
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def peak_growth(kind: str, options: argparse.Namespace) -> int:
-    """Bytes by which the memory of a fresh process grows over three steps."""
-    command = [sys.executable, __file__, "--memory-of", kind, "--batch", str(options.batch)]
-    command += ["--length", str(options.length), "--precision", options.precision]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return Prepared(run, {"peak_growth_bytes": grown})
 
 
 def peak() -> int:
@@ -110,46 +99,39 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def grow(kind: str, batch: dict[str, Any]) -> int:
-    """Body of the fresh process."""
-    step = make_step(kind, batch)
-    before = peak()
-    for _ in range(3):
-        step()
-    return peak() - before
+def measure(options: argparse.Namespace) -> tuple[dict[str, list[list[float]]], dict[str, int]]:
+    """Milliseconds of each kind of step, turn by turn, and the bytes that it needs."""
+    asked = {"size": options.batch, "length": options.length, "precision": options.precision}
+    here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Side(kind, here)) for kind in KINDS]
+        memory = {
+            side.name: side.prepare("step_cost:prepare", kind=side.name, threads=options.threads, **asked)[
+                "peak_growth_bytes"
+            ]
+            for side in sides
+        }
+        return in_turns(sides, options.rounds * 1e-3, options.rounds), memory  # a turn is one step
 
 
-def summary(seconds: dict[str, list[float]], memory: dict[str, int], size: int, length: int) -> dict[str, Any]:
-    """Medians, spread and ratios to the dense step, pair by pair."""
-    ratios = {
-        kind: [ours / dense for ours, dense in zip(seconds[kind], seconds["dense"], strict=True)] for kind in KINDS
-    }
+def summary(times: dict[str, list[list[float]]], memory: dict[str, int]) -> dict[str, dict[str, float]]:
+    """Medians, spread and ratios to the dense step, round by round."""
     return {
-        "command": "python benchmarks/step_cost.py",
-        "model": MODEL,
-        "batch": size,
-        "length": length,
-        "threads": torch.get_num_threads(),
-        "precision": torch.get_float32_matmul_precision(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-        "cores": os.cpu_count(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "rounds": len(seconds["dense"]),
-        "steps": {
-            kind: {
-                "seconds_median": statistics.median(seconds[kind]),
-                "seconds_min": min(seconds[kind]),
-                "seconds_max": max(seconds[kind]),
-                "time_ratio_median": statistics.median(ratios[kind]),
-                "time_ratio_min": min(ratios[kind]),
-                "time_ratio_max": max(ratios[kind]),
-                "peak_growth_bytes": memory[kind],
-                "memory_ratio": memory[kind] / memory["dense"],
-            }
-            for kind in KINDS
-        },
+        kind: {
+            **_told("seconds", [milliseconds / 1e3 for milliseconds in chain.from_iterable(times[kind])]),
+            **_told(
+                "time_ratio",
+                [paired_ratio([ours], [dense]) for ours, dense in zip(times[kind], times["dense"], strict=True)],
+            ),
+            "peak_growth_bytes": memory[kind],
+            "memory_ratio": memory[kind] / memory["dense"],
+        }
+        for kind in KINDS
     }
+
+
+def _told(name: str, values: Sequence[float]) -> dict[str, float]:
+    return {f"{name}_median": statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
 def main() -> None:
@@ -158,22 +140,14 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=("highest", "high", "medium"), default="highest", help="of products")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--memory-of", choices=KINDS, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    quiet()
-    torch.set_float32_matmul_precision(options.precision)
-    batch = make_batch(options.batch, options.length)
-    if options.memory_of:
-        print(grow(options.memory_of, batch))
-        return
-    memory = {kind: peak_growth(kind, options) for kind in KINDS}
-    result = summary(time_steps(options.rounds, batch), memory, options.batch, options.length)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.json:
-        options.json.write_text(text + "\n", encoding="utf-8")
+    times, memory = measure(options)
+    asked = {name: getattr(options, name) for name in ("batch", "length", "threads", "precision", "rounds")}
+    found = {"model": MODEL, **asked, "cpu": torch.backends.cpu.get_cpu_capability(), "steps": summary(times, memory)}
+    tell(found, options.json, "transformers")
 
 
 if __name__ == "__main__":

@@ -134,7 +134,9 @@ def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str
     tokenizer = load_tokenizer(resolve_model(MODEL))
     model = bind(AutoModel.from_pretrained(resolve_model(MODEL)), spec)
     if not spec.is_dense:
-        some = sorted(task.calibration, key=len)  # thresholds, lifts and directions are of pooled sums: the order is free
+        some = sorted(
+            task.calibration, key=len
+        )  # thresholds, lifts and directions are of pooled sums: the order is free
         groups = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
         calibrate(model, [dict(tokenizer(g, padding=True, truncation=True, return_tensors="pt")) for g in groups])
     few = dict(tokenizer(task.texts[:FEW], padding=True, truncation=True, return_tensors="pt"))

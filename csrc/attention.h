@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "exponential.h"
+
 namespace attnpress {
 
 // Ranges within which distances, steps and cuts stay ordinary float32 numbers: core/arguments.py.
@@ -53,8 +55,10 @@ struct Tail {
 };
 
 // Bounds of what `Tail` points to, within which sums fit: core/tail.py.
-constexpr float TAIL_OFF = -0x1p20f, LARGEST_LIFT = 18 * 1024, LARGEST_DIRECTION = 32767, LARGEST_OFFSET = 0x1p20f;
+constexpr float TAIL_OFF = -0x1p20f, LARGEST_LIFT = T_MAX, LARGEST_DIRECTION = 32767, LARGEST_OFFSET = 0x1p20f;
 constexpr int64_t LARGEST_RANK = 256;
+
+constexpr int LARGEST_HEAD = 256;  // kernels/head_size.py
 
 // Where to record the integers of a call; null in normal use. Codes of keys that nobody may attend to stay untouched.
 struct Trace {

@@ -31,7 +31,7 @@ template <class I> void start_row(const Job<I>& job, const Head<I>& unit, int64_
     row.bytes = mask.bytes == nullptr ? nullptr : mask.bytes + unit.head * mask.byte_head + index * mask.byte_row;
     const float alpha = (unit.q_scales[index] * scale_of(a.k_scale, unit.kv_head)) * a.scaling;
     row.alpha = alpha;
-    row.rate = (alpha * 1.4426950408889634f) * 1024.0f;
+    row.rate = (alpha * LOG2_E) * static_cast<float>(STEPS_PER_OCTAVE);
     if (scratch.cut_of != unit.head || scratch.cut_alpha != alpha) {
         const float cutoff = a.rule == Rule::relative && a.cutoff != nullptr ? a.cutoff[unit.head] : INFINITY;
         scratch.cut = find_cut(cutoff, alpha, row.rate, job.last_exponent);

@@ -6,34 +6,38 @@
 namespace attnpress {
 namespace {
 
-// core/exponential.py: exponent of a distance, then its power, in units of 2^-16.
+// core/exponential.py: the power of an exponent's steps within its octave, in units of 2^-16.
+template <class I> ATTN_INLINE typename I::I32 power_of_steps(typename I::I32 t) {
+    const auto fraction = I::template shl<FRACTION_SHIFT>(I::band(t, I::set1(STEPS_PER_OCTAVE - 1)));
+    const auto inner = I::sub(I::set1(C2), I::mulhi(fraction, I::set1(C3)));
+    return I::sub(I::set1(ONE), I::mulhi(fraction, I::sub(I::set1(C1), I::mulhi(fraction, inner))));
+}
+
+// Exponent of a distance, then its power.
 template <class I> ATTN_INLINE typename I::I32 probability(typename I::I32 distance, typename I::F32 rate) {
     const auto t = I::round(I::minf(I::mulf(I::to_float(distance), rate), I::set1f(static_cast<float>(T_MAX))));
-    const auto octaves = I::template shr<10>(t);
-    const auto fraction = I::template shl<6>(I::band(t, I::set1(1023)));
-    const auto inner = I::sub(I::set1(15148), I::mulhi(fraction, I::set1(2596)));
-    const auto drop = I::mulhi(fraction, I::sub(I::set1(45324), I::mulhi(fraction, inner)));
+    const auto octaves = I::template shr<STEP_BITS>(t);
     const auto half = I::template shr<1>(I::sllv(I::set1(1), octaves));
-    return I::srlv(I::add(I::sub(I::set1(ONE), drop), half), octaves);
+    return I::srlv(I::add(power_of_steps<I>(t), half), octaves);
 }
 
 // round_half_up(p * qmax / 2^16) with qmax = 2^n - 1: no product needed. `bits` is n in every lane.
 template <class I> ATTN_INLINE typename I::I32 row_code(typename I::I32 p, typename I::I32 bits) {
-    return I::template shr<16>(I::add(I::sub(I::sllv(p, bits), p), I::set1(ONE / 2)));
+    return I::template shr<ONE_BITS>(I::add(I::sub(I::sllv(p, bits), p), I::set1(ONE / 2)));
 }
 
 ATTN_INLINE int32_t bits_of(int32_t qmax) { return 32 - __builtin_clz(static_cast<uint32_t>(qmax)); }
 
-// 1 - 2^-x in units of 2^-16, x a fraction in the same units: core/exponential.py.
-inline int32_t drop_of(int64_t fraction) {
-    return static_cast<int32_t>((fraction * (45324 - ((fraction * (15148 - ((fraction * 2596) >> 16))) >> 16))) >> 16);
+inline int64_t power_of_steps(int32_t t) {
+    const int64_t fraction = (t & (STEPS_PER_OCTAVE - 1)) << FRACTION_SHIFT;
+    return ONE - ((fraction * (C1 - ((fraction * (C2 - ((fraction * C3) >> ONE_BITS))) >> ONE_BITS))) >> ONE_BITS);
 }
 
-// The same for one distance, to find where codes end.
+// P code of one exponent, to find where codes end.
 inline int32_t row_code_at(int32_t t, int32_t qmax) {
-    const int32_t octaves = t >> 10;
-    const int64_t p = ((ONE - drop_of((t & 1023) << 6)) + ((int64_t{1} << octaves) >> 1)) >> octaves;
-    return static_cast<int32_t>((p * qmax + ONE / 2) >> 16);
+    const int32_t octaves = t >> STEP_BITS;
+    const int64_t p = (power_of_steps(t) + ((int64_t{1} << octaves) >> 1)) >> octaves;
+    return static_cast<int32_t>((p * qmax + ONE / 2) >> ONE_BITS);
 }
 
 inline int32_t last_coded_exponent(int32_t qmax) {

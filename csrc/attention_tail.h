@@ -6,7 +6,7 @@
 namespace attnpress {
 namespace {
 
-constexpr int32_t TAIL_END = 64 * 1024;  // core/tail.py: exponent from which a level is 0
+constexpr int32_t TAIL_END = 64 * STEPS_PER_OCTAVE;  // core/tail.py: exponent from which a level is 0
 
 // One row's tail; names in brackets are those of numerics, section 8.
 struct RowTail {
@@ -24,12 +24,10 @@ template <class I> ATTN_INLINE Levels<I> levels_of(const Job<I>& job, float lift
     const auto end = I::set1f(static_cast<float>(TAIL_END));
     const auto steps = I::subf(I::nearest(I::minf(I::mulf(mean, rate), end)), I::set1f(lift));
     const auto t = I::round(I::minf(I::maxf(steps, I::set1f(0.0f)), end));
-    const auto fraction = I::template shl<6>(I::band(t, I::set1(1023)));
-    const auto inner = I::sub(I::set1(15148), I::mulhi(fraction, I::set1(2596)));
-    const auto power = I::sub(I::set1(ONE), I::mulhi(fraction, I::sub(I::set1(45324), I::mulhi(fraction, inner))));
+    const auto power = power_of_steps<I>(t);
     const auto near = I::select_le(I::set1(1), counts, I::sub(I::sllv(power, I::set1(bits_of(job.a.p_max))), power));
     const auto weight = I::select_le(t, I::set1(TAIL_END - 1), near);
-    const auto octaves = I::template shl<23>(I::sub(I::set1(127 - 16), I::template shr<10>(t)));  // bits of a power of two
+    const auto octaves = I::template shl<23>(I::sub(I::set1(127 - ONE_BITS), I::template shr<STEP_BITS>(t)));  // bits of a power of two
     return {t, I::mulf(I::to_float(weight), I::as_float(octaves))};
 }
 

@@ -293,8 +293,8 @@ void consider(const Job<I>& job, const Head<I>& unit, const typename I::Query* c
             a.trace->p_codes[rows[r].place * a.key_rows + unit.mask.packed[key]] = static_cast<uint8_t>(probs[r * unit.padded + key]);
         }
     }
-    scratch.many = survivors * MANY > R * (end - begin);
     const bool dense = survivors * MANY > R * (end - begin);
+    scratch.many = dense;
     if (job.tailed) return emit_thorough_tails<I, R>(job, unit, codes, rows, scores, probs, sums, dense, begin, end, scratch);
     int64_t* wide = nullptr;
     if (end - begin > CHUNK) {

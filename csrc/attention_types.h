@@ -16,11 +16,9 @@ namespace {
 
 constexpr int32_t LOW = -(1 << 30);      // stands for the score of a pair that is not valid
 constexpr int32_t VALID = 1 << 28;       // real distances stay below, those of pairs that are not valid lie above
-constexpr int32_t T_MAX = 18 * 1024;     // core/exponential.py: exponents saturate here, where the power is 0
-constexpr int32_t ONE = 1 << 16;
 constexpr int32_t MAX_CUT = 32766;       // largest cut for which distances fit the streaming way's 16 bits
 constexpr int64_t CHUNK = 65536;         // keys whose 255 * 127 products fit 32-bit sums, and 16-bit indexes
-constexpr int MAX_DIM = 256;
+constexpr int MAX_DIM = LARGEST_HEAD;
 constexpr int64_t KEPT = 1 << 23;        // bytes of a buffer that a thread may hold on to when it needs far less
 constexpr int64_t SHORT = 512;           // keys up to which slack of a few rows stays in the first cache
 constexpr int64_t MANY = 3;              // more than one survivor in MANY pairs: the thorough way is faster
@@ -69,7 +67,6 @@ struct VectorProducts {
 // One query row on its way.
 struct Row {
     const float* scale;  // of V
-    const char* query;
     float* output;
     const uint8_t* bytes;
     uint16_t *keys, *slack;  // survivors: index, and cut minus distance

@@ -107,7 +107,7 @@ void on_torch_threads(int64_t count, void (*body)(void*, int64_t, int64_t), void
 }
 
 void check_shapes(const Attention& a, const Tensor& query, const Tensor& key, const Tensor& value) {
-    STD_TORCH_CHECK(a.dim >= 4 && a.dim <= 256 && a.dim % 4 == 0, "attnpress: head size must be a multiple of 4 up to 256, found ", a.dim);
+    STD_TORCH_CHECK(a.dim >= 4 && a.dim <= attnpress::LARGEST_HEAD && a.dim % 4 == 0, "attnpress: head size must be a multiple of 4 up to ", attnpress::LARGEST_HEAD, ", found ", a.dim);
     STD_TORCH_CHECK(a.kv_heads > 0 && a.q_heads % a.kv_heads == 0, "attnpress: query heads must be a multiple of key heads");
     for (int64_t d = 0; d < 4; ++d) STD_TORCH_CHECK(key.size(d) == value.size(d), "attnpress: key and value differ in shape");
     STD_TORCH_CHECK(key.size(0) == a.batch && key.size(3) == query.size(3), "attnpress: query and key differ in batch or head size");
@@ -151,7 +151,7 @@ attnpress::Tail tail_of(const Attention& a, const Options& o) {
     if (tail.kind == attnpress::TailKind::mean || !o.tail_query.has_value()) return tail;
     STD_TORCH_CHECK(o.tail_query->dim() == 3, "attnpress: tail_query must be [Hkv, D, rank]");
     tail.rank = o.tail_query->size(2);
-    STD_TORCH_CHECK(tail.rank >= 1 && tail.rank <= attnpress::LARGEST_RANK, "attnpress: the rank of a tail is 1 to 256, found ", tail.rank);
+    STD_TORCH_CHECK(tail.rank >= 1 && tail.rank <= attnpress::LARGEST_RANK, "attnpress: the rank of a tail is 1 to ", attnpress::LARGEST_RANK, ", found ", tail.rank);
     const auto directions = [&](const std::optional<Tensor>& x, const char* name) {
         return whole_numbers(x, {a.kv_heads, a.dim, tail.rank}, -attnpress::LARGEST_DIRECTION, attnpress::LARGEST_DIRECTION, name);
     };

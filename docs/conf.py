@@ -26,6 +26,8 @@ html_math_renderer = "mathml"
 html_theme = "furo"
 html_title = f"attnpress {release}"
 html_copy_source = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 
 # Docstrings are plain text with `names` in single backticks.
 default_role = "code"

@@ -21,7 +21,8 @@ from tests.arrows import PACKAGE, SOURCE, Modules, first, imported_names, own_mo
 ROOT = Path(__file__).parents[1]
 ARROWS: dict[str, set[str]] = {
     "config": set(),
-    "files": set(),
+    "locks": set(),
+    "files": {"locks"},
     "distributed": set(),
     "records": set(),
     "core": {"config"},
@@ -32,11 +33,12 @@ ARROWS: dict[str, set[str]] = {
     "deployment": {"config", "core", "models", "kernels", "tasks"},
     "training": {"config", "core", "distributed", "models", "tasks"},
     "runs": {
-        *("config", "files", "distributed", "records", "core", "models", "kernels", "tasks", "deployment", "training"),
+        *("config", "files", "locks", "distributed", "records", "core", "models", "kernels", "tasks", "deployment"),
+        "training",
     },
     "export": {"config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "runs"},
-    "benchmark": {"config", "core", "models", "kernels", "deployment", "training", "runs"},
-    "studies": {"config", "files", "records", "core", "models", "tasks", "training", "runs"},
+    "benchmark": {"config", "files", "records", "core", "models", "kernels", "deployment", "training", "runs"},
+    "studies": {"config", "files", "locks", "records", "core", "models", "tasks", "training", "runs"},
     "posttraining": {
         *("config", "files", "records", "core", "models", "kernels", "tasks", "deployment", "training", "runs"),
         "benchmark",

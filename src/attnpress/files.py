@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +24,8 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
+
+from attnpress.locks import lock_handle, locked_folder
 
 MARKER = ".attnpress.json"
 """In every folder that attnpress may replace or remove: what it is, and the names that attnpress put into it."""
@@ -60,6 +61,11 @@ class Marker:
 def write_text(path: Path, text: str) -> None:
     """Replace the file's content in one step; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace the file's content by a value as indented JSON; see `write_bytes`."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -127,7 +133,7 @@ def check_folder(path: Path, what: str) -> None:
     with naming(path):
         target = _real(path)
         if target.parent.is_dir():
-            with _locked(target.parent):
+            with locked_folder(target.parent):
                 _check_replaceable(path, target, what)
         _check_room(path, target)
 
@@ -148,7 +154,7 @@ def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _
             raise OutputError(f"{path}: is a file; name a folder")
         _check_room(path, target / MARKER)
         target.mkdir(parents=True, exist_ok=True)
-        with _locked(target):  # another process may be taking it for the same
+        with locked_folder(target):  # another process may be taking it for the same
             found = read_marker(target)
             if found is not None and found.what == what:
                 return
@@ -393,10 +399,10 @@ def _make_folder(path: Path) -> int:
 def _held(target: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
     """Something new beside `target`, locked while the `with` block runs; gone after it, if it has not been moved."""
     scratch = _beside(target, SCRATCH)
-    with _locked(target.parent):
+    with locked_folder(target.parent):
         _clear(target)
         handle = make(scratch)
-        _lock(handle)
+        lock_handle(handle)
     try:
         yield scratch, handle
     finally:
@@ -412,26 +418,6 @@ def _label(target: Path) -> str:
     """The target's name; of a long one its hash, since the longest that is allowed has no room for more around it."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= 100 else hashlib.sha256(name).hexdigest()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One process at a time makes, moves or clears away what lies beside a target; no longer than a moment."""
-    handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
 
 
 def _clear(target: Path) -> None:
@@ -453,7 +439,7 @@ def _is_abandoned(scratch: Path) -> bool:
         handle = os.open(scratch / MARKER if folder else scratch, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return False
-    free = _lock(handle)
+    free = lock_handle(handle)
     os.close(handle)
     return free
 
@@ -468,7 +454,7 @@ def _remove(path: Path) -> None:
 def _swap(scratch: Path, target: Path, check: Callable[[], None]) -> None:
     """Put the scratch in the target's place, if it passes the check; what was there stays beside it until it is."""
     old = _beside(target, REPLACED)
-    with _locked(target.parent):
+    with locked_folder(target.parent):
         check()
         replaces = os.path.lexists(target)
         if replaces:

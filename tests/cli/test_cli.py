@@ -287,7 +287,7 @@ REFUSED: list[tuple[str, Callable[[Path], None], str]] = [
     ("data.text=words", nothing, r"train\.csv, line 2: no column 'words'; columns found: 'review', .*name the columns"),
     ("data.train_file=absent.csv", nothing, r"data\.train_file: absent\.csv is not a file"),
     ("seed=0", header_only, r"train\.csv: the train split is empty; give a file with at least one row"),
-    ("seed=0", replaced(",yes,", ",maybe,"), r"eval\.jsonl, line \d+: label 'yes' is not one of .*\(maybe, no\); mend"),
+    ("seed=0", replaced(",yes,", ",maybe,"), r"eval\.jsonl, line \d+: label 'yes' is not one of .*; correct"),
     ("data.label=review", nothing, r"eval\.jsonl, line 1: label '.*' is not one of"),
     ("data.max_length=512", nothing, r"data\.max_length: 512 exceeds the model's 128 tokens"),
 ]  # fmt: skip

@@ -57,7 +57,7 @@ ENDINGS: list[tuple[BaseException, int, str]] = [
     (OutOfMemoryError("CUDA out of memory"), 1, "attnpress: not enough memory; do less at once (CUDA out of memory)"),
     (MemoryError(), 1, "attnpress: not enough memory; do less at once (out of memory)"),
     (UnicodeEncodeError("utf-8", "a\udcff", 1, 2, "surrogates"), 1, r"attnpress: a name or text holds '\udcff'"),
-    (KeyboardInterrupt(), 130, "attnpress: interrupted; the same command goes on, or begins again\n"),
+    (KeyboardInterrupt(), 130, "attnpress: interrupted; the same command resumes, or starts again\n"),
 ]
 
 
@@ -100,7 +100,7 @@ def test_sigterm_ends_a_command_as_ctrl_c_does(capsys: pytest.CaptureFixture[str
             cleaned.append("yes")
 
     assert exit_status(command) == 143
-    assert capsys.readouterr().err == "attnpress: terminated; the same command goes on, or begins again\n"
+    assert capsys.readouterr().err == "attnpress: terminated; the same command resumes, or starts again\n"
     assert cleaned == ["yes"]
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
@@ -194,4 +194,4 @@ def test_signals_from_outside(number: signal.Signals, status: int, what: str) ->
         assert running.stdout.readline() == "begun\n"
         running.send_signal(number)
         errors = running.communicate()[1]
-    assert (running.returncode, errors) == (status, f"attnpress: {what}; the same command goes on, or begins again\n")
+    assert (running.returncode, errors) == (status, f"attnpress: {what}; the same command resumes, or starts again\n")

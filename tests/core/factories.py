@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Self
@@ -12,11 +13,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TensorSpec
+from attnpress.config import AttentionSpec, ProbsMode, ProbsSpec, RuleName, TensorSpec
 from attnpress.config.rules import RULES as FACTS
 from attnpress.core.attention import IntegerAttention, NanWarning, integer_attention, key_validity
 from attnpress.core.call import AttentionCall, Scales
-from attnpress.core.fake_quantize import fake_quantize_attention
+from attnpress.core.fake_quantize import (
+    fake_quantize_attention,
+)
 from attnpress.core.observer import Observer
 from attnpress.core.quantizer import positive_scale, smooth_key
 
@@ -186,3 +189,87 @@ def wounded(x: Tensor, seed: int) -> Tensor:
 
 def random_scale(seed: int, *shape: int) -> Tensor:
     return positive_scale(torch.exp(normal(seed, *shape)))
+
+
+FLOAT32 = torch.finfo(torch.float32)
+MODES: tuple[ProbsMode, ...] = ("row", "unit")
+
+
+def weights_of(call: Call, dropout: float = 0.0) -> Tensor:
+    """The weight that each query gives to each key [B, Hq, Sq, Sk], seen from outside: the values are unit vectors."""
+    batch, kv_heads, keys, _ = call.key.shape
+    units = torch.eye(keys).expand(batch, kv_heads, keys, keys)
+    spec = dataclasses.replace(call.spec, v=TensorSpec(bits=8, granularity="tensor"))
+    scales = dataclasses.replace(call.scales, v=torch.ones(1, 1, 1, 1))
+    return call.with_(value=units, spec=spec, scales=scales).fake(dropout)
+
+
+def differentiable(call: Call) -> Call:
+    """The call with leaves that take gradients: inputs, and scales that are learned."""
+    inputs = {name: getattr(call, name).detach().clone().requires_grad_() for name in ("query", "key", "value")}
+    scales = {
+        name: scale.clone().requires_grad_() if (scale := getattr(call.scales, name)) is not None else None
+        for name in learned(call.spec)
+    }
+    return call.with_(**inputs, scales=dataclasses.replace(call.scales, **scales))
+
+
+def learned(spec: AttentionSpec) -> list[str]:
+    return [name for name in ("q", "k", "v") if getattr(spec, name).learned and getattr(spec, name).bits is not None]
+
+
+def tensors(call: Call) -> list[Tensor]:
+    """What gradients are wanted for."""
+    return [call.query, call.key, call.value, *(getattr(call.scales, name) for name in learned(call.spec))]
+
+
+def in_float64(call: Call) -> Call:
+    widened = {name: getattr(call, name).detach().double().requires_grad_() for name in ("query", "key", "value")}
+    scales = {
+        name: None if scale is None else scale.detach().double().requires_grad_()
+        for name, scale in vars(call.scales).items()
+    }
+    return call.with_(**widened, scales=Scales(**scales))
+
+
+def dequantized(x: Tensor, scale: Tensor | None, spec: TensorSpec) -> Tensor:
+    """The textbook fake quantizer: clamp, then a rounding that gradients ignore; autograd does the rest (LSQ too)."""
+    if spec.bits is None:
+        return x
+    if scale is None:
+        scale = (x.detach().abs().amax(-1, keepdim=True) / spec.qmax).float().double()
+    edge = spec.qmax * (1 + 1e-6)  # the value that a scale was taken from is inside
+    ratio = (x / scale).clamp(-edge, edge)
+    return (ratio + (ratio.round() - ratio).detach()) * scale
+
+
+def plain_attention(call: Call, weights: Tensor, factor: Tensor | float = 1.0) -> Tensor:
+    """Differentiable float64 attention whose softmax stands at the given weights (they need not add up to one).
+
+    Args:
+        weights: [B, Hq, Sq, Sk], what the compressed call gives to each pair before dropout; zeros take no part.
+        factor: dropout's, 0 or 1 / (1 - rate).
+    """
+    groups = call.query.shape[1] // call.key.shape[1]
+    q = dequantized(call.query, call.scales.q, call.spec.q)
+    k, v = (
+        dequantized(x, scale, spec).repeat_interleave(groups, 1)
+        for x, scale, spec in (
+            (call.key, call.scales.k, call.spec.k), (call.value, call.scales.v, call.spec.v)
+        )
+    )  # fmt: skip
+    scores = q @ k.mT * call.scaling
+    moved = weights.double() * torch.exp(scores - scores.detach())
+    lost = 1 - weights.double().sum(-1, keepdim=True)
+    return (moved / (moved.sum(-1, keepdim=True) + lost) * factor) @ v
+
+
+def assert_gradients(found: Iterable[Tensor], expected: Iterable[Tensor], terms: int) -> None:
+    """Equal within the rounding of float32 sums of so many terms, each of order one or as large as the result."""
+    for ours, theirs in zip(found, expected, strict=True):
+        rounding = terms * FLOAT32.eps * max(1.0, float(theirs.abs().max()))
+        assert float((ours.double() - theirs).abs().max()) <= rounding
+
+
+def gradients(call: Call, output: Tensor, upstream: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(output, tensors(call), upstream.to(output.dtype))

@@ -15,7 +15,7 @@ from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
 from attnpress.core.thresholds import fit_cutoff, pair_histogram
 from tests.core.factories import SEEDS, Call, calls, make_call, make_spec
-from tests.core.test_tail import with_tail
+from tests.core.tails import with_tail
 
 QUERY, KEY, VALUE = (torch.randn(2, 3, 7, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
 REAL = (torch.arange(7) < torch.tensor([[7], [4]])).view(2, 1, 7, 1)

@@ -47,3 +47,9 @@ def test_relative_links_lead_somewhere() -> None:
     assert len(links) > 40
     missing = [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
     assert not missing, missing
+
+
+def test_wide_tables_scroll_on_a_phone() -> None:
+    conf = (DOCS / "conf.py").read_text(encoding="utf-8")
+    assert 'html_css_files = ["site.css"]' in conf
+    assert ".table-wrapper { overflow-x: auto; }" in (DOCS / "_static" / "site.css").read_text(encoding="utf-8")

@@ -9,20 +9,30 @@ import pytest
 from attnpress.config.recipe import load_spec, parse_spec, spec_to_dict
 from attnpress.records.leaderboard import read_board
 from attnpress.records.run import Record, read_record
+from attnpress.records.table import brief, read_table, table_text
 from attnpress.studies.evidence import EvidenceSpec
 from attnpress.studies.evidence import plan as plan_evidence
 from attnpress.studies.leaderboard.spec import BoardSpec, plan
 
 ROOT = Path(__file__).parents[2]
-OTHERS = ("leaderboard", "reliability", "hardware", "quantize")
-RECORDS = sorted(path for path in (ROOT / "records").rglob("*.json") if path.parent.name not in OTHERS)
+RECORDS = {
+    (file.parent.name, f"{file.stem}-{name}"): record
+    for kind in ("evidence", "ablations")
+    for file in sorted((ROOT / "records" / kind).glob("*.json"))
+    for name, record in read_table(file).items()
+} | {("records", "demo"): read_record(ROOT / "records" / "demo.json")}
+"""By the folder and the name of the table and run."""
+
+LARGEST = 800_000
+"""Bytes of all tables of records: long records are not kept here (CONTRIBUTING.md)."""
+
 ASKED = {
-    item.record: item.stages
+    (kind, f"{item.table.stem}-{item.name}"): item.stages
     for kind in ("evidence", "ablations")
     for file in sorted((ROOT / "recipes" / kind).glob("*.yaml"))
     for item in plan_evidence(load_spec(EvidenceSpec, file), ROOT / "runs", ROOT / "records" / kind)
 }
-"""Stages of each run that a recipe plans, by the place of its record."""
+"""Stages of each run that a recipe plans, by the same names."""
 
 
 @pytest.mark.parametrize(
@@ -117,12 +127,20 @@ def test_a_table_changed_by_hand_is_made_anew() -> None:
     assert fill(changed) == text
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda path: path.stem)
-def test_committed_records_are_whole(path: Path) -> None:
-    record: Record = read_record(path)
-    trained = "dense_control" if "-dense-" in path.stem else "progressive"
-    assert set(ASKED.get(path, ("dense", trained))) <= {stage.name for stage in record.stages}
+@pytest.mark.parametrize("place", RECORDS, ids=lambda place: place[1])
+def test_committed_records_are_whole(place: tuple[str, str]) -> None:
+    record: Record = RECORDS[place]
+    trained = "dense_control" if "-dense-" in place[1] else "progressive"
+    assert set(ASKED.get(place, ("dense", trained))) <= {stage.name for stage in record.stages}
     assert record.provenance["weights"].keys() >= {"base", "dense"}
     for stage in record.stages:
         assert 0 <= stage.pruned <= stage.sparsity <= stage.padded_sparsity <= 1
         assert stage.macs_dense / 2 <= stage.macs_remaining <= stage.macs_dense
+
+
+def test_committed_tables_are_brief_and_lie_alone() -> None:
+    files = [file for kind in ("evidence", "ablations") for file in (ROOT / "records" / kind).glob("*.json")]
+    assert not [file.name for file in files if "-seed" in file.stem], "fold them in: CONTRIBUTING.md says how"
+    assert sum(file.stat().st_size for file in files) <= LARGEST
+    for file in files:
+        assert file.read_text("utf-8") == table_text({name: brief(one) for name, one in read_table(file).items()})

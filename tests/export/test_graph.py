@@ -27,7 +27,7 @@ from attnpress.export.onnx import serve_onnx
 from attnpress.export.openvino import products, serve_openvino
 from attnpress.kernels import cpu
 from tests.core.factories import Call, make_call, make_spec
-from tests.core.test_tail import with_tail
+from tests.core.tails import with_tail
 from tests.deployment.test_attention import tiny_bert
 
 FOUR, BY_TOKEN = TensorSpec(bits=4), TensorSpec(bits=5, granularity="token")

@@ -1,5 +1,6 @@
-"""Records by mutation: of runs, sweeps and leaderboards, read and drawn. Allowed: a page, or one RecordError that names
-the file.
+"""Records by mutation: of runs, tables, sweeps and leaderboards, read and drawn.
+
+Allowed: a page, or one RecordError that names the file.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from unittest import mock
 
 from attnpress.records import leaderboard as board_record
 from attnpress.records import sweep as sweep_record
-from attnpress.records.reading import RecordError
+from attnpress.records.reading import RecordError, to_json
 from attnpress.records.run import read_record
+from attnpress.records.table import is_table, read_table
 from attnpress.report.leaderboard import board_table
 from attnpress.report.page import make_report
 from attnpress.report.render import front_table, stages_table
@@ -24,6 +26,8 @@ from tests.fuzz.mutations import as_json, damage_bytes, damage_plain, damage_tex
 ROOT = Path(__file__).parents[2]
 REGRESSIONS: list[int] = [*range(25), 41]
 """Seeds that are replayed as tests: some of every kind, and each that failed once."""
+
+TABLE = "table.json"
 
 DRAWN = 0.02
 """Share of records whose figures are drawn as well: that takes seconds."""
@@ -60,7 +64,7 @@ def _show(kind: str, content: bytes, *, drawn: bool) -> str:
             _tables(kind, folder)
             if kind != board_record.FILE:
                 with _undrawn() if not drawn else mock.MagicMock():
-                    make_report([folder], [])
+                    make_report([file if kind == TABLE else folder], [])
         except RecordError as error:
             said = str(error)
         else:
@@ -75,6 +79,9 @@ def _tables(kind: str, folder: Path) -> None:
         front_table(sweep_record.read_sweep(folder))
     elif kind == board_record.FILE:
         board_table(board_record.read_board(folder))
+    elif kind == TABLE:
+        for record in read_table(folder / TABLE).values():
+            stages_table(record)
     else:
         stages_table(read_record(folder))
 
@@ -86,10 +93,11 @@ def _undrawn() -> Any:
 
 @functools.cache
 def _samples() -> list[tuple[str, str]]:
-    """Records of the project, the smallest of each kind first of all."""
+    """Records of the project, the smallest of each kind first of all; of runs, also those of the smallest table."""
     found: list[tuple[str, str]] = []
-    for file in sorted((ROOT / "records").rglob("*.json"), key=lambda path: (path.stat().st_size, str(path))):
-        text = file.read_text(encoding="utf-8")
+    files = sorted((ROOT / "records").rglob("*.json"), key=lambda path: (path.stat().st_size, str(path)))
+    in_table = next(read_table(file) for file in files if is_table(file))
+    for text in [*(file.read_text(encoding="utf-8") for file in files), *map(to_json, in_table.values())]:
         for kind, read in _READERS.items():
             with tempfile.TemporaryDirectory() as folder:
                 (Path(folder) / kind).write_text(text, encoding="utf-8")
@@ -99,12 +107,13 @@ def _samples() -> list[tuple[str, str]]:
                     continue
                 found += [(kind, text)] if [name for name, _ in found].count(kind) < 3 else []
                 break
-    assert {kind for kind, _ in found} >= {"record.json"}, "there are records of runs"
+    assert {kind for kind, _ in found} >= {"record.json", TABLE}, "there are records of runs"
     return found
 
 
 _READERS = {
     "record.json": read_record,
+    TABLE: lambda folder: read_table(folder / TABLE),
     sweep_record.FILE: sweep_record.read_sweep,
     board_record.FILE: board_record.read_board,
 }

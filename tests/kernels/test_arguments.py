@@ -12,8 +12,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, RuleName
 from attnpress.core.call import Scales
-from attnpress.kernels import cpu, ops
-from attnpress.kernels.cpu import TARGET_VARIABLE
+from attnpress.kernels import ops
 from tests.kernels.agreement import assert_same
 from tests.kernels.factories import Case, make_case, needs_kernel
 
@@ -25,12 +24,6 @@ MASKS: list[tuple[int, ...]] = [
     (), (9,), (6, 9), (6, 1), (4, 1, 9), (4, 6, 1), (2, 1, 1, 9), (2, 1, 6, 1), (1, 1, 6, 9), (1, 4, 6, 9),
     (2, 4, 1, 1),
 ]  # fmt: skip
-
-
-@pytest.fixture(params=cpu.supported_targets() if cpu.is_built() else ["none"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(TARGET_VARIABLE, request.param)
-    return str(request.param)
 
 
 @pytest.mark.parametrize("causal", [False, True])

@@ -20,16 +20,8 @@ NAN = pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")
 
 pytestmark = [needs_kernel, NAN]
 
-TARGETS = cpu.supported_targets() if cpu.is_built() else ["none"]
 DENSE = AttentionSpec()
 PRUNED = AttentionSpec(sparsity=0.9)
-
-
-@pytest.fixture(params=TARGETS)
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(TARGET_VARIABLE, request.param)
-    assert cpu.active_target() == request.param
-    return str(request.param)
 
 
 @contextmanager

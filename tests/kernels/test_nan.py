@@ -10,17 +10,10 @@ import torch
 
 from attnpress.config import AttentionSpec
 from attnpress.core.attention import NanWarning
-from attnpress.kernels import cpu, ops
-from attnpress.kernels.cpu import TARGET_VARIABLE
+from attnpress.kernels import ops
 from tests.kernels.factories import DTYPES, Case, make_case, needs_kernel
 
 pytestmark = needs_kernel
-
-
-@pytest.fixture(params=cpu.supported_targets() if cpu.is_built() else ["none"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(TARGET_VARIABLE, request.param)
-    return str(request.param)
 
 
 def spoiled(name: str, value: float, place: tuple[int, ...] = (1, 1, -1, -1), **changes: Any) -> Case:

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from attnpress.config import AttentionSpec
-from attnpress.kernels import cpu, ops
-from attnpress.kernels.cpu import TARGET_VARIABLE
+from attnpress.kernels import ops
 from tests.kernels.factories import DTYPES, EXTREMES, Case, make_case, needs_kernel, specs
 
 pytestmark = pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")
@@ -40,12 +39,6 @@ def alone(case: Case, bounds: Tensor, backend: str) -> Tensor:
         if begin < end
     ]
     return torch.cat(parts, 2) if parts else torch.empty(case.query.shape)
-
-
-@pytest.fixture(params=cpu.supported_targets() if cpu.is_built() else ["none"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(TARGET_VARIABLE, request.param)
-    return str(request.param)
 
 
 @needs_kernel

@@ -16,8 +16,7 @@ from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TailName, Tenso
 from attnpress.core.attention import TailedAttention
 from attnpress.core.call import Scales
 from attnpress.core.tail import OFF, Directions, Tail
-from attnpress.kernels import cpu, ops
-from attnpress.kernels.cpu import TARGET_VARIABLE
+from attnpress.kernels import ops
 from tests.kernels.agreement import assert_same
 from tests.kernels.factories import MASKS, Case, cases, make_case, needs_kernel
 from tests.kernels.test_cpu import FEW_BITS, threads
@@ -26,12 +25,6 @@ pytestmark = [needs_kernel, pytest.mark.filterwarnings("ignore::attnpress.core.a
 
 TAILS: list[tuple[TailName, int]] = [("mean", 1), ("linear", 3), ("linear", 8), ("linear", 64)]
 """Kinds and ranks; the last sees the whole score of a head of 64."""
-
-
-@pytest.fixture(params=cpu.supported_targets() if cpu.is_built() else ["none"])
-def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setenv(TARGET_VARIABLE, request.param)
-    return str(request.param)
 
 
 def make_spec(tail: TailName, rank: int, **changes: Any) -> AttentionSpec:

@@ -3,71 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import torch
-from torch import Tensor
 
-from attnpress.config import DENSE, AttentionSpec, Granularity, ProbsSpec, RuleName, TensorSpec
+from attnpress.config import DENSE, AttentionSpec, Granularity, RuleName, TensorSpec
 from attnpress.config.rules import RULES as FACTS
-from attnpress.core.attention import dense_attention, integer_attention, prune_and_code, repeat_heads
-from attnpress.core.cost import PairCounts, count_pairs
-from attnpress.core.fake_quantize import scores_operands
-from attnpress.core.rules import rule_of
-from attnpress.core.rules.base import BINS
-from attnpress.core.thresholds import pair_histogram
+from attnpress.core.attention import dense_attention, integer_attention
 from attnpress.models.attention import CompressedAttention
-from attnpress.models.watchers import Counting, Fitting, Observing, start, stop, watched
-
-RULES: tuple[RuleName, ...] = ("relative", "threshold", "topk", "mass", "nm")
-HEADS, KV_HEADS, DIM = 4, 2, 8
-
-
-HALF = AttentionSpec(sparsity=0.5)
-
-
-def make_state(spec: AttentionSpec = HALF) -> CompressedAttention:
-    return CompressedAttention(spec, HEADS, KV_HEADS, DIM)
-
-
-Inputs = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def make_inputs(seed: int = 0, lengths: Sequence[int] = (11, 6)) -> Inputs:
-    """Query, key, value, valid pairs and real rows of a padded batch."""
-    generator = torch.Generator().manual_seed(seed)
-    batch, length = len(lengths), max(lengths)
-    query, key, value = (
-        2 * torch.randn(batch, heads, length, DIM, generator=generator) for heads in (HEADS, KV_HEADS, KV_HEADS)
-    )
-    real = torch.arange(length) < torch.tensor(lengths).view(-1, 1)
-    valid = real.view(batch, 1, 1, length).expand(batch, 1, length, length)
-    return query, key, value, valid, real.view(batch, 1, length, 1)
-
-
-def calibrated(spec: AttentionSpec, inputs: Inputs) -> CompressedAttention:
-    """A state with scales and thresholds from these inputs."""
-    state = make_state(spec)
-    observing = Observing(state)
-    observing.see(state, state.call(*inputs, DIM**-0.5))
-    with torch.no_grad():
-        for name, observer in observing.observers.items():
-            getattr(state, f"{name}_scale").copy_(observer.scale())
-    watch(state, inputs, slice(None))
-    state.take_seen(0.0)
-    state.set_sparsity(spec.sparsity)
-    return state
-
-
-def watch(state: CompressedAttention, inputs: Inputs, rows: slice) -> None:
-    with watched([(state, Fitting(rows))]):
-        state(*inputs, scaling=DIM**-0.5, dropout=0.0)
-
-
-def call(state: CompressedAttention, inputs: Inputs, dropout: float = 0.0) -> Tensor:
-    output: Tensor = state(*inputs, scaling=DIM**-0.5, dropout=dropout)
-    return output
+from attnpress.models.watchers import Counting, Fitting, start, stop
+from tests.models.states import (
+    DIM,
+    HEADS,
+    KV_HEADS,
+    RULES,
+    Inputs,
+    calibrated,
+    call,
+    counts_of,
+    make_inputs,
+    make_state,
+)
 
 
 @pytest.mark.parametrize(("granularity", "groups"), [("tensor", (1, 1, 1)), ("head", (HEADS, KV_HEADS, KV_HEADS))])
@@ -120,31 +76,6 @@ def test_attend_can_be_replaced() -> None:
     assert torch.equal(call(state, inputs), inputs[0] + 1)
 
 
-# Observing.
-
-
-def test_observers_see_real_tokens_only() -> None:
-    query, key, value, valid, real = make_inputs()
-    filled = [torch.where(real, x, 1e4) for x in (query, key, value)]
-    one, other = (calibrated(AttentionSpec(), (*x, valid, real)) for x in ((query, key, value), filled))
-    for name in "qkv":
-        assert torch.equal(getattr(one, f"{name}_scale"), getattr(other, f"{name}_scale"))
-
-
-def test_observers_of_smoothed_keys_see_them_smoothed() -> None:
-    query, key, value, valid, real = make_inputs()
-    shifted = (query, key + 50, value, valid, real)
-    smooth, rough = (calibrated(AttentionSpec(smooth_key=flag), shifted) for flag in (True, False))
-    assert float(smooth.k_scale.max()) < 10 / 127 < 40 / 127 < float(rough.k_scale.min())
-
-
-def test_observers_are_those_of_the_spec() -> None:
-    spec = AttentionSpec(q=TensorSpec(bits=4), k=TensorSpec(bits=8), v=TensorSpec(observer="percentile"))
-    assert {name: one.name for name, one in Observing(make_state(spec)).observers.items()} == {
-        "q": "mse", "k": "ema", "v": "percentile",
-    }  # fmt: skip
-
-
 # Thresholds.
 
 
@@ -169,13 +100,6 @@ def test_a_sparsity_fits_the_thresholds_and_zero_lifts_them(rule: RuleName) -> N
 
 def pruned_fraction(state: CompressedAttention, inputs: Inputs) -> float:
     return float(counts_of(state, inputs).total().pruned_fraction())
-
-
-def counts_of(state: CompressedAttention, inputs: Inputs) -> PairCounts:
-    counting = Counting(state)
-    with watched([(state, counting)]):
-        call(state, inputs)
-    return counting.counts
 
 
 def test_thresholds_are_told_in_the_unit_of_the_rule() -> None:
@@ -204,94 +128,6 @@ def test_a_threshold_of_ones_own_is_never_refitted() -> None:
 def test_thresholds_cannot_be_fitted_to_nothing() -> None:
     with pytest.raises(ValueError, match="calibrate on real batches first"):
         make_state().set_sparsity(0.5)
-
-
-# Histogram.
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_histogram_counts_valid_pairs_of_real_rows(rule: RuleName) -> None:
-    inputs = make_inputs()
-    state = make_state(AttentionSpec(rule=rule, sparsity=0.5))
-    watch(state, inputs, slice(None))
-    assert state.seen.sum(-1).tolist() == [11**2 + 6**2] * HEADS
-    watch(state, inputs, slice(2, None, 4))
-    assert state.seen.sum(-1).tolist() == [11**2 + 6**2 + 3 * 11 + 1 * 6] * HEADS
-
-
-def test_every_row_is_seen_once_over_a_round_of_strides() -> None:
-    inputs = make_inputs()
-    whole, parts = make_state(), make_state()
-    watch(whole, inputs, slice(None))
-    for first in range(8):
-        watch(parts, inputs, slice(first, None, 8))
-    assert torch.equal(parts.seen, whole.seen)
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_a_stride_without_a_row_sees_nothing(rule: RuleName) -> None:
-    state = make_state(AttentionSpec(rule=rule, sparsity=0.5))
-    for lengths in ((1,), (5, 2)):
-        inputs = make_inputs(lengths=lengths)
-        watch(state, inputs, slice(5, None, 8))
-        query, key, value, *_ = inputs
-        watch(state, (query, key, value, None, None), slice(5, None, 8))  # type: ignore[arg-type]  # no mask at all
-    assert not state.seen.any()
-
-
-def test_what_was_seen_moves_into_a_decaying_histogram() -> None:
-    state = make_state()
-    state.histogram += 1
-    state.seen += 2
-    state.take_seen(0.5)
-    assert torch.equal(state.histogram, torch.full((HEADS, BINS), 2.5, dtype=torch.float64))
-    assert not state.seen.any()
-    state.seen += 1
-    state.take_seen(0.0, reduce=lambda tensor, how: tensor * (3 if how == "sum" else 0))
-    assert torch.equal(state.histogram, torch.full((HEADS, BINS), 3.0, dtype=torch.float64))
-
-
-def test_watching_and_counting_change_neither_output_nor_gradients() -> None:
-    inputs = make_inputs()
-    state = calibrated(AttentionSpec(sparsity=0.5), inputs)
-    query = inputs[0].requires_grad_()
-    results = []
-    for watchers in ([], [Fitting(slice(None)), Counting(state)]):
-        with watched((state, watcher) for watcher in watchers):
-            output = call(state, inputs)
-        (gradient,) = torch.autograd.grad(output.sum(), query)
-        results.append((output, gradient))
-    for plain, looked_at in zip(*results, strict=True):
-        assert torch.equal(plain, looked_at)
-
-
-# Counts.
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_counts_are_those_of_the_reference(rule: RuleName) -> None:
-    inputs = make_inputs()
-    state = calibrated(AttentionSpec(rule=rule, sparsity=0.7, p=ProbsSpec(bits=4)), inputs)
-    query, key, value, valid, real = inputs
-    found = integer_attention(state.call(query, key, value, valid, None, DIM**-0.5))
-    counted = (valid & real).expand(found.keep.shape)
-    expected = count_pairs(found.p_codes.float(), ~found.keep, counted)
-    counts = counts_of(state, inputs)
-    for ours, theirs in zip(counts.tensors(), expected.tensors(), strict=True):
-        assert torch.equal(ours, theirs)
-    assert counts.rows.tolist() == [17] * HEADS
-    assert bool((counts.sparsity() >= counts.pruned_fraction()).all())
-
-
-def test_dense_calls_count_their_pairs_too() -> None:
-    state = make_state(DENSE)
-    query, key, value, valid, real = make_inputs()
-    counting = start(state, Counting(state))
-    state.show(state.call(query, key, value, valid, real, DIM**-0.5))
-    state.show(state.call(query, key, value, None, None, DIM**-0.5))
-    assert counting.counts.pairs.tolist() == [11**2 + 6**2 + 2 * 11**2] * HEADS
-    assert not counting.counts.zeros.any()
-    assert not counting.counts.pruned.any()
 
 
 # Precision and learning.
@@ -386,19 +222,6 @@ def test_a_threshold_that_prunes_nothing_stays_a_number() -> None:
     state = calibrated(AttentionSpec(threshold_penalty=2.0), make_inputs())
     state.fit()
     assert bool(state.trained_cutoff.isfinite().all())
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("rows", [slice(None), slice(1, None, 3)])
-def test_the_histogram_holds_the_pairs_of_the_reference_before_pruning(rule: RuleName, rows: slice) -> None:
-    inputs = make_inputs()
-    state = calibrated(AttentionSpec(rule=rule, sparsity=0.5), inputs)
-    watch(state, inputs, rows)
-    query, key, value, valid, real = inputs
-    q, k, alpha = scores_operands(state.call(query, key, value, valid, real, DIM**-0.5))
-    pairs = prune_and_code(q @ repeat_heads(k, HEADS).mT, valid, alpha, None, state.spec)
-    bins = rule_of(state.spec).bins(pairs.exponent, pairs.probability, pairs.distance)
-    assert torch.equal(state.seen, pair_histogram(bins[:, :, rows], (pairs.valid & real)[:, :, rows]))
 
 
 # Devices.

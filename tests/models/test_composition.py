@@ -200,7 +200,9 @@ def test_weights_in_eight_bits_by_bitsandbytes(backend: str, tmp_path: Path) -> 
     batch = make_batch()
     dense = outputs(model, batch)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that such a model cannot be saved whole: see test_hub.py
+        warnings.simplefilter(
+            "ignore", UserWarning
+        )  # that such a model cannot be saved whole: see test_saved_states.py
         bind(model, AttentionSpec())
     calibrate(model, [batch])
     expected = outputs(model, batch)

@@ -26,6 +26,7 @@ from attnpress.models.binding import attentions, bind
 from attnpress.models.state import NotCalibratedError, StateError, pack_extra, unpack_extra
 from attnpress.training.calibration import calibrate, fit_thresholds
 from attnpress.training.driver import SparsityDriver
+from tests.models.checkpoints import logits
 from tests.models.factories import make_batch, make_classifier
 
 FOUR, EIGHT_BITS = TensorSpec(bits=4), AttentionSpec()
@@ -46,12 +47,6 @@ def pruned(sparsity: float = 0.9) -> PreTrainedModel:
     model = calibrated()
     SparsityDriver(model, ScheduleSpec("constant"), sparsity, total=1).freeze()
     return model
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = model(**make_batch()).logits
-    return found
 
 
 def through_torch(state: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:

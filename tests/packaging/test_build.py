@@ -89,3 +89,9 @@ def test_the_kernel_is_built_with_the_torch_that_the_package_runs_on() -> None:
     assert built == run == SpecifierSet(f">={oldest}")
     target = f"0x{OLDEST_TORCH[0]:02x}{OLDEST_TORCH[1]:02x}{0:012x}"
     assert f"TORCH_TARGET_VERSION={target}" in (ROOT / "setup.py").read_text("utf-8")
+
+
+def test_the_changelog_is_cut_for_the_version() -> None:
+    headings = re.findall(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == "[Unreleased]"
+    assert re.fullmatch(rf"\[{re.escape(META['version'])}\] - \d{{4}}-\d\d-\d\d", headings[1])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -55,11 +56,11 @@ def without_checkout() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "CXX", "CC")}
 
 
-def run(environment: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def run(environment: Path, *words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """A program of the environment, where no compiler and no checkout is in reach."""
     return subprocess.run(
         [str(environment / "bin" / words[0]), *words[1:]],
-        cwd=ROOT, env=without_checkout() | {"PATH": str(environment / "bin")}, capture_output=True, text=True,
+        cwd=folder, env=without_checkout() | {"PATH": str(environment / "bin")}, capture_output=True, text=True,
     )  # fmt: skip
 
 
@@ -92,6 +93,16 @@ def test_the_installed_package_is_that_of_the_wheel(environment: Path) -> None:
 def test_the_command_lists_the_kernel(environment: Path) -> None:
     done = run(environment, "attnpress", "ls", "backends")
     assert re.search(r"^cpu +the compiled kernel; targets .*; runs \w+$", done.stdout, re.MULTILINE), done
+
+
+def test_the_quickstart_of_the_readme_runs(environment: Path, tiny_model: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_model, tmp_path / "my-bert")
+    block = re.search(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text("utf-8"), re.DOTALL | re.MULTILINE)
+    assert block is not None
+    assert len([line for line in block[1].splitlines() if line]) <= 8
+    done = run(environment, "python", "-c", block[1], folder=tmp_path)
+    assert re.search(r"^tensor\(\[[01], [01]\]\)$", done.stdout, re.MULTILINE), done.stderr
+    assert (tmp_path / "compressed" / "model.safetensors").is_file()
 
 
 def test_the_kernel_of_the_wheel_passes_its_tests(environment: Path) -> None:

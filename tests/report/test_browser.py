@@ -74,7 +74,7 @@ def measured(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> list[d
     if BROWSER is None:
         pytest.skip("no browser is installed: apt-get install chromium")
     folder = tmp_path_factory.mktemp("browser")
-    record = Path(__file__).parents[2] / "records" / "evidence" / "mrpc-8888-0.95-seed0.json"
+    record = Path(__file__).parents[2] / "records" / "demo.json"
     page = html.escape(make_report([finished, record, swept(folder / "sweep")]).html)
     frames = "".join(f'<iframe width="{width}" height="900" srcdoc="{page}"></iframe>' for width in WIDTHS)
     script = f'<script>addEventListener("load", () => {{{MEASURE}}})</script>'

@@ -13,7 +13,7 @@ from attnpress.records.leaderboard import read_board
 from attnpress.records.reading import RecordError
 from attnpress.records.run import read_record
 from attnpress.records.sweep import read_sweep
-from attnpress.report.inputs import read_timings
+from attnpress.report.inputs import read_runs, read_timings
 
 ROOT = Path(__file__).parents[2]
 Change = Callable[[Any], object]
@@ -49,8 +49,11 @@ def test_a_record_that_no_page_can_be_made_of_is_named(change: Change, message: 
 
 
 def test_every_record_of_the_project_can_be_drawn() -> None:
-    records = [ROOT / "records" / "demo.json", *sorted((ROOT / "records" / "evidence").glob("*-seed0.json"))]
-    assert [read_record(file).headline for file in records]
+    files = [ROOT / "records" / "demo.json", *sorted((ROOT / "records" / "evidence").glob("*.json"))]
+    runs = [run for file in files for run in read_runs(file)]
+    assert [run.record.headline for run in runs]
+    assert len(runs) > len(files)
+    assert {"demo", "mrpc-dense-seed0"} <= {run.name for run in runs}
     assert read_board(ROOT / "records" / "leaderboard").cells
 
 

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.patches import Rectangle
 
 from attnpress.records.leaderboard import read_board
 from attnpress.report.figures import dense_noise
@@ -62,6 +63,7 @@ def test_every_axis_of_scores_has_its_band() -> None:
         for axes in [axes for axes in figure.axes if axes.get_visible()]:
             assert any(patch.get_label() == band.label for patch in axes.patches)
     (patch,) = drawn[0].axes[0].patches
+    assert isinstance(patch, Rectangle)
     assert (patch.get_y(), patch.get_y() + patch.get_height()) == pytest.approx((78.0, 82.0))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -15,6 +16,7 @@ import pytest
 
 from attnpress.records.reading import RecordError
 from attnpress.records.run import StageRecord, read_record
+from attnpress.records.table import brief, table_text
 from attnpress.report.attention_figures import chosen_heads, threshold_at
 from attnpress.report.figures import describe_curves, describe_heads, head_values, remaining_work
 from attnpress.report.inputs import group_runs, read_run, read_timings
@@ -137,6 +139,17 @@ def test_committed_records_are_drawn() -> None:
     assert {
         f"work-{number}.svg" for number in range(1, len({path.stem.split("-seed")[0] for path in paths}) + 1)
     } <= set(drawn)
+
+
+def test_a_table_of_records_is_drawn_as_its_runs(run: Path, tmp_path: Path) -> None:
+    record = read_record(run)
+    other = dataclasses.replace(record, recipe={**record.recipe, "seed": 1})
+    (tmp_path / "movie.json").write_text(table_text({"8888-seed0": brief(record), "8888-seed1": brief(other)}), "utf-8")
+    report = make_report([tmp_path / "movie.json"])
+    assert "Run movie-8888-seed0" in report.html
+    assert "Run movie-8888-seed1" in report.html
+    assert "The record lacks figures of heads: it was made before" in report.html
+    assert {"metric-1.svg", "work-1.svg"} <= report.figures.keys()
 
 
 def test_a_run_that_has_just_begun_is_drawn(run: Path, tmp_path: Path) -> None:

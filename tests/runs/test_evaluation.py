@@ -27,11 +27,6 @@ from tests.kernels.factories import needs_kernel
 
 
 @pytest.fixture(scope="module")
-def data(tiny_recipe: RunConfig) -> TaskData:
-    return load_task(tiny_recipe.data, load_tokenizer(tiny_recipe.model), tiny_recipe.seed)
-
-
-@pytest.fixture(scope="module")
 def model(finished: Path) -> PreTrainedModel:
     return load_compressed(finished / "progressive", "classification", ("no", "yes"))
 

@@ -5,30 +5,20 @@ from __future__ import annotations
 import gzip
 import json
 import os
-import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from attnpress.cli import main
-from attnpress.config import ConfigError
-from attnpress.config.recipe import load_config
 from attnpress.runs import prediction
-from attnpress.runs.finished import finished_classifier
-from attnpress.runs.prediction import PredictionError, Progress, Row, make_answer, predict_file, run_file
+from attnpress.runs.prediction import PredictionError, Progress, Row, predict_file
 from attnpress.tasks import TaskError
 from attnpress.tasks.lines import Broken
+from tests.runs.prediction_files import read, write
 
 BAD = ['{"text": 3}', "[1]", "{", '{"other": "x"}']
-
-
-def write(path: Path, lines: Sequence[str | bytes]) -> Path:
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
-    return path
 
 
 def texts(count: int) -> list[str]:
@@ -37,10 +27,6 @@ def texts(count: int) -> list[str]:
 
 def lengths(rows: Sequence[Row]) -> list[Row]:
     return [{"length": len(row["text"])} for row in rows]
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def predict(source: Path, output: Path, said: list[str] | None = None, **changes: Any) -> Progress:
@@ -340,91 +326,3 @@ def test_a_stream_is_read_and_written_on(tmp_path: Path) -> None:
         ).written
         == 3
     )
-
-
-REVIEWS = ["good good film", "the plot is dull", "bad", "a great story with two good actor and one poor scene of film"]
-
-
-@pytest.fixture
-def reviews_file(tmp_path: Path) -> Path:
-    return write(tmp_path / "in.jsonl", [json.dumps({"review": text}) for text in REVIEWS * 3])
-
-
-@pytest.mark.parametrize("linear", ["float", "int8"])
-def test_a_finished_run_says_what_its_model_says(
-    linear: Any, finished: Path, reviews_file: Path, tmp_path: Path
-) -> None:
-    config, output = load_config(finished / "recipe.yaml"), tmp_path / "out.jsonl"
-    done = run_file(
-        finished, config, reviews_file, output, backend="reference", linear=linear, batch_size=5, warn=print
-    )
-    assert done.written == 12
-    model, tokenizer = finished_classifier(finished)
-    for line, text in zip(read(output), REVIEWS * 3, strict=True):
-        with torch.no_grad():
-            probs = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
-        assert line["label"] == ("no", "yes")[int(probs.argmax())]
-        assert line["score"] == pytest.approx(float(probs.max()), abs=1e-5 if linear == "float" else 0.1)
-
-
-def test_a_saved_folder_says_what_its_run_says(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved = shutil.copytree(finished / "progressive", tmp_path / "saved")
-    config = json.loads((saved / "config.json").read_text("utf-8"))
-    (tmp_path / "in.csv").write_text("review,text\n" + "".join(f"{text},{text}\n" for text in REVIEWS), "utf-8")
-    words = ["--input", str(tmp_path / "in.csv"), "--backend", "reference", "--output"]
-    assert main(["run", str(finished), *words, str(tmp_path / "run.jsonl")]) == 0
-    assert main(["run", str(saved), *words, str(tmp_path / "saved.jsonl")]) == 0
-    assert main(["run", str(saved), *words, str(tmp_path / "named.jsonl"), "--text", "review"]) == 0
-    assert read(tmp_path / "run.jsonl") == read(tmp_path / "saved.jsonl") == read(tmp_path / "named.jsonl")
-    assert {row["label"] for row in read(tmp_path / "saved.jsonl")} <= set(config["id2label"].values())
-    capsys.readouterr()
-    assert main(["run", str(saved), *words, str(tmp_path / "int8.jsonl"), "--linear", "int8"]) == 1
-    assert "has no plan for int8 layers" in capsys.readouterr().err
-
-
-def test_rows_of_a_length_go_together_and_answers_keep_their_order() -> None:
-    class Tokenizer:
-        def __call__(self, *columns: list[str], **_: Any) -> dict[str, list[list[int]]]:
-            return {"input_ids": [[len(text)] * len(text) for text in columns[0]]}
-
-        def pad(self, inputs: dict[str, Any], **_: Any) -> Any:
-            shapes.append([len(row) for row in inputs["input_ids"]])
-            return Inputs({"input_ids": torch.tensor([row[0] for row in inputs["input_ids"]])})
-
-    class Inputs(dict[str, Any]):
-        def to(self, _: Any) -> Inputs:
-            return self
-
-    class Model:
-        device = "cpu"
-        config = type("Config", (), {"problem_type": "regression"})
-
-        def __call__(self, input_ids: torch.Tensor) -> Any:
-            return type("Output", (), {"logits": input_ids.view(-1, 1)})
-
-    shapes: list[list[int]] = []
-    rows = [{"text": "x" * length} for length in (5, 1, 4, 2, 3)]
-    said = make_answer(Model(), Tokenizer(), ["text"], 16, 2)(rows)
-    assert said == [{"score": float(length)} for length in (5, 1, 4, 2, 3)]
-    assert shapes == [[1, 2], [3, 4], [5]]
-
-
-def test_the_command_reports_and_refuses(
-    finished: Path, reviews_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with reviews_file.open("a") as file:
-        file.write("nonsense\n")
-    words = ["run", str(finished), "--input", str(reviews_file), "--output", str(tmp_path / "said.jsonl")]
-    assert main([*words, "--backend", "reference"]) == 0
-    captured = capsys.readouterr()
-    assert "predicted: 12 lines, skipped: 1" in captured.out
-    assert "in.jsonl:13: not JSON" in captured.err
-    assert main([*words, "--backend", "reference"]) == 1
-    assert "exists already" in capsys.readouterr().err
-
-
-def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="holds no finished compressed model"):
-        finished_classifier(tmp_path)

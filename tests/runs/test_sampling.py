@@ -8,23 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attnpress.config import RunConfig
 from attnpress.models.binding import attentions
 from attnpress.models.loading import load_compressed, load_tokenizer
-from attnpress.records.run import STAGES, Record, read_record
+from attnpress.records.run import STAGES, Record
 from attnpress.records.samples import Samples, read_samples
 from attnpress.runs.sampling import ROWS, take_samples
-from attnpress.tasks import TaskData, load_task
-
-
-@pytest.fixture(scope="module")
-def record(finished: Path) -> Record:
-    return read_record(finished)
-
-
-@pytest.fixture(scope="module")
-def data(tiny_recipe: RunConfig) -> TaskData:
-    return load_task(tiny_recipe.data, load_tokenizer(tiny_recipe.model), tiny_recipe.seed)
+from attnpress.tasks import TaskData
 
 
 def sampled(finished: Path, stage: str) -> Samples:

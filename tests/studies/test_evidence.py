@@ -13,10 +13,12 @@ import pytest
 from attnpress.cli import main
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_spec, parse_spec
-from attnpress.records.run import read_record
+from attnpress.locks import alone
+from attnpress.records.reading import RecordError, to_json
+from attnpress.records.run import Record, read_record
+from attnpress.records.table import brief, read_table, table_text
 from attnpress.report.evidence import ablation_markdown
-from attnpress.studies.evidence import CellSpec, EvidenceSpec, choose, missing, plan, run_missing
-from attnpress.studies.teacher import alone
+from attnpress.studies.evidence import CellSpec, EvidenceSpec, choose, fold, missing, plan, run_missing
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +70,9 @@ def test_a_cell_trained_for_longer_has_a_control_of_its_length(spec: EvidenceSpe
 
 
 def test_the_dense_model_of_a_cell_is_trained_first_and_shared(done: Path) -> None:
-    cell, dense = (read_record(done / "records" / f"tiny-{name}-seed0.json") for name in ("8888-0.50", "dense"))
+    known = read_table(done / "records" / "tiny.json")
+    cell, dense = (read_record(done / "runs" / f"{name}-seed0") for name in ("8888-0.50", "dense"))
+    assert known == {"8888-0.50-seed0": brief(cell), "dense-seed0": brief(dense)}
     assert [stage.name for stage in dense.stages] == ["dense", "dense_control"]
     assert [stage.name for stage in cell.stages] == ["dense", "quantized", "one_shot", "progressive"]
     assert cell.provenance["weights"]["dense"] == dense.provenance["weights"]["dense"]
@@ -81,7 +85,8 @@ def test_a_table_without_training_prunes_a_given_dense_model_at_once(from_dense:
     cells = {"half": CellSpec((0,), {"attention": {"sparsity": 0.5}}, "one_shot")}
     (tmp_path / "table.yaml").write_text(dump_config(EvidenceSpec("tiny", from_dense, cells)), encoding="utf-8")
     assert main(command(tmp_path)) == 0
-    dense, half = (read_record(tmp_path / "records" / f"tiny-{name}-seed0.json") for name in ("dense", "half"))
+    known = read_table(tmp_path / "records" / "tiny.json")
+    dense, half = known["dense-seed0"], known["half-seed0"]
     assert [stage.name for stage in dense.stages] == ["dense"], "a control would be trained, and nothing else is"
     assert [stage.name for stage in half.stages] == ["one_shot"]
     assert half.provenance["weights"]["dense"] == dense.provenance["weights"]["dense"]
@@ -96,19 +101,37 @@ def test_what_has_a_record_is_not_run_again(done: Path, spec: EvidenceSpec, caps
     assert [item.name for item in missing(items)] == ["4444-0.50-seed0"]
     assert main(command(done, "--list")) == 0
     assert capsys.readouterr().out.split() == ["done", "dense-seed0", "done", "8888-0.50-seed0", "missing", "4444-0.50-seed0"]  # fmt: skip # noqa: E501
-    before = (done / "records" / "tiny-8888-0.50-seed0.json").stat().st_mtime_ns
+    before = (done / "records" / "tiny.json").stat().st_mtime_ns
     assert main(command(done, "--only", "8888-0.50-seed0")) == 0
     assert "run" not in capsys.readouterr().out
-    assert (done / "records" / "tiny-8888-0.50-seed0.json").stat().st_mtime_ns == before
+    assert (done / "records" / "tiny.json").stat().st_mtime_ns == before
 
 
 def test_a_lost_record_is_taken_from_the_finished_run(done: Path, tmp_path: Path) -> None:
     shutil.copytree(done, tmp_path, dirs_exist_ok=True)
-    record = tmp_path / "records" / "tiny-8888-0.50-seed0.json"
-    record.unlink()
+    table = tmp_path / "records" / "tiny.json"
+    table.unlink()
     # The cell names its dense model by the folder it began in, so the copy stands for that folder.
     assert main([*command(done)[:-1], str(tmp_path / "records"), "--only", "8888-0.50"]) == 0
-    assert read_record(record) == read_record(done / "records" / record.name)
+    assert read_table(table) == {
+        name: record for name, record in read_table(done / "records" / "tiny.json").items() if name.startswith("8888")
+    }, "of the cell that was asked for"
+
+
+def score(number: float) -> Record:
+    """A record that is told from others by its headline's floor."""
+    parts: dict[str, dict[str, Any]] = {
+        "recipe": {
+            "model": "bert", "data": {"task": "mrpc"}, "compress": {"epochs": 3},
+            "attention": {"sparsity": 0.9, **{name: {"bits": 8} for name in "qkvp"}},
+        },
+        "provenance": {"rows": {"train": 10, "eval": 5}, "weights": {}},
+    }  # fmt: skip
+    return Record(parts["recipe"], "f1", number, parts["provenance"])
+
+
+def scores(table: Path) -> dict[str, float | None]:
+    return {name: record.majority for name, record in read_table(table).items()}
 
 
 def test_a_dense_model_made_anew_leaves_its_record_alone(
@@ -117,17 +140,18 @@ def test_a_dense_model_made_anew_leaves_its_record_alone(
     items = plan(spec, tmp_path / "runs", tmp_path / "records")
     made: list[tuple[str, tuple[str, ...]]] = []
 
-    def compress(config: RunConfig, folder: Path, notify: Any, *, stages: Any) -> None:
+    def compress(config: RunConfig, folder: Path, notify: Any, *, stages: Any) -> Record:
         made.append((folder.name, stages))
         (folder / "dense").mkdir(parents=True)
-        (folder / "record.json").write_text("new", encoding="utf-8")
+        return score(2.0)
 
     monkeypatch.setattr("attnpress.studies.evidence.compress", compress)
-    items[0].record.parent.mkdir()
-    items[0].record.write_text("committed", encoding="utf-8")
+    table = items[0].table
+    table.parent.mkdir()
+    table.write_text(table_text({items[0].name: score(1.0)}), encoding="utf-8")
     run_missing(items, items)
     assert made[0] == ("dense-seed0", ("dense",)), "its control is known"
-    assert [item.record.read_text("utf-8") for item in items] == ["committed", "new", "new"]
+    assert scores(table) == {"dense-seed0": 1.0, "8888-0.50-seed0": 2.0, "4444-0.50-seed0": 2.0}
 
 
 def test_processes_share_the_runs_of_a_table(
@@ -139,10 +163,10 @@ def test_processes_share_the_runs_of_a_table(
         item.folder.mkdir(parents=True)
     made, told, waits = [], [], threading.Event()
 
-    def compress(config: RunConfig, folder: Path, notify: Any, *, stages: Any) -> None:
+    def compress(config: RunConfig, folder: Path, notify: Any, *, stages: Any) -> Record:
         made.append(folder.name)
-        (folder / "record.json").write_text("mine", encoding="utf-8")
         (folder / "dense").mkdir()
+        return score(1.0)
 
     def tell(line: str) -> None:
         told.append(line)
@@ -155,10 +179,58 @@ def test_processes_share_the_runs_of_a_table(
         here.start()
         assert waits.wait(60)
         assert made == [dense.name, four.name], "what is taken is passed over"
-        eight.record.write_text("theirs", encoding="utf-8")
+        known = read_table(eight.table)
+        eight.table.write_text(table_text(known | {eight.name: score(2.0)}), encoding="utf-8")
     here.join(60)
     assert told[-1] == "waiting for the process that is at work on 8888-0.50-seed0"
-    assert (made, eight.record.read_text("utf-8")) == ([dense.name, four.name], "theirs")
+    assert (made, scores(eight.table)[eight.name]) == ([dense.name, four.name], 2.0)
+
+
+def test_records_written_at_once_are_all_kept(
+    spec: EvidenceSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many = dataclasses.replace(spec, cells={"8888-0.50": CellSpec(tuple(range(6)))})
+    items = [item for item in plan(many, tmp_path / "runs", tmp_path / "records") if item.cell != "dense"]
+    for item in items:
+        item.folder.mkdir(parents=True)
+        assert item.config.checkpoint is not None
+        item.config.checkpoint.mkdir(parents=True)
+    ready = threading.Barrier(len(items))
+
+    def compress(config: RunConfig, *_: Any, **__: Any) -> Record:
+        ready.wait(60)  # all of them end in one moment
+        return score(float(config.seed))
+
+    monkeypatch.setattr("attnpress.studies.evidence.compress", compress)
+    threads = [threading.Thread(target=run_missing, args=(items, [item], lambda _: None)) for item in items]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert scores(items[0].table) == {f"8888-0.50-seed{seed}": float(seed) for seed in range(6)}
+
+
+def test_long_records_beside_a_table_count_and_are_taken_into_it(
+    done: Path, spec: EvidenceSpec, tmp_path: Path
+) -> None:
+    long = read_record(done / "runs" / "8888-0.50-seed0")
+    apart = tmp_path / "tiny-8888-0.50-seed0.json"
+    apart.write_text(to_json(long), encoding="utf-8")
+    assert [item.name for item in missing(plan(spec, tmp_path, tmp_path))] == ["dense-seed0", "4444-0.50-seed0"]
+    assert fold(tmp_path) == [apart]
+    assert read_table(tmp_path / "tiny.json") == {"8888-0.50-seed0": brief(long)}
+    assert read_record(apart) == long, "nothing is lost"
+    assert fold(tmp_path) == [apart], "again, it is there already"
+    apart.write_text(to_json(dataclasses.replace(long, majority=1.0)), encoding="utf-8")
+    with pytest.raises(RecordError, match=r"tiny\.json: 8888-0\.50-seed0 is there with other figures; remove one"):
+        fold(tmp_path)
+    assert read_table(tmp_path / "tiny.json") == {"8888-0.50-seed0": brief(long)}
+
+
+def test_a_file_that_is_no_table_is_left_alone(done: Path, tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text("[1, 2]", encoding="utf-8")
+    assert main([*command(done)[:-1], str(tmp_path), "--only", "8888-0.50"]) == 1
+    assert (tmp_path / "tiny.json").read_text("utf-8") == "[1, 2]"
 
 
 def test_a_cell_is_passed_over_while_another_process_trains_its_dense_model(

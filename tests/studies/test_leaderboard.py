@@ -13,12 +13,12 @@ from attnpress.cli import main
 from attnpress.config import ConfigError, RunConfig, TrainSpec
 from attnpress.config.recipe import dump_config, load_spec
 from attnpress.files import take_folder
+from attnpress.locks import alone
 from attnpress.records.leaderboard import BoardRecord, read_board
 from attnpress.records.run import read_record
 from attnpress.runs.compression import compress
 from attnpress.studies.leaderboard import BoardSpec, EntrySpec, run_board
 from attnpress.studies.leaderboard.spec import Cell, plan, teacher_folder
-from attnpress.studies.teacher import alone
 
 SHORT = TrainSpec(epochs=1, learning_rate=1e-3, batch_size=16, checkpoints=1)
 RULES = {

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from attnpress.benchmark.problem import Problem
 from attnpress.config import RunConfig
-from attnpress.core.call import AttentionCall
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions
+from attnpress.models.binding import attending, attentions
 from attnpress.models.outputs import outputs
 from attnpress.models.watchers import Counting, start
 from attnpress.runs.finished import finished_model
@@ -32,11 +31,12 @@ def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Pr
     """
     model, data = finished_model(run_folder, config)
     modules = {name: module for name, module in attentions(model).items() if not module.spec.is_dense}
-    calls = {name: _capture(module) for name, module in modules.items()}
+    calls: dict[str, list[Problem]] = {name: [] for name in modules}
     counting = {name: start(module, Counting(module)) for name, module in modules.items()}
     chosen = range(min(rows, len(data.eval)))
-    for _ in outputs(model, [data.collate([data.eval[row] for row in chosen])]):
-        pass
+    with attending({module: _capturing(calls[name]) for name, module in modules.items()}):
+        for _ in outputs(model, [data.collate([data.eval[row] for row in chosen])]):
+            pass
     return [
         replace(problem, source=str(run_folder), layer=name, sparsity=float(counting[name].counts.total().sparsity()))
         for name, found in calls.items()
@@ -44,13 +44,11 @@ def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Pr
     ]
 
 
-def _capture(module: CompressedAttention) -> list[Problem]:
-    """A list that the module's calls are added to, with their sparsity still open."""
-    found: list[Problem] = []
+def _capturing(found: list[Problem]) -> Attend:
+    """The training forward; each call is added to the list, with its sparsity still open."""
 
     def attend(call: AttentionCall) -> Tensor:
         found.append(Problem(call, torch.nan))
         return fake_quantize_attention(call)
 
-    module.attend = attend
-    return found
+    return attend

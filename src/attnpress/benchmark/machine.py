@@ -6,13 +6,16 @@ import gc
 import os
 import platform
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from attnpress.kernels import cpu
+from attnpress.records.provenance import machine, versions
+
+TOLD = ("nncf", "onnxruntime", "openvino", "sageattention", "transformers", "triton")
+"""Packages whose versions matter to a time, beside our own and torch."""
 
 
 def provenance(*packages: str) -> dict[str, Any]:
@@ -20,17 +23,23 @@ def provenance(*packages: str) -> dict[str, Any]:
     named = [
         "attnpress",
         "torch",
-        *(name for name in packages if name in ("nncf", "onnxruntime", "openvino", "transformers")),
+        *(name for name in packages if name in TOLD),
     ]
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in named}},
-        "machine": {
-            "system": platform.platform(terse=True),
-            "processor": processor(),
-            "cores": os.cpu_count(),
-            "load": round(os.getloadavg()[0], 1),
-        },
+        "versions": versions(named),
+        "machine": machine(processor=processor(), load=round(os.getloadavg()[0], 1), **_gpu()),
     }
+
+
+def _gpu() -> dict[str, Any]:
+    """The GPU that torch would use, if there is one."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": found.name, "capability": [found.major, found.minor], "multiprocessors": found.multi_processor_count,
+        "cuda": torch.version.cuda, "gigabytes": round(found.total_memory / 1e9, 1),
+    }  # fmt: skip
 
 
 def cores() -> int:

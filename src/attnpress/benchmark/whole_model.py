@@ -35,12 +35,11 @@ from attnpress.benchmark.runtimes import RUNTIMES
 from attnpress.benchmark.stock import STOCK, attention_seconds, load_stock, make_stock
 from attnpress.benchmark.turns import Prepared, Run, Side, in_turns
 from attnpress.config import AttentionSpec
-from attnpress.core.call import AttentionCall
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.deployment.attention import Linear, deploy
 from attnpress.deployment.linear import linear_layers
 from attnpress.kernels import cpu, ops
-from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions, bind
+from attnpress.models.binding import attending, attentions, bind
 from attnpress.models.linear import Int8Linear
 from attnpress.models.loading import longest_input
 from attnpress.models.outputs import outputs
@@ -313,10 +312,9 @@ def _deploy(model: Any, inputs: dict[str, Tensor], sparsity: float) -> float:
         for module in modules:
             module.take_seen(0.0)
             module.set_sparsity(sparsity)
-    counted = [_counting(module) for module in modules]
-    _pass(model, inputs)
-    deploy(model, "cpu")
-    calls = [call for calls in counted for call in calls]
+    calls: list[tuple[int, int]] = []
+    with attending(dict.fromkeys(modules, _counting(calls))):
+        _pass(model, inputs)
     return 1 - sum(survivors for survivors, _ in calls) / sum(pairs for _, pairs in calls)
 
 
@@ -325,9 +323,8 @@ def _pass(model: Any, inputs: dict[str, Tensor]) -> None:
         pass
 
 
-def _counting(module: CompressedAttention) -> list[tuple[int, int]]:
-    """Have the module count on the kernel; the list gets survivors and valid pairs of each call."""
-    found: list[tuple[int, int]] = []
+def _counting(found: list[tuple[int, int]]) -> Attend:
+    """The kernel that counts; the list gets survivors and valid pairs of each call."""
 
     def attend(call: AttentionCall) -> Tensor:
         integers, valid = ops.compiled_integers(call), call.valid
@@ -336,8 +333,7 @@ def _counting(module: CompressedAttention) -> list[tuple[int, int]]:
         found.append((int((codes * counted).count_nonzero()), int(counted.expand(codes.shape).count_nonzero())))
         return integers["output"]
 
-    module.attend = attend
-    return found
+    return attend
 
 
 def _forward(model: Any, inputs: dict[str, Tensor]) -> Run:

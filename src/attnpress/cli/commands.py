@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_config, load_spec, override, parse_spec
-from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_text
+from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_json, write_text
 
 GENERATOR = b'<meta name="generator" content="attnpress">'
 """In every page of `report`: only such a file is replaced by the next."""
@@ -359,7 +359,7 @@ def _check_json(file: Path | None, *keys: set[str]) -> None:
 
 def _write_json(found: object, file: Path | None) -> None:
     if file is not None:
-        write_text(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def _stage_line(text: str) -> None:

@@ -55,7 +55,7 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
     """The exit status and the line for an error; None for a defect."""
     if isinstance(error, KeyboardInterrupt):
         what, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
-        return status, f"{what}; the same command goes on, or begins again"
+        return status, f"{what}; the same command resumes, or starts again"
     if isinstance(error, BrokenPipeError) and any(_has_no_reader(stream) for stream in _streams()):
         return PIPE_CLOSED, None
     line = one_line(error)
@@ -70,7 +70,7 @@ def one_line(error: BaseException) -> str | None:
         return explain(found)
     if isinstance(error, UnicodeEncodeError):
         odd = error.object[error.start : error.end]
-        return f"a name or text holds {odd!a}, which is no Unicode character; rename or mend it"
+        return f"a name or text holds {odd!a}, which is no Unicode character; rename or correct it"
     if isinstance(error, MemoryError) or _is_out_of_memory(error):
         return f"not enough memory; do less at once ({str(error).splitlines()[0] if str(error) else 'out of memory'})"
     return None

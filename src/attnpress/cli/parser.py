@@ -87,29 +87,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_one_run(subparsers: Commands) -> None:
-    compress = _command(subparsers, "compress", commands.compress, "run a recipe, or go on with an interrupted run")
+    compress = _command(subparsers, "compress", commands.compress, "run a recipe, or resume an interrupted run")
     _recipe_arguments(compress)
-    compress.add_argument("--output", type=Path, required=True, metavar="RUN_DIR", help="run folder, made if needed")
+    compress.add_argument("--output", type=Path, required=True, metavar="RUN_DIR", help="run folder, created if needed")
     _quantize_arguments(_command(
         subparsers, "quantize", commands.quantize,
-        "compress an embedder, classifier or reranker with texts alone, without labels and training, and say what it "
-        "cost; the same command goes on with a search that was interrupted",
+        "compress an embedder, classifier or reranker with unlabelled texts, without training, and report the cost; "
+        "the same command resumes an interrupted search",
     ))  # fmt: skip
     evaluate = _command(subparsers, "evaluate", commands.evaluate, "evaluate the compressed model of a finished run")
     _run_argument(evaluate)
-    evaluate.add_argument("--task", metavar="NAME", help="another task than the run's own")
+    evaluate.add_argument("--task", metavar="NAME", help="evaluate on this task instead of the run's")
     _set_argument(evaluate)
     evaluate.add_argument(
         "--backend", choices=["cpu", "gpu", "reference"],
-        help="compare the model deployed there with the trained one, row by row; fails if a prediction differs",
+        help="deploy to this backend and compare with the trained model, row by row; fails if a prediction differs",
     )  # fmt: skip
     _linear_argument(evaluate)
-    evaluate.add_argument("--json", type=_write_to, metavar="FILE", help="also write the figures there")
+    evaluate.add_argument("--json", type=_write_to, metavar="FILE", help="also write the figures to this file")
     _run_arguments(_command(
         subparsers, "run", commands.run,
-        "what the model of a finished run says of each row of a file; the same command goes on after a kill",
+        "predict each row of a file with a compressed model; the same command resumes after interruption",
     ))  # fmt: skip
-    export = _command(subparsers, "export", commands.export, "export the compressed model of a finished run, checked")
+    export = _command(
+        subparsers, "export", commands.export, "export the compressed model of a finished run, and check the result"
+    )
     _run_argument(export)
     export.add_argument(
         "--to", required=True,
@@ -124,7 +126,7 @@ def _add_one_run(subparsers: Commands) -> None:
     )  # fmt: skip
     export.add_argument(
         "--batch", type=whole("--batch", 1, 4096), default=16, metavar="N",
-        help="rows padded together; a trace of more has a file for each batch, and an index (default: 16)",
+        help="rows per batch; a trace of several batches has one file each, and an index (default: 16)",
     )  # fmt: skip
     _set_argument(export)
     validate = _command(
@@ -136,37 +138,41 @@ def _add_one_run(subparsers: Commands) -> None:
 def _add_many_runs(subparsers: Commands) -> None:
     search = _command(
         subparsers, "sweep", commands.sweep,
-        "search bits, sparsity, rule and layers for the best metric at the least work; the same command goes on after "
-        "a kill, and helps where it is started again while it runs",
+        "search bits, sparsity, rule and layers for the best metric at the least work; the same command resumes after "
+        "interruption; start it several times to share the work",
     )  # fmt: skip
     search.add_argument("sweep", type=_read_from, metavar="SWEEP.yaml", help="such as recipes/sweeps/movie.yaml")
     search.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the sweep")
-    search.add_argument("--output", type=Path, required=True, metavar="SWEEP_DIR", help="its folder, made if needed")
+    search.add_argument(
+        "--output", type=Path, required=True, metavar="SWEEP_DIR", help="output folder, created if needed"
+    )
     table = _command(
         subparsers, "evidence", commands.evidence,
-        "run the cells of a table that have no record yet; the same command goes on after a kill, and helps where it "
-        "is started again while it runs",
+        "run the cells of a table that have no record yet; the same command resumes after interruption; start it "
+        "several times to share the work",
     )  # fmt: skip
     table.add_argument("table", type=_read_from, metavar="TABLE.yaml")
     _set_argument(table)
-    table.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="run folders, made if needed")
+    table.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the runs, created if needed"
+    )
     table.add_argument("--records", type=Path, required=True, metavar="FOLDER", help="records of finished cells")
     table.add_argument(
-        "--only", nargs="+", action="extend", metavar="CELL", help="these cells only, by the names that --list prints"
+        "--only", nargs="+", action="extend", metavar="CELL", help="run these cells only; --list prints their names"
     )
-    table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and stop")
+    table.add_argument("--list", action="store_true", help="print which runs are done and which are missing, and exit")
     board = _command(
         subparsers, "leaderboard", commands.leaderboard,
-        "run the pruning rules of the field with the same model, tasks, seeds, bits and training; runs what is missing "
-        "and helps where it is started again while it runs",
+        "compare published pruning rules with the same model, tasks, seeds, bits and training; the same command "
+        "resumes after interruption; start it several times to share the work",
     )  # fmt: skip
     board.add_argument("board", type=_read_from, metavar="BOARD.yaml")
     board.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the board")
-    board.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="its folder, made if needed")
+    board.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="output folder, created if needed")
 
 
 def _add_looks(subparsers: Commands) -> None:
-    report = _command(subparsers, "report", commands.report, "draw runs as one page, from their records alone")
+    report = _command(subparsers, "report", commands.report, "make a page of figures from the records of runs")
     report.add_argument(
         "runs", type=_read_from, nargs="+", metavar="RUN_DIR", help="run folders, records, sweep folders"
     )
@@ -184,16 +190,20 @@ def _add_looks(subparsers: Commands) -> None:
         help="timings of `bench --json`",
     )
     look = _command(
-        subparsers, "inspect", commands.inspect, "look at each head of a model, and suggest a spec to begin with"
+        subparsers, "inspect", commands.inspect, "analyse each head of a model, and suggest a spec to start with"
     )
     look.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
     look.add_argument(
-        "--text", nargs="+", action="extend", required=True, help="texts such as the model will see; several are better"
+        "--text", nargs="+", action="extend", required=True, help="texts that resemble your data; several are better"
     )
-    look.add_argument("--json", type=_write_to, metavar="FILE", help="also write every figure there")
-    listing = _command(subparsers, "ls", commands.ls, "list what recipes can name, and the backends of this machine")
+    look.add_argument("--json", type=_write_to, metavar="FILE", help="also write all figures to this file")
+    listing = _command(
+        subparsers, "ls", commands.ls, "list the names that recipes accept, and the backends of this machine"
+    )
     listing.add_argument("what", choices=["tasks", "rules", "schedules", "observers", "backends"])
-    _bench_arguments(_command(subparsers, "bench", commands.bench, "time the compiled kernel against other attention"))
+    _bench_arguments(
+        _command(subparsers, "bench", commands.bench, "measure the compiled kernel against other implementations")
+    )
 
 
 def _command(subparsers: Commands, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:  # fmt: skip # noqa: E501
@@ -210,39 +220,43 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="Hub name, local folder, or package:NAME")
     parser.add_argument(
         "--texts", type=_read_from, required=True, metavar="FILE",
-        help="a few hundred such as the model will see: JSON lines, CSV, tab-separated (.tsv), Parquet, or a text a "
-        "line; - for standard input; or a data set's name on the Hub",
+        help="a few hundred texts that resemble your data: JSON lines, CSV, tab-separated (.tsv), Parquet, or one text "
+        "per line; - for standard input; or the name of a data set on the Hub",
     )  # fmt: skip
     parser.add_argument(
-        "--column", nargs="+", default=(), metavar="NAME", help="of the texts, or the two of a pair (default: text)"
+        "--column",
+        nargs="+",
+        default=(),
+        metavar="NAME",
+        help="column of the texts, or the two columns of pairs (default: text)",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="FOLDER", help="of the model, its record and card"
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the model, its record and model card"
     )
     sparsity = share("--sparsity", "sparsity is the fraction of pairs pruned")
     parser.add_argument("--sparsity", type=sparsity, metavar="SHARE", help="fraction of pairs to prune")
-    parser.add_argument("--bits", type=whole("--bits", 2, 8), metavar="N", help="of Q, K, V and P (default: 8)")
-    parser.add_argument("--tail", choices=["none", "mean", "linear"], help="let what is pruned still count")
+    parser.add_argument("--bits", type=whole("--bits", 2, 8), metavar="N", help="bits of Q, K, V and P (default: 8)")
+    parser.add_argument("--tail", choices=["none", "mean", "linear"], help="approximate the pruned pairs")
     parser.add_argument(
         "--linear", choices=["float", "int8"],
-        help="int8: linear layers in 8 bits and no padding, or an error if they cannot be (default: int8 if they can)",
+        help="int8: linear layers in 8 bits, padding skipped; an error if unsupported (default: int8 if supported)",
     )  # fmt: skip
     parser.add_argument(
         "--max-loss", type=share("--max-loss", "max-loss is how far agreement may fall below 1"), metavar="SHARE",
-        help="search for the most compressed form whose agreement falls by no more",
+        help="search for the strongest compression whose agreement drops by at most this much",
     )  # fmt: skip
     parser.add_argument(
         "--distill", type=float, metavar="EPOCHS",
         help="also train it, without labels: to answer the texts that are not judged as the dense model does",
     )  # fmt: skip
     parser.add_argument(
-        "--threads", type=whole("--threads", 1, 1024), metavar="N", help="when both are timed (default: torch's own)"
+        "--threads", type=whole("--threads", 1, 1024), metavar="N", help="threads for timing (default: torch's setting)"
     )
 
 
 def _run_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "run_dir", type=Path, metavar="RUN_DIR", help="folder that compress --output made, or save_pretrained"
+        "run_dir", type=Path, metavar="RUN_DIR", help="folder written by compress --output or save_pretrained"
     )
 
 
@@ -254,7 +268,7 @@ def _recipe_arguments(parser: argparse.ArgumentParser) -> None:
 def _linear_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--linear", choices=["float", "int8"], default="float",
-        help="int8: linear layers in 8 bits too, and no padding (BERT, RoBERTa, ELECTRA)",
+        help="int8: linear layers in 8 bits too, padding skipped (BERT, RoBERTa, ELECTRA)",
     )  # fmt: skip
 
 
@@ -265,39 +279,41 @@ def _set_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="or a folder that save_pretrained wrote")
     parser.add_argument(
-        "--input", type=_read_from, required=True, metavar="FILE",
-        help="CSV, tab-separated text (.tsv, .txt), JSON lines in UTF-8, or Parquet, with the texts under the names "
-        'that the task gives them, {"text": ...} for instance',
-    )  # fmt: skip
-    parser.add_argument(
-        "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="a JSON line for each good one"
+        "run_dir", type=Path, metavar="RUN_DIR", help="run folder, or a folder written by save_pretrained"
     )
     parser.add_argument(
-        "--text", nargs="+", default=(), metavar="COLUMN", help="other names of the column or the two columns of texts"
+        "--input", type=_read_from, required=True, metavar="FILE",
+        help="CSV, tab-separated text (.tsv, .txt), JSON lines or Parquet, with the column names of the task, for "
+        'example {"text": ...}',
+    )  # fmt: skip
+    parser.add_argument(
+        "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="one JSON line for each valid row"
+    )
+    parser.add_argument(
+        "--text", nargs="+", default=(), metavar="COLUMN", help="name of the text column, or of both text columns"
     )
     parser.add_argument("--backend", choices=["auto", "cpu", "gpu", "reference"], default="auto", help="default: auto")
     _linear_argument(parser)
     parser.add_argument(
-        "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows at once (default: 32)"
+        "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows per batch (default: 32)"
     )
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seq-len", type=whole("--seq-len", 1, 131072), nargs="+", action="extend", metavar="N",
-        help="tokens a row (default: 128 512 2048)",
+        help="tokens per row (default: 128 512 2048)",
     )  # fmt: skip
     sparsity = share("--sparsity", "sparsity is the fraction of pairs pruned")
     parser.add_argument("--sparsity", type=sparsity, metavar="SHARE", help="fraction of pairs pruned (default: 0.95)")
     parser.add_argument(
         "--batch", type=whole("--batch", 1, 65536), metavar="N",
-        help="rows (default: about 1,536 tokens; whole models: 1)",
+        help="rows per batch (default: about 1,536 tokens; whole models: 1)",
     )  # fmt: skip
     parser.add_argument(
         "--tail", choices=["mean", "linear"],
-        help="let what is pruned still count; the default peer is then no-tail, the same call without a tail",
+        help="approximate the pruned pairs; the default peer is then no-tail, the same call without a tail",
     )  # fmt: skip
     parser.add_argument(
         "--tail-rank",
@@ -306,25 +322,25 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="directions of --tail linear (default: 8)",
     )
     threads = whole("--threads", 1, 1024)
-    parser.add_argument("--threads", type=threads, default=1, metavar="N", help="of each side (default: 1)")
+    parser.add_argument("--threads", type=threads, default=1, metavar="N", help="threads of each side (default: 1)")
     parser.add_argument(
         "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
         "onnxruntime-int8, openvino-int8; "
-        "ATTNPRESS_CPU_TARGET=avx2 in the environment holds all sides to AVX2",
+        "the environment variable ATTNPRESS_CPU_TARGET=avx2 limits all sides to AVX2",
     )  # fmt: skip
     inputs = parser.add_mutually_exclusive_group()
     inputs.add_argument(
         "--from", type=Path, dest="run_dir", metavar="RUN_DIR",
-        help="inputs, scales and thresholds of a finished run's model on its evaluation data; without --seq-len, "
-        "--sparsity, which are the run's own",
+        help="use inputs, scales and thresholds of a finished run on its evaluation data; excludes --seq-len and "
+        "--sparsity",
     )  # fmt: skip
     inputs.add_argument(
         "--whole-model",
         nargs="+",
         action="extend",
         metavar="MODEL",
-        help="whole models instead: minilm, bert-base, modernbert-base",
+        help="measure whole models: minilm, bert-base, modernbert-base",
     )
     _encode_arguments(parser, inputs)
     _linear_argument(parser)
@@ -334,13 +350,13 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         action="extend",
         default=[],
         metavar="TASK",
-        help="whole models: also batches with the lengths of mrpc, sst2",
+        help="whole models: also batches with the lengths of mrpc or sst2",
     )
     parser.add_argument(
         "--layer", type=whole("--layer", 0, 65535), nargs="+", action="extend", metavar="N",
-        help="with --from: these layers only, from 0",
+        help="with --from: only these layers, counted from 0",
     )  # fmt: skip
-    parser.add_argument("--json", type=_write_to, metavar="FILE", help="also write every figure there")
+    parser.add_argument("--json", type=_write_to, metavar="FILE", help="also write all figures to this file")
 
 
 def _encode_arguments(parser: argparse.ArgumentParser, inputs: Any) -> None:

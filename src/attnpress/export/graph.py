@@ -9,8 +9,7 @@ exact in float32, whatever scales the heads have.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,7 +25,7 @@ from attnpress.core.rules import rule_of, rules_of
 from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions
+from attnpress.models.binding import attending, attentions
 from attnpress.models.modes import evaluation_mode
 
 if TYPE_CHECKING:
@@ -169,19 +168,6 @@ def _refusal(module: CompressedAttention, runtime: str) -> str | None:
     return None
 
 
-@contextmanager
-def attending(model: nn.Module, attend: Attend) -> Iterator[None]:
-    """Inside the `with` block all compressed attention of the model goes through `attend`."""
-    before = {module: module.attend for module in attentions(model).values()}
-    for module in before:
-        module.attend = attend
-    try:
-        yield
-    finally:
-        for module, own in before.items():
-            module.attend = own
-
-
 def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, runtime: str = "onnx") -> ONNXProgram:
     """The model's graph, for any batch size and length.
 
@@ -195,7 +181,7 @@ def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, run
     check_exportable(model, runtime)
     with (
         evaluation_mode(model),
-        attending(model, graph_attention(coder)),
+        attending(dict.fromkeys(attentions(model).values(), graph_attention(coder))),
         torch.no_grad(),
         warnings.catch_warnings(),
     ):

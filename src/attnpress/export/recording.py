@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, su
 from attnpress.export.agreement import usable_backend
 from attnpress.export.errors import ExportError
 from attnpress.kernels import ops
-from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions
+from attnpress.models.binding import attending, attentions
 from attnpress.models.modes import evaluation_mode
 
 Tensors = dict[str, Tensor]
@@ -76,7 +74,8 @@ def record_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Recorded:
             )
     backend = usable_backend(modules.values())
     calls: dict[str, list[tuple[Tensors, AttentionCall]]] = {name: [] for name in modules}
-    with evaluation_mode(model), torch.no_grad(), _recording(modules, calls, backend):
+    recorders = {module: _recorder(name, module.attend, calls[name], backend) for name, module in modules.items()}
+    with evaluation_mode(model), torch.no_grad(), attending(recorders):
         answers = {key: x for key, x in model(**batch).items() if isinstance(x, Tensor)}
     for name, found in calls.items():
         if len(found) != 1:
@@ -86,22 +85,9 @@ def record_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Recorded:
     return Recorded(layers, given, answers, compared)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _recording(
-    modules: Mapping[str, CompressedAttention], calls: dict[str, list[tuple[Tensors, AttentionCall]]], backend: str
-) -> Iterator[None]:
-    """Inside the `with` block each call is checked and kept."""
-    before = {name: module.attend for name, module in modules.items()}
-    for name, module in modules.items():
-        module.attend = _recorder(name, module.attend, calls[name], backend)
-    try:
-        yield
-    finally:
-        for name, module in modules.items():
-            module.attend = before[name]
-
-
 def _recorder(name: str, attend: Attend, calls: list[tuple[Tensors, AttentionCall]], backend: str) -> Attend:
+    """`attend`, with each call checked and kept."""
+
     def record(call: AttentionCall) -> Tensor:
         found, trained = integer_attention(call), attend(call)
         _expect(name, "output", found.output, trained)

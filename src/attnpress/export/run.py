@@ -6,7 +6,6 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from attnpress.files import MARKER, check_folder, sha256_of, whole_folder, write
 from attnpress.models.binding import attentions
 from attnpress.models.inputs import LABELS
 from attnpress.records.lanes import SCHEDULES
+from attnpress.records.provenance import versions
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
 
@@ -197,6 +197,6 @@ def _record(kind: str, model: PreTrainedModel, data: TaskData, folder: Path, pac
         "task": data.task.name,
         "data": data.fingerprint["eval"],
         "files": {path.name: sha256_of(path) for path in sorted(folder.iterdir()) if path.name != MARKER},
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in names}},
+        "versions": versions(names),
         "machine": platform.processor() or platform.machine(),
     }

@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 from attnpress.config import LARGEST_HEAD, AttentionSpec, ConfigError
-from attnpress.core.call import AttentionCall
+from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import NAME, CompressedAttention
@@ -202,6 +202,19 @@ def probed(model: nn.Module, look: Callable[[str, CompressedAttention, Attention
 
     with watched((module, looking(name)) for name, module in attentions(model).items()):
         yield
+
+
+@contextmanager
+def attending(strategies: Mapping[CompressedAttention, Attend]) -> Iterator[None]:
+    """Inside the `with` block each module computes its calls by the strategy given; then by its own again."""
+    own = {module: module.attend for module in strategies}
+    for module, attend in strategies.items():
+        module.attend = attend
+    try:
+        yield
+    finally:
+        for module, attend in own.items():
+            module.attend = attend
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +67,8 @@ class StageRecord:
             ones, and its macs_tail of macs_remaining.
         layers: per attention module and head.
         seconds: wall time of the stage, training included.
+        output_errors: of each layer, the mean over its heads of the error of the output, in a brief record, which has
+            no layers; see `attnpress.records.table`.
     """
 
     name: str
@@ -82,6 +85,14 @@ class StageRecord:
     work: dict[str, Whole]
     layers: list[LayerRecord]
     seconds: Amount
+    output_errors: list[float] = field(default_factory=list)
+
+    def errors_by_layer(self) -> list[float]:
+        """How far the output of each layer moved, mean over heads; empty where that was not measured."""
+        heads = [[head.errors for head in layer.heads] for layer in self.layers]
+        if not heads or not all(errors and all("output" in head for head in errors) for errors in heads):
+            return self.output_errors
+        return [statistics.mean(head["output"] for head in errors) for errors in heads]
 
 
 @dataclass(frozen=True)
@@ -221,10 +232,19 @@ def from_json(text: str, where: str = "record") -> Record:
         RecordError: not JSON, of a newer format, or with a field that is missing, unknown or not of its type.
     """
     try:
-        data = parse_json(text)
-        found = data["format"]
+        return from_plain(parse_json(text), where)
     except JsonError as error:
         raise RecordError(f"{where}: not a record of a run (line {error.line}: {error})") from None
+
+
+def from_plain(data: Any, where: str = "record") -> Record:
+    """Read a record from its plain data.
+
+    Raises:
+        RecordError: of a newer format, or with a field that is missing, unknown or not of its type.
+    """
+    try:
+        found = data["format"]
     except (TypeError, KeyError) as error:
         raise RecordError(f"{where}: not a record of a run ({error!r})") from None
     if found != FORMAT:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -84,7 +85,7 @@ def _scalar(kind: Any, value: Any, path: tuple[str, ...]) -> Any:
 
 def _fields(kind: Any, value: Any, path: tuple[str, ...], extra: bool) -> Any:
     _expect(isinstance(value, dict), value, path, "a mapping")
-    hints, fields = get_type_hints(kind, include_extras=True), {one.name: one for one in dataclasses.fields(kind)}
+    hints, fields = _hints(kind), {one.name: one for one in dataclasses.fields(kind)}
     if unknown := [key for key in value if key not in fields and not extra]:
         raise FieldError((*path, unknown[0]), "this key is not known")
     found = {}
@@ -94,6 +95,12 @@ def _fields(kind: Any, value: Any, path: tuple[str, ...], extra: bool) -> Any:
         elif one.default is dataclasses.MISSING and one.default_factory is dataclasses.MISSING:
             raise FieldError((*path, name), "this key is missing")
     return kind(**found)
+
+
+@functools.cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """Python compiles the text of a hint anew each time, and a long record has thousands of heads."""
+    return get_type_hints(kind, include_extras=True)
 
 
 def _one_of(kinds: Sequence[Any], value: Any, path: tuple[str, ...], extra: bool) -> Any:

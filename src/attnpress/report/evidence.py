@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from attnpress.records.run import Record, StageRecord, read_record
+from attnpress.records.run import Record, StageRecord
+from attnpress.records.table import recorded, table_files
 from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
 from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score, start_of
@@ -34,12 +34,23 @@ GOAL_COLUMNS = (
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
-    """Records called TASK-CELL-seedN.json, by task and cell: dense first, then most bits, then least sparsity."""
-    found: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for path in sorted(folder.glob("*-seed*.json")):
-        if match := re.fullmatch(r"([a-z0-9]+)-(.+)-seed\d+", path.stem):
-            found[match[1]][match[2]].append(read_record(path))
-    return {task: {cell: cells[cell] for cell in sorted(cells, key=_place)} for task, cells in found.items()}
+    """The tables of a folder by task and cell: dense first, then most bits, then least sparsity; then by seed.
+
+    Raises:
+        RecordError: a table or record that cannot be read.
+    """
+    return {file.stem: _cells(recorded(file)) for file in table_files(folder)}
+
+
+def _cells(records: Mapping[str, Record]) -> dict[str, list[Record]]:
+    found: dict[str, list[tuple[int, Record]]] = defaultdict(list)
+    for name in sorted(records):
+        cell, _, seed = name.rpartition("-seed")
+        found[cell].append((int(seed), records[name]))
+    return {
+        cell: [record for _, record in sorted(found[cell], key=lambda one: one[0])]
+        for cell in sorted(found, key=_place)
+    }
 
 
 def _place(cell: str) -> tuple[bool, int, str]:
@@ -97,17 +108,11 @@ def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
     rows: list[tuple[float, list[str]]] = []
     for task, cells in tasks.items():
         for cell, records in cells.items():
-            found = [
-                known
-                for record in records
-                if (known := record.stage("one_shot")) and known.layers and known.layers[0].heads[0].errors
-            ]
+            found = [known for record in records if (known := record.stage("one_shot")) and known.errors_by_layer()]
             if not found or not cell.startswith(f"{bits}-"):
                 continue
-            errors = [
-                statistics.mean(head.errors["output"] for layer in layers for head in layer.heads)
-                for layers in zip(*(known.layers for known in found), strict=True)
-            ]
+            by_layer = zip(*(known.errors_by_layer() for known in found), strict=True)
+            errors = [statistics.mean(seeds) for seeds in by_layer]
             keys = statistics.mean(known.keys_per_row for known in found)
             valid = statistics.mean(known.keys_per_row / (1 - known.sparsity) for known in found)
             asked = cell.removeprefix(f"{bits}-")

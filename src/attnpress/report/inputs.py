@@ -13,6 +13,7 @@ from attnpress.records.reading import Amount, RecordError, Share, Some, build_re
 from attnpress.records.run import Record, read_record
 from attnpress.records.samples import Samples, read_samples
 from attnpress.records.strict_json import parse_json
+from attnpress.records.table import is_table, read_table
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,22 @@ class Group:
         return [run.record for run in self.runs]
 
 
+def read_runs(path: Path) -> list[Run]:
+    """The runs of a table of records, in the order of their names; of any other path, its one run.
+
+    Raises:
+        RecordError: see `records.table.read_table` and `records.run.read_record`.
+    """
+    if not is_table(path):
+        return [read_run(path)]
+    return [Run(f"{path.stem}-{name}", record, None, None) for name, record in sorted(read_table(path).items())]
+
+
 def read_run(path: Path) -> Run:
     """A run folder, or a record alone.
 
     Raises:
-        RecordError: see `results.read_record`.
+        RecordError: see `records.run.read_record`.
     """
     record = read_record(path)
     if not path.is_dir():

@@ -26,13 +26,16 @@ from attnpress.report.figures import (
     work_drawings,
 )
 from attnpress.report.front import front_drawing, front_summary
-from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_run, read_timings
+from attnpress.report.inputs import AFTER, Group, Run, group_runs, read_runs, read_timings
 from attnpress.report.lanes import lane_drawings
 from attnpress.report.render import SEEDS_COLUMNS, caption, front_caption, front_rows, seeds_rows, stage_rows
 
 ON_PAGE = {"ink": "var(--ink)", "line": "var(--line)", "paper": "var(--paper)"}
 NEEDED = ("jinja2", "matplotlib")
-OLD = "The record lacks {what}: it was made before they were kept, or stands apart from its run folder."
+OLD = (
+    "The record lacks {what}: it was made before they were kept, stands apart from its run folder, or is a brief one "
+    "of a table."
+)
 
 STAGES_LEAD = (
     "Each stage of the run, evaluated on the same rows. A score has to be computed before its pair can be "
@@ -96,7 +99,7 @@ def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
     """A report of finished or unfinished runs, from their records alone.
 
     Args:
-        paths: run folders or records, and folders of sweeps; runs of one recipe are drawn together.
+        paths: run folders, records or tables of records, and folders of sweeps; runs of one recipe are drawn together.
         bench: timings written by `attnpress bench --json`, beside those that lie in the run folders.
 
     Raises:
@@ -108,7 +111,7 @@ def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
         raise ReportError(f"report needs {', '.join(missing)}: pip install 'attnpress[report]'")
     swept = [path for path in paths if (path / FILE).is_file()]
     runs = [path for path in paths if path not in swept]
-    sweeps, groups = [read_sweep(path) for path in swept], group_runs([read_run(path) for path in runs])
+    sweeps, groups = [read_sweep(path) for path in swept], group_runs([run for path in runs for run in read_runs(path)])
     timings = read_timings([*[path for path in runs if path.is_dir()], *bench])
     sections = [_front(number, sweep) for number, sweep in enumerate(sweeps, start=1)]
     if groups:

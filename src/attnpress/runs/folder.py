@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from torch import nn
 
 from attnpress.config import ConfigError, RunConfig
 from attnpress.config.recipe import dump_config, load_config, spec_to_dict
 from attnpress.distributed import this_process
 from attnpress.files import MARKER, mark, read_marker, write_text
+from attnpress.locks import locked
 from attnpress.models.loading import weights_hash
+from attnpress.records.provenance import machine, versions
 from attnpress.records.reading import RecordError
 from attnpress.records.run import read_record
 from attnpress.tasks import TaskData
@@ -64,17 +62,12 @@ def hold_folder(output: Path) -> Iterator[None]:
     if not this_process().is_main_process:
         yield
         return
-    lock = FileLock(output / "run.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"{output}: another run is at work there; wait for its end, or choose another --output"
-        ) from None
-    try:
+
+    def refuse() -> None:
+        raise ConfigError(f"{output}: another run is at work there; wait for its end, or choose another --output")
+
+    with locked(output / "run.lock", refuse):
         yield
-    finally:
-        lock.release()
 
 
 def check_space(model: nn.Module, output: Path) -> None:
@@ -93,19 +86,17 @@ def provenance(seed: int, base: str, data: TaskData) -> dict[str, Any]:
     """What the figures of a run rest on: versions, hashes of data and base weights, row counts, machine."""
     packages = ("attnpress", "torch", "transformers", "accelerate", "datasets", "numpy")
     return {
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": versions(packages),
         "seed": seed,
         "data": data.fingerprint,
         "rows": {"train": len(data.train), "eval": len(data.eval)},
         "weights": {"base": weights_hash(base)},
-        "machine": {
-            "system": platform.platform(terse=True),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-            "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "processes": this_process().num_processes,
-        },
+        "machine": machine(
+            cpu=torch.backends.cpu.get_cpu_capability(),
+            threads=torch.get_num_threads(),
+            accelerator=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            processes=this_process().num_processes,
+        ),
     }
 
 

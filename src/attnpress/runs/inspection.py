@@ -7,8 +7,8 @@ are compared with the exact ones. Training wins back much of such a change, so a
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,10 +22,11 @@ from attnpress.core.cost import attention_work
 from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.probe import probe
 from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions, bind, probed
+from attnpress.models.binding import attending, attentions, bind, probed
 from attnpress.models.outputs import first_output
 from attnpress.tasks.tokens import encode as token_ids
 from attnpress.training.calibration import calibrate
+from attnpress.training.sensitivity import head_changes
 
 TOLERANCE = 0.5
 """Largest relative change of the hidden states, before training, that a suggestion allows. On the dense model of the
@@ -136,25 +137,14 @@ def _try(model: Any, batch: Mapping[str, Tensor], exact: Tensor, spec: Attention
 
 def _head_changes(model: Any, batch: Mapping[str, Tensor], exact: Tensor, spec: AttentionSpec) -> list[float]:
     calibrate(bind(model, spec), [batch])
-    changes = []
-    for state in attentions(model).values():
-        for head in range(state.heads):
-            with _only(attentions(model).values(), state, head):
-                changes.append(_change(first_output(model, batch), exact))
+    states = list(attentions(model).values())
+
+    def compressing(chosen: CompressedAttention, head: int) -> AbstractContextManager[None]:
+        return attending({**dict.fromkeys(states, _exact), chosen: _with_one_head(head)})
+
+    moved = head_changes(model, [batch], [exact], states, compressing)
+    changes: list[float] = (moved / _size(exact.double())).tolist()
     return changes
-
-
-@contextmanager
-def _only(states: Any, chosen: CompressedAttention, head: int) -> Iterator[None]:
-    """Inside the `with` block, nothing but one head is compressed."""
-    for state in states:
-        state.attend = _exact
-    chosen.attend = _with_one_head(head)
-    try:
-        yield
-    finally:
-        for state in states:
-            state.attend = fake_quantize_attention
 
 
 def _exact(call: AttentionCall) -> Tensor:
@@ -202,7 +192,12 @@ def _largest(x: Tensor, real: Tensor | None, heads: int) -> Tensor:
 
 
 def _change(hidden: Tensor, exact: Tensor) -> float:
-    return float((hidden - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return float((hidden - exact).norm() / _size(exact))
+
+
+def _size(exact: Tensor) -> Tensor:
+    size: Tensor = exact.norm()
+    return size.clamp(min=torch.finfo(torch.float32).tiny)
 
 
 def recipe_lines(spec: AttentionSpec) -> dict[str, Any]:

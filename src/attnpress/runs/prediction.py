@@ -14,18 +14,19 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from accelerate.utils import tqdm
-from filelock import FileLock, Timeout
 
 from attnpress.config import DataSpec, RunConfig
 from attnpress.deployment.attention import Linear, deploy, place_on
 from attnpress.deployment.linear import plan_linear
 from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
+from attnpress.locks import alone
 from attnpress.models.encoder import plan_of
 from attnpress.models.loading import weights_hash
 from attnpress.records.strict_json import JsonError, dump_json, is_unicode, parse_json
@@ -396,17 +397,11 @@ def _as_file(source: Path) -> Iterator[Path]:
         raise PredictionError(f"{source}: {what}; give a file of JSON lines, CSV, tab-separated text or Parquet")
 
 
-@contextlib.contextmanager
-def _alone(output: Path) -> Iterator[None]:
-    lock = FileLock(output.with_name(f".{output.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise PredictionError(f"{output}: another process is writing it; wait for its end") from None
-    try:
-        yield
-    finally:
-        lock.release()
+def _alone(output: Path) -> AbstractContextManager[None]:
+    def refuse() -> None:
+        raise PredictionError(f"{output}: another process is writing it; wait for its end")
+
+    return alone(output, refuse)
 
 
 @dataclass(frozen=True)

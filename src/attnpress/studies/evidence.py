@@ -1,7 +1,8 @@
 """evidence: the cells of a table, each a recipe with something changed, run for its seeds; once each.
 
 The dense model of a seed is trained once, and every cell of that seed begins from it. Its control, trained on for as
-many steps as a cell is compressed, is run once for each number of epochs.
+many steps as a cell is compressed, is run once for each number of epochs. Brief records of all runs are one file, the
+table's; the long ones stay in the run folders.
 """
 
 from __future__ import annotations
@@ -19,8 +20,12 @@ from pydantic.dataclasses import dataclass
 from attnpress.config import ConfigError, RunConfig, Seed, merged
 from attnpress.config.recipe import parse_spec, spec_to_dict
 from attnpress.files import write_text
+from attnpress.locks import alone
+from attnpress.records.reading import RecordError
+from attnpress.records.run import Record, read_record
+from attnpress.records.table import brief, read_table, recorded, records_apart, table_files, table_text
 from attnpress.runs.compression import compress
-from attnpress.studies.teacher import alone, check_one_process, is_held
+from attnpress.studies.cells import Notify, check_one_process, in_turn
 
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"
@@ -51,7 +56,7 @@ class EvidenceSpec:
     """A row of the table: one task.
 
     Attributes:
-        name: of the row; records are called NAME-CELL-seedN.json.
+        name: of the row; its records are in NAME.json.
         recipe: what all its cells share. With a `checkpoint`, that is the dense model of every seed.
         cells: by name; names that begin with "dense" are kept for the dense models.
     """
@@ -79,14 +84,14 @@ class EvidenceSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One run that the table asks for: its recipe, its stages, where it runs and where its record goes."""
+    """One run that the table asks for: its recipe, its stages, where it runs, and the file that its record is in."""
 
     cell: str
     seed: int
     config: RunConfig
     stages: tuple[str, ...]
     folder: Path
-    record: Path
+    table: Path
 
     @property
     def name(self) -> str:
@@ -119,11 +124,16 @@ def choose(items: Sequence[Item], names: Collection[str] | None) -> list[Item]:
 
 
 def missing(items: Sequence[Item]) -> list[Item]:
-    """Those without a record."""
-    return [item for item in items if _lacks_record(item)]
+    """Those without a record.
+
+    Raises:
+        RecordError: the file of the table, or a record beside it, cannot be read.
+    """
+    known = {table: recorded(table).keys() for table in {item.table for item in items}}
+    return [item for item in items if item.name not in known[item.table]]
 
 
-def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[[str], None] = print) -> None:
+def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Notify = print) -> None:
     """Run what has no record, and the dense models that it needs; a run that was interrupted goes on.
 
     Any number of processes may do so at once: each takes what no other is at work on, and waits where nothing is left.
@@ -136,41 +146,64 @@ def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Callable[
 
     Raises:
         ConfigError, TaskError, ModelError, DivergedError: as `compress` does; runs before it stay recorded.
+        RecordError: as `missing` does.
     """
     check_one_process()
     dense = {item.seed: item for item in items if item.cell == DENSE_CELL}
+
+    def works_in(item: Item) -> list[Path]:
+        return [item.folder, *([dense[item.seed].folder] if _lacks_dense(item) else [])]
+
     left = missing(chosen)
-    total = len(left)
-    while left:
-        item = next((one for one in left if not _is_taken(one, dense)), left[0])
-        left.remove(item)
-        notify(f"run {total - len(left)} of {total}: {item.record.stem}")
+    for item, after in in_turn(left, missing, works_in):
+        notify(f"run {len(left) - after} of {len(left)}: {item.table.stem}-{item.name}")
         if _lacks_dense(item):
             _run(dense[item.seed], notify, functools.partial(_lacks_dense, item))
         _run(item, notify, functools.partial(_lacks_record, item))
-        left = missing(left)
+
+
+def fold(folder: Path) -> list[Path]:
+    """Take the records that lie apart in a folder, as `NAME-CELL-seedN.json`, into its tables; their files stay.
+
+    Returns:
+        The files that are no longer needed there.
+
+    Raises:
+        RecordError: a file cannot be read, or a run has another record in the table.
+    """
+    taken: list[Path] = []
+    for table in table_files(folder):
+        files = records_apart(table)
+        _add(table, {name: read_record(file) for name, file in files.items()})
+        taken += files.values()
+    return taken
+
+
+def _add(table: Path, records: Mapping[str, Record]) -> None:
+    """Write records into their table, whatever other processes write there meanwhile."""
+    new = {name: brief(record) for name, record in records.items()}
+    with alone(table):
+        known = read_table(table) if table.is_file() else {}
+        if other := sorted(name for name in known.keys() & new.keys() if known[name] != new[name]):
+            raise RecordError(f"{table}: {other[0]} is there with other figures; remove one of the two")
+        write_text(table, table_text(known | new))
 
 
 def _lacks_record(item: Item) -> bool:
-    return not item.record.is_file()
+    return bool(missing([item]))
 
 
 def _lacks_dense(item: Item) -> bool:
     return item.config.checkpoint is not None and not item.config.checkpoint.is_dir()
 
 
-def _is_taken(item: Item, dense: Mapping[int, Item]) -> bool:
-    """Whether another process is at work on it, or on the dense model that it needs."""
-    return is_held(item.folder) or (_lacks_dense(item) and is_held(dense[item.seed].folder))
-
-
-def _run(item: Item, notify: Callable[[str], None], is_needed: Callable[[], bool]) -> None:
+def _run(item: Item, notify: Notify, is_needed: Callable[[], bool]) -> None:
     with alone(item.folder, lambda: notify(f"waiting for the process that is at work on {item.name}")):
         if is_needed():  # another process may have made it meanwhile
-            known = item.record.is_file()
-            compress(item.config, item.folder, notify, stages=item.stages[:1] if known else item.stages)
-            if not known:
-                write_text(item.record, (item.folder / "record.json").read_text(encoding="utf-8"))
+            is_new = _lacks_record(item)
+            record = compress(item.config, item.folder, notify, stages=item.stages if is_new else item.stages[:1])
+            if is_new:
+                _add(item.table, {item.name: record})
 
 
 def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
@@ -203,7 +236,7 @@ def _item(
     spec: EvidenceSpec, cell: str, config: RunConfig, stages: tuple[str, ...], output: Path, records: Path
 ) -> Item:
     stem = f"{cell}-seed{config.seed}"
-    return Item(cell, config.seed, config, stages, output / stem, records / f"{spec.name}-{stem}.json")
+    return Item(cell, config.seed, config, stages, output / stem, records / f"{spec.name}.json")
 
 
 def _changed(recipe: RunConfig, change: dict[str, Any], cell: str) -> RunConfig:

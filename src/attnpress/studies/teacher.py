@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from transformers import TrainerCallback
 
-from attnpress.config import ConfigError, RunConfig
+from attnpress.config import RunConfig
+from attnpress.locks import alone
 from attnpress.records.run import Record
 from attnpress.runs.compression import compress
-
-Notify = Callable[[str], None]
+from attnpress.studies.cells import Notify
 
 
 def train_teacher(
@@ -48,42 +45,3 @@ def train_student(
     config = dataclasses.replace(recipe, checkpoint=dense)
     with alone(folder, lambda: notify("waiting for the same recipe")):
         return compress(config, folder, lambda _: None, stages=(stage,), callbacks=callbacks)
-
-
-def check_one_process() -> None:
-    """Refuse torchrun where several processes take a run each.
-
-    Raises:
-        ConfigError: this process is one of many.
-    """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("a run is trained by one process: instead of torchrun, start the command several times")
-
-
-@contextmanager
-def alone(folder: Path, tell: Callable[[], None]) -> Iterator[None]:
-    """One process at a time works for a run folder; a process that dies lets go."""
-    held = _lock(folder)
-    try:
-        held.acquire(timeout=0)
-    except Timeout:
-        tell()
-        held.acquire()
-    try:
-        yield
-    finally:
-        held.release()
-
-
-def is_held(folder: Path) -> bool:
-    """Whether a process works for a run folder, inside `alone`."""
-    try:
-        with _lock(folder).acquire(timeout=0):
-            return False
-    except Timeout:
-        return True
-
-
-def _lock(folder: Path) -> FileLock:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.with_name(f".{folder.name}.lock"))

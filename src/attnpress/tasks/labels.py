@@ -97,7 +97,7 @@ def _indices(rows: Rows, known: dict[str, int], owner: str) -> list[int]:
         row = indices.index(None)
         raise TaskError(
             f"{rows.place(row)}: label {rows.label[row]!r} is not one of those of {owner} ({', '.join(known)}); "
-            "mend or remove the row"
+            "correct or remove the row"
         )
     return [index for index in indices if index is not None]
 

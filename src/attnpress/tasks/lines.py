@@ -112,7 +112,7 @@ def _named(
         elif len(values) != len(names):
             columns = ", ".join(names)[:200]
             reason = f"{len(values)} fields, but {len(names)} columns ({columns})"
-            yield line, Broken(reason, f"{reason}; mend or delete this line")
+            yield line, Broken(reason, f"{reason}; correct or delete this line")
         else:
             yield line, dict(zip(names, values, strict=True))
 
@@ -135,9 +135,9 @@ def _csv_fields(path: Path, lines: Iterable[str]) -> Iterator[tuple[int, list[st
         except csv.Error as error:
             if "unexpected end of data" in str(error):
                 raise TaskError(
-                    f"{path}, line {begin}: not valid CSV: a quote opens in this row and is never closed; mend it"
+                    f"{path}, line {begin}: not valid CSV: a quote opens in this row and is never closed; correct it"
                 ) from None
-            yield begin, Broken(f"not CSV ({error})", f"not valid CSV ({error}); mend this line")
+            yield begin, Broken(f"not CSV ({error})", f"not valid CSV ({error}); correct this line")
             continue
         if values:
             yield begin, next((broken for value in values if (broken := _not_text(value))), values)

@@ -183,7 +183,7 @@ def _append(rows: Rows, record: Record, columns: Columns, place: str) -> None:
         if not isinstance(record[name], str):
             raise TaskError(f"{place}: column {name!r} must hold text, found {record[name]!r:.80}")
         if not is_unicode(record[name]):
-            raise TaskError(f"{place}: column {name!r} holds half of a surrogate pair; mend or delete this line")
+            raise TaskError(f"{place}: column {name!r} holds half of a surrogate pair; correct or delete this line")
         column.append(record[name])
     label = record[columns.label]
     if isinstance(label, list | dict) or (isinstance(label, str) and not is_unicode(label)):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from attnpress.models.binding import bound_modules
 from attnpress.models.inputs import Batch, listed
 from attnpress.models.outputs import first_output, outputs
 from attnpress.models.watchers import Fitting, Gathering, Observing, watched
+from attnpress.training.sensitivity import head_changes
 
 SENSITIVITY_BATCHES = 2
 """Each head costs a forward pass over them."""
@@ -133,18 +134,19 @@ def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[Compresse
 
 
 def _head_changes(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> Tensor:
-    """How far the model's output moves when one head alone is pruned, head by head; float64, over all ranks."""
-    cutoffs = [module.cutoff.clone() for module in modules]
+    """`head_changes` of pruning alone; all matrices stay quantized."""
+    fitted = {module: module.cutoff.clone() for module in modules}
+
+    @contextmanager
+    def pruning(chosen: CompressedAttention, head: int) -> Iterator[None]:
+        chosen.cutoff[head] = fitted[chosen][head]
+        yield
+        chosen.cutoff[head] = torch.inf
+
     for module in modules:
         module.cutoff.fill_(torch.inf)
     whole = [first_output(model, batch) for batch in batches]
-    changes = []
-    for module, cutoff in zip(modules, cutoffs, strict=True):
-        for head in range(module.heads):
-            module.cutoff[head] = cutoff[head]
-            moved = [first_output(model, batch) - exact for batch, exact in zip(batches, whole, strict=True)]
-            changes.append(torch.stack([part.double().square().sum() for part in moved]).sum())
-            module.cutoff[head] = torch.inf
-    for module, cutoff in zip(modules, cutoffs, strict=True):
+    changes = head_changes(model, batches, whole, modules, pruning)
+    for module, cutoff in fitted.items():
         module.cutoff.copy_(cutoff)
-    return reduce_over_ranks(torch.stack(changes), "sum").sqrt()
+    return changes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from attnpress.files import remove_folder, take_folder, write_text
 from attnpress.records.leaderboard import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
 from attnpress.records.reading import RecordError, to_json
 from attnpress.records.run import Record, StageRecord, read_record
+from attnpress.studies.cells import Notify, check_one_process, in_turn
 from attnpress.studies.leaderboard.spec import BoardSpec, Cell, plan, teacher_folder, teacher_recipe
-from attnpress.studies.teacher import Notify, check_one_process, is_held, train_student, train_teacher
+from attnpress.studies.teacher import train_student, train_teacher
 from attnpress.tasks import check_data
 
 
@@ -38,10 +40,11 @@ def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRe
         check_data(teacher_recipe(board, task, board.seeds[0]).data)
     take_folder(output, "leaderboard", _is_board)
     publish(board, cells, output)
-    left = list(cells)
-    while left := [cell for cell in left if _measured(board, cell, output) is None]:
-        cell = next((one for one in left if not _is_taken(one, output)), left[0])
-        left.remove(cell)
+
+    def missing(some: Sequence[Cell]) -> list[Cell]:
+        return [cell for cell in some if _measured(board, cell, output) is None]
+
+    for cell, _ in in_turn(cells, missing, lambda cell: _works_in(cell, output)):
         notify(f"run {cells.index(cell) + 1} of {len(cells)}: {cell.name}")
         stage = run_cell(board, cell, output, notify)
         notify(f"{cell.name}: {next(iter(stage.metrics.values())):.2f} at sparsity {stage.sparsity:.3f}")
@@ -57,9 +60,8 @@ def _is_board(folder: Path) -> bool:
     return True
 
 
-def _is_taken(cell: Cell, output: Path) -> bool:
-    """Whether another process is at work on it, or on its dense model."""
-    return is_held(output / "runs" / cell.name) or is_held(teacher_folder(output, cell.task, cell.seed))
+def _works_in(cell: Cell, output: Path) -> tuple[Path, Path]:
+    return output / "runs" / cell.name, teacher_folder(output, cell.task, cell.seed)
 
 
 def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> StageRecord:

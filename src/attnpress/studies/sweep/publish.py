@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock
-
 from attnpress.config import RunConfig
 from attnpress.config.recipe import dump_config, parse_spec, spec_to_dict
 from attnpress.files import remove_folder, whole_folder, write_text
+from attnpress.locks import locked
 from attnpress.records.reading import to_json
 from attnpress.records.run import Record
 from attnpress.records.sweep import FILE, SweepRecord, TrialRecord, pareto_front
@@ -32,7 +31,7 @@ def publish(study: optuna.Study, sweep: SweepSpec, output: Path, layers: int, te
         layers: number of attention modules.
         teacher: record of the dense stage.
     """
-    with FileLock(output / ".publish.lock"):
+    with locked(output / ".publish.lock"):
         record = sweep_record(study, sweep, output, layers, teacher)
         with whole_folder(output / FRONT, "front") as scratch:
             for place, trial in enumerate(record.on_front(), start=1):

@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from attnpress.config.recipe import spec_to_dict
+from attnpress.locks import locked
 from attnpress.runs.folder import differences
 from attnpress.studies.sweep.spec import PruneSpec, SweepSpec
 
@@ -45,7 +45,7 @@ def open_study(sweep: SweepSpec, output: Path) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with FileLock(output / ".study.lock"):  # two workers that begin together must not both make the tables
+        with locked(output / ".study.lock"):  # two workers that begin together must not both make the tables
             study = optuna.create_study(
                 storage=_storage(sweep, output), study_name=sweep.name, directions=["maximize", "minimize"],
                 sampler=optuna.samplers.TPESampler(), load_if_exists=True,

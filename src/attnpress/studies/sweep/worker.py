@@ -17,6 +17,7 @@ from attnpress.models.loading import load_backbone, resolve_model
 from attnpress.records.reading import RecordError
 from attnpress.records.run import Record
 from attnpress.records.sweep import SweepRecord, read_sweep
+from attnpress.studies.cells import Notify, check_one_process
 from attnpress.studies.sweep.publish import publish
 from attnpress.studies.sweep.spec import SweepSpec, asked_work, choose, describe, trial_folder
 from attnpress.studies.sweep.study import (
@@ -28,7 +29,7 @@ from attnpress.studies.sweep.study import (
     check_teacher,
     open_study,
 )
-from attnpress.studies.teacher import Notify, check_one_process, train_student, train_teacher
+from attnpress.studies.teacher import train_student, train_teacher
 from attnpress.tasks import check_data
 from attnpress.training.callbacks import DivergedError
 from attnpress.training.progress import check_trackers

@@ -1,0 +1,109 @@
+"""A table of records: the brief form of many runs in one file, what tables and figures of evidence are made from.
+
+`NAME.json` holds the runs of one table, a line each, by cell and seed. A brief record has all that its run recorded but
+the figures of layers and heads and the logs of training, which are nine tenths of the long one in the run's folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from attnpress.records.reading import RecordError, read_text
+from attnpress.records.run import Record, StageRecord, from_plain, read_record
+from attnpress.records.strict_json import JsonError, parse_json
+
+FORMAT = 1
+RUN_NAME = re.compile(r".+-seed[0-9]{1,18}")
+"""Of a run in a table: its cell and its seed."""
+
+HEADER = re.compile(r'\s*\{\s*"format"\s*:')
+"""How a table begins, and no record of another kind."""
+
+
+def brief(record: Record) -> Record:
+    """The record without layers, heads and logs of training; of the layers, the errors of their outputs are left."""
+    return dataclasses.replace(record, stages=[_brief_stage(stage) for stage in record.stages], training={})
+
+
+def _brief_stage(stage: StageRecord) -> StageRecord:
+    return dataclasses.replace(stage, layers=[], output_errors=stage.errors_by_layer())
+
+
+def table_text(records: Mapping[str, Record]) -> str:
+    """The content of a table file: one line a run, in the order of their names, so that one more run is one more line.
+
+    Args:
+        records: brief ones, by the name of their run.
+    """
+    lines = [f"{json.dumps(name)}: {_line(records[name])}" for name in sorted(records)]
+    return f'{{"format": {FORMAT}, "records": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def _line(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record), separators=(",", ":"), allow_nan=False)
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file begins as tables do; what follows may still be damaged."""
+    return file.is_file() and bool(HEADER.match(read_text(file)))
+
+
+def read_table(file: Path) -> dict[str, Record]:
+    """The records of a table file, by the name of their run.
+
+    Raises:
+        RecordError: no such file, not a table, of a newer format, or with a record that `run.from_plain` refuses.
+    """
+    try:
+        data = parse_json(read_text(file))
+    except JsonError as error:
+        raise RecordError(f"{file}: not a table of records (line {error.line}: {error})") from None
+    if not isinstance(data, dict) or not isinstance(data.get("records"), dict):
+        raise RecordError(f"{file}: not a table of records; name another folder, or move this file away")
+    if data.get("format") != FORMAT:
+        raise RecordError(f"{file}: format {data.get('format')!r:.40}; this version reads {FORMAT}: update attnpress")
+    if unknown := sorted(data.keys() - {"format", "records"}):
+        raise RecordError(f"{file}: damaged table ({unknown[0]!r:.40}): this key is not known")
+    for name in data["records"]:
+        if not RUN_NAME.fullmatch(name):
+            raise RecordError(f"{file}: damaged table ({name!r:.40}): runs are called CELL-seedN")
+    return {name: from_plain(plain, f"{file}: {name:.80}") for name, plain in data["records"].items()}
+
+
+def recorded(file: Path) -> dict[str, Record]:
+    """All that is known of a table: its file, if there is one, and the records that lie apart beside it.
+
+    Of a run that is in both, the record of the table is taken.
+
+    Raises:
+        RecordError: see `read_table` and `run.read_record`.
+    """
+    apart = {run: read_record(path) for run, path in records_apart(file).items()}
+    return apart | (read_table(file) if file.is_file() else {})
+
+
+def records_apart(file: Path) -> dict[str, Path]:
+    """Records of a table that are files of their own, by the name of their run.
+
+    They lie beside the table's file as `NAME-CELL-seedN.json`, as all did before there were tables.
+    """
+    found = {path.stem.removeprefix(f"{file.stem}-"): path for path in sorted(file.parent.glob(f"{file.stem}-*.json"))}
+    return {run: path for run, path in found.items() if RUN_NAME.fullmatch(run)}
+
+
+def table_files(folder: Path) -> list[Path]:
+    """The tables of a folder: those that are there, and those that records which lie apart would be in.
+
+    Such a record belongs to the table that its name begins with, up to the first hyphen.
+    """
+    found = set()
+    for path in folder.glob("*.json"):
+        if is_table(path):
+            found.add(path)
+        elif apart := re.fullmatch(r"([a-z0-9]+)-.+-seed[0-9]+", path.stem):
+            found.add(folder / f"{apart[1]}.json")
+    return sorted(found)
