@@ -2,8 +2,9 @@
 
     python benchmarks/tail_cost.py --json benchmarks/records/tail_cost.json
 
-For machines that others use too: time that a process waits does not count, and the least of many calls is the one that was
-disturbed least. On a quiet machine `attnpress bench --tail` says the same in wall time, with a process for each side.
+For machines that others use too: time that a process waits does not count, and the least of many calls is the one
+that was disturbed least. On a quiet machine `attnpress bench --tail` says the same in wall time, with a process for
+each side.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 
 from attnpress.benchmark.attention import usual_batch
 from attnpress.benchmark.machine import provenance
-from attnpress.benchmark.problem import make_problem, without_tail
+from attnpress.benchmark.problem import Problem, make_problem, without_tail
 from attnpress.config import AttentionSpec, TailName
 from attnpress.kernels import cpu, ops
 from attnpress.kernels.cpu import TARGET_VARIABLE
@@ -40,12 +41,12 @@ def calls(length: int) -> dict[str, Callable[[], Any]]:
     return found
 
 
-def _call(problem: Any) -> Callable[[], Any]:
+def _call(problem: Problem) -> Callable[[], Any]:
     return lambda: ops.attention(problem.call)
 
 
 def least(made: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, float]:
-    """Processor time of a call in milliseconds, the least of all: each is called in turn for `seconds` a call in all."""
+    """Processor time of each call in milliseconds, the least; they are called in turn, for `seconds` each."""
     for call in made.values():
         call()
     times: dict[str, float] = dict.fromkeys(made, float("inf"))

