@@ -283,7 +283,7 @@ def add_text(folder: Path, name: str, text: str) -> None:
 
 
 def explain(error: OSError) -> str:
-    """An error of the file system as one line: where, what, and the mend."""
+    """An error of the file system as one line: where, what, and what to do."""
     where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes | os.PathLike) else ""
     mend = MENDS.get(error.errno or 0)
     return f"{where}{error.strerror or error}" + (f"; {mend}" if mend else "")

@@ -160,7 +160,7 @@ def test_evaluate_compares_a_backend_with_the_trained_model(
 def test_a_backend_that_predicts_otherwise_fails(
     finished: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(ops._BACKENDS, "reference", lambda query, *_, **__: query * 0)
+    monkeypatch.setitem(ops._BACKENDS, "reference", lambda call: call.query * 0)
     assert main(["evaluate", str(finished), "--backend", "reference"]) == 1
     assert "rows differ" in capsys.readouterr().err
 

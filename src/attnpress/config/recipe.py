@@ -1,4 +1,4 @@
-"""Recipes: specs to and from YAML files, plain data and `key=value` overrides, with errors that name the mend."""
+"""Recipes: specs to and from YAML files, plain data and `key=value` overrides, with errors that say what to do."""
 
 from __future__ import annotations
 

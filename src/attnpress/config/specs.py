@@ -75,7 +75,7 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 class ConfigError(ValueError):
-    """A recipe, override or spec that cannot be used; the message names the key and the mend."""
+    """A recipe, override or spec that cannot be used; the message names the key and what to do."""
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -105,7 +105,7 @@ def check_values(
         scaling: factor of the scores.
 
     Raises:
-        ValueError: names what is wrong, the range it must be in, and the mend.
+        ValueError: names what is wrong, the range it must be in, and what to do.
     """
     heads = query.shape[1]
     for name, scale in scales.items():

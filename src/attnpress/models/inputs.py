@@ -23,7 +23,7 @@ WRAPPED = ("_orig_mod", "module", "base_model", "model")
 
 
 class BatchError(ValueError):
-    """A batch that a model cannot be called with; the message names the batch, the key and the mend."""
+    """A batch that a model cannot be called with; the message names the batch, the key and what to do."""
 
 
 def listed(batches: Iterable[Batch], needed_by: str) -> list[Batch]:

@@ -1,8 +1,8 @@
 """bench --encode: an encoder in attnpress's default form beside what other runtimes make of it, on texts of its user.
 
-Peers run the graph of the same Transformers model in int8, quantized as sentence-transformers' backends quantize it:
-ONNX Runtime with dynamic ranges, OpenVINO with ranges from calibration texts. Tokenizing, batching, pooling and
-normalizing are those of the dense model on every side.
+Peers run the graph of the same Transformers model in int8, by the quantizers behind sentence-transformers' backends:
+ONNX Runtime with dynamic ranges, OpenVINO with ranges from a batch of eight calibration texts. Tokenizing,
+batching, pooling and normalizing are those of the dense model on every side.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class LossError(ValueError):
 
 
 class Trials:
-    """Forms that were judged, kept in a file, so that a search that was killed goes on.
+    """Forms that were judged, kept in a file, so that an interrupted search resumes.
 
     Args:
         file: where; None keeps them in memory alone.

@@ -74,7 +74,7 @@ class QuantizedRecord:
         attention: the AttentionSpec as plain data.
         linear: "int8" where a linear layer is, else "float"; `linear_layers` counts them.
         float_products: what `calibrate_linear` left in float.
-        sparsity, keys_per_query: over valid pairs; `dense_keys` is how many keys a query had.
+        sparsity, keys_per_query: over valid pairs; `dense_keys` is how many keys per query had.
         work: share of attention's bit operations that is left.
         dense, compressed: what each costs with `threads` threads; the kernel ran its code for `target`.
         distill: epochs of training on the texts alone; None where nothing was trained.

@@ -1,6 +1,6 @@
 """compress: the main journey, from a dense model to a compressed one and a record of what each step cost.
 
-Stages, each recorded as soon as it is done, so that the same command goes on where a killed one stopped:
+Stages, each recorded as soon as it is done, so that the same command resumes after interruption:
 dense (fine-tuned here, or a checkpoint), dense_control (optional), quantized, one_shot, progressive.
 """
 

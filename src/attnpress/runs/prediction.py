@@ -1,4 +1,4 @@
-"""run: what a model says of each row of a file of texts; it goes on where it was killed.
+"""run: what a model says of each row of a file of texts; it resumes after interruption.
 
 The file is read twice: once to see what can be used, before anything is written, and once to answer. Rows are answered
 in chunks, batched by length within a chunk, and written in the order of the input. Beside the unfinished output lies

@@ -134,7 +134,7 @@ def missing(items: Sequence[Item]) -> list[Item]:
 
 
 def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Notify = print) -> None:
-    """Run what has no record, and the dense models that it needs; a run that was interrupted goes on.
+    """Run what has no record, and the dense models that it needs; an interrupted run is resumed.
 
     Any number of processes may do so at once: each takes what no other is at work on, and waits where nothing is left.
     A dense model that has a record but is not there is trained again, without its control; its record stays.
@@ -173,9 +173,9 @@ def fold(folder: Path) -> list[Path]:
     """
     taken: list[Path] = []
     for table in table_files(folder):
-        files = records_apart(table)
-        _add(table, {name: read_record(file) for name, file in files.items()})
-        taken += files.values()
+        if files := records_apart(table):
+            _add(table, {name: read_record(file) for name, file in files.items()})
+            taken += files.values()
     return taken
 
 

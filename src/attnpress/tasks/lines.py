@@ -39,7 +39,7 @@ FOREIGN = {
 
 
 class TaskError(ValueError):
-    """Data or a task that cannot be used; the message names the field, file or line and how to mend it."""
+    """Data or a task that cannot be used; the message names the field, file or line and how to fix it."""
 
 
 @dataclass(frozen=True)

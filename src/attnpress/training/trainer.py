@@ -192,7 +192,7 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def history_lines(history: list[dict[str, Any]]) -> str:
-    """The log history as JSON lines; keys are sorted, as in the checkpoints that a resumed run goes on from."""
+    """The log history as JSON lines; keys are sorted, as in the checkpoints that a run resumes from."""
     return "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
 
 

@@ -140,7 +140,7 @@ class Worker:
         return publish(self.study, self.spec, self.output, self.layers, self.teacher)
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
-        """Metric and remaining work of one trial; the folder follows from its recipe, so one run again goes on."""
+        """Metric and remaining work of one trial; the folder follows from its recipe, so a repeated trial resumes."""
         import optuna
 
         recipe = choose(trial, self.spec.search, self.spec.recipe, self.layers)
