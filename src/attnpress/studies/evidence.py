@@ -173,9 +173,9 @@ def fold(folder: Path) -> list[Path]:
     """
     taken: list[Path] = []
     for table in table_files(folder):
-        files = records_apart(table)
-        _add(table, {name: read_record(file) for name, file in files.items()})
-        taken += files.values()
+        if files := records_apart(table):
+            _add(table, {name: read_record(file) for name, file in files.items()})
+            taken += files.values()
     return taken
 
 
