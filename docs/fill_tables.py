@@ -116,7 +116,7 @@ def tables() -> dict[str, str]:
         "tail_cost": tail_cost_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
-        **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad",)},
+        **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad", "sts")},
         "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
 

@@ -284,8 +284,8 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--input", type=_read_from, required=True, metavar="FILE",
-        help="CSV, tab-separated text (.tsv, .txt), JSON lines or Parquet, with the column names of the task, for "
-        'example {"text": ...}',
+        help="CSV, tab-separated text (.tsv, .txt), JSON lines or Parquet, with the column names of the task, "
+        'for example {"text": ...}',
     )  # fmt: skip
     parser.add_argument(
         "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="one JSON line for each valid row"
