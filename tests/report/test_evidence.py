@@ -99,6 +99,11 @@ def test_the_figure_has_a_point_for_each_cell(cells: dict[str, list[Record]]) ->
     ]  # fmt: skip
 
 
+def test_the_figure_leaves_variants_of_a_cell_to_the_table(cells: dict[str, list[Record]]) -> None:
+    tried = {**cells, "8888-0.98-linear8": [record(0, stage("dense", 85.0), stage("progressive", 70.0))]}
+    assert losses({"mrpc": tried}, "8888") == losses({"mrpc": cells}, "8888")
+
+
 def test_errors_of_layers_are_means_over_heads_and_seeds() -> None:
     def layer(*errors: float) -> LayerRecord:
         heads = [HeadRecord(0.9, 0.9, 0.0, 2.0, 0.1, {"output": error}) for error in errors]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -221,13 +222,14 @@ def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line
 
     Args:
         tasks: cells by task.
-        bits: of the cells that are drawn, as their names begin.
+        bits: of the cells that are drawn: those named BITS-SPARSITY, and no variant of one.
     """
+    plain = re.compile(rf"{re.escape(bits)}-[0-9.]+")
     by_sparsity, by_keys = [], []
     for series, (task, cells) in enumerate(tasks.items()):
         known = _controls(cells)
         points = sorted(
-            point for cell, records in cells.items() if cell.startswith(bits) for point in _points(records, known)
+            point for cell, records in cells.items() if plain.fullmatch(cell) for point in _points(records, known)
         )
         if points:
             lost, sparsity, keys = ([point[index] for point in points] for index in (2, 0, 1))
