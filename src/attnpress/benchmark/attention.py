@@ -88,10 +88,18 @@ class Timing(Comparison):
 
 
 def bench(
-    seq_lens: Iterable[int], *, sparsity: float = 0.95, batch: int | None = None, heads: int = 12, head_dim: int = 64,
-    threads: int = 1, peers: Iterable[str] | None = None, seconds: float = SECONDS, tail: TailName = "none",
+    seq_lens: Iterable[int],
+    *,
+    sparsity: float = 0.95,
+    batch: int | None = None,
+    heads: int = 12,
+    head_dim: int = 64,
+    threads: int = 1,
+    peers: Iterable[str] | None = None,
+    seconds: float = SECONDS,
+    tail: TailName = "none",
     tail_rank: int = 8,
-) -> list[Timing]:  # fmt: skip
+) -> list[Timing]:
     """Time synthetic attention of a stated sparsity.
 
     Args:
@@ -123,9 +131,15 @@ def bench(
 
 
 def bench_run(
-    run_folder: Path, config: RunConfig, *, layers: Sequence[int] | None = None, rows: int = 8, threads: int = 1,
-    peers: Iterable[str] = ("sdpa",), seconds: float = SECONDS,
-) -> list[Timing]:  # fmt: skip
+    run_folder: Path,
+    config: RunConfig,
+    *,
+    layers: Sequence[int] | None = None,
+    rows: int = 8,
+    threads: int = 1,
+    peers: Iterable[str] = ("sdpa",),
+    seconds: float = SECONDS,
+) -> list[Timing]:
     """Time attention on what the compressed model of a finished run gives it for its first evaluation rows.
 
     Args:
@@ -215,9 +229,14 @@ def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str, target: 
     """The fields of `Comparison` that follow from the times of "ours", on that target, and the peer."""
     ours, theirs = times["ours"], times[peer]
     return {
-        "target": target, "peer": peer, "ours_ms": median_of(ours), "peer_ms": median_of(theirs),
-        "ratio": paired_ratio(theirs, ours), "spread": spread(ours), "peer_spread": spread(theirs),
-    }  # fmt: skip
+        "target": target,
+        "peer": peer,
+        "ours_ms": median_of(ours),
+        "peer_ms": median_of(theirs),
+        "ratio": paired_ratio(theirs, ours),
+        "spread": spread(ours),
+        "peer_spread": spread(theirs),
+    }
 
 
 def _compare(problems: Iterable[Problem], peers: Sequence[str], threads: int, seconds: float) -> list[Timing]:
@@ -240,16 +259,28 @@ def _timings(
 
 
 def _timing(
-    problem: Problem, peer: str, threads: int, times: Mapping[str, Sequence[Sequence[float]]],
+    problem: Problem,
+    peer: str,
+    threads: int,
+    times: Mapping[str, Sequence[Sequence[float]]],
     facts: Mapping[str, dict[str, Any]],
-) -> Timing:  # fmt: skip
+) -> Timing:
     batch, heads, length, dim = problem.call.query.shape
     product = median_of(times["product"]) if "product" in times else None
     shared = compared(times, peer, facts["ours"]["target"])
     return Timing(
-        seq_len=length, batch=batch, heads=heads, head_dim=dim, sparsity=round(problem.sparsity, 4), threads=threads,
-        **shared, product_ms=product, product_share=None if product is None else product / shared["ours_ms"],
-        source=problem.source, layer=problem.layer, tail=problem.call.spec.tail,
+        seq_len=length,
+        batch=batch,
+        heads=heads,
+        head_dim=dim,
+        sparsity=round(problem.sparsity, 4),
+        threads=threads,
+        **shared,
+        product_ms=product,
+        product_share=None if product is None else product / shared["ours_ms"],
+        source=problem.source,
+        layer=problem.layer,
+        tail=problem.call.spec.tail,
         tail_rank=problem.call.spec.tail_rank if problem.call.spec.tail == "linear" else None,
         provenance={**provenance(peer), "ours": facts["ours"], "peer": facts[peer]},
-    )  # fmt: skip
+    )

@@ -37,9 +37,12 @@ def _gpu() -> dict[str, Any]:
         return {}
     found = torch.cuda.get_device_properties(0)
     return {
-        "gpu": found.name, "capability": [found.major, found.minor], "multiprocessors": found.multi_processor_count,
-        "cuda": torch.version.cuda, "gigabytes": round(found.total_memory / 1e9, 1),
-    }  # fmt: skip
+        "gpu": found.name,
+        "capability": [found.major, found.minor],
+        "multiprocessors": found.multi_processor_count,
+        "cuda": torch.version.cuda,
+        "gigabytes": round(found.total_memory / 1e9, 1),
+    }
 
 
 def cores() -> int:

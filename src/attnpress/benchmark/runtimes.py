@@ -63,9 +63,15 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         program = torch.onnx.export(
-            model, (), kwargs=example, dynamo=True, opset_version=OPSET, verbose=False, input_names=list(example),
+            model,
+            (),
+            kwargs=example,
+            dynamo=True,
+            opset_version=OPSET,
+            verbose=False,
+            input_names=list(example),
             dynamic_shapes={name: {0: "batch", 1: "length"} for name in example},
-        )  # fmt: skip
+        )
     assert program is not None
     program.save(file)
 

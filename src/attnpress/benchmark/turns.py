@@ -53,9 +53,12 @@ class Side:
         self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 - closed by __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-c", f"from {__name__} import serve; serve()"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._said,
+            text=True,
             env={**os.environ, **(environment or {})},
-        )  # fmt: skip
+        )
 
     def prepare(self, make: str, **arguments: Any) -> dict[str, Any]:
         """Have the process call `make`, "package.module:function" returning a `Prepared`; returns its facts."""
@@ -88,7 +91,9 @@ class Side:
     def __enter__(self) -> Side:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:  # fmt: skip # noqa: E501
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.kill()
         self._process.__exit__(kind, error, trace)
         self._said.close()

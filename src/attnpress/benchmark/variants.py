@@ -48,11 +48,14 @@ def time_variants(
                 save_problem(made[side.name], file)
                 told = side.prepare("attnpress.benchmark.sides:prepare", name=OURS, file=str(file), threads=threads)
                 target = told["target"]
-            found.append({
-                "seq_len": length, "batch": len(made[OURS].call.query),
-                "sparsity": {name: round(problem.sparsity, 4) for name, problem in made.items()},
-                **compared(in_turns(sides, seconds), other, target),
-            })  # fmt: skip
+            found.append(
+                {
+                    "seq_len": length,
+                    "batch": len(made[OURS].call.query),
+                    "sparsity": {name: round(problem.sparsity, 4) for name, problem in made.items()},
+                    **compared(in_turns(sides, seconds), other, target),
+                }
+            )
         return found
 
 

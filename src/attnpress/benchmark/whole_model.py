@@ -107,9 +107,17 @@ class ModelTiming(Comparison):
 
 
 def bench_models(
-    models: Iterable[str], seq_lens: Iterable[int], *, sparsity: float = 0.95, batch: int = 1, threads: int = 1,
-    peers: Iterable[str] = USUAL_PEERS, seconds: float = SECONDS, linear: Linear = "float", ragged: Iterable[str] = (),
-) -> list[ModelTiming]:  # fmt: skip
+    models: Iterable[str],
+    seq_lens: Iterable[int],
+    *,
+    sparsity: float = 0.95,
+    batch: int = 1,
+    threads: int = 1,
+    peers: Iterable[str] = USUAL_PEERS,
+    seconds: float = SECONDS,
+    linear: Linear = "float",
+    ragged: Iterable[str] = (),
+) -> list[ModelTiming]:
     """Time whole models, deployed against stock.
 
     Args:
@@ -147,10 +155,18 @@ def bench_models(
     check_held(names)
     sources = [None] * (len(lengths) - len(tasks)) + tasks
     cases = [
-        {"model": name, "length": length, "batch": batch, "sparsity": sparsity, "threads": threads, "linear": linear,
-         "ragged": source}
-        for name in chosen for length, source in zip(lengths, sources, strict=True)
-    ]  # fmt: skip
+        {
+            "model": name,
+            "length": length,
+            "batch": batch,
+            "sparsity": sparsity,
+            "threads": threads,
+            "linear": linear,
+            "ragged": source,
+        }
+        for name in chosen
+        for length, source in zip(lengths, sources, strict=True)
+    ]
     return [timing for case in cases for timing in _timings(case, names, seconds)]
 
 
@@ -183,13 +199,22 @@ def _timing(
     ours, theirs = facts["ours"], facts[peer]
     share, layers = theirs["attention"], ours["linear_layers"]
     return ModelTiming(
-        model=case["model"], seq_len=case["length"], batch=case["batch"], threads=case["threads"],
-        sparsity=round(ours["sparsity"], 4), ragged=case["ragged"], linear="int8" if layers["int8"] else "float",
-        linear_layers=layers, activation_bits=ours["activation_bits"], **compared(times, peer, ours["target"]),
-        ceiling=None if share is None else 1 / (1 - share), ours_unpruned_difference=ours["unpruned_difference"],
-        **{f"ours_{key}": ours[key] for key in TOLD}, **{f"peer_{key}": theirs[key] for key in TOLD},
+        model=case["model"],
+        seq_len=case["length"],
+        batch=case["batch"],
+        threads=case["threads"],
+        sparsity=round(ours["sparsity"], 4),
+        ragged=case["ragged"],
+        linear="int8" if layers["int8"] else "float",
+        linear_layers=layers,
+        activation_bits=ours["activation_bits"],
+        **compared(times, peer, ours["target"]),
+        ceiling=None if share is None else 1 / (1 - share),
+        ours_unpruned_difference=ours["unpruned_difference"],
+        **{f"ours_{key}": ours[key] for key in TOLD},
+        **{f"peer_{key}": theirs[key] for key in TOLD},
         provenance={**provenance("transformers", *_packages(peer)), **_surroundings(ours=ours, peer=theirs)},
-    )  # fmt: skip
+    )
 
 
 def _surroundings(**sides: dict[str, Any]) -> dict[str, Any]:
@@ -202,9 +227,15 @@ def _packages(peer: str) -> tuple[str, ...]:
 
 
 def build(
-    name: str, folder: str, model: str, length: int, batch: int, sparsity: float, linear: Linear = "float",
+    name: str,
+    folder: str,
+    model: str,
+    length: int,
+    batch: int,
+    sparsity: float,
+    linear: Linear = "float",
     ragged: str | None = None,
-) -> Prepared:  # fmt: skip
+) -> Prepared:
     """Write what a side loads, in a process that is not timed; nothing is to be run."""
     stock, place = make_stock(model, "eager" if name == "ours" else "sdpa"), Path(folder)
     longest = longest_input(stock)

@@ -104,9 +104,16 @@ def run(options: argparse.Namespace) -> int:
     from attnpress.runs.prediction import run_file
 
     done = run_file(
-        options.run_dir, config, options.input, options.output, backend=options.backend, linear=options.linear,
-        batch_size=options.batch, columns=options.text, warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
-    )  # fmt: skip
+        options.run_dir,
+        config,
+        options.input,
+        options.output,
+        backend=options.backend,
+        linear=options.linear,
+        batch_size=options.batch,
+        columns=options.text,
+        warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
+    )
     print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}", file=options.talk)
     return 0
 
@@ -367,9 +374,13 @@ def _stage_line(text: str) -> None:
 
 
 def _say_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int,
-    file: TextIO | None = None, line: str | None = None,
-) -> None:  # fmt: skip
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
     print(f"attnpress: {message}", file=sys.stderr, flush=True)
 
 

@@ -91,9 +91,13 @@ def four_dims(valid: Tensor) -> Tensor:
 
 
 def check_values(
-    query: Tensor, key: Tensor, value: Tensor, scales: Mapping[str, Tensor | None], cutoff: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scales: Mapping[str, Tensor | None],
+    cutoff: Tensor | None,
     scaling: float,
-) -> None:  # fmt: skip
+) -> None:
     """Refuse scales, thresholds and factors that no calibration gives, and with which loops would not end.
 
     Numbers are looked at where that costs nothing: on the CPU, and not while a model is traced or compiled.

@@ -160,11 +160,17 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
         numerator, divisor = with_tail(numerator, divisor, sums, score_steps(alpha, tail, heads))
     output = (numerator * repeat_heads(v_scale, heads)) / divisor
     found = IntegerAttention(
-        q_codes.to(torch.int8), k_codes[:, :, keys].to(torch.int8), v_codes[:, :, keys].to(torch.int8),
-        acc[..., keys], row_maximum(acc, pairs.valid), pairs.keep[..., keys],
-        pairs.codes[..., keys].to(torch.uint8), pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
-        weighted.long(), output,
-    )  # fmt: skip
+        q_codes.to(torch.int8),
+        k_codes[:, :, keys].to(torch.int8),
+        v_codes[:, :, keys].to(torch.int8),
+        acc[..., keys],
+        row_maximum(acc, pairs.valid),
+        pairs.keep[..., keys],
+        pairs.codes[..., keys].to(torch.uint8),
+        pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
+        weighted.long(),
+        output,
+    )
     return found if sums is None else _tailed(found, sums)
 
 

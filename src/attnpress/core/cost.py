@@ -185,7 +185,10 @@ def tail_work(rows: int, keys: int, survivors: int, sequences: int, spec: Attent
     if 0 < rank < head_dim:
         kinds += [(keys * rank, DIRECTION_BITS * bits["k"]), (rows * rank, DIRECTION_BITS * bits["q"])]
     return Work(
-        0, sum(count for count, _ in kinds) * head_dim,
-        0, sum(count * width for count, width in kinds) * head_dim,
-        0, rows * FLOAT_BITS // 8 + sequences * (2 + rank) * head_dim * SUM_BITS // 8,
-    )  # fmt: skip
+        0,
+        sum(count for count, _ in kinds) * head_dim,
+        0,
+        sum(count * width for count, width in kinds) * head_dim,
+        0,
+        rows * FLOAT_BITS // 8 + sequences * (2 + rank) * head_dim * SUM_BITS // 8,
+    )

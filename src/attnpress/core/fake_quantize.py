@@ -116,10 +116,20 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, alpha: Tensor, v_scale: Tensor,
-        q_scored: Tensor | None, k_scored: Tensor | None, tail: Tail | None,
-        valid: Tensor | None, cutoff: Tensor | None, spec: AttentionSpec, dropout: float,
-    ) -> Tensor:  # fmt: skip
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alpha: Tensor,
+        v_scale: Tensor,
+        q_scored: Tensor | None,
+        k_scored: Tensor | None,
+        tail: Tail | None,
+        valid: Tensor | None,
+        cutoff: Tensor | None,
+        spec: AttentionSpec,
+        dropout: float,
+    ) -> Tensor:
         batch, heads, rows, keys = *q.shape[:3], k.shape[2]
         code_dtype = torch.float32 if spec.p.bits is None else torch.uint8
         codes = torch.empty(batch, heads, rows, keys, dtype=code_dtype, device=q.device)
@@ -178,10 +188,15 @@ class _Attend(torch.autograd.Function):
             if tails is not None:
                 found = add_tail_gradients(
                     TailRows.of([batch_part(x, part) if x is None else x[part] for x in tails.tensors()]),
-                    tail_pairs(survivors, batch_part(allowed, part)), q[part],
-                    _scored_part(q_scored, k_scored, part), (step, score_steps(step, ctx.tail, q.shape[1])),
-                    scaled, straight, own, (grad_q[part], grad_k[part], grad_v[part]),
-                )  # fmt: skip
+                    tail_pairs(survivors, batch_part(allowed, part)),
+                    q[part],
+                    _scored_part(q_scored, k_scored, part),
+                    (step, score_steps(step, ctx.tail, q.shape[1])),
+                    scaled,
+                    straight,
+                    own,
+                    (grad_q[part], grad_k[part], grad_v[part]),
+                )
                 for whole, one in zip(grad_scored, found or (), strict=False):
                     whole[part] = one
         grad_alpha = grad_v_scale = None
@@ -213,9 +228,14 @@ class CodedPairs(NamedTuple):
 
 
 def code_pairs(
-    q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, cutoff: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    alpha: Tensor,
+    cutoff: Tensor | None,
     spec: AttentionSpec,
-) -> CodedPairs:  # fmt: skip
+) -> CodedPairs:
     """From codes of Q and K to those of P, as `attention.prune_and_code` gives them.
 
     Args:

@@ -107,9 +107,12 @@ class TailSums:
     def integers(self) -> dict[str, Tensor]:
         """What traces and backends are compared by, with the level, by their names in `core.attention`."""
         found = {
-            "tail_count": self.count.int(), "tail_distance": self.distance.long(), "tail_exponent": self.exponent,
-            "tail_level": self.level, "tail_value": self.value.long(),
-        }  # fmt: skip
+            "tail_count": self.count.int(),
+            "tail_distance": self.distance.long(),
+            "tail_exponent": self.exponent,
+            "tail_level": self.level,
+            "tail_value": self.value.long(),
+        }
         if self.score is not None and self.slope is not None:
             found |= {"tail_score": self.score.long(), "tail_slope": self.slope.long()}
         return found
@@ -212,9 +215,14 @@ def _octaves(device: torch.device) -> Tensor:
 
 
 def sum_tail(
-    rest: Tensor, distance: Tensor, value: Tensor, scored: tuple[Tensor, Tensor] | None, rate: Tensor, lift: Tensor,
+    rest: Tensor,
+    distance: Tensor,
+    value: Tensor,
+    scored: tuple[Tensor, Tensor] | None,
+    rate: Tensor,
+    lift: Tensor,
     qmax: int,
-) -> TailSums:  # fmt: skip
+) -> TailSums:
     """The sums as they are defined, pair by pair: the readable reference.
 
     Args:

@@ -72,9 +72,16 @@ def tail_pairs(codes: Tensor, allowed: Tensor | None) -> Tensor:
 
 
 def sum_tail_by_products(
-    rest: Tensor, row_max: Tensor, q: Tensor, k: Tensor, v: Tensor, scored: tuple[Tensor, Tensor] | None, rate: Tensor,
-    tail: Tail, qmax: int,
-) -> tuple[TailSums, Tensor]:  # fmt: skip
+    rest: Tensor,
+    row_max: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scored: tuple[Tensor, Tensor] | None,
+    rate: Tensor,
+    tail: Tail,
+    qmax: int,
+) -> tuple[TailSums, Tensor]:
     """`tail.sum_tail`, and the summed codes of K, [B, Hq, Sq, D].
 
     Args:
@@ -98,10 +105,16 @@ def sum_tail_by_products(
 
 
 def add_tail_gradients(
-    rows: TailRows, rest: Tensor, q: Tensor, scored: tuple[Tensor, Tensor] | None,
-    steps: tuple[Tensor, Tensor], scaled: Tensor, inner: Tensor, own: Tensor,
+    rows: TailRows,
+    rest: Tensor,
+    q: Tensor,
+    scored: tuple[Tensor, Tensor] | None,
+    steps: tuple[Tensor, Tensor],
+    scaled: Tensor,
+    inner: Tensor,
+    own: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
-) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+) -> tuple[Tensor, Tensor] | None:
     """Add what comes through the tail to the gradients of the codes of Q, K and V, in place.
 
     Args:

@@ -76,9 +76,15 @@ def write_accelforge(
     kept = [_kept(layer) for layer in layers.values()]
     densities = ", ".join(f"{_density(layer):.4f}" for layer in layers.values())
     text = WORKLOAD.format(
-        layers=len(layers), sequences=len(found), densities=densities, tokens=tokens, kept=kept, heads=heads, dim=dim,
+        layers=len(layers),
+        sequences=len(found),
+        densities=densities,
+        tokens=tokens,
+        kept=kept,
+        heads=heads,
+        dim=dim,
         **widths,
-    )  # fmt: skip
+    )
     write_text(folder / FILE, text)
     return {"tokens": tokens, "kept": kept}
 

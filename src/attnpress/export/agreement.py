@@ -86,9 +86,14 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
     theirs = predicted_logits(served, data, batch_size)  # type: ignore[arg-type]
     headline, deployed = next(iter(metrics_of(ours, data).items()))
     found = Agreement(
-        headline, deployed, metrics_of(theirs, data)[headline], len(ours), _same_decisions(ours, theirs),
-        float((ours - theirs).abs().max()), backend,
-    )  # fmt: skip
+        headline,
+        deployed,
+        metrics_of(theirs, data)[headline],
+        len(ours),
+        _same_decisions(ours, theirs),
+        float((ours - theirs).abs().max()),
+        backend,
+    )
     if not found.difference <= TOLERANCE:
         raise ExportError(
             f"the exported model gives {headline} {found.exported:.2f}, the deployed one {found.deployed:.2f}: more "

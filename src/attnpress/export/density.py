@@ -90,12 +90,15 @@ def fits(histogram: Sequence[int], population: int, density: float) -> dict[str,
         "hypergeometric": {"population": max(population, size), "survivors": marked},
     }
     return {
-        "tile_pairs": size, "tiles": total, "histogram": list(histogram), "empty": measured[0],
+        "tile_pairs": size,
+        "tiles": total,
+        "histogram": list(histogram),
+        "empty": measured[0],
         "models": {
             name: {**parameters[name], "empty": model[0], **distances(measured, model)}
             for name, model in models.items()
         },
-    }  # fmt: skip
+    }
 
 
 def fixed(size: int, density: float) -> list[float]:
@@ -110,9 +113,10 @@ def hypergeometric(size: int, population: int, marked: int) -> list[float]:
     every = _log_choose(population, size)
     return [
         math.exp(_log_choose(marked, k) + _log_choose(population - marked, size - k) - every)
-        if max(0, size - population + marked) <= k <= marked else 0.0
+        if max(0, size - population + marked) <= k <= marked
+        else 0.0
         for k in range(size + 1)
-    ]  # fmt: skip
+    ]
 
 
 def _log_choose(n: int, k: int) -> float:

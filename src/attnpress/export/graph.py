@@ -58,9 +58,13 @@ def openvino_fake_quantize(x: Tensor, dtype: torch.dtype, _: int) -> Tensor:
     low, high = -float(limits.max) if dtype.is_signed else 0.0, float(limits.max)
     bounds = [torch.full((), bound, device=x.device) for bound in (low, high, low, high)]
     return ops.symbolic(
-        "org.openvinotoolkit::FakeQuantize", (x.round(), *bounds), {"levels": int(high - low) + 1},
-        dtype=torch.float32, shape=x.shape, version=1,
-    )  # fmt: skip
+        "org.openvinotoolkit::FakeQuantize",
+        (x.round(), *bounds),
+        {"levels": int(high - low) + 1},
+        dtype=torch.float32,
+        shape=x.shape,
+        version=1,
+    )
 
 
 def graph_attention(coder: Coder) -> Attend:
@@ -188,10 +192,16 @@ def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, run
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         try:
             program = torch.onnx.export(
-                model, (), kwargs=dict(batch), dynamo=True, opset_version=OPSET, verbose=False,
-                input_names=list(batch), output_names=output_names(model, batch),
+                model,
+                (),
+                kwargs=dict(batch),
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=list(batch),
+                output_names=output_names(model, batch),
                 dynamic_shapes={name: {0: "batch", 1: "length"} for name in batch},
-            )  # fmt: skip
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{type(model).__name__}: could not be traced into a graph: {error}") from error
     assert program is not None

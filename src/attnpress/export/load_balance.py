@@ -20,9 +20,12 @@ def load_balance(sequences: Iterable[AttendedSequence], task: str) -> LaneRecord
     layers = by_layer(sequences)
     first = next(iter(layers.values()))
     return LaneRecord(
-        task, len(first), sum(one.codes.shape[1] for one in first), PIECE,
+        task,
+        len(first),
+        sum(one.codes.shape[1] for one in first),
+        PIECE,
         [_layer(name, found) for name, found in layers.items()],
-    )  # fmt: skip
+    )
 
 
 def _layer(name: str, sequences: list[AttendedSequence]) -> LayerLanes:

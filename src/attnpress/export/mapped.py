@@ -12,9 +12,17 @@ from numpy.typing import NDArray
 from attnpress.export.errors import ExportError
 
 TYPES = {
-    "BOOL": "?", "U8": "<u1", "I8": "<i1", "I16": "<i2", "U16": "<u2", "I32": "<i4", "U32": "<u4", "I64": "<i8",
-    "F32": "<f4", "F64": "<f8",
-}  # fmt: skip
+    "BOOL": "?",
+    "U8": "<u1",
+    "I8": "<i1",
+    "I16": "<i2",
+    "U16": "<u2",
+    "I32": "<i4",
+    "U32": "<u4",
+    "I64": "<i8",
+    "F32": "<f4",
+    "F64": "<f8",
+}
 LENGTH = 8
 """Bytes in front of the header that say how long it is."""
 

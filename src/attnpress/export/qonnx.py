@@ -42,10 +42,13 @@ def quant_node(x: Tensor, dtype: torch.dtype, qmax: int) -> Tensor:
         torch.full((), float(value), device=x.device) for value in (1, 0, qmax.bit_length() + int(signed))
     )
     return ops.symbolic(
-        f"{DOMAIN}::Quant", (x, one, zero, bits),
+        f"{DOMAIN}::Quant",
+        (x, one, zero, bits),
         {"signed": int(signed), "narrow": int(signed), "rounding_mode": "ROUND"},
-        dtype=torch.float32, shape=x.shape, version=1,
-    )  # fmt: skip
+        dtype=torch.float32,
+        shape=x.shape,
+        version=1,
+    )
 
 
 class _Block(nn.Module):
@@ -121,9 +124,15 @@ def _write_block(name: str, call: AttentionCall, inputs: dict[str, Tensor], file
         warnings.simplefilter("ignore")  # the exporter's own, about itself
         try:
             program = torch.onnx.export(
-                _Block(call).eval(), (), kwargs=inputs, dynamo=True, opset_version=OPSET, verbose=False,
-                input_names=list(inputs), output_names=["output"],
-            )  # fmt: skip
+                _Block(call).eval(),
+                (),
+                kwargs=inputs,
+                dynamo=True,
+                opset_version=OPSET,
+                verbose=False,
+                input_names=list(inputs),
+                output_names=["output"],
+            )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportError(f"{name}: could not be traced into a graph: {error}") from error
     assert program is not None

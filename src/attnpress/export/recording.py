@@ -111,10 +111,15 @@ def _tensors(name: str, found: IntegerAttention, call: AttentionCall) -> Tensors
     pairs = torch.ones(1, 1, 1, 1, dtype=torch.bool) if allowed is None else allowed
     pairs = (pairs if call.real is None else pairs & call.real).expand(query.shape[0], -1, query.shape[2], key.shape[2])
     tensors: Tensors = {
-        "q_codes": found.q_codes, "k_codes": found.k_codes, "v_codes": found.v_codes, "valid": pairs,
-        "q_scale": q_scale, "k_scale": scales.k, "v_scale": scales.v,
+        "q_codes": found.q_codes,
+        "k_codes": found.k_codes,
+        "v_codes": found.v_codes,
+        "valid": pairs,
+        "q_scale": q_scale,
+        "k_scale": scales.k,
+        "v_scale": scales.v,
         "alpha": score_step(q_scale, scales.k, call.scaling, query.shape[1]),
-    }  # fmt: skip
+    }
     tail = active_tail(spec, scales.tail, cutoff, query)
     if tail is not None:
         tensors |= tail.tensors()
@@ -145,12 +150,20 @@ def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
     codes = pairs.codes.to(torch.uint8)
     cut = rule_of(spec).integer_cut(spec, pairs.probability, pairs.valid, t["alpha"], t.get("cutoff"))
     return {
-        "acc": acc, "row_max": row_maximum(acc, pairs.valid), "keep": pairs.keep, "p_codes": codes,
-        "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(), "weighted": weighted.long(),
-        "output": (numerator * repeat_heads(t["v_scale"], heads)) / divisor, **tail,
-        "survivors": (codes > 0).sum(-1, keepdim=True, dtype=torch.int32), **({} if cut is None else {"cut": cut}),
-        "lengths": _lengths(pairs.valid, -1), "key_lengths": _lengths(pairs.valid, -2), **csr_of(codes),
-    }  # fmt: skip
+        "acc": acc,
+        "row_max": row_maximum(acc, pairs.valid),
+        "keep": pairs.keep,
+        "p_codes": codes,
+        "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
+        "weighted": weighted.long(),
+        "output": (numerator * repeat_heads(t["v_scale"], heads)) / divisor,
+        **tail,
+        "survivors": (codes > 0).sum(-1, keepdim=True, dtype=torch.int32),
+        **({} if cut is None else {"cut": cut}),
+        "lengths": _lengths(pairs.valid, -1),
+        "key_lengths": _lengths(pairs.valid, -2),
+        **csr_of(codes),
+    }
 
 
 def _lengths(valid: Tensor, over: int) -> Tensor:

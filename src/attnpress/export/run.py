@@ -57,9 +57,13 @@ class Kind:
 
 
 def export_run(
-    run_folder: Path, config: RunConfig, kind: str, output: Path | None = None, rows: int | None = None,
+    run_folder: Path,
+    config: RunConfig,
+    kind: str,
+    output: Path | None = None,
+    rows: int | None = None,
     batch: int = BATCH,
-) -> Record:  # fmt: skip
+) -> Record:
     """Export the compressed model of a finished run, check it, and record both.
 
     Args:

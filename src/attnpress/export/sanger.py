@@ -24,9 +24,14 @@ HALF, QUARTER = 32, 16
 """Multipliers of a row of the array: 50 % and 25 % of the ports."""
 
 HEADER = (
-    "50%-no-skip", "50%-skip", "25%-no-skip", "25%-skip", "overall-sparsity",
-    "50%-empty-counted", "25%-empty-counted",
-)  # fmt: skip
+    "50%-no-skip",
+    "50%-skip",
+    "25%-no-skip",
+    "25%-skip",
+    "overall-sparsity",
+    "50%-empty-counted",
+    "25%-empty-counted",
+)
 
 
 @dataclass(frozen=True)
@@ -58,9 +63,14 @@ def sanger_row(sequence: AttendedSequence) -> SangerRow:
 
     empty = len(counts) - some
     return SangerRow(
-        utilization(HALF, some), utilization(HALF, 0), utilization(QUARTER, some), utilization(QUARTER, 0),
-        full / max(1, int(valid.sum())), utilization(HALF, empty), utilization(QUARTER, empty),
-    )  # fmt: skip
+        utilization(HALF, some),
+        utilization(HALF, 0),
+        utilization(QUARTER, some),
+        utilization(QUARTER, 0),
+        full / max(1, int(valid.sum())),
+        utilization(HALF, empty),
+        utilization(QUARTER, empty),
+    )
 
 
 def _vectors(mask: torch.Tensor) -> torch.Tensor:

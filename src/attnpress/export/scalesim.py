@@ -166,9 +166,13 @@ def simulate(folder: Path, kind: str) -> dict[str, dict[str, float]]:
         with warnings.catch_warnings(), _arrays_of_one():
             warnings.simplefilter("ignore")  # its own, about files that it leaves open
             simulator = scalesim(
-                save_disk_space=True, verbose=False, config=str(folder / f"{kind}.cfg"),
-                topology=str(folder / f"{kind}.csv"), layout=str(folder / LAYOUT), input_type_gemm=True,
-            )  # fmt: skip
+                save_disk_space=True,
+                verbose=False,
+                config=str(folder / f"{kind}.cfg"),
+                topology=str(folder / f"{kind}.csv"),
+                layout=str(folder / LAYOUT),
+                input_type_gemm=True,
+            )
             simulator.run_scale(top_path=scratch)
         report = Path(scratch) / kind / "COMPUTE_REPORT.csv"
         if not report.is_file():

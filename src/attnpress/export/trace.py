@@ -133,14 +133,21 @@ def _described(file: Path, recorded: Recorded) -> dict[str, Any]:
     first = next(iter(recorded.layers.values()))
     lengths = first["lengths"].tolist()
     return {
-        "file": file.name, "bytes": file.stat().st_size, "sequences": len(lengths), "padded": first["acc"].shape[2],
+        "file": file.name,
+        "bytes": file.stat().st_size,
+        "sequences": len(lengths),
+        "padded": first["acc"].shape[2],
         "lengths": lengths,
-    }  # fmt: skip
+    }
 
 
 def _index(layers: list[str], shards: list[dict[str, Any]]) -> dict[str, Any]:
     tokens, size = sum(sum(one["lengths"]) for one in shards), sum(one["bytes"] for one in shards)
     return {
-        "format": FORMAT, "layers": layers, "tokens": tokens, "bytes": size,
-        "bytes_a_token": round(size / max(tokens, 1), 1), "shards": shards,
-    }  # fmt: skip
+        "format": FORMAT,
+        "layers": layers,
+        "tokens": tokens,
+        "bytes": size,
+        "bytes_a_token": round(size / max(tokens, 1), 1),
+        "shards": shards,
+    }

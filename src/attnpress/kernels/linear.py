@@ -222,9 +222,16 @@ def finish_product(
 
 
 def finish_normed(
-    norm: nn.LayerNorm, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, weight_scale: Tensor,
-    bias: Tensor | None, residual: Tensor, out: Tensor,
-) -> None:  # fmt: skip
+    norm: nn.LayerNorm,
+    sums: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    column: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor,
+    out: Tensor,
+) -> None:
     """`finish_product`, then add `residual`, then normalize over N: `out` and `residual` are float32 [rows, N]."""
     if _is_compiled():
         torch.ops.attnpress.finish_normed(
@@ -236,9 +243,17 @@ def finish_normed(
 
 
 def finish_codes(
-    bits: int, sums: Tensor, scale: Tensor, zero: Tensor, column: Tensor, weight_scale: Tensor, bias: Tensor | None,
-    codes: Tensor, code_scale: Tensor, code_zero: Tensor,
-) -> None:  # fmt: skip
+    bits: int,
+    sums: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    column: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor | None,
+    codes: Tensor,
+    code_scale: Tensor,
+    code_zero: Tensor,
+) -> None:
     """`finish_product`, then GELU, and codes of that: uint8 [rows, N], float32 [rows] twice, filled."""
     if _is_compiled():
         torch.ops.attnpress.finish_codes(

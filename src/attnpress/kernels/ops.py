@@ -207,9 +207,22 @@ _BACKENDS: dict[str, Attend] = {"cpu": _compiled, "gpu": _triton, "reference": _
 
 
 INTEGERS = (
-    "q_codes", "k_codes", "v_codes", "row_max", "p_codes", "code_sum", "weighted", "output", "tail_count",
-    "tail_exponent", "tail_distance", "tail_level", "tail_value", "tail_score", "tail_slope",
-)  # fmt: skip
+    "q_codes",
+    "k_codes",
+    "v_codes",
+    "row_max",
+    "p_codes",
+    "code_sum",
+    "weighted",
+    "output",
+    "tail_count",
+    "tail_exponent",
+    "tail_distance",
+    "tail_level",
+    "tail_value",
+    "tail_score",
+    "tail_slope",
+)
 """What `attention_integers` returns, in order."""
 
 TAIL_AT = 19
@@ -273,10 +286,27 @@ def _arguments(call: AttentionCall, backend: str) -> tuple[Any, ...]:
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
     return (
-        _rows_contiguous(query), _rows_contiguous(key), _rows_contiguous(value), pair_mask(call.valid, query, key),
-        call.causal, float(call.scaling), q_scale, scales.k, scales.v, cutoff, spec.rule, float(spec.sparsity), mode,
-        spec.q.qmax, spec.k.qmax, spec.v.qmax, spec.p.qmax, spec.smooth_key, spec.q.power_of_two, *tail,
-    )  # fmt: skip
+        _rows_contiguous(query),
+        _rows_contiguous(key),
+        _rows_contiguous(value),
+        pair_mask(call.valid, query, key),
+        call.causal,
+        float(call.scaling),
+        q_scale,
+        scales.k,
+        scales.v,
+        cutoff,
+        spec.rule,
+        float(spec.sparsity),
+        mode,
+        spec.q.qmax,
+        spec.k.qmax,
+        spec.v.qmax,
+        spec.p.qmax,
+        spec.smooth_key,
+        spec.q.power_of_two,
+        *tail,
+    )
 
 
 def _tail_arguments(call: AttentionCall) -> tuple[Any, ...]:

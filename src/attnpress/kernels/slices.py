@@ -106,10 +106,13 @@ def _part(call: AttentionCall, batch: slice, kv_heads: slice, heads: slice, rows
     for dim, part in enumerate((batch, heads, rows, keys)):
         valid = _of(valid, dim, part)
     return call.with_(
-        query=call.query[batch, heads, rows], key=call.key[batch, kv_heads, keys],
-        value=call.value[batch, kv_heads, keys], valid=valid, scales=_scales(call.scales, heads, kv_heads),
+        query=call.query[batch, heads, rows],
+        key=call.key[batch, kv_heads, keys],
+        value=call.value[batch, kv_heads, keys],
+        valid=valid,
+        scales=_scales(call.scales, heads, kv_heads),
         cutoff=None if call.cutoff is None else call.cutoff[heads],
-    )  # fmt: skip
+    )
 
 
 def _scales(scales: Scales, heads: slice, kv_heads: slice) -> Scales:

@@ -303,9 +303,16 @@ class CompressedAttention(nn.Module):
         return torch.stack([rule_of(self.spec).pruned(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None,
-        scaling: float, dropout: float, bounds: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        real: Tensor | None,
+        scaling: float,
+        dropout: float,
+        bounds: Tensor | None = None,
+    ) -> Tensor:
         """Compressed attention, in float32.
 
         Args:
@@ -326,9 +333,16 @@ class CompressedAttention(nn.Module):
         return self.attend(call)
 
     def call(
-        self, query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, real: Tensor | None, scaling: float,
-        dropout: float = 0.0, bounds: Tensor | None = None,
-    ) -> AttentionCall:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        valid: Tensor | None,
+        real: Tensor | None,
+        scaling: float,
+        dropout: float = 0.0,
+        bounds: Tensor | None = None,
+    ) -> AttentionCall:
         """The call of these tensors with the scales, thresholds and spec in force; see `forward`."""
         key, value, valid = some_key(key, value, pair_mask(valid, query, key))
         scales, cutoff = self.scales(), self.active_cutoff()
@@ -358,9 +372,15 @@ class CompressedAttention(nn.Module):
             self.unset.add("cutoff")  # those of the state are trained, and these are not, or the other way round
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
         own = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
         wrong = self._wrong_with(own)
         if wrong:

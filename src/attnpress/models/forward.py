@@ -212,9 +212,15 @@ def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | No
 
 
 def usual_attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, dropout: float = 0.0, **_: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    **_: Any,
+) -> tuple[Tensor, Tensor]:
     """softmax(Q K^T * scaling + mask) V as most model files have it, with keys and values repeated for their queries.
 
     Returns:

@@ -90,10 +90,15 @@ class AttnPressConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, bits: int | None = None, sparsity: float | None = None, *,
-        attention: AttentionSpec | None = None, modules: Mapping[str, ModuleSpec] | None = None,
-        linear: Mapping[str, ProductPlan] | None = None, int8: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        bits: int | None = None,
+        sparsity: float | None = None,
+        *,
+        attention: AttentionSpec | None = None,
+        modules: Mapping[str, ModuleSpec] | None = None,
+        linear: Mapping[str, ProductPlan] | None = None,
+        int8: bool = False,
+    ) -> None:
         if attention is not None and (bits, sparsity) != (None, None):
             raise ConfigError("AttnPressConfig: give either attention, or bits and sparsity")
         self.quant_method: Any = NAME  # Transformers declares its enumeration of built-in methods
@@ -106,9 +111,13 @@ class AttnPressConfig(QuantizationConfigMixin):
         linear = {name: dataclasses.asdict(plan) for name, plan in self.linear.items()}
         attention = spec_to_dict(self.attention)
         return {
-            "quant_method": NAME, "format": FORMAT, "attention": attention, "modules": modules, "linear": linear,
+            "quant_method": NAME,
+            "format": FORMAT,
+            "attention": attention,
+            "modules": modules,
+            "linear": linear,
             "int8": self.int8,
-        }  # fmt: skip
+        }
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:

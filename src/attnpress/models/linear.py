@@ -41,9 +41,14 @@ class Int8Linear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, activated: bool = False,
-        bits: Bits = ACTIVATION_BITS, next_bits: Bits = ACTIVATION_BITS,
-    ) -> None:  # fmt: skip
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        activated: bool = False,
+        bits: Bits = ACTIVATION_BITS,
+        next_bits: Bits = ACTIVATION_BITS,
+    ) -> None:
         super().__init__()
         self.in_features, self.out_features, self.activated = in_features, out_features, activated
         self.bits, self.next_bits = bits, next_bits
@@ -58,9 +63,12 @@ class Int8Linear(nn.Module):
 
     @classmethod
     def like(
-        cls, layers: Sequence[nn.Linear], activated: bool = False,
-        bits: Bits = ACTIVATION_BITS, next_bits: Bits = ACTIVATION_BITS,
-    ) -> Int8Linear:  # fmt: skip
+        cls,
+        layers: Sequence[nn.Linear],
+        activated: bool = False,
+        bits: Bits = ACTIVATION_BITS,
+        next_bits: Bits = ACTIVATION_BITS,
+    ) -> Int8Linear:
         """A layer with the outputs of all these side by side, and nothing in it yet."""
         bias = all(layer.bias is not None for layer in layers)
         outputs = sum(layer.out_features for layer in layers)

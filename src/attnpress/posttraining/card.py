@@ -101,15 +101,18 @@ def quantized_card(record: QuantizedRecord, class_name: str) -> str:
     bits = {record.attention[name]["bits"] for name in "qkvp"}
     tail = record.attention["tail"]
     return CARD.format(
-        header=_header(record, class_name in LOADS), base=public_name(record.model),
+        header=_header(record, class_name in LOADS),
+        base=public_name(record.model),
         bits="/".join(map(str, sorted(bits))),
-        sparsity=f"{record.sparsity:.0%}", linear="8 bits" if record.linear == "int8" else "floating point",
+        sparsity=f"{record.sparsity:.0%}",
+        linear="8 bits" if record.linear == "int8" else "floating point",
         tail="" if tail == "none" else f"; what is pruned still counts, by a tail ({tail})",
         training=" and without training" if record.distill is None else f", taught for {record.distill:g} epochs",
-        version=record.provenance["versions"]["attnpress"], file=FILE,
+        version=record.provenance["versions"]["attnpress"],
+        file=FILE,
         table=quantized_markdown(record),
         load=f"{imported}\n\nmodel = {made}  # this folder",
-    )  # fmt: skip
+    )
 
 
 def _header(record: QuantizedRecord, is_pipeline: bool) -> str:

@@ -133,9 +133,15 @@ def _teach(dense: Encoder, encoder: Encoder, lesson: Lesson, sparsity: float) ->
     spec = TrainSpec(epochs=lesson.epochs, learning_rate=RATE, batch_size=2 * BATCH, checkpoints=1)
     with tempfile.TemporaryDirectory() as folder:
         train_unlabelled(
-            student, teacher, lesson.rows, encoder.inputs, spec, Path(folder),
-            sparsity=sparsity, lengths=[sum(map(len, row)) for row in lesson.rows],
-        )  # fmt: skip
+            student,
+            teacher,
+            lesson.rows,
+            encoder.inputs,
+            spec,
+            Path(folder),
+            sparsity=sparsity,
+            lengths=[sum(map(len, row)) for row in lesson.rows],
+        )
 
 
 def _survivors(encoder: Encoder, rows: Rows) -> Survivors:
@@ -148,9 +154,11 @@ def _survivors(encoder: Encoder, rows: Rows) -> Survivors:
     total, pairs = summed(merged), list(zip(modules, merged, strict=True))
     work = total_work(part(*pair) for pair in pairs for part in (pairs_work, tails_work))
     return Survivors(
-        float(total.sparsity()), float(total.keys_per_row()), float(total.pairs / total.rows.clamp(min=1)),
+        float(total.sparsity()),
+        float(total.keys_per_row()),
+        float(total.pairs / total.rows.clamp(min=1)),
         work.bit_operations_remaining / max(1, work.bit_operations_dense),
-    )  # fmt: skip
+    )
 
 
 def _judging_batches(encoder: Encoder, rows: Rows) -> list[Batch]:

@@ -68,9 +68,16 @@ class EncodeTiming(Comparison):
 
 
 def bench_encode(
-    model: str, texts: str, columns: Sequence[str] = (), *, peers: Sequence[str] = PEERS, threads: int = 1,
-    batch: int = 32, count: int = 64, seconds: float = 20.0,
-) -> list[EncodeTiming]:  # fmt: skip
+    model: str,
+    texts: str,
+    columns: Sequence[str] = (),
+    *,
+    peers: Sequence[str] = PEERS,
+    threads: int = 1,
+    batch: int = 32,
+    count: int = 64,
+    seconds: float = 20.0,
+) -> list[EncodeTiming]:
     """Time an encoder in attnpress's default form against its peers, and compare all answers with float32's.
 
     Args:

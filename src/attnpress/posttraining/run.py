@@ -88,10 +88,16 @@ class Quantized:
 
 
 def quantize(
-    model: Any, texts: Sequence[str] | Sequence[Sequence[str]] | str | Path, *, output: str | Path | None = None,
-    tokenizer: Any = None, columns: Sequence[str] = (), spec: QuantizeSpec | None = None,
-    notify: Say = lambda _: None, **options: Any,
-) -> Quantized:  # fmt: skip
+    model: Any,
+    texts: Sequence[str] | Sequence[Sequence[str]] | str | Path,
+    *,
+    output: str | Path | None = None,
+    tokenizer: Any = None,
+    columns: Sequence[str] = (),
+    spec: QuantizeSpec | None = None,
+    notify: Say = lambda _: None,
+    **options: Any,
+) -> Quantized:
     """Compress an encoder after training, with texts alone.
 
     Args:
@@ -230,14 +236,26 @@ class _Task:
     ) -> QuantizedRecord:
         left = made.survivors
         return QuantizedRecord(
-            model=self.name, kind=self.dense.kind, texts=self.texts, agreement=found,
-            attention=spec_to_dict(made.form.attention), linear=made.form.linear,
-            linear_layers=dataclasses.asdict(linear_layers(made.encoder.model)), float_products=made.float_products,
-            sparsity=left.sparsity, keys_per_query=left.keys, dense_keys=left.dense_keys, work=left.work,
-            dense=CostRecord(**dataclasses.asdict(before)), compressed=CostRecord(**dataclasses.asdict(after)),
-            provenance=provenance("transformers"), distill=self.asked.distill,
-            max_loss=self.asked.max_loss, trials=trials, **ran,
-        )  # fmt: skip
+            model=self.name,
+            kind=self.dense.kind,
+            texts=self.texts,
+            agreement=found,
+            attention=spec_to_dict(made.form.attention),
+            linear=made.form.linear,
+            linear_layers=dataclasses.asdict(linear_layers(made.encoder.model)),
+            float_products=made.float_products,
+            sparsity=left.sparsity,
+            keys_per_query=left.keys,
+            dense_keys=left.dense_keys,
+            work=left.work,
+            dense=CostRecord(**dataclasses.asdict(before)),
+            compressed=CostRecord(**dataclasses.asdict(after)),
+            provenance=provenance("transformers"),
+            distill=self.asked.distill,
+            max_loss=self.asked.max_loss,
+            trials=trials,
+            **ran,
+        )
 
     def _texts(self) -> TextsRecord:
         used = [*self.calibration, *self.judged, *self.training[len(self.calibration) :]]
@@ -257,9 +275,17 @@ class _Task:
             _warn(f"{skipped} rows were left out ({reason})")
         digest = hashlib.sha256(json.dumps(used).encode()).hexdigest()
         return TextsRecord(
-            len(self.calibration), len(self.judged), lengths[0], lengths[len(lengths) // 2], lengths[-1], cut, skipped,
-            self.found.repeated, digest, len(self.training),
-        )  # fmt: skip
+            len(self.calibration),
+            len(self.judged),
+            lengths[0],
+            lengths[len(lengths) // 2],
+            lengths[-1],
+            cut,
+            skipped,
+            self.found.repeated,
+            digest,
+            len(self.training),
+        )
 
 
 @contextmanager

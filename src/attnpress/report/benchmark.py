@@ -11,9 +11,13 @@ Comparison = Mapping[str, Any]
 """One entry of the JSON: a shape, ours and a peer's median time, and the ratio of turns taken side by side."""
 
 PEERS = {
-    "sdpa": "SDPA float32", "sdpa-bf16": "SDPA bfloat16", "eager": "eager float32", "openvino": "OpenVINO int8",
-    "onnxruntime-int8": "ONNX Runtime int8", "openvino-int8": "OpenVINO int8",
-}  # fmt: skip
+    "sdpa": "SDPA float32",
+    "sdpa-bf16": "SDPA bfloat16",
+    "eager": "eager float32",
+    "openvino": "OpenVINO int8",
+    "onnxruntime-int8": "ONNX Runtime int8",
+    "openvino-int8": "OpenVINO int8",
+}
 INT8_PEERS = ("onnxruntime-int8", "openvino-int8")
 OURS_OFF = "ours_unpruned_difference"
 
@@ -25,9 +29,12 @@ def attention_markdown(found: Sequence[Comparison]) -> str:
     ratios = {(each["seq_len"], each["batch"], each["peer"], each["threads"]): each["ratio"] for each in found}
     header = ["tokens (batch)", *(f"{PEERS[peer]}, {_threads(threads)}" for peer, threads in columns)]
     return _markdown(
-        header, ([f"{length} ({batch})", *(_times(ratios.get((length, batch, *column))) for column in columns)]
-                 for length, batch in shapes)
-    )  # fmt: skip
+        header,
+        (
+            [f"{length} ({batch})", *(_times(ratios.get((length, batch, *column))) for column in columns)]
+            for length, batch in shapes
+        ),
+    )
 
 
 def settings_markdown(settings: Mapping[str, Sequence[Comparison]]) -> str:

@@ -25,13 +25,25 @@ PADDED = {"squad": 384, "squadpart": 384}
 TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD"}
 """Titles, where they are not the names."""
 COLUMNS = (
-    "bits, asked", "stage", "{metric}", "against dense", "sparsity", "padded to {length}", "keys per query",
-    "bit operations left", "bytes of P left", "seeds",
-)  # fmt: skip
+    "bits, asked",
+    "stage",
+    "{metric}",
+    "against dense",
+    "sparsity",
+    "padded to {length}",
+    "keys per query",
+    "bit operations left",
+    "bytes of P left",
+    "seeds",
+)
 GOAL_COLUMNS = (
-    "task", "bits, asked", "keys per query", "may lose", "against dense, trained equally long",
+    "task",
+    "bits, asked",
+    "keys per query",
+    "may lose",
+    "against dense, trained equally long",
     "against the best dense",
-)  # fmt: skip
+)
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
@@ -148,11 +160,15 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
         score = statistics.mean(stage.metrics[record.headline] for record, stage in found)
         below_best = score - _best_dense(tasks[task])
         keys = statistics.mean(stage.keys_per_row for _, stage in found)
-        rows.append([
-            *named, f"{keys:.1f}", may,
-            f"{mean_and_spread(lost)}: {_verdict(statistics.mean(lost), allowed)}",
-            f"{below_best:.2f}: {_verdict(below_best, allowed)}",
-        ])  # fmt: skip
+        rows.append(
+            [
+                *named,
+                f"{keys:.1f}",
+                may,
+                f"{mean_and_spread(lost)}: {_verdict(statistics.mean(lost), allowed)}",
+                f"{below_best:.2f}: {_verdict(below_best, allowed)}",
+            ]
+        )
     return markdown_table(GOAL_COLUMNS, rows, GOAL_COLUMNS[:2])
 
 
@@ -173,11 +189,18 @@ def summary_markdown(tasks: Mapping[str, Cells], chosen: Sequence[tuple[str, str
         change = statistics.mean(scores) - statistics.mean(dense)
         keys = [stage.keys_per_row for _, stage in found]
         valid = statistics.mean(stage.keys_per_row / (1 - stage.sparsity) for _, stage in found)
-        rows.append([
-            f"{TASKS.get(task, task)} ({found[0][0].headline})", "/".join(cell.partition("-")[0]), "fine-tuned",
-            mean_and_spread(dense), mean_and_spread(scores), f"{change:+.2f}",
-            f"{statistics.mean(keys):.1f} of {valid:.0f}", str(len(found)),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{TASKS.get(task, task)} ({found[0][0].headline})",
+                "/".join(cell.partition("-")[0]),
+                "fine-tuned",
+                mean_and_spread(dense),
+                mean_and_spread(scores),
+                f"{change:+.2f}",
+                f"{statistics.mean(keys):.1f} of {valid:.0f}",
+                str(len(found)),
+            ]
+        )
     return markdown_table(header, rows, header[:3])
 
 
@@ -291,9 +314,13 @@ def _row(label: str, name: str, records: Sequence[Record], known: Mapping[Start,
         for kind in ("bit_operations", "bytes")
     ]
     return [
-        label, TITLES[name], mean_and_spread(scores), f"{statistics.mean(lost):+.2f}",
+        label,
+        TITLES[name],
+        mean_and_spread(scores),
+        f"{statistics.mean(lost):+.2f}",
         f"{statistics.mean(stage.sparsity for stage in stages):.3f}",
         f"{statistics.mean(padded_to(stage, length) for stage in stages):.4f}",
         f"{statistics.mean(stage.keys_per_row for stage in stages):.2f}",
-        *(f"{share:.1%}" for share in left), str(len(scores)),
-    ]  # fmt: skip
+        *(f"{share:.1%}" for share in left),
+        str(len(scores)),
+    ]

@@ -17,9 +17,12 @@ if TYPE_CHECKING:
 
 WORK = {"multiply-accumulates": "macs", "bit operations": "bit_operations", "bytes of P": "bytes"}
 ERRORS = {
-    "q": "quantization error of Q", "k": "quantization error of K", "v": "quantization error of V",
-    "p": "error of P, pruning included", "output": "output error, pruning included",
-}  # fmt: skip
+    "q": "quantization error of Q",
+    "k": "quantization error of K",
+    "v": "quantization error of V",
+    "p": "error of P, pruning included",
+    "output": "output error, pruning included",
+}
 HEAD_CAPTIONS = {
     "sparsity": "Share of pairs that each head skips. Dark heads read many keys.",
     "threshold": "Pairs below it are pruned. Heads with a high threshold are flat.",

@@ -19,9 +19,12 @@ def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
     rows = sweep.provenance.get("rows", {}).get("eval")
     noise = plots.Band(sweep.dense, standard_error(sweep.headline, sweep.dense, rows)) if rows else None
     figure = plots.front(
-        plots.Line("beaten by another", *_points(beaten)), plots.Line("not beaten", *_points(best), series=1),
-        f"{sweep.headline} (points)", sweep.dense, noise,
-    )  # fmt: skip
+        plots.Line("beaten by another", *_points(beaten)),
+        plots.Line("not beaten", *_points(best), series=1),
+        f"{sweep.headline} (points)",
+        sweep.dense,
+        noise,
+    )
     return Drawing(
         f"front-{number}",
         f"{sweep.headline[0].upper()}{sweep.headline[1:]} against remaining work",

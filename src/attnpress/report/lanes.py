@@ -25,12 +25,13 @@ def lane_drawings(number: int, record: LaneRecord | None) -> Iterator[Drawing]:
         for lanes in record.lanes
     }
     told = "; ".join(
-        f"{lanes} lanes: " + ", ".join(
+        f"{lanes} lanes: "
+        + ", ".join(
             f"{words} {record.total(lanes, schedule) / max(1, record.total(lanes, 'ideal')):.2f}"
             for schedule, words in WORDS.items()
         )
         for lanes in record.lanes
-    )  # fmt: skip
+    )
     figure = plots.grid_of_lines(panels, "layer", "cycles over ideal")
     title = f"Load balance of P V on {record.sequences} sequences of {record.task}"
     caption = "1 is perfect balance. The gap between the lines is what packing and splitting rows recover."

@@ -14,9 +14,18 @@ from attnpress.report.noise import standard_error
 from attnpress.report.render import markdown_table
 
 COLUMNS = (
-    "task", "asked", "rule", "metric", "score", "against dense", "sparsity", "keys per query", "QK^T skipped",
-    "PV skipped", "seeds",
-)  # fmt: skip
+    "task",
+    "asked",
+    "rule",
+    "metric",
+    "score",
+    "against dense",
+    "sparsity",
+    "keys per query",
+    "QK^T skipped",
+    "PV skipped",
+    "seeds",
+)
 MISSING = "not run yet"
 
 GROUP = 4
@@ -67,11 +76,16 @@ def _row(record: BoardRecord, cells: Sequence[CellRecord]) -> tuple[str, ...]:
     product, value = zip(*(skipped(entry, first.asked, measured) for _, measured in done), strict=True)
     spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
     return (
-        *place, headline, f"{statistics.mean(scores):.2f}{spread}", f"{statistics.mean(losses):+.2f}" if losses else "",
+        *place,
+        headline,
+        f"{statistics.mean(scores):.2f}{spread}",
+        f"{statistics.mean(losses):+.2f}" if losses else "",
         f"{statistics.mean(measured['sparsity'] for _, measured in done):.3f}",
         f"{statistics.mean(measured['keys_per_row'] for _, measured in done):.2f}",
-        f"{statistics.mean(product):.0%}", f"{statistics.mean(value):.0%}", f"{len(done)} of {len(cells)}",
-    )  # fmt: skip
+        f"{statistics.mean(product):.0%}",
+        f"{statistics.mean(value):.0%}",
+        f"{len(done)} of {len(cells)}",
+    )
 
 
 def board_table(record: BoardRecord) -> Table:

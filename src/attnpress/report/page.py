@@ -134,10 +134,12 @@ def _front(number: int, sweep: SweepRecord) -> Section:
 
 def _sections(groups: Sequence[Group], timings: Sequence[dict[str, Any]]) -> Iterator[Section]:
     yield Section(
-        "stages", "Stages", STAGES_LEAD,
+        "stages",
+        "Stages",
+        STAGES_LEAD,
         tables=[table for group in groups for table in _stage_tables(group, groups)],
         drawings=[*metric_drawings(groups), *work_drawings(groups)],
-    )  # fmt: skip
+    )
     for number, group in enumerate(groups, start=1):
         yield from _group_sections(number, group, f": {group.label}" if len(groups) > 1 else "")
     speed = Section("speed", "Speed", drawings=list(speed_drawings(timings)))

@@ -35,13 +35,28 @@ WIDTH = 4.0
 """Inches, of every figure: narrow enough that its letters can be read on a phone."""
 
 STYLE: Any = {
-    "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10, "figure.dpi": 100,
-    "text.color": THEME["ink"], "axes.labelcolor": THEME["ink"], "axes.edgecolor": THEME["ink"],
-    "xtick.color": THEME["ink"], "ytick.color": THEME["ink"], "grid.color": THEME["line"], "axes.grid": True,
-    "axes.facecolor": THEME["paper"], "figure.facecolor": THEME["paper"], "legend.frameon": False,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.fontsize": 9,
-    "xtick.labelsize": 9, "ytick.labelsize": 9,
-}  # fmt: skip
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "figure.dpi": 100,
+    "text.color": THEME["ink"],
+    "axes.labelcolor": THEME["ink"],
+    "axes.edgecolor": THEME["ink"],
+    "xtick.color": THEME["ink"],
+    "ytick.color": THEME["ink"],
+    "grid.color": THEME["line"],
+    "axes.grid": True,
+    "axes.facecolor": THEME["paper"],
+    "figure.facecolor": THEME["paper"],
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.fontsize": 9,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+}
 
 
 Plot: TypeAlias = Figure

@@ -20,8 +20,16 @@ TITLES = {
 }
 
 COLUMNS = (
-    "stage", "{metric}", "sparsity", "pruned", "padded", "tiles", "keys per query", "bits Q/K/V/P", "MACs left",
-)  # fmt: skip
+    "stage",
+    "{metric}",
+    "sparsity",
+    "pruned",
+    "padded",
+    "tiles",
+    "keys per query",
+    "bits Q/K/V/P",
+    "MACs left",
+)
 
 
 def stage_rows(record: Record) -> list[tuple[str, ...]]:
@@ -159,11 +167,16 @@ def _times(record: Mapping[str, Any]) -> list[str]:
 
 
 HEADS_COLUMNS = {
-    "layer": ("layer", "{}"), "head": ("head", "{}"), "zeros at 8 bits": ("zeros", "{:.3f}"),
-    "keys for 99 %": ("keys_99", "{:.1f}"), "max |q|": ("q_max", "{:.2f}"), "max |k|": ("k_max", "{:.2f}"),
-    "max |v|": ("v_max", "{:.2f}"), "change at 4 bits": ("change_4bit", "{:.4f}"),
+    "layer": ("layer", "{}"),
+    "head": ("head", "{}"),
+    "zeros at 8 bits": ("zeros", "{:.3f}"),
+    "keys for 99 %": ("keys_99", "{:.1f}"),
+    "max |q|": ("q_max", "{:.2f}"),
+    "max |k|": ("k_max", "{:.2f}"),
+    "max |v|": ("v_max", "{:.2f}"),
+    "change at 4 bits": ("change_4bit", "{:.4f}"),
     "change pruned 0.9": ("change_pruned", "{:.4f}"),
-}  # fmt: skip
+}
 
 
 HEADS_CAPTION = (
@@ -276,9 +289,13 @@ def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[Start, fl
     sparsity = statistics.mean(stage.sparsity for stage in stages)
     keys = statistics.mean(stage.keys_per_row for stage in stages)
     return (
-        TITLES[name], f"{statistics.mean(scores):.2f} ± {spread:.2f}", f"{statistics.mean(losses):+.2f}",
-        f"{sparsity:.3f}", f"{keys:.2f}", str(len(scores)),
-    )  # fmt: skip
+        TITLES[name],
+        f"{statistics.mean(scores):.2f} ± {spread:.2f}",
+        f"{statistics.mean(losses):+.2f}",
+        f"{sparsity:.3f}",
+        f"{keys:.2f}",
+        str(len(scores)),
+    )
 
 
 Start = tuple[str, float]
@@ -318,10 +335,16 @@ def start_of(record: Record) -> Start:
 def _row(stage: StageRecord, headline: str) -> tuple[str, ...]:
     bits = "/".join("fp" if value is None else f"{value:.3g}" for value in stage.bits.values())
     return (
-        TITLES[stage.name], f"{stage.metrics[headline]:.2f}", f"{stage.sparsity:.3f}", f"{stage.pruned:.3f}",
-        f"{stage.padded_sparsity:.3f}", f"{stage.tile_sparsity:.3f}", f"{stage.keys_per_row:.2f}", bits,
+        TITLES[stage.name],
+        f"{stage.metrics[headline]:.2f}",
+        f"{stage.sparsity:.3f}",
+        f"{stage.pruned:.3f}",
+        f"{stage.padded_sparsity:.3f}",
+        f"{stage.tile_sparsity:.3f}",
+        f"{stage.keys_per_row:.2f}",
+        bits,
         f"{stage.macs_remaining / stage.macs_dense:.1%}",
-    )  # fmt: skip
+    )
 
 
 def _title(record: Record) -> str:

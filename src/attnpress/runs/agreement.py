@@ -77,9 +77,16 @@ def compare_backends(
     identical = (trained == deployed).flatten(1).all(1)
     same = identical if data.task.kind == "regression" else (trained.argmax(-1) == deployed.argmax(-1)).all(1)
     return Agreement(
-        backend, cpu.active_target() if backend == "cpu" else None,
-        ran, [name for name, product in plan.items() if not product.quantized], len(trained), int(same.sum()),
-        int(identical.sum()), float((trained - deployed).abs().max()),
-        metrics_of(trained, data), metrics_of(deployed, data),
-        weights_hash(str(finished_folder(run_folder))), data.fingerprint.get("eval"),
-    )  # fmt: skip
+        backend,
+        cpu.active_target() if backend == "cpu" else None,
+        ran,
+        [name for name, product in plan.items() if not product.quantized],
+        len(trained),
+        int(same.sum()),
+        int(identical.sum()),
+        float((trained - deployed).abs().max()),
+        metrics_of(trained, data),
+        metrics_of(deployed, data),
+        weights_hash(str(finished_folder(run_folder))),
+        data.fingerprint.get("eval"),
+    )

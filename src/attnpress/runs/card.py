@@ -74,13 +74,19 @@ def model_card(record: Record, kind: str, name: str = "progressive") -> str:
     pipeline = PIPELINES.get(kind, "text-classification")
     return CARD.format(
         header=_header(recipe["data"]["task"], pipeline, stage, record.headline),
-        task=recipe["data"]["task"], base=public_name(recipe["model"]), rule=recipe["attention"]["rule"],
+        task=recipe["data"]["task"],
+        base=public_name(recipe["model"]),
+        rule=recipe["attention"]["rule"],
         bits="/".join("fp" if bits is None else f"{bits:.3g}" for bits in stage.bits.values()),
-        version=record.provenance["versions"]["attnpress"], scores=_scores(stage, dense),
-        rows=record.provenance["rows"]["eval"], figures=_figures(stage), keys=stage.keys_per_row,
-        auto=AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification"), pipeline=pipeline,
+        version=record.provenance["versions"]["attnpress"],
+        scores=_scores(stage, dense),
+        rows=record.provenance["rows"]["eval"],
+        figures=_figures(stage),
+        keys=stage.keys_per_row,
+        auto=AUTO_CLASSES.get(kind, "AutoModelForSequenceClassification"),
+        pipeline=pipeline,
         tail=_tail(recipe["attention"]),
-    )  # fmt: skip
+    )
 
 
 def _tail(attention: Mapping[str, Any]) -> str:

@@ -85,9 +85,13 @@ class Run:
 
 
 def compress(
-    config: RunConfig, output: Path, notify: Callable[[str], None] = print, *,
-    stages: Collection[str] = STAGES, callbacks: Sequence[TrainerCallback] = (),
-) -> Record:  # fmt: skip
+    config: RunConfig,
+    output: Path,
+    notify: Callable[[str], None] = print,
+    *,
+    stages: Collection[str] = STAGES,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Record:
     """Run a recipe, or go on with one that was interrupted.
 
     Args:
@@ -294,15 +298,27 @@ def _compressed(run: Run, change: Callable[[AttentionSpec], AttentionSpec]) -> P
 
 
 def _train(
-    run: Run, model: PreTrainedModel, name: str, spec: TrainSpec, teacher: PreTrainedModel | None = None,
+    run: Run,
+    model: PreTrainedModel,
+    name: str,
+    spec: TrainSpec,
+    teacher: PreTrainedModel | None = None,
     callbacks: Sequence[TrainerCallback] = (),
-) -> None:  # fmt: skip
+) -> None:
     folder, config = run.output / "checkpoints" / name, run.config
     with _matmul_precision(config.matmul_precision):
         history = train(
-            model, run.data, spec, folder, config.seed, config.distillation, teacher, callbacks, config.report_to,
+            model,
+            run.data,
+            spec,
+            folder,
+            config.seed,
+            config.distillation,
+            teacher,
+            callbacks,
+            config.report_to,
             config.autocast,
-        )  # fmt: skip
+        )
     if this_process().is_main_process:
         # On disk before the weights are: a run killed between the two, or before its record, still has its history.
         write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))

@@ -55,9 +55,13 @@ def _merged(counts: PairCounts) -> PairCounts:
 
 
 def _stage_record(
-    name: str, metrics: dict[str, float], modules: dict[str, CompressedAttention], counts: dict[str, PairCounts],
-    padded_length: int, seconds: float,
-) -> StageRecord:  # fmt: skip
+    name: str,
+    metrics: dict[str, float],
+    modules: dict[str, CompressedAttention],
+    counts: dict[str, PairCounts],
+    padded_length: int,
+    seconds: float,
+) -> StageRecord:
     merged = [count.total() for count in counts.values()]
     total = summed(merged)
     pairs = list(zip(modules.values(), merged, strict=True))
@@ -67,15 +71,21 @@ def _stage_record(
         work |= {"macs_tail": tail.macs_remaining, "bit_operations_tail": tail.bit_operations_remaining}
         work |= {"bytes_tail": tail.bytes_remaining}
     return StageRecord(
-        name=name, metrics=metrics,
-        sparsity=float(total.sparsity()), pruned=float(total.pruned_fraction()),
-        padded_sparsity=float(total.padded_sparsity(padded_length)), padded_length=padded_length,
-        tile_sparsity=float(total.tile_sparsity()), keys_per_row=float(total.keys_per_row()),
+        name=name,
+        metrics=metrics,
+        sparsity=float(total.sparsity()),
+        pruned=float(total.pruned_fraction()),
+        padded_sparsity=float(total.padded_sparsity(padded_length)),
+        padded_length=padded_length,
+        tile_sparsity=float(total.tile_sparsity()),
+        keys_per_row=float(total.keys_per_row()),
         bits=_bits(list(modules.values())),
-        macs_dense=work.pop("macs_dense"), macs_remaining=work.pop("macs_remaining"), work=work,
+        macs_dense=work.pop("macs_dense"),
+        macs_remaining=work.pop("macs_remaining"),
+        work=work,
         layers=[_layer_record(key, module, counts[key], padded_length) for key, module in modules.items()],
         seconds=round(seconds, 1),
-    )  # fmt: skip
+    )
 
 
 def _bits(modules: Sequence[CompressedAttention]) -> dict[str, int | float | None]:
@@ -90,17 +100,26 @@ def _layer_record(name: str, module: CompressedAttention, counts: PairCounts, pa
     pooled = counts.total()
     scales = {key: getattr(module, f"{key}_scale").flatten().tolist() for key in module.quantized()}
     return LayerRecord(
-        name=name, sparsity=float(pooled.sparsity()), pruned=float(pooled.pruned_fraction()),
-        padded_sparsity=float(pooled.padded_sparsity(padded_length)), tile_sparsity=float(pooled.tile_sparsity()),
-        keys_per_row=float(pooled.keys_per_row()), scales=scales, heads=_head_records(module, counts),
+        name=name,
+        sparsity=float(pooled.sparsity()),
+        pruned=float(pooled.pruned_fraction()),
+        padded_sparsity=float(pooled.padded_sparsity(padded_length)),
+        tile_sparsity=float(pooled.tile_sparsity()),
+        keys_per_row=float(pooled.keys_per_row()),
+        scales=scales,
+        heads=_head_records(module, counts),
         bits=module.spec.bits,
-    )  # fmt: skip
+    )
 
 
 def _head_records(module: CompressedAttention, counts: PairCounts) -> list[HeadRecord]:
     columns = (
-        counts.sparsity(), counts.pruned_fraction(), counts.tile_sparsity(), counts.keys_per_row(), module.threshold(),
-    )  # fmt: skip
+        counts.sparsity(),
+        counts.pruned_fraction(),
+        counts.tile_sparsity(),
+        counts.keys_per_row(),
+        module.threshold(),
+    )
     return [HeadRecord(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 

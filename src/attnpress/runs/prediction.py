@@ -432,9 +432,17 @@ POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 
 
 def run_file(
-    folder: Path, config: RunConfig | None, source: Path, output: Path, *, backend: str, linear: Linear,
-    batch_size: int, warn: Warn, columns: Sequence[str] = (),
-) -> Progress:  # fmt: skip
+    folder: Path,
+    config: RunConfig | None,
+    source: Path,
+    output: Path,
+    *,
+    backend: str,
+    linear: Linear,
+    batch_size: int,
+    warn: Warn,
+    columns: Sequence[str] = (),
+) -> Progress:
     """`predict_file` with a compressed model, deployed.
 
     Args:

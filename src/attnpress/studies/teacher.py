@@ -33,9 +33,14 @@ def train_teacher(
 
 
 def train_student(
-    recipe: RunConfig, dense: Path, folder: Path, notify: Notify, *,
-    stage: str = "progressive", callbacks: Sequence[TrainerCallback] = (),
-) -> Record:  # fmt: skip
+    recipe: RunConfig,
+    dense: Path,
+    folder: Path,
+    notify: Notify,
+    *,
+    stage: str = "progressive",
+    callbacks: Sequence[TrainerCallback] = (),
+) -> Record:
     """Run one compressing stage of a recipe from the teacher's weights, or go on with it.
 
     Args:

@@ -50,9 +50,14 @@ class MetricCallback(TrainerCallback):
         self.data = data.watched(WATCHED_ROWS)
 
     def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs | None = None,
-        model: Any = None, **_: Any,
-    ) -> None:  # fmt: skip
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Logs | None = None,
+        model: Any = None,
+        **_: Any,
+    ) -> None:
         """Evaluate, where the step is due."""
         if logs is None or "loss" not in logs or not self.due(state):
             return
@@ -74,9 +79,13 @@ class LiveView(TrainerCallback):
     """One line in a terminal, redrawn in place: step, newest figures, time left."""
 
     COLUMNS: ClassVar[tuple[Any, ...]] = (
-        TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=16), TextColumn("{task.fields[figures]}"),
-        TimeRemainingColumn(compact=True), TextColumn("left"),
-    )  # fmt: skip
+        TextColumn("step"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=16),
+        TextColumn("{task.fields[figures]}"),
+        TimeRemainingColumn(compact=True),
+        TextColumn("left"),
+    )
 
     def __init__(self, console: Console | None = None) -> None:
         self.progress = Progress(*self.COLUMNS, console=console or Console())

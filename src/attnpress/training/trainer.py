@@ -124,10 +124,14 @@ def train(
     if arguments.n_gpu > 1:  # DataParallel works on copies of the model, so what they see of its pairs would be lost
         arguments._n_gpu = 1
     trainer = CompressionTrainer(
-        model=model, args=arguments, train_dataset=data.train,
-        data_collator=data.collate, callbacks=[CheckpointCallback()],
-        teacher=teacher, distillation=distillation,
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=data.train,
+        data_collator=data.collate,
+        callbacks=[CheckpointCallback()],
+        teacher=teacher,
+        distillation=distillation,
+    )
     view = _show_to(trainer, [MetricCallback(data), *callbacks], report_to, folder)
     try:
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
@@ -171,15 +175,29 @@ def training_arguments(
     # A loss is logged as the mean since the last log, so a run resumed between two logs would report another one.
     save_every = math.ceil(steps / spec.checkpoints / log_every) * log_every
     return TrainingArguments(
-        output_dir=str(folder), num_train_epochs=spec.epochs, learning_rate=spec.learning_rate,
-        per_device_train_batch_size=spec.batch_size, weight_decay=spec.weight_decay,
-        warmup_steps=math.ceil(steps * spec.warmup), lr_scheduler_type="linear", seed=seed, data_seed=seed,
-        save_strategy="steps", save_steps=save_every, save_total_limit=2,
-        logging_steps=log_every, report_to="none", ddp_broadcast_buffers=False,
-        disable_tqdm=not sys.stderr.isatty(), log_level="error", log_level_replica="error",
-        bf16=autocast == "bfloat16", fp16=autocast == "float16",
-        use_cpu=not torch.accelerator.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
-    )  # fmt: skip
+        output_dir=str(folder),
+        num_train_epochs=spec.epochs,
+        learning_rate=spec.learning_rate,
+        per_device_train_batch_size=spec.batch_size,
+        weight_decay=spec.weight_decay,
+        warmup_steps=math.ceil(steps * spec.warmup),
+        lr_scheduler_type="linear",
+        seed=seed,
+        data_seed=seed,
+        save_strategy="steps",
+        save_steps=save_every,
+        save_total_limit=2,
+        logging_steps=log_every,
+        report_to="none",
+        ddp_broadcast_buffers=False,
+        disable_tqdm=not sys.stderr.isatty(),
+        log_level="error",
+        log_level_replica="error",
+        bf16=autocast == "bfloat16",
+        fp16=autocast == "float16",
+        use_cpu=not torch.accelerator.is_available(),
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
 
 
 def last_checkpoint(folder: Path) -> str | None:

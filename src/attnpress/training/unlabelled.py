@@ -53,9 +53,17 @@ class UnlabelledTrainer(CompressionTrainer):
 
 
 def train_unlabelled(
-    model: PreTrainedModel, teacher: PreTrainedModel, rows: Sequence[Any], collate: Collate, spec: TrainSpec,
-    folder: Path, *, sparsity: float, lengths: Sequence[int], seed: int = 0,
-) -> list[dict[str, Any]]:  # fmt: skip
+    model: PreTrainedModel,
+    teacher: PreTrainedModel,
+    rows: Sequence[Any],
+    collate: Collate,
+    spec: TrainSpec,
+    folder: Path,
+    *,
+    sparsity: float,
+    lengths: Sequence[int],
+    seed: int = 0,
+) -> list[dict[str, Any]]:
     """Train a bound, calibrated model in place, while its sparsity rises to what is asked for.
 
     Args:
@@ -74,9 +82,15 @@ def train_unlabelled(
     arguments = training_arguments(spec, len(rows), folder, seed)
     arguments.save_strategy, arguments.remove_unused_columns = "no", False
     trainer = UnlabelledTrainer(
-        model=model, args=arguments, train_dataset=list(rows), data_collator=collate, lengths=lengths, teacher=teacher,
-        distillation=DistillationSpec(), callbacks=[SparsityCallback(model, ScheduleSpec(), sparsity)],
-    )  # fmt: skip
+        model=model,
+        args=arguments,
+        train_dataset=list(rows),
+        data_collator=collate,
+        lengths=lengths,
+        teacher=teacher,
+        distillation=DistillationSpec(),
+        callbacks=[SparsityCallback(model, ScheduleSpec(), sparsity)],
+    )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
     trainer.train()

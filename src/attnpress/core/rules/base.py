@@ -44,9 +44,14 @@ class Rule(ABC):
 
     @abstractmethod
     def keep(
-        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        self,
+        spec: AttentionSpec,
+        distance: Tensor,
+        probability: Tensor,
+        valid: Tensor,
+        alpha: Tensor,
         cutoff: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The keep mask over valid pairs; bool, True = keep.
 
         Args:

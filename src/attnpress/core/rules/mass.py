@@ -15,9 +15,14 @@ class Mass(Rule):
     per_bin = 1.0 / BINS
 
     def keep(
-        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        self,
+        spec: AttentionSpec,
+        distance: Tensor,
+        probability: Tensor,
+        valid: Tensor,
+        alpha: Tensor,
         cutoff: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Pairs before which the row has less than gamma."""
         if cutoff is None:
             return valid

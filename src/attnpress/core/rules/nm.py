@@ -22,9 +22,14 @@ class NM(CountingRule):
     """
 
     def keep(
-        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        self,
+        spec: AttentionSpec,
+        distance: Tensor,
+        probability: Tensor,
+        valid: Tensor,
+        alpha: Tensor,
         cutoff: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The N nearest of each group."""
         keys = distance.shape[-1]
         ranked = F.pad(distance.float().masked_fill(~valid, math.inf), (0, -keys % GROUP), value=math.inf)

@@ -18,9 +18,14 @@ class Relative(Rule):
     kernels = frozenset({"cpu", "gpu", "onnx", "openvino"})
 
     def keep(
-        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        self,
+        spec: AttentionSpec,
+        distance: Tensor,
+        probability: Tensor,
+        valid: Tensor,
+        alpha: Tensor,
         cutoff: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Pairs within the cut."""
         return valid if cutoff is None else (distance <= self.distance_cut(cutoff, alpha)) & valid
 

@@ -16,9 +16,14 @@ class Threshold(Rule):
     kernels = frozenset({"cpu", "gpu", "onnx", "openvino"})
 
     def keep(
-        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        self,
+        spec: AttentionSpec,
+        distance: Tensor,
+        probability: Tensor,
+        valid: Tensor,
+        alpha: Tensor,
         cutoff: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Pairs of at least theta, and the row maximum."""
         if cutoff is None:
             return valid

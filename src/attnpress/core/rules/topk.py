@@ -21,9 +21,14 @@ class TopK(CountingRule):
     # OpenVINO 2026.4 gave 16 of 320 outputs of a small test wrong; it was not traced why.
 
     def keep(
-        self, spec: AttentionSpec, distance: Tensor, probability: Tensor, valid: Tensor, alpha: Tensor,
+        self,
+        spec: AttentionSpec,
+        distance: Tensor,
+        probability: Tensor,
+        valid: Tensor,
+        alpha: Tensor,
         cutoff: Tensor | None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The k nearest."""
         if spec.sparsity == 0:
             return valid

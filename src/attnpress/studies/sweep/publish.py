@@ -52,9 +52,15 @@ def sweep_record(study: optuna.Study, sweep: SweepSpec, output: Path, layers: in
     assert dense is not None
     plain = {key: value for key, value in spec_to_dict(sweep).items() if key != "storage"}  # it may hold a password
     return SweepRecord(
-        sweep.recipe.data.task, teacher.headline, dense.metrics[teacher.headline], teacher.majority,
-        teacher.provenance, plain, found, pareto_front(found),
-    )  # fmt: skip
+        sweep.recipe.data.task,
+        teacher.headline,
+        dense.metrics[teacher.headline],
+        teacher.majority,
+        teacher.provenance,
+        plain,
+        found,
+        pareto_front(found),
+    )
 
 
 def _trial_record(trial: optuna.trial.FrozenTrial, sweep: SweepSpec, output: Path, layers: int) -> TrialRecord:
@@ -63,11 +69,18 @@ def _trial_record(trial: optuna.trial.FrozenTrial, sweep: SweepSpec, output: Pat
     recipe = choose(optuna.trial.FixedTrial(trial.params), sweep.search, sweep.recipe, layers)
     complete, known = trial.state.name == "COMPLETE", trial.user_attrs
     return TrialRecord(
-        trial.number, STATES[trial.state.name], describe(recipe), dict(trial.params),
-        trial.values[0] if complete else None, trial.values[1] if complete else None,
-        known[SPARSITY] if complete else None, dict(known.get(WATCHED, {})),
-        spec_to_dict(recipe), str(trial_folder(output, recipe).relative_to(output)), known.get(ERROR),
-    )  # fmt: skip
+        trial.number,
+        STATES[trial.state.name],
+        describe(recipe),
+        dict(trial.params),
+        trial.values[0] if complete else None,
+        trial.values[1] if complete else None,
+        known[SPARSITY] if complete else None,
+        dict(known.get(WATCHED, {})),
+        spec_to_dict(recipe),
+        str(trial_folder(output, recipe).relative_to(output)),
+        known.get(ERROR),
+    )
 
 
 def _recipe_text(record: SweepRecord, trial: TrialRecord) -> str:

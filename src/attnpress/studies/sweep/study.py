@@ -47,9 +47,12 @@ def open_study(sweep: SweepSpec, output: Path) -> optuna.Study:
     try:
         with locked(output / ".study.lock"):  # two workers that begin together must not both make the tables
             study = optuna.create_study(
-                storage=_storage(sweep, output), study_name=sweep.name, directions=["maximize", "minimize"],
-                sampler=optuna.samplers.TPESampler(), load_if_exists=True,
-            )  # fmt: skip
+                storage=_storage(sweep, output),
+                study_name=sweep.name,
+                directions=["maximize", "minimize"],
+                sampler=optuna.samplers.TPESampler(),
+                load_if_exists=True,
+            )
             _claim(study, sweep)
     except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
         raise SweepError(f"storage: cannot be used: {str(error).splitlines()[0]}") from None
@@ -65,10 +68,12 @@ def _storage(sweep: SweepSpec, output: Path) -> optuna.storages.RDBStorage:
     with warnings.catch_warnings():  # retrying is "experimental" since Optuna 2.8
         warnings.simplefilter("ignore", ExperimentalWarning)
         return RDBStorage(
-            url, engine_kwargs=patient, heartbeat_interval=sweep.heartbeat,
+            url,
+            engine_kwargs=patient,
+            heartbeat_interval=sweep.heartbeat,
             grace_period=SILENT_BEATS * sweep.heartbeat,
             heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=RETRIES),
-        )  # fmt: skip
+        )
 
 
 def _claim(study: optuna.Study, sweep: SweepSpec) -> None:
