@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from attnpress.cli import build_parser, main
-from attnpress.cli.option_types import OptionError, share, whole
+from attnpress.cli.option_types import OptionError, positive, share, whole
 
 COMMANDS = {
     "--rows": ["export", "run", "--to", "trace"],
@@ -46,6 +46,14 @@ def test_ends_belong_to_a_range() -> None:
     assert [number("2"), number("5"), part("0"), part("0.99")] == [2, 5, 0.0, 0.99]
     for text in ("1", "6"):
         with pytest.raises(OptionError, match=rf"--n: .*found {text}"):
+            number(text)
+
+
+def test_what_has_to_be_above_0_is() -> None:
+    number = positive("--e", 10)
+    assert [number("0.5"), number("10")] == [0.5, 10.0]
+    for text in ("0", "-1", "10.1", "nan", "inf"):
+        with pytest.raises(OptionError, match=rf"--e: above 0 and up to 10, found {text}"):
             number(text)
 
 

@@ -149,3 +149,13 @@ def test_unbind_gives_the_library_back_its_own(tiny_model: Path) -> None:
     assert not torch.equal(encoded(model), before)
     attnpress.unbind(model)
     assert torch.equal(encoded(model), before)
+
+
+def test_a_deployed_pipeline_leaves_others_as_they_were(tiny_model: Path) -> None:
+    """The library's Dense layers share their default activation: a hook on it would reach every model."""
+    other = make_embedder(tiny_model)
+    first = make_embedder(tiny_model)
+    assert first[2].activation_function is other[2].activation_function
+    attnpress.deploy(compressed(first), "reference", linear="int8")
+    assert not other[2].activation_function._forward_hooks
+    assert first[2].activation_function is not other[2].activation_function

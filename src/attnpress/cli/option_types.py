@@ -43,3 +43,16 @@ def share(option: str, what: str) -> Callable[[str], float]:
 
     number.__name__ = "number"
     return number
+
+
+def positive(option: str, high: float) -> Callable[[str], float]:
+    """The `type` of an option that takes a number above 0 and up to `high`; it raises as `whole` does."""
+
+    def number(text: str) -> float:
+        value = float(text)
+        if math.isnan(value) or not 0 < value <= high:
+            raise OptionError(f"{option}: above 0 and up to {high:,g}, found {text[:40]}")
+        return value
+
+    number.__name__ = "number"
+    return number

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 from attnpress.cli import commands
 from attnpress.cli.exit_status import exit_status
-from attnpress.cli.option_types import share, whole
+from attnpress.cli.option_types import positive, share, whole
 from attnpress.config import LARGEST_HEAD
 from attnpress.files import STDIN, STDOUT, is_stdout
 
@@ -246,7 +246,7 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
         help="search for the strongest compression whose agreement drops by at most this much",
     )  # fmt: skip
     parser.add_argument(
-        "--distill", type=float, metavar="EPOCHS",
+        "--distill", type=positive("--distill", 10_000), metavar="EPOCHS",
         help="also train it, without labels: to answer the texts that are not judged as the dense model does",
     )  # fmt: skip
     parser.add_argument(

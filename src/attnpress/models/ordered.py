@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -85,10 +86,21 @@ def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
             found = OrderedActivation, activation
         elif activation is not None:
             # By a hook: the class of this one is written down when the pipeline is saved.
-            place_hook(module, functools.partial(_activated, activation))
+            place_hook(_owned(module, behind), functools.partial(_activated, activation))
         if found is not None and not (isinstance(module, nn.LayerNorm) and module.bias is None):
             # The same object: hooks, names and ties of its weights stay.
             module.__class__, vars(module)["compute"] = found
+
+
+def _owned(module: nn.Module, parents: Iterable[nn.Module]) -> nn.Module:
+    """A copy of a module, in its place: sentence-transformers gives all its models the same default activation."""
+    own = copy.copy(module)
+    own._forward_hooks = module._forward_hooks.copy()
+    for parent in parents:
+        for name, child in list(parent.named_children()):
+            if child is module:
+                setattr(parent, name, own)
+    return own
 
 
 def _activated(compute: Callable[[Tensor], Tensor], _module: nn.Module, args: tuple[Tensor], _output: Tensor) -> Tensor:
