@@ -55,14 +55,12 @@ def main() -> tuple[float, float]:
 
 def pruned_share(model: torch.nn.Module, batch: dict[str, Tensor]) -> float:
     """Fraction of the batch's valid pairs that the frozen thresholds prune."""
-    from attnpress.core.cost import PairCounts
+    from attnpress.models.watchers import Counting, watched
 
-    modules = attnpress.attentions(model).values()
-    for module in modules:
-        module.counts = PairCounts.none_yet(module.heads)
-    with torch.no_grad():
+    counting = [(module, Counting(module)) for module in attnpress.attentions(model).values()]
+    with torch.no_grad(), watched(counting):
         model.eval()(**batch)
-    shares = [float(module.counts.total().pruned_fraction()) for module in modules if module.counts is not None]
+    shares = [float(watcher.counts.total().pruned_fraction()) for _, watcher in counting]
     return sum(shares) / len(shares)
 
 
