@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from attnpress.config import AttentionSpec, RuleName
 from attnpress.core.attention import Pairs, prune_and_code
 from attnpress.core.exponential import exponent, exponent_rate, power
-from attnpress.core.rules import rule_of
+from attnpress.core.rules import Scored, rule_of
 from attnpress.core.rules.base import BINS
 from attnpress.core.rules.mass import mass_before
 from attnpress.core.thresholds import fit_cutoff, fixed_cutoff
@@ -107,7 +107,7 @@ def test_ties_go_to_the_lower_index() -> None:
     distance, probability = torch.tensor([[[[5, 0, 5, 0]]]]), torch.tensor([[[[10, 40, 10, 40]]]])
     valid, alpha, gamma = torch.ones(1, 1, 1, 4, dtype=torch.bool), torch.tensor(0.2), torch.tensor(0.85)
     spec = make_spec(rule="mass", sparsity=0.5)
-    assert kept_of(rule_of(spec).keep(spec, distance, probability, valid, alpha, gamma)) == [{0, 1, 3}]
+    assert kept_of(rule_of(spec).keep(Scored(spec, distance, probability, valid, alpha, gamma))) == [{0, 1, 3}]
 
 
 @given(seed=SEEDS, keys=st.integers(1, 8), gamma=GAMMAS, levels=st.sampled_from([1, 2, 6]))
@@ -117,9 +117,8 @@ def test_mass_keeps_the_smallest_set_that_adds_up(seed: int, keys: int, gamma: f
     probability = power(exponent(distance, exponent_rate(torch.tensor(0.7))))
     spec = make_spec(rule="mass", threshold=gamma)
     valid = torch.ones_like(distance, dtype=torch.bool)
-    keep = rule_of(spec).keep(
-        spec, distance, probability, valid, torch.tensor(0.7), fixed_cutoff(spec, 1).view(1, 1, 1, 1)
-    )
+    own = fixed_cutoff(spec, 1).view(1, 1, 1, 1)
+    keep = rule_of(spec).keep(Scored(spec, distance, probability, valid, torch.tensor(0.7), own))
     for row, kept in zip(probability.flatten(0, 2).tolist(), kept_of(keep), strict=True):
         asked = Fraction(gamma) * sum(row)
         smallest = next(
@@ -140,7 +139,7 @@ def test_every_row_with_a_valid_key_keeps_its_maximum(
     pairs = make_pairs(spec, seed, (2, 2, 3, keys), levels=levels, alpha=alpha)
     harshest = torch.full((1, 2, 1, 1), 1e-30)
     step = torch.tensor(alpha)
-    keep = rule_of(spec).keep(spec, pairs.distance, pairs.probability, pairs.valid, step, harshest)
+    keep = rule_of(spec).keep(Scored(spec, pairs.distance, pairs.probability, pairs.valid, step, harshest))
     for row, kept in zip(rows_of(pairs), kept_of(keep), strict=True):
         if rule == "nm":  # that of every four keys
             assert set(row.ranked()[:1]) <= kept
@@ -200,7 +199,8 @@ def test_sparsity_zero_keeps_every_valid_pair(rule: RuleName, seed: int) -> None
     infinite = fit_cutoff(spec, torch.ones(2, BINS, dtype=torch.float64), 0.0)
     assert infinite.tolist() == [math.inf] * 2
     step = torch.tensor(0.3)
-    keep = rule_of(spec).keep(spec, pairs.distance, pairs.probability, pairs.valid, step, infinite.view(1, 2, 1, 1))
+    wide = infinite.view(1, 2, 1, 1)
+    keep = rule_of(spec).keep(Scored(spec, pairs.distance, pairs.probability, pairs.valid, step, wide))
     assert torch.equal(keep, pairs.valid)
 
 
@@ -242,13 +242,13 @@ from attnpress.core.rules.base import CountingRule
 class Nearest(CountingRule):
     """Pairs at distance 0."""
 
-    def keep(self, spec, distance, probability, valid, alpha, cutoff):
+    def kept(self, pairs):
         """The nearest."""
-        return valid if spec.sparsity == 0 else (distance == 0) & valid
+        return pairs.distance == 0
 
-    def integer_cut(self, spec, probability, valid, alpha, cutoff):
-        """None: nothing of the row is needed."""
-        return None
+    def cut(self, pairs):
+        """The largest distance kept."""
+        return pairs.valid.new_zeros(1, 1, 1, 1).long()
 
     def share(self, sparsity):
         """What is asked."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, RuleName
 from attnpress.core.attention import Pairs, prune_and_code
-from attnpress.core.rules import rule_of
+from attnpress.core.rules import Scored, rule_of
 from attnpress.core.rules.base import BINS
 from attnpress.core.thresholds import LEAST, MOST, fit_cutoff, fixed_cutoff, head_budgets, pair_histogram
 from tests.core.drawn_pairs import SPARSITIES, kept_of, make_pairs
@@ -123,9 +123,8 @@ def test_a_pair_exactly_at_the_cut_is_kept(cutoff: float, kept: set[int]) -> Non
 def test_a_relative_threshold_keeps_what_reaches_it(seed: int, threshold: float) -> None:
     spec = make_spec(rule="relative", threshold=threshold)
     pairs = make_pairs(spec, seed, (1, 2, 3, 9), "none", levels=60, alpha=0.05)
-    keep = rule_of(spec).keep(
-        spec, pairs.distance, pairs.probability, pairs.valid, torch.tensor(0.05), fixed_cutoff(spec, 2).view(1, 2, 1, 1)
-    )
+    own, step = fixed_cutoff(spec, 2).view(1, 2, 1, 1), torch.tensor(0.05)
+    keep = rule_of(spec).keep(Scored(spec, pairs.distance, pairs.probability, pairs.valid, step, own))
     nats = pairs.distance.double() * float(np.float32(0.05))
     margin = 1e-5 * (1 - math.log(threshold))
     assert bool(keep[nats < -math.log(threshold) - margin].all())

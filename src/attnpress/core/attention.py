@@ -27,7 +27,7 @@ from attnpress.core.arguments import (
 from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
-from attnpress.core.rules import rule_of
+from attnpress.core.rules import Scored, rule_of
 from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
@@ -232,7 +232,7 @@ def prune_and_code(
     t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
     probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
-    keep = rule_of(spec).keep(spec, distance, probability, valid, alpha, per_head)
+    keep = rule_of(spec).keep(Scored(spec, distance, probability, valid, alpha, per_head))
     if spec.p.bits is None:
         real = torch.exp2(-distance.float() * rate / 1024).masked_fill(~valid, 0.0)
         codes, divisor = real * keep, _real_divisor(real, keep, spec.p)

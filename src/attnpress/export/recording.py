@@ -22,7 +22,7 @@ from attnpress.core.attention import (
 )
 from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import exponent_rate
-from attnpress.core.rules import rule_of
+from attnpress.core.rules import Scored, rule_of
 from attnpress.core.sparse_rows import csr_of
 from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.agreement import usable_backend
@@ -148,7 +148,9 @@ def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
     if (fitted := Tail.of_tensors(t)) is not None:
         numerator, divisor, tail = _tailed(t, fitted, spec, pairs, v, numerator)
     codes = pairs.codes.to(torch.uint8)
-    cut = rule_of(spec).integer_cut(spec, pairs.probability, pairs.valid, t["alpha"], t.get("cutoff"))
+    cutoff = None if "cutoff" not in t else t["cutoff"].view(1, -1, 1, 1)
+    scored = Scored(spec, pairs.distance, pairs.probability, pairs.valid, t["alpha"], cutoff)
+    cut = rule_of(spec).integer_cut(scored)
     return {
         "acc": acc,
         "row_max": row_maximum(acc, pairs.valid),

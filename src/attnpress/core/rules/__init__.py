@@ -6,7 +6,7 @@ from importlib import import_module
 
 from attnpress.config import AttentionSpec
 from attnpress.config.rules import RULES as FACTS
-from attnpress.core.rules.base import Rule
+from attnpress.core.rules.base import Rule, Scored
 
 RULES: dict[str, Rule] = {name: import_module(f"{__name__}.{name}").RULE for name in FACTS}
 
@@ -21,4 +21,4 @@ def rules_of(kernel: str) -> list[str]:
     return [name for name, rule in RULES.items() if kernel in rule.kernels]
 
 
-__all__ = ["RULES", "Rule", "rule_of", "rules_of"]
+__all__ = ["RULES", "Rule", "Scored", "rule_of", "rules_of"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -20,6 +21,27 @@ NATS_PER_BIN = BIN_WIDTH / STEPS_PER_OCTAVE * math.log(2)
 
 CUT_MAX = 2.0**40
 """Beyond any distance or mass: a cut that keeps every pair."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Pairs whose scores are known, before any is pruned.
+
+    Attributes:
+        spec: for the sparsity that a counting rule keeps to.
+        distance: integers [B, H, Sq, Sk]; +inf or anything large where not valid.
+        probability: 16-bit fixed point, same shape; 0 where not valid.
+        valid: bool, same shape.
+        alpha: broadcastable float32, score units in one integer step.
+        cutoff: float32 [1, H, 1, 1]; None prunes nothing.
+    """
+
+    spec: AttentionSpec
+    distance: Tensor
+    probability: Tensor
+    valid: Tensor
+    alpha: Tensor
+    cutoff: Tensor | None
 
 
 class Rule(ABC):
@@ -42,40 +64,29 @@ class Rule(ABC):
     skips: ClassVar[bool] = False
     kernels: ClassVar[frozenset[str]] = frozenset()
 
-    @abstractmethod
-    def keep(
-        self,
-        spec: AttentionSpec,
-        distance: Tensor,
-        probability: Tensor,
-        valid: Tensor,
-        alpha: Tensor,
-        cutoff: Tensor | None,
-    ) -> Tensor:
-        """The keep mask over valid pairs; bool, True = keep.
+    def keep(self, pairs: Scored) -> Tensor:
+        """The keep mask over valid pairs; bool, True = keep."""
+        return pairs.valid if self.prunes_nothing(pairs) else self.kept(pairs) & pairs.valid
 
-        Args:
-            spec: for the sparsity that a counting rule keeps to.
-            distance: integers [B, H, Sq, Sk]; +inf or anything large where not valid.
-            probability: 16-bit fixed point, same shape; 0 where not valid.
-            valid: bool, same shape.
-            alpha: broadcastable float32.
-            cutoff: float32 [1, H, 1, 1]; None prunes nothing.
-        """
-
-    @abstractmethod
-    def integer_cut(
-        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
-    ) -> Tensor | None:
+    def integer_cut(self, pairs: Scored) -> Tensor | None:
         """The integer that each row of the mask comes down to, for those who build the comparison.
 
-        Args:
-            spec, probability, valid, alpha: as `keep`.
-            cutoff: float32 [H] or None.
-
         Returns:
-            int64, broadcastable to [B, H, Sq, 1]; None where nothing is pruned. Each rule says what it means.
+            int64, broadcastable to [B, H, Sq, 1], see `cut`; None where nothing is pruned.
         """
+        return None if self.prunes_nothing(pairs) else self.cut(pairs)
+
+    def prunes_nothing(self, pairs: Scored) -> bool:
+        """Whether every valid pair is kept, whatever the scores."""
+        return pairs.cutoff is None
+
+    @abstractmethod
+    def kept(self, pairs: Scored) -> Tensor:
+        """Where pairs are kept, if they are valid; asked only where something may be pruned."""
+
+    @abstractmethod
+    def cut(self, pairs: Scored) -> Tensor:
+        """What `integer_cut` returns where something may be pruned; each rule says what it means."""
 
     def distance_cut(self, cutoff: Tensor, alpha: Tensor) -> Tensor:
         """Of a rule that `skips`: the largest distance kept, float32.
@@ -139,6 +150,10 @@ class Rule(ABC):
 class CountingRule(Rule):
     """A rule that keeps a number of keys by the sparsity in force: it has no cutoff."""
 
+    def prunes_nothing(self, pairs: Scored) -> bool:
+        """Whether no sparsity is asked for."""
+        return pairs.spec.sparsity == 0
+
     @abstractmethod
     def share(self, sparsity: float) -> float:
         """The fraction of the pairs that it prunes when a sparsity is asked."""
@@ -150,6 +165,12 @@ class CountingRule(Rule):
     def to_threshold(self, cutoff: Tensor) -> Tensor:
         """None is in force: 0."""
         return torch.zeros_like(cutoff)
+
+
+def present(cutoff: Tensor | None) -> Tensor:
+    """The cutoff of a rule that has been found to prune something."""
+    assert cutoff is not None
+    return cutoff
 
 
 def as_integer(cut: Tensor) -> Tensor:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnpress.config import AttentionSpec
-from attnpress.core.rules.base import BINS, Rule, as_integer, row_total
+from attnpress.core.rules.base import BINS, Rule, Scored, as_integer, present, row_total
 
 
 class Mass(Rule):
@@ -14,28 +13,14 @@ class Mass(Rule):
 
     per_bin = 1.0 / BINS
 
-    def keep(
-        self,
-        spec: AttentionSpec,
-        distance: Tensor,
-        probability: Tensor,
-        valid: Tensor,
-        alpha: Tensor,
-        cutoff: Tensor | None,
-    ) -> Tensor:
+    def kept(self, pairs: Scored) -> Tensor:
         """Pairs before which the row has less than gamma."""
-        if cutoff is None:
-            return valid
-        before, total = mass_before(probability, distance)
-        return (before.double() < cutoff.double() * total.double()) & valid
+        before, total = mass_before(pairs.probability, pairs.distance)
+        return before.double() < present(pairs.cutoff).double() * total.double()
 
-    def integer_cut(
-        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
-    ) -> Tensor | None:
+    def cut(self, pairs: Scored) -> Tensor:
         """Pairs are kept while the p~ of those before them add up to less."""
-        if cutoff is None:
-            return None
-        return as_integer((cutoff.view(1, -1, 1, 1).double() * row_total(probability).double()).ceil())
+        return as_integer((present(pairs.cutoff).double() * row_total(pairs.probability).double()).ceil())
 
     def bins(self, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
         """The share of the row before each pair."""

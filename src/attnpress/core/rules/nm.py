@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnpress.config import AttentionSpec
-from attnpress.core.rules.base import CountingRule
+from attnpress.core.rules.base import CountingRule, Scored
 
 GROUP = 4
 """M of N:M: how many consecutive keys share N places."""
@@ -21,27 +20,18 @@ class NM(CountingRule):
     Ties go to the lower index. Keys that are not valid come last in their group, so that padding never takes a place.
     """
 
-    def keep(
-        self,
-        spec: AttentionSpec,
-        distance: Tensor,
-        probability: Tensor,
-        valid: Tensor,
-        alpha: Tensor,
-        cutoff: Tensor | None,
-    ) -> Tensor:
+    def kept(self, pairs: Scored) -> Tensor:
         """The N nearest of each group."""
-        keys = distance.shape[-1]
-        ranked = F.pad(distance.float().masked_fill(~valid, math.inf), (0, -keys % GROUP), value=math.inf)
+        keys = pairs.distance.shape[-1]
+        ranked = pairs.distance.float().masked_fill(~pairs.valid, math.inf)
+        ranked = F.pad(ranked, (0, -keys % GROUP), value=math.inf)
         place = ranked.unflatten(-1, (-1, GROUP)).sort(dim=-1, stable=True).indices.argsort(-1)
-        keep: Tensor = (place < kept_of_group(spec.sparsity)).flatten(-2)[..., :keys] & valid
+        keep: Tensor = (place < kept_of_group(pairs.spec.sparsity)).flatten(-2)[..., :keys]
         return keep
 
-    def integer_cut(
-        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
-    ) -> Tensor | None:
+    def cut(self, pairs: Scored) -> Tensor:
         """The keys kept of each group."""
-        return None if spec.sparsity == 0 else torch.full((1, 1, 1, 1), kept_of_group(spec.sparsity))
+        return torch.full((1, 1, 1, 1), kept_of_group(pairs.spec.sparsity))
 
     def share(self, sparsity: float) -> float:
         """What whole keys of a group come to."""

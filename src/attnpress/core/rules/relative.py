@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from attnpress.config import AttentionSpec
-from attnpress.core.rules.base import Rule, as_integer
+from attnpress.core.rules.base import Rule, Scored, as_integer, present
 
 
 class Relative(Rule):
@@ -17,23 +16,13 @@ class Relative(Rule):
     skips = True
     kernels = frozenset({"cpu", "gpu", "onnx", "openvino"})
 
-    def keep(
-        self,
-        spec: AttentionSpec,
-        distance: Tensor,
-        probability: Tensor,
-        valid: Tensor,
-        alpha: Tensor,
-        cutoff: Tensor | None,
-    ) -> Tensor:
+    def kept(self, pairs: Scored) -> Tensor:
         """Pairs within the cut."""
-        return valid if cutoff is None else (distance <= self.distance_cut(cutoff, alpha)) & valid
+        return pairs.distance <= self.distance_cut(present(pairs.cutoff), pairs.alpha)
 
-    def integer_cut(
-        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
-    ) -> Tensor | None:
+    def cut(self, pairs: Scored) -> Tensor:
         """The largest distance kept."""
-        return None if cutoff is None else as_integer(self.distance_cut(cutoff.view(1, -1, 1, 1), alpha).floor())
+        return as_integer(self.distance_cut(present(pairs.cutoff), pairs.alpha).floor())
 
     def distance_cut(self, cutoff: Tensor, alpha: Tensor) -> Tensor:
         """cutoff / alpha."""

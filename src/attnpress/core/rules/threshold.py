@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnpress.config import AttentionSpec
 from attnpress.core.exponential import STEPS_PER_OCTAVE
-from attnpress.core.rules.base import BIN_WIDTH, BINS, Rule, as_integer, row_total
+from attnpress.core.rules.base import BIN_WIDTH, BINS, Rule, Scored, as_integer, present, row_total
 
 
 class Threshold(Rule):
@@ -15,28 +14,13 @@ class Threshold(Rule):
 
     kernels = frozenset({"cpu", "gpu", "onnx", "openvino"})
 
-    def keep(
-        self,
-        spec: AttentionSpec,
-        distance: Tensor,
-        probability: Tensor,
-        valid: Tensor,
-        alpha: Tensor,
-        cutoff: Tensor | None,
-    ) -> Tensor:
+    def kept(self, pairs: Scored) -> Tensor:
         """Pairs of at least theta, and the row maximum."""
-        if cutoff is None:
-            return valid
-        least = least_probability(cutoff) * row_total(probability).float()
-        return ((probability.float() >= least) | (distance == 0)) & valid
+        return (pairs.probability.float() >= _least(pairs)) | (pairs.distance == 0)
 
-    def integer_cut(
-        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
-    ) -> Tensor | None:
+    def cut(self, pairs: Scored) -> Tensor:
         """The least p~ kept, beside the row maximum."""
-        if cutoff is None:
-            return None
-        return as_integer((least_probability(cutoff.view(1, -1, 1, 1)) * row_total(probability).float()).ceil())
+        return as_integer(_least(pairs).ceil())
 
     def bins(self, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
         """-log2 P, from the very integers that the rule compares, since t is finer than small probabilities."""
@@ -47,6 +31,10 @@ class Threshold(Rule):
     def kernel_cutoff(self, cutoff: Tensor) -> Tensor:
         """theta itself."""
         return least_probability(cutoff)
+
+
+def _least(pairs: Scored) -> Tensor:
+    return least_probability(present(pairs.cutoff)) * row_total(pairs.probability).float()
 
 
 def least_probability(cutoff: Tensor) -> Tensor:

@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from attnpress.config import AttentionSpec
-from attnpress.core.rules.base import CountingRule
+from attnpress.core.rules.base import CountingRule, Scored
 
 GRAIN = 4096
 """Shares of a row are rounded up to 1/4096 where only a bound is asked for."""
@@ -20,31 +19,19 @@ class TopK(CountingRule):
     kernels = frozenset({"cpu", "gpu", "onnx"})
     # OpenVINO 2026.4 gave 16 of 320 outputs of a small test wrong; it was not traced why.
 
-    def keep(
-        self,
-        spec: AttentionSpec,
-        distance: Tensor,
-        probability: Tensor,
-        valid: Tensor,
-        alpha: Tensor,
-        cutoff: Tensor | None,
-    ) -> Tensor:
+    def kept(self, pairs: Scored) -> Tensor:
         """The k nearest."""
-        if spec.sparsity == 0:
-            return valid
-        k = kept_of_row(valid, spec.sparsity)
-        ranked = distance.double().masked_fill(~valid, math.inf)
-        smallest = ranked.topk(most_kept(valid.shape[-1], spec.sparsity), largest=False, sorted=True).values
+        valid, k = pairs.valid, self.cut(pairs)
+        ranked = pairs.distance.double().masked_fill(~valid, math.inf)
+        smallest = ranked.topk(most_kept(valid.shape[-1], pairs.spec.sparsity), largest=False, sorted=True).values
         kth = smallest.gather(-1, k.expand(*ranked.shape[:-1], 1) - 1)
         nearer, tied = ranked < kth, ranked == kth
         room = k - nearer.sum(-1, keepdim=True)
-        return (nearer | (tied & (tied.cumsum(-1) <= room))) & valid
+        return nearer | (tied & (tied.cumsum(-1) <= room))
 
-    def integer_cut(
-        self, spec: AttentionSpec, probability: Tensor, valid: Tensor, alpha: Tensor, cutoff: Tensor | None
-    ) -> Tensor | None:
+    def cut(self, pairs: Scored) -> Tensor:
         """The keys kept of a row."""
-        return None if spec.sparsity == 0 else kept_of_row(valid, spec.sparsity)
+        return kept_of_row(pairs.valid, pairs.spec.sparsity)
 
     def share(self, sparsity: float) -> float:
         """What is asked."""
