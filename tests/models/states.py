@@ -56,11 +56,11 @@ def calibrated(spec: AttentionSpec, inputs: Inputs) -> CompressedAttention:
 
 def watch(state: CompressedAttention, inputs: Inputs, rows: slice) -> None:
     with watched([(state, Fitting(rows))]):
-        state(*inputs, scaling=DIM**-0.5, dropout=0.0)
+        state(state.call(*inputs, DIM**-0.5))
 
 
 def call(state: CompressedAttention, inputs: Inputs, dropout: float = 0.0) -> Tensor:
-    output: Tensor = state(*inputs, scaling=DIM**-0.5, dropout=dropout)
+    output: Tensor = state(state.call(*inputs, DIM**-0.5, dropout))
     return output
 
 

@@ -239,7 +239,7 @@ def test_no_tensor_is_made_on_another_device(
     leaves = [one.requires_grad_() for one in (query, key, value)]
     counting = start(state, Counting(state))
     start(state, Fitting(slice(0, None, 2)))
-    output = state(*leaves, valid, real, scaling=DIM**-0.5, dropout=0.1)
+    output = state(state.call(query, key, value, valid, real, DIM**-0.5, dropout=0.1))
     output.sum().backward()
     stop(state, Fitting)
     found = [output, state.take_seen(0.9), *counting.counts.tensors(), *(leaf.grad for leaf in leaves)]

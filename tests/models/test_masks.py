@@ -29,12 +29,12 @@ def looked_at(valid: Tensor, spec: AttentionSpec) -> list[Tensor]:
     for name, scale in zip(observing.observers, scales, strict=True):
         getattr(state, f"{name}_scale").copy_(scale)
     with watched([(state, Fitting(slice(None)))]):
-        state(query, key, value, valid, REAL, 0.35, 0.0)
+        state(state.call(query, key, value, valid, REAL, 0.35))
     state.take_seen(0.0)
     state.set_sparsity(0.5)
     compressed, dense = Counting(state), Counting(state)
     with watched([(state, compressed)]):
-        output = state(query, key, value, valid, REAL, 0.35, 0.0)
+        output = state(state.call(query, key, value, valid, REAL, 0.35))
     with watched([(state, dense), (state, observing)]):
         state.show(state.call(query, key, value, valid, REAL, 0.35))
     return [*scales, state.histogram, state.cutoff, output, *compressed.counts.tensors(), *dense.counts.tensors()]
@@ -55,7 +55,7 @@ def test_a_call_without_a_key_counts_nothing_and_gives_zeros() -> None:
     counting = start(state, Counting(state))
     start(state, Fitting(slice(None)))
     empty = torch.zeros(2, 2, 0, 8)
-    output = state(normal(0, 2, 4, 5, 8), empty, empty, None, REAL, 0.35, 0.0)
+    output = state(state.call(normal(0, 2, 4, 5, 8), empty, empty, None, REAL, 0.35))
     assert torch.equal(output, torch.zeros(2, 4, 5, 8))
     assert int(state.seen.sum()) == 0
     expected = dataclasses.replace(PairCounts.none_yet(4), sequences=torch.full((4,), 2.0, dtype=torch.float64))

@@ -302,30 +302,12 @@ class CompressedAttention(nn.Module):
             self.seen_masses.zero_()
         return torch.stack([rule_of(self.spec).pruned(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        valid: Tensor | None,
-        real: Tensor | None,
-        scaling: float,
-        dropout: float,
-        bounds: Tensor | None = None,
-    ) -> Tensor:
-        """Compressed attention, in float32.
+    def forward(self, call: AttentionCall) -> Tensor:
+        """Compressed attention; float32 [B, Hq, Sq, D].
 
         Args:
-            query, key, value: [B, Hq or Hkv, S, D].
-            valid: bool, broadcastable to [B, Hq, Sq, Sk]; None allows all pairs.
-            real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are.
-            dropout: probability of dropping a P code.
-            bounds: int64 [sequences + 1], where sequences begin and end that lie end to end; only where deployed.
-
-        Returns:
-            float32 [B, Hq, Sq, D].
+            call: from `call`; its `bounds` only where the module is deployed.
         """
-        call = self.call(query, key, value, valid, real, scaling, dropout, bounds)
         self.show(call)
         if self.training and self.spec.threshold_penalty is not None and call.cutoff is not None:
             output, self.density = soft_gate_attention(call.with_(cutoff=self.trained_cutoff * GAIN))
@@ -343,7 +325,7 @@ class CompressedAttention(nn.Module):
         dropout: float = 0.0,
         bounds: Tensor | None = None,
     ) -> AttentionCall:
-        """The call of these tensors with the scales, thresholds and spec in force; see `forward`."""
+        """The call of these tensors with the scales, thresholds and spec in force; see `AttentionCall`."""
         key, value, valid = some_key(key, value, pair_mask(valid, query, key))
         scales, cutoff = self.scales(), self.active_cutoff()
         return AttentionCall(query, key, value, valid, scales, cutoff, self.spec, scaling, real, dropout, bounds)

@@ -88,14 +88,16 @@ def attention_forward(
     if compressed or state.watchers:
         valid = valid_pairs(module, query, key, attention_mask)
         real = real_rows(module, query, key, valid)
+        call = state.call(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
     if compressed:
         with torch.autocast(query.device.type, enabled=False):
-            exact = state(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
-            weights = compressed_probs(state, query, key, valid, scaling) if _wants_weights(module, kwargs) else None
-        output = exact.transpose(1, 2).to(query.dtype).contiguous()
+            output = state(call).transpose(1, 2).to(query.dtype).contiguous()
+            weights = None
+            if _wants_weights(module, kwargs):
+                weights = compressed_probs(call)[..., : key.shape[2]].to(query.dtype)
     else:
         if state.watchers:
-            state.show(state.call(query, key, value, valid, real, scaling))
+            state.show(call)
         output, weights = eager_function(module)(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
@@ -123,19 +125,16 @@ def _is_collecting() -> bool:
 
 
 @torch.no_grad()
-def compressed_probs(
-    state: CompressedAttention, query: Tensor, key: Tensor, valid: Tensor | None, scaling: float
-) -> Tensor:
-    """P as the compressed attention uses it, tails included; [B, Hq, Sq, Sk] in the query's dtype.
+def compressed_probs(call: AttentionCall) -> Tensor:
+    """P as the compressed attention uses it, tails included; float32 [B, Hq, Sq, Sk].
 
     Row i of P is what attention makes of values that are the unit vectors, which two bits at scale 1 hold exactly.
     """
-    keys = key.shape[2]
+    key, keys = call.key, call.key.shape[2]
     units = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
-    spec = dataclasses.replace(state.spec, v=TensorSpec(bits=2, granularity="tensor"))
-    scales = dataclasses.replace(state.scales(), v=torch.ones(1, 1, 1, 1, device=key.device))
-    call = AttentionCall(query, key, units, valid, scales, state.active_cutoff(), spec, scaling)
-    return fake_quantize_attention(call).to(query.dtype)
+    spec = dataclasses.replace(call.spec, v=TensorSpec(bits=2, granularity="tensor"))
+    scales = dataclasses.replace(call.scales, v=torch.ones(1, 1, 1, 1, device=key.device))
+    return fake_quantize_attention(call.with_(value=units, scales=scales, spec=spec, dropout=0.0))
 
 
 def usual_scaling(query: Tensor) -> float:
