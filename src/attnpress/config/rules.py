@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -43,9 +44,9 @@ else:
     RuleName = Literal[tuple(RULES)]
 
 
-def fitted_rules() -> list[str]:
-    """Names of the rules that have thresholds to fit."""
-    return [name for name, facts in RULES.items() if not facts.counts]
+def fitted_rules() -> str:
+    """Names of the rules that have thresholds to fit, as a choice in words."""
+    return _choice([name for name, facts in RULES.items() if not facts.counts])
 
 
 def unreachable(rule: str, sparsity: float) -> str | None:
@@ -53,5 +54,9 @@ def unreachable(rule: str, sparsity: float) -> str | None:
     shares = RULES[rule].shares
     if shares is None or sparsity in (0.0, *shares):
         return None
-    *others, last = (f"{share:g}" for share in shares)
-    return f"rule {rule!r} prunes {', '.join(others)} or {last} of the pairs, not {sparsity:g}"
+    return f"rule {rule!r} prunes {_choice([f'{share:g}' for share in shares])} of the pairs, not {sparsity:g}"
+
+
+def _choice(words: Sequence[str]) -> str:
+    *others, last = words
+    return f"{', '.join(others)} or {last}"

@@ -21,7 +21,7 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 
-from attnpress.config.rules import RULES, RuleName, unreachable
+from attnpress.config.rules import RULES, RuleName, fitted_rules, unreachable
 
 
 def _is_number(value: Any) -> Any:
@@ -183,7 +183,7 @@ class AttentionSpec:
         if self.threshold_penalty is not None and not trainable:
             raise ValueError("threshold_penalty: trained thresholds need rule relative, p.mode row, no threshold")
         if self.budget != "uniform" and (RULES[self.rule].counts or self.threshold or self.threshold_penalty):
-            raise ValueError("budget: it needs thresholds that are fitted: rule relative, threshold or mass")
+            raise ValueError(f"budget: it needs thresholds that are fitted: rule {fitted_rules()}")
         if (self.q.bits is None) != (self.k.bits is None):
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
         if self.tail != "none":
