@@ -195,3 +195,21 @@ def test_signals_from_outside(number: signal.Signals, status: int, what: str) ->
         running.send_signal(number)
         errors = running.communicate()[1]
     assert (running.returncode, errors) == (status, f"attnpress: {what}; the same command resumes, or starts again\n")
+
+
+LATE = """
+import atexit, os, sys
+from attnpress.cli import main
+late = int(sys.argv.pop())
+atexit.register(lambda: os.kill(os.getpid(), late))
+sys.exit(main())
+"""
+
+
+@pytest.mark.parametrize("late", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_after_the_work_does_not_change_how_it_ended(late: signal.Signals) -> None:
+    ended = subprocess.run(
+        [sys.executable, "-c", LATE, "ls", "rules", str(int(late))], capture_output=True, text=True, check=False
+    )
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert "relative" in ended.stdout

@@ -91,12 +91,9 @@ def end_politely(subject: Subject, folder: Path, rng: random.Random) -> Counts:
         running.send_signal(number)
         errors = running.communicate(timeout=PATIENCE)[1]
     told = [line for line in errors.splitlines() if line.startswith("attnpress: ") and "; the same command" in line]
-    # A signal that arrives when the work is done, while Python takes itself down, ends the process in its own way.
-    late = running.returncode == -number and _is_whole(name, output)
-    ended = f"{number.name}: status {running.returncode}: {errors[-1000:]}"
-    assert late or running.returncode in (0, 128 + number), ended
+    assert running.returncode in (0, 128 + number), f"{number.name}: status {running.returncode}: {errors[-1000:]}"
     assert "Traceback" not in errors, errors[-1000:]
-    assert late or running.returncode == 0 or len(told) == 1, errors[-1000:]
+    assert running.returncode == 0 or len(told) == 1, errors[-1000:]
     left = running.returncode and not _is_whole(name, output)
     status, errors = _run(subject.command(name, output)) if left else (0, "")
     assert status == 0, f"after {number.name}: {errors[-1000:]}"

@@ -51,6 +51,13 @@ def exit_status(command: Callable[[], int]) -> int:
         return status
 
 
+def ignore_late_signals() -> None:
+    """Let the process end with its status: what comes while Python takes itself down would replace it by a signal."""
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _ending(error: BaseException) -> tuple[int | None, str | None]:
     """The exit status and the line for an error; None for a defect."""
     if isinstance(error, KeyboardInterrupt):

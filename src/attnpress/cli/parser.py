@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from attnpress.cli import commands
-from attnpress.cli.exit_status import exit_status
+from attnpress.cli.exit_status import exit_status, ignore_late_signals
 from attnpress.cli.option_types import positive, share, whole
 from attnpress.config import LARGEST_HEAD
 from attnpress.files import STDIN, STDOUT, is_stdout
@@ -57,7 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: with 2 for wrong usage, with 0 after help.
     """
-    return exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+    status = exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
+    if arguments is None:  # the process is this command's own, and ends with it
+        ignore_late_signals()
+    return status
 
 
 def _run(words: list[str]) -> int:
