@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from attnpress.runs import prediction
-from attnpress.runs.prediction import PredictionError, Progress, predict_file
+from attnpress.runs import row_files
+from attnpress.runs.row_files import PredictionError, Progress, predict_file
 from attnpress.tasks.lines import TaskError
 from tests.fuzz.mutations import PIECES, as_json, damage_bytes, damage_text, odd, to_bytes
 
@@ -35,7 +35,7 @@ def replay(seed: int) -> str:
     """
     rng = random.Random(seed)
     name, content = _draw(rng)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(prediction, "CHUNK", rng.choice((1, 3, 1024))):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(row_files, "CHUNK", rng.choice((1, 3, 1024))):
         source = Path(folder) / name
         source.write_bytes(content)
         try:

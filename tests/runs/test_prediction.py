@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from attnpress.runs import prediction
-from attnpress.runs.prediction import PredictionError, Progress, Row, predict_file
+from attnpress.runs import row_files
+from attnpress.runs.row_files import PredictionError, Progress, Row, predict_file
 from attnpress.tasks import TaskError
 from attnpress.tasks.lines import Broken
 from tests.runs.prediction_files import read, write
@@ -60,7 +60,7 @@ def test_bad_lines_are_named_and_the_others_answered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dies_at", [1, 2, 3])
 def test_a_killed_run_goes_on(dies_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "CHUNK", 4)
+    monkeypatch.setattr(row_files, "CHUNK", 4)
     source = write(tmp_path / "in.jsonl", [*texts(5), "{", *texts(6)])
     predict(source, tmp_path / "whole.jsonl")
     calls: list[int] = []
@@ -91,7 +91,7 @@ def test_a_killed_run_goes_on(dies_at: int, tmp_path: Path, monkeypatch: pytest.
 def test_an_output_begun_from_something_else_is_not_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction, "CHUNK", 2)
+    monkeypatch.setattr(row_files, "CHUNK", 2)
     source, output = write(tmp_path / "in.jsonl", texts(5)), tmp_path / "out.jsonl"
     calls: list[int] = []
 
@@ -133,7 +133,7 @@ def test_an_empty_input_gives_an_empty_output(tmp_path: Path) -> None:
     assert (tmp_path / "out.jsonl").read_bytes() == b""
 
 
-def dying_after(chunks: int) -> prediction.Answer:
+def dying_after(chunks: int) -> row_files.Answer:
     calls: list[int] = []
 
     def answer(rows: Sequence[Row]) -> list[Row]:
@@ -172,7 +172,7 @@ def change(notes: Path, **changes: Any) -> None:
 def test_a_state_that_is_not_what_it_says_is_begun_anew(
     state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prediction, "CHUNK", 4)
+    monkeypatch.setattr(row_files, "CHUNK", 4)
     source, output, said = write(tmp_path / "in.jsonl", texts(14)), tmp_path / "out.jsonl", list[str]()
     with pytest.raises(KeyboardInterrupt):
         predict(source, output, answer=dying_after(2))
@@ -245,7 +245,7 @@ def test_parquet_is_answered_as_lines_are_and_gone_on_with(tmp_path: Path, monke
     rows = [json.loads(line) for line in texts(9)]
     parquet.write_table(pa.Table.from_pylist([*rows, {"text": None, "id": "bad"}]), tmp_path / "in.parquet")
     predict(write(tmp_path / "in.jsonl", [*texts(9), '{"text": null, "id": "bad"}']), tmp_path / "lines.jsonl")
-    monkeypatch.setattr(prediction, "CHUNK", 4)
+    monkeypatch.setattr(row_files, "CHUNK", 4)
     calls: list[int] = []
 
     def dies(chunk: Sequence[Row]) -> list[Row]:
@@ -265,7 +265,7 @@ def test_parquet_is_answered_as_lines_are_and_gone_on_with(tmp_path: Path, monke
 
 
 def test_a_table_is_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prediction, "CHUNK", 3)
+    monkeypatch.setattr(row_files, "CHUNK", 3)
     (tmp_path / "in.csv").write_text("text\n" + "".join(f'"{"x" * n}\nx"\n' for n in range(10)), "utf-8")
     with pytest.raises(KeyboardInterrupt):
         predict(tmp_path / "in.csv", tmp_path / "out.jsonl", answer=dying_after(2))
