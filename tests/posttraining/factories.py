@@ -40,6 +40,15 @@ def save_classifier(folder: Path, tokenizer: PreTrainedTokenizerFast, labels: in
     return folder
 
 
+def save_reranker(folder: Path, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """A CrossEncoder of one score, as sentence-transformers saves it."""
+    from sentence_transformers import CrossEncoder
+
+    save_classifier(folder.with_name("classifier"), tokenizer, labels=1)
+    CrossEncoder(str(folder.with_name("classifier")), device="cpu").save_pretrained(str(folder))
+    return folder
+
+
 def make_embedder(folder: Path, pooling: str = "mean", **options: Any) -> Any:
     """A SentenceTransformer on the Transformers model of a folder: pooled, made smaller, normalized."""
     from sentence_transformers import SentenceTransformer

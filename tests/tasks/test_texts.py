@@ -129,3 +129,25 @@ def test_a_stream_is_read_as_a_file_is(tmp_path: Path) -> None:
     found = read_texts(str(pipe))
     writer.join()
     assert found.rows == texts_of(TEXTS).rows
+
+
+def test_scores_are_read_beside_the_texts(tmp_path: Path) -> None:
+    rows = [{"a": f"a{n}", "b": f"b{n}", "gold": n / 2 if n % 2 else str(n / 2)} for n in range(10)]
+    rows += [
+        {"a": "x", "b": "y", "gold": "much"},
+        {"a": "x", "b": "y", "gold": "nan"},
+        {"a": "a0", "b": "b0", "gold": 9},
+    ]
+    found = read_texts(written(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows))), ["a", "b"], scores="gold")
+    assert found.scores == {(f"a{n}", f"b{n}"): n / 2 for n in range(10)}, "numbers of tables are texts"
+    assert set(found.rows) == set(found.scores)
+    assert found.skipped == {"no number in column 'gold'": 2}
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [("marks", "--scores marks: .* has no such column; it has a, b"), ("b", "no number in column 'b'.* by --scores")],
+)
+def test_scores_that_are_none_are_refused(tmp_path: Path, scores: str, said: str) -> None:
+    with pytest.raises(TaskError, match=said):
+        read_texts(written(tmp_path, "a.csv", "a,b\nx,y\n"), ["a", "b"], scores=scores)

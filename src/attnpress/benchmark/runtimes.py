@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from attnpress.benchmark.turns import Prepared
+from attnpress.kernels import cpu
 
 OPSET = 21
 
@@ -41,15 +42,22 @@ class Runtime:
     Attributes:
         extra: of attnpress, which brings `packages`.
         file: below the folder of the side.
-        write: writes that file for a float32 model and inputs to take ranges from.
+        quantize: writes that file for a graph in float32 and batches of inputs to take ranges from.
         session: opens that file, for a number of threads.
     """
 
     extra: str
     packages: tuple[str, ...]
     file: str
-    write: Callable[[nn.Module, Mapping[str, Tensor], Path], None]
+    quantize: Callable[[Path, Sequence[Mapping[str, Tensor]], Path], None]
     session: Callable[[Path, int], Session]
+
+    def write(self, model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
+        """That file for a float32 model, with ranges from the inputs themselves."""
+        with tempfile.TemporaryDirectory() as scratch:
+            graph = Path(scratch) / "model.onnx"
+            export(model, inputs, graph)
+            self.quantize(graph, [inputs], file)
 
     def serve(self, file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
         """The graph in that file, run again and again on the same inputs."""
@@ -76,13 +84,14 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
     program.save(file)
 
 
-def _write_onnxruntime(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
-    """Weights in int8 for each output, activations as they come: the recipe of the runtime's own documentation."""
+def _quantize_onnxruntime(graph: Path, _: Sequence[Mapping[str, Tensor]], file: Path) -> None:
+    """Weights in 8 bits for each output, activations as they come, as sentence-transformers' quantizer sets it.
+
+    Without VNNI weights are unsigned, as in its file for AVX2: the runtime's products of signed ones saturate there.
+    """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as scratch:
-        export(model, inputs, Path(scratch) / "model.onnx")
-        quantize_dynamic(Path(scratch) / "model.onnx", file, per_channel=True, weight_type=QuantType.QInt8)
+    quantize_dynamic(graph, file, per_channel=True, weight_type=QuantType.QInt8 if cpu.has_vnni() else QuantType.QUInt8)
 
 
 def _open_onnxruntime(file: Path, threads: int) -> Session:
@@ -100,18 +109,15 @@ def _open_onnxruntime(file: Path, threads: int) -> Session:
     return Session(run, {"threads": threads})
 
 
-def _write_openvino(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
-    """NNCF's post-training quantization for transformers, with ranges from the inputs themselves."""
+def _quantize_openvino(graph: Path, batches: Sequence[Mapping[str, Tensor]], file: Path) -> None:
+    """NNCF's post-training quantization for transformers."""
     _keep_to_ourselves()
     import nncf
     import openvino
 
-    with tempfile.TemporaryDirectory() as scratch:
-        export(model, inputs, Path(scratch) / "model.onnx")
-        graph = openvino.Core().read_model(Path(scratch) / "model.onnx")
-        shown = nncf.Dataset([{name: x.numpy() for name, x in inputs.items()}])
-        quantized = nncf.quantize(graph, shown, model_type=nncf.ModelType.TRANSFORMER)
-        openvino.save_model(quantized, file)
+    shown = nncf.Dataset([{name: x.numpy() for name, x in inputs.items()} for inputs in batches])
+    quantized = nncf.quantize(openvino.Core().read_model(graph), shown, model_type=nncf.ModelType.TRANSFORMER)
+    openvino.save_model(quantized, file)
 
 
 def _open_openvino(file: Path, threads: int) -> Session:
@@ -138,10 +144,10 @@ def _keep_to_ourselves() -> None:
 
 RUNTIMES = {
     "onnxruntime-int8": Runtime(
-        "onnx", ("onnx", "onnxruntime", "onnxscript"), "model.onnx", _write_onnxruntime, _open_onnxruntime
+        "onnx", ("onnx", "onnxruntime", "onnxscript"), "model.onnx", _quantize_onnxruntime, _open_onnxruntime
     ),
     "openvino-int8": Runtime(
-        "openvino", ("nncf", "onnx", "onnxscript", "openvino"), "model.xml", _write_openvino, _open_openvino
+        "openvino", ("nncf", "onnx", "onnxscript", "openvino"), "model.xml", _quantize_openvino, _open_openvino
     ),
 }
 """Peers of whole models, by name."""

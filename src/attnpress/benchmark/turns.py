@@ -121,12 +121,16 @@ def spread(turns: Sequence[Sequence[float]]) -> float:
 
 
 def paired_ratio(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float:
-    """How many times longer theirs takes: the median over rounds, each comparing two turns that were close in time.
+    """How many times longer theirs takes: the median over rounds, see `paired_ratios`."""
+    return statistics.median(paired_ratios(theirs, ours))
+
+
+def paired_ratios(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> list[float]:
+    """How many times longer theirs takes in each round, which compares two turns that were close in time.
 
     A shared machine is slow for seconds on end; both turns of a round then are, and their ratio hardly changes.
     """
-    pairs = zip(theirs, ours, strict=True)
-    return statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
+    return [statistics.median(a) / statistics.median(b) for a, b in zip(theirs, ours, strict=True)]
 
 
 def take_turn(run: Run, seconds: float) -> list[float]:

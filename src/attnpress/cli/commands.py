@@ -252,7 +252,8 @@ def bench(options: argparse.Namespace) -> int:
     _check_json(options.json, {"peer", "ours_ms", "peer_ms", "ratio"})
     from dataclasses import asdict
 
-    from attnpress.report.render import encode_table, models_table, timings_table
+    from attnpress.report.encode import encode_table
+    from attnpress.report.render import models_table, timings_table
 
     table = encode_table if options.encode else models_table if options.whole_model else timings_table
     records = [asdict(timing) for timing in _timings(options)]
@@ -297,7 +298,15 @@ def _command_line(options: argparse.Namespace) -> str:
 def _timings(options: argparse.Namespace) -> Sequence[Any]:
     from attnpress.benchmark.attention import BenchmarkError, bench, bench_run
 
-    shared = {"threads": options.threads, **({"peers": options.peers} if options.peers else {})}
+    if options.encode:
+        return _encode_timings(options)
+    if options.texts is not None or any(getattr(options, name) for name in ENCODE_ALONE):
+        raise BenchmarkError(
+            "--texts and --column are those of --encode MODEL, and so are --scores, --count, --judged and --seconds"
+        )
+    if len(options.threads) > 1:
+        raise BenchmarkError("--threads: several numbers are for --encode MODEL; give one")
+    shared = {"threads": options.threads[0], **({"peers": options.peers} if options.peers else {})}
     if options.run_dir:
         if options.seq_len or options.sparsity is not None or options.tail or options.tail_rank:
             raise BenchmarkError(
@@ -306,15 +315,6 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         config = _run_config(options.run_dir)
         _quiet_libraries()
         return bench_run(options.run_dir, config, layers=options.layer, rows=options.batch or 8, **shared)
-    if options.encode:
-        if options.texts is None:
-            raise BenchmarkError("--encode needs texts: --texts FILE, as `attnpress quantize` takes them")
-        _quiet_libraries()
-        from attnpress.posttraining.peers import bench_encode
-
-        return bench_encode(options.encode, str(options.texts), options.column, batch=options.batch or 32, **shared)
-    if options.texts is not None or options.column:
-        raise BenchmarkError("--texts and --column are those of --encode MODEL")
     if options.layer:
         raise BenchmarkError("--layer chooses among the layers of --from RUN_DIR")
     sparsity, lengths = 0.95 if options.sparsity is None else options.sparsity, options.seq_len or [128, 512, 2048]
@@ -339,6 +339,37 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
         raise BenchmarkError("--linear and --ragged are about whole models: add --whole-model NAME")
     tail = {"tail": options.tail or "none", **({"tail_rank": options.tail_rank} if options.tail_rank else {})}
     return bench(lengths, sparsity=sparsity, batch=options.batch, **tail, **shared)
+
+
+ENCODE_ALONE = ("column", "scores", "count", "judged", "seconds")
+"""Options of `bench` that only --encode takes, beside --texts."""
+
+
+def _encode_timings(options: argparse.Namespace) -> Sequence[Any]:
+    from dataclasses import replace
+
+    from attnpress.benchmark.attention import BenchmarkError
+
+    if options.texts is None:
+        raise BenchmarkError("--encode needs texts: --texts FILE, as `attnpress quantize` takes them")
+    wrong = [name for name in ("seq_len", "tail_rank", "ragged", "layer") if getattr(options, name)]
+    if wrong:
+        raise BenchmarkError(f"--encode takes no --{wrong[0].replace('_', '-')}: the texts have their own lengths")
+    _quiet_libraries()
+    from attnpress.posttraining.peers import bench_encode
+    from attnpress.posttraining.run import USUAL
+
+    given = {name: getattr(options, name) for name in ("sparsity", "tail") if getattr(options, name) is not None}
+    asked = {name: getattr(options, name) for name in ("peers", "batch", "count", "judged", "seconds")}
+    return bench_encode(
+        options.encode,
+        str(options.texts),
+        options.column,
+        scores=options.scores,
+        form=replace(USUAL, **given),
+        threads=options.threads,
+        **{name: value for name, value in asked.items() if value is not None},
+    )
 
 
 def _print_table(table: object, talk: TextIO | None, width: int = 140) -> None:

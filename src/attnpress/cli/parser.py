@@ -325,7 +325,10 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         help="directions of --tail linear (default: 8)",
     )
     threads = whole("--threads", 1, 1024)
-    parser.add_argument("--threads", type=threads, default=1, metavar="N", help="threads of each side (default: 1)")
+    parser.add_argument(
+        "--threads", type=threads, nargs="+", default=[1], metavar="N",
+        help="threads of each side (default: 1); several with --encode",
+    )  # fmt: skip
     parser.add_argument(
         "--peers", nargs="+", action="extend", metavar="PEER",
         help="sdpa (default), sdpa-bf16, eager, openvino; whole models: sdpa, eager (default: both), sdpa-bf16, "
@@ -369,7 +372,22 @@ def _encode_arguments(parser: argparse.ArgumentParser, inputs: Any) -> None:
         "onnxruntime-int8, openvino-int8",
     )  # fmt: skip
     parser.add_argument("--texts", type=_read_from, metavar="FILE", help="with --encode: as `quantize` takes them")
-    parser.add_argument("--column", nargs="+", default=(), metavar="NAME", help="with --encode: of the texts")
+    parser.add_argument(
+        "--column", nargs="+", default=(), metavar="NAME",
+        help="with --encode: of the texts; two for pairs, of which an embedder compares the texts (--scores), or finds "
+        "the second by the first",
+    )  # fmt: skip
+    parser.add_argument("--scores", metavar="NAME", help="with --encode: the column of the pairs' scores by people")
+    counts: Any = {"metavar": "N", "type": whole("--count", 1, 65536)}
+    parser.add_argument("--count", **counts, help="with --encode: texts of a call that is timed (default: 64)")
+    counts["type"] = whole("--judged", 1, 65536)
+    parser.add_argument("--judged", **counts, help="with --encode: rows whose answers are judged (default: 256)")
+    parser.add_argument(
+        "--seconds",
+        type=positive("--seconds", 3600),
+        metavar="S",
+        help="with --encode: of timing for each side (default: 10)",
+    )
 
 
 def _read_from(word: str) -> Path:

@@ -31,5 +31,7 @@ class Served(nn.Module):
     def forward(self, **inputs: Any) -> Any:
         """Hidden states [B, S, K], or logits [B, classes], under the name that the model gives them."""
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-        name = "logits" if "ForSequenceClassification" in str(self.config.architectures) else "last_hidden_state"
-        return ModelOutput({name: torch.as_tensor(self.run(tensors)[0]).float()})
+        found = torch.as_tensor(self.run(tensors)[0]).float()
+        if "ForSequenceClassification" in str(self.config.architectures):
+            return ModelOutput(logits=found.clone())  # kept as they are; the runtime's next call may write over them
+        return ModelOutput(last_hidden_state=found)

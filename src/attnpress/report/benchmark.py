@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from attnpress.report.render import markdown_table
+from attnpress.report.render import markdown_table, threads_in_words
 
 Comparison = Mapping[str, Any]
 """One entry of the JSON: a shape, ours and a peer's median time, and the ratio of turns taken side by side."""
@@ -27,7 +27,7 @@ def attention_markdown(found: Sequence[Comparison]) -> str:
     columns = list(dict.fromkeys((each["peer"], each["threads"]) for each in found))
     shapes = sorted({(each["seq_len"], each["batch"]) for each in found})
     ratios = {(each["seq_len"], each["batch"], each["peer"], each["threads"]): each["ratio"] for each in found}
-    header = ["tokens (batch)", *(f"{PEERS[peer]}, {_threads(threads)}" for peer, threads in columns)]
+    header = ["tokens (batch)", *(f"{PEERS[peer]}, {threads_in_words(threads)}" for peer, threads in columns)]
     return _markdown(
         header,
         (
@@ -121,10 +121,6 @@ def _shares(dense: Comparison | None) -> list[str]:
 
 def _times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}"
-
-
-def _threads(count: int) -> str:
-    return "1 thread" if count == 1 else f"{count} threads"
 
 
 def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

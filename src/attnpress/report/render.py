@@ -89,37 +89,6 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
-def encode_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Header and rows of `posttraining.peers.EncodeTiming`, each peer and ours: speed, agreement, memory, as text."""
-    first = records[0]
-    sides = [("attnpress", first, "ours"), *((record["peer"], record, "peer") for record in records)]
-    rows = []
-    for name, record, side in sides:
-        speed, changed = record["texts"] / record[f"{side}_ms"] * 1e3, record[f"{side}_changed"]
-        ratio = "" if side == "ours" else f"{record['ratio']:.2f}"
-        headline = next(iter(record[f"{side}_agreement"].values()))
-        megabytes = [f"{record[f'{side}_{kind}_mb']:.0f}" for kind in ("model", "file")]
-        rows.append((name, f"{speed:.1f}", ratio, f"{headline:.4f}", f"{changed:.0%}", *megabytes))
-    agreement = next(iter(first["ours_agreement"])).replace("_", " ")
-    memory = ("peak memory, MB", "folder, MB")
-    return [("", "texts a second", "ours is faster, times", agreement, "changed by the batch", *memory), *rows]
-
-
-def encode_caption(records: Sequence[Mapping[str, Any]]) -> str:
-    """What they rest on."""
-    first = records[0]
-    return (
-        f"{first['model']}: {first['texts']} texts, {first['seq_len']} tokens at the median, in batches of "
-        f"{first['batch']}; {_conditions(records)}. Changed: texts with other bits in batches of another size."
-    )
-
-
-def encode_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Records of `posttraining.peers.EncodeTiming` for a terminal."""
-    header, *rows = encode_rows(records)
-    return text_table(header, rows, "an encoder beside its peers", encode_caption(records))
-
-
 def _tail(record: Mapping[str, Any]) -> str:
     """Records from before there were tails do not name one."""
     kind, rank = record.get("tail", "none"), record.get("tail_rank")
@@ -143,8 +112,12 @@ TIMES = ("ours ms", "spread", "peer ms", "spread", "ratio")
 
 
 def _conditions(records: Sequence[Mapping[str, Any]]) -> str:
-    threads, target = records[0]["threads"], records[0]["target"]
-    return f"medians, {threads} thread{'s' * (threads != 1)}, target {target}"
+    return f"medians, {threads_in_words(records[0]['threads'])}, target {records[0]['target']}"
+
+
+def threads_in_words(*counts: int) -> str:
+    """How many there are on each side: "1 thread", "1 and 2 threads"."""
+    return f"{' and '.join(map(str, counts))} thread{'s' * (counts[-1] != 1)}"
 
 
 def _columns(table: Table, *names: str) -> None:

@@ -6,6 +6,7 @@ of the Hub. Rows that cannot be used are counted, not fatal; a file of which not
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -40,15 +41,17 @@ class Texts:
         columns: their names; empty for plain lines.
         skipped: rows without usable text, by reason.
         repeated: rows that were there before.
+        scores: of rows, where a column of them was named; of texts that are there twice, the first one.
     """
 
     rows: list[Text]
     columns: tuple[str, ...] = ()
     skipped: Counter[str] = field(default_factory=Counter)
     repeated: int = 0
+    scores: dict[Text, float] = field(default_factory=dict)
 
 
-def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024) -> Texts:
+def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024, scores: str | None = None) -> Texts:
     """Texts of a file, a stream or a data set of the Hub.
 
     Args:
@@ -57,6 +60,7 @@ def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024) -> T
             lines if the first is an object. Or a data set's name on the Hub, "name:split" for another split than train.
         columns: of the texts, one or two. By default USUAL, or the only column with texts.
         limit: so many are drawn from the first SCANNED rows.
+        scores: the column of their scores, numbers; rows without one are not used.
 
     Raises:
         TaskError: nothing there, nothing usable in it, no such column, or a second column that holds labels.
@@ -65,12 +69,12 @@ def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024) -> T
     if path.is_dir():
         raise TaskError(f"--texts {source}: is a folder; name a file of JSON lines, CSV, Parquet or plain lines")
     if path.exists():
-        records = _of_file(path, columns)
+        records = _of_file(path, [*columns, scores] if columns and scores else columns)
     elif ending(path) in (*SUFFIXES, PARQUET) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise TaskError(f"--texts {source}: no such file")
     else:
         records = _of_hub(source)
-    return _usable(source, list(islice(records, SCANNED)), tuple(columns), limit)
+    return _usable(source, list(islice(records, SCANNED)), tuple(columns), limit, scores)
 
 
 def texts_of(rows: Sequence[Any], limit: int = 1024) -> Texts:
@@ -137,33 +141,52 @@ def _of_hub(source: str) -> Iterator[Record]:
         ) from None
 
 
-def _usable(source: str, records: Sequence[Record | Broken], columns: Text, limit: int) -> Texts:
+def _usable(
+    source: str, records: Sequence[Record | Broken], columns: Text, limit: int, scores: str | None = None
+) -> Texts:
     found = Texts([], columns or _usual_columns(source, [row for row in records if isinstance(row, dict)]))
     for record in records:
         parts = [record] if isinstance(record, Broken) else [record.get(name) for name in found.columns]
+        score = None if isinstance(record, Broken) or scores is None else _number(record.get(scores))
         if isinstance(record, Broken):
             found.skipped[record.reason.split(" (")[0]] += 1
+        elif scores is not None and score is None:
+            found.skipped[f"no number in column {scores!r}"] += 1
         elif all(isinstance(part, str) and part.strip() and is_unicode(part) for part in parts):
-            found.rows.append(tuple(map(str, parts)))
+            row = tuple(map(str, parts))
+            found.rows.append(row)
+            if score is not None:
+                found.scores.setdefault(row, score)
         else:
             missing = next((name for name in found.columns if name not in record), None)
             found.skipped["no text" if missing is None else f"no column {missing!r}"] += 1
     if not found.rows:
-        raise TaskError(_useless(source, records, found))
+        raise TaskError(_useless(source, records, found, scores))
     _check_labels(source, found)
     return _drawn(f"--texts {source}", found, limit)
 
 
-def _useless(source: str, records: Sequence[Record | Broken], found: Texts) -> str:
+def _number(value: Any) -> float | None:
+    """What a table or JSON says as a finite number; None if it does not."""
+    try:
+        number = float(value) if isinstance(value, str | int | float) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _useless(source: str, records: Sequence[Record | Broken], found: Texts, scores: str | None) -> str:
     if not records:
         return f"--texts {source}: is empty; give a few hundred texts such as the model will see"
     known = next((list(record) for record in records if isinstance(record, dict)), [])
-    missing = [name for name in found.columns if name not in known]
+    asked = [("--column", name) for name in found.columns] + [("--scores", scores)] * (scores is not None)
+    missing = [f"{option} {name}" for option, name in asked if name not in known]
     if missing and known:
-        return f"--column {missing[0]}: {source} has no such column; it has {', '.join(known)[:200]}"
+        return f"{missing[0]}: {source} has no such column; it has {', '.join(known)[:200]}"
     reason, count = found.skipped.most_common(1)[0]
     return (
         f"--texts {source}: none of its {count} rows can be used ({reason}); name the column of the texts by --column"
+        + (", and that of numbers by --scores" if scores is not None else "")
     )
 
 
