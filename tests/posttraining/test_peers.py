@@ -19,7 +19,7 @@ from attnpress.models.encoders import encoder_of, load_encoder
 from attnpress.posttraining import peers
 from attnpress.posttraining.agreement import agreement
 from attnpress.report.encode import encode_caption, encode_rows
-from attnpress.tasks.texts import Texts
+from attnpress.tasks.texts import Text, Texts
 from tests.conftest import VOCABULARY, TokenizerFactory
 from tests.kernels.factories import needs_kernel
 from tests.posttraining.factories import make_embedder, save_reranker, some_pairs, some_texts
@@ -100,7 +100,7 @@ def test_the_command_says_what_each_side_keeps_of_float32(tiny_model: Path, tmp_
 
 
 def test_pairs_are_divided_by_what_the_model_takes() -> None:
-    pairs = some_pairs(60)
+    pairs: list[Text] = list(some_pairs(60))
     calibration, asked = peers.divided("embedder", Texts(pairs))
     assert (len(calibration), set(map(len, calibration))) == (32, {1})
     assert asked.measure == "MRR@10"
