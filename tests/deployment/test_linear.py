@@ -122,19 +122,19 @@ def test_layers_of_other_families_are_int8_one_by_one(
     kinds = ONE_BY_ONE[name]
     model = bind(make_model(name).eval(), PRUNED)
     calibrate(model, BATCHES)
-    exact = hidden(model)
+    exact = real(hidden(model))
     plan = calibrate_linear(model, BATCHES)
     assert {key.partition(".")[2] for key in plan if key != "embedding"} == kinds
     assert "embedding" in plan
     assert all(0 < (product.error or 0) < 0.2 for product in plan.values())
     deployed = deploy(copy.deepcopy(model), "reference", linear="int8")
     assert linear_layers(deployed).int8 == 2 * len(kinds)
-    assert 0 < float((hidden(deployed) - exact).norm() / exact.norm()) < 0.3
+    assert 0 < float((real(hidden(deployed)) - exact).norm() / exact.norm()) < 0.3
     for saved in (model, deployed):  # float weights with their plan, and int8 ones
         saved.save_pretrained(tmp_path / name)
         again = deploy(type(model).from_pretrained(tmp_path / name), "reference", linear="int8")
         assert torch.equal(hidden(again), hidden(deployed))
-    assert {str(said.message).partition(": ")[2][:15] for said in recwarn} <= {"padding is kept"}
+    assert not list(recwarn), "padding is left out"
 
 
 def test_windows_and_rotations_of_modernbert_stay_with_int8_layers() -> None:

@@ -20,7 +20,7 @@ from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.encoder import Packing, find_encoder, is_int8, plan_of
+from attnpress.models.encoder import Packing, find_layers, is_int8, plan_of
 
 AUTO = "auto"
 
@@ -43,10 +43,11 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
             `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. The small
             float layers around the encoder are computed in one order, so that with no product left in float the
             output of a text is the same bits in any company, on any processor (docs/never_changes.md). DistilBERT
-            and ModernBERT have int8 layers without that promise; other families keep float layers, said once in a
+            and ModernBERT keep that promise on one processor; other families keep float layers, said once in a
             warning.
-        padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
-            padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
+        padding: "skip" runs an encoder of the BERT family, DistilBERT or ModernBERT on the real tokens of a batch
+            alone; hidden states of padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear
+            layers are in float.
 
     Returns:
         The same model. Modules that compress nothing keep the framework's own attention.
@@ -114,7 +115,7 @@ def _deploy_linear(model: nn.Module, linear: Linear) -> None:
 
 def _pack(model: nn.Module) -> None:
     """Leave padding out from now on, where the encoder allows it."""
-    encoder = find_encoder(model)
+    encoder = find_layers(model)
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
     else:
@@ -122,7 +123,7 @@ def _pack(model: nn.Module) -> None:
 
 
 def _unpack(model: nn.Module) -> None:
-    encoder = find_encoder(model)
+    encoder = find_layers(model)
     packing = attached_to(encoder).packing
     if encoder is not None and packing is not None:
         packing.remove()
@@ -132,7 +133,8 @@ def _unpack(model: nn.Module) -> None:
 @functools.cache
 def _say_padding(name: str) -> None:
     warnings.warn(
-        f"{name}: padding is kept; only encoders of the BERT family whose layers are all compressed run without it",
+        f"{name}: padding is kept; only encoders of the BERT family, DistilBERT and ModernBERT, whose layers are all "
+        "compressed, run without it",
         stacklevel=4,
     )
 

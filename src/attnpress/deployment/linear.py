@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from attnpress.config import RunConfig
 from attnpress.core.linear import ACTIVATION_BITS, Bits, ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PASSES, PackedProduct
-from attnpress.models.encoder import entries, find_encoder, find_layers, is_int8, place_int8, plan_of, set_plan
+from attnpress.models.encoder import entries, find_layers, is_int8, place_int8, plan_of, set_plan
 from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
 from attnpress.models.ordered import OrderedLinear, place_ordered
@@ -117,11 +117,11 @@ def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPla
 
 
 def pack_int8(model: nn.Module) -> None:
-    """Let compiled code compute the int8 layers that a model has, and the float layers around their encoder."""
+    """Let compiled code compute the int8 layers that a model has, and the small float layers beside them."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.use(PackedProduct)
-    encoder = find_encoder(model)
+    encoder = find_layers(model)
     if encoder is not None:
         place_ordered(model, encoder, PASSES)
 

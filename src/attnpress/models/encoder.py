@@ -2,7 +2,8 @@
 
 BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA build their layers alike, from the same submodules under the same
 names: their products are joined with what stands around them, and they run without padding. `find_encoder` finds only
-those. Of DistilBERT and ModernBERT, which `find_layers` finds as well, linear layers are replaced one by one.
+those. Of DistilBERT and ModernBERT, which `find_layers` finds as well, linear layers are replaced one by one; they run
+without padding too.
 """
 
 from __future__ import annotations
@@ -64,6 +65,11 @@ class Family:
 
 
 BERT = Family(LAYERS, "layer", PRODUCTS)
+MODERNBERT = Family(
+    ("ModernBertEncoderLayer",),
+    "layers",
+    {"qkv": ("attn.Wqkv",), "attention": ("attn.Wo",), "up": ("mlp.Wi",), "down": ("mlp.Wo",)},
+)
 ONE_BY_ONE = (
     Family(
         ("TransformerBlock",),
@@ -77,11 +83,7 @@ ONE_BY_ONE = (
             "down": ("ffn.lin2",),
         },
     ),
-    Family(
-        ("ModernBertEncoderLayer",),
-        "layers",
-        {"qkv": ("attn.Wqkv",), "attention": ("attn.Wo",), "up": ("mlp.Wi",), "down": ("mlp.Wo",)},
-    ),
+    MODERNBERT,
 )
 """DistilBERT and ModernBERT: each product is one linear layer, and what stands around it stays Transformers' own."""
 
@@ -133,12 +135,9 @@ def find_embedding(model: nn.Module, encoder: nn.Module) -> nn.Embedding | None:
     return words if len(sharing) == 1 else None
 
 
-def states(encoder: Any) -> Iterator[CompressedAttention]:
+def states(encoder: nn.Module) -> Iterator[CompressedAttention]:
     """The compressed attention of each layer."""
-    for layer in encoder.layer:
-        state = getattr(layer.attention.self, NAME, None)
-        if isinstance(state, CompressedAttention):
-            yield state
+    return (module for module in encoder.modules() if isinstance(module, CompressedAttention))
 
 
 def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
@@ -251,8 +250,9 @@ class Packing:
     """Lets an encoder run on the real tokens of a batch, end to end in one row. Holds nothing of any call."""
 
     def __init__(self, encoder: nn.Module) -> None:
+        pack = _pack_inputs if family_of(encoder) is MODERNBERT else _pack
         self._handles: list[RemovableHandle] = [
-            encoder.register_forward_pre_hook(_pack, with_kwargs=True),
+            encoder.register_forward_pre_hook(pack, with_kwargs=True),
             encoder.register_forward_hook(_unpack, with_kwargs=True),
         ]
 
@@ -262,17 +262,50 @@ class Packing:
             handle.remove()
 
 
-def _pack(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _pack(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Of an encoder that takes hidden states and a mask of pairs."""
     call = _signature(type(encoder).forward).bind(encoder, *args, **kwargs)
-    hidden = call.arguments["hidden_states"]
-    real = _real_tokens(encoder, hidden, call.arguments.get("attention_mask"))
-    asked = ("output_hidden_states", "output_attentions")
-    wants_each_layer = any(kwargs.get(name) or getattr(encoder.config, name) for name in asked)
-    if real is None or wants_each_layer:
+    hidden, mask = call.arguments["hidden_states"], call.arguments.get("attention_mask")
+    if mask is None or _is_looked_into(encoder, kwargs):
         return None
+    real = padding_alone(mask, *hidden.shape[:2])
+    return None if real is None else _packed(call, real, {"hidden_states": hidden}, None)
+
+
+def _pack_inputs(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments | None:
+    """Of ModernBERT, whose layers lie in the model itself: it takes tokens, and makes masks and rotations from them.
+
+    Tokens keep the positions that they have in the padded batch; windows are kept by attention, sequence by sequence.
+    """
+    call = _signature(type(encoder).forward).bind(encoder, *args, **kwargs)
+    mask, given = call.arguments.get("attention_mask"), call.arguments.get("inputs_embeds")
+    name, tokens = ("input_ids", call.arguments.get("input_ids")) if given is None else ("inputs_embeds", given)
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or tokens is None or _is_looked_into(encoder, kwargs):
+        return None
+    real, positions = mask.bool(), call.arguments.get("position_ids")
+    if bool(real.all()) or not bool(real.any()):
+        return None
+    positions = torch.arange(real.shape[1], device=real.device) if positions is None else positions
+    kinds = dict.fromkeys(("full_attention", "sliding_attention"))
+    return _packed(call, real, {name: tokens, "position_ids": positions.expand(real.shape)}, kinds)
+
+
+def _packed(call: inspect.BoundArguments, real: Tensor, by_token: Mapping[str, Tensor], mask: Any) -> Arguments:
+    """The arguments of a call, with what there is for each token end to end in one row."""
     packed = Packed.of(real)
-    call.arguments["hidden_states"], call.arguments["attention_mask"] = hidden[real].unsqueeze(0), None
+    call.arguments.update({name: x[real].unsqueeze(0) for name, x in by_token.items()}, attention_mask=mask)
     return call.args[1:], {**call.kwargs, PACKED: packed, BOUNDS: packed.bounds}
+
+
+def _is_looked_into(encoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether somebody looks at what is inside of the padded batch, or a compiler is to see no hooks."""
+    config = next(found for module in encoder.modules() if (found := getattr(module, "config", None)) is not None)
+    asked = ("output_hidden_states", "output_attentions")
+    wants_each_layer = any(kwargs.get(name) or getattr(config, name) for name in asked)
+    return wants_each_layer or torch.compiler.is_compiling() or any(state.watchers for state in states(encoder))
 
 
 def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -291,13 +324,6 @@ def _unpack(encoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], o
 @functools.cache
 def _signature(forward: Callable[..., Any]) -> inspect.Signature:
     return inspect.signature(forward)
-
-
-def _real_tokens(encoder: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
-    if mask is None or torch.compiler.is_compiling() or any(state.watchers for state in states(encoder)):
-        return None
-    return padding_alone(mask, *hidden.shape[:2])
 
 
 def padding_alone(mask: Tensor, batch: int, length: int) -> Tensor | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import sys
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -27,6 +29,10 @@ SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
 
 BOUNDS = "attnpress_bounds"
 """Argument with the bounds of sequences that lie end to end in one row, int64 [sequences + 1]."""
+
+
+WINDOW = "sliding_window"
+"""Argument by which Transformers tells attention of its window, where it has one; the mask tells of it as well."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +97,8 @@ def attention_forward(
         call = state.call(query, key, value, valid, real, scaling, dropout, kwargs.get(BOUNDS))
     if compressed:
         with torch.autocast(query.device.type, enabled=False):
-            output = state(call).transpose(1, 2).to(query.dtype).contiguous()
+            attend = functools.partial(_in_windows, state, kwargs.get(WINDOW)) if BOUNDS in kwargs else state
+            output = attend(call).transpose(1, 2).to(query.dtype).contiguous()
             weights = None
             if _wants_weights(module, kwargs):
                 weights = compressed_probs(call)[..., : key.shape[2]].to(query.dtype)
@@ -104,6 +111,25 @@ def attention_forward(
     for watcher in state.watchers:
         watcher.hear(output)
     return output, weights
+
+
+def _in_windows(state: CompressedAttention, window: int | None, call: AttentionCall) -> Tensor:
+    """Attention of sequences that lie end to end, [1, Hq, Sq, D], where a token may see those less than `window` away.
+
+    Where all sequences are shorter, or there is no window, that is one call; else one for each of them.
+    """
+    assert call.bounds is not None
+    places = call.bounds.tolist()
+    if window is None or max(end - begin for begin, end in itertools.pairwise(places)) <= window:
+        return state(call)
+    parts = []
+    for begin, end in itertools.pairwise(places):
+        query, key, value = (x[:, :, begin:end] for x in (call.query, call.key, call.value))
+        place = torch.arange(end - begin, device=query.device)
+        near = (place.unsqueeze(-1) - place).abs() < window
+        valid = None if end - begin <= window else near.view(1, 1, *near.shape)
+        parts.append(state(call.with_(query=query, key=key, value=value, valid=valid, bounds=None)))
+    return torch.cat(parts, 2)
 
 
 def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:

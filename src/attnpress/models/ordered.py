@@ -7,12 +7,18 @@ import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.activations import GELUActivation
 
 from attnpress.core.inference import without_gradient
 from attnpress.core.ordered import Passes
+from attnpress.models.encoder import BERT, family_of, products
 from attnpress.models.pipeline import after_encoder, place_hook, place_ordered_sums
+
+PLACES = ("encoder", "transformer")
+"""Names under which models hold their encoder."""
 
 TANH_HEADS = ("RobertaClassificationHead", "XLMRobertaClassificationHead", "CamembertClassificationHead")
 """Heads that call tanh as a function: dense, tanh, out_proj of the first token."""
@@ -25,7 +31,8 @@ class OrderedLayerNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """float32 [..., K]."""
-        return without_gradient(self.compute(x, self.weight, self.bias, self.eps), x, self.weight)
+        bias = torch.zeros_like(self.weight) if self.bias is None else self.bias
+        return without_gradient(self.compute(x, self.weight, bias, self.eps), x, self.weight)
 
 
 class OrderedLinear(nn.Linear):
@@ -66,7 +73,8 @@ def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
     """Have the float layers around the encoder computed in one order; they stay the modules that they are.
 
     That is what belongs to the encoder's own model, every head beside it but one that predicts words (its product is
-    as large as the vocabulary, and stays a library's), and what a pipeline of sentence-transformers does behind it.
+    as large as the vocabulary, and stays a library's), and what a pipeline of sentence-transformers does behind it. Of
+    encoders whose linear layers are int8 one by one, norms and activations inside too.
     """
     place_ordered_sums(model)
     layers: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., Tensor]]] = {
@@ -87,7 +95,7 @@ def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
         elif activation is not None:
             # By a hook: the class of this one is written down when the pipeline is saved.
             place_hook(_owned(module, behind), functools.partial(_activated, activation))
-        if found is not None and not (isinstance(module, nn.LayerNorm) and module.bias is None):
+        if found is not None:
             # The same object: hooks, names and ties of its weights stay.
             module.__class__, vars(module)["compute"] = found
 
@@ -108,16 +116,23 @@ def _activated(compute: Callable[[Tensor], Tensor], _module: nn.Module, args: tu
 
 
 def _base_of(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
-    return next((module for module in model.modules() if getattr(module, "encoder", None) is encoder), None)
+    """The encoder's model: the one around it, or itself."""
+    around = (module for module in model.modules() for name in PLACES if getattr(module, name, None) is encoder)
+    return next(around, encoder if isinstance(encoder, PreTrainedModel) else None)
 
 
 def _around(model: nn.Module, base: Any, encoder: nn.Module) -> Iterator[nn.Module]:
-    """Modules of the encoder's model that are not in the encoder, and those of heads."""
-    beside = [child for child in base.children() if child is not encoder]
+    """Modules of the encoder's model and those of heads.
+
+    Without what an encoder of the BERT family fuses itself, and without products: those left in float are a library's.
+    """
+    fused = family_of(encoder) is BERT
+    beside = [child for child in base.children() if child is not encoder or not fused]
+    left = [] if fused else [layer for _, layers in products(encoder) for layer in layers]
     owner: Any = next((module for module in model.modules() if getattr(module, "base_model", None) is base), base)
     if owner is not base:
         words = getattr(owner, "get_output_embeddings", lambda: None)()
         heads = [child for child in owner.children() if child is not base]
         beside += [head for head in heads if words is None or all(module is not words for module in head.modules())]
     for part in beside:
-        yield from part.modules()
+        yield from (module for module in part.modules() if all(module is not layer for layer in left))
