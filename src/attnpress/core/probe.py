@@ -42,6 +42,7 @@ class Probe:
         counted: bool, same shape: valid pairs of real rows.
         histogram: float64 [Hq, BINS / COARSE], pairs by how late the rule would keep them (see `Rule.bins`).
         loss: float64 [2, Hq] for each of q, k, v, p and output: summed squares of the error, and of the exact values.
+        mass: float64 [2, Hq]: exact P summed over the pairs that have no P code, and over all.
     """
 
     before: Tensor
@@ -50,6 +51,7 @@ class Probe:
     counted: Tensor
     histogram: Tensor
     loss: dict[str, Tensor]
+    mass: Tensor
 
 
 @torch.no_grad()
@@ -65,7 +67,9 @@ def probe(call: AttentionCall) -> Probe:
     counted = pairs.valid if call.real is None else pairs.valid & call.real
     bins = pair_histogram(rule_of(call.spec).bins(pairs.exponent, pairs.probability, pairs.distance), counted)
     loss = _loss(call, before, after, counted)
-    return Probe(before, after, pairs.codes, counted, bins.unflatten(-1, (BINS // COARSE, COARSE)).sum(-1), loss)
+    exact = before.double() * counted
+    mass = torch.stack([(exact * (pairs.codes == 0)).sum((0, 2, 3)), exact.sum((0, 2, 3))])
+    return Probe(before, after, pairs.codes, counted, bins.unflatten(-1, (BINS // COARSE, COARSE)).sum(-1), loss, mass)
 
 
 def relative_error(loss: Tensor) -> Tensor:

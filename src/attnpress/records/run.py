@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ class HeadRecord:
     `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold. `errors` are relative
     root-mean-square errors on a few evaluation rows: of q, k and v from quantizing them, of p and output from all that
     the stage does. Empty in a stage that compresses nothing, and in records made before errors were measured.
+    `pruned_mass` is how much of exact P lies on pairs without a P code, on the same rows; None where `errors` is empty,
+    and in older records.
     """
 
     sparsity: Share
@@ -31,6 +33,7 @@ class HeadRecord:
     keys_per_row: Amount
     threshold: float
     errors: dict[str, float] = field(default_factory=dict)
+    pruned_mass: Share | None = None
 
 
 @dataclass(frozen=True)
@@ -215,12 +218,12 @@ class Record:
         return dataclasses.replace(self, stages=ordered)
 
 
-def with_errors(stage: StageRecord, errors: dict[str, list[dict[str, float]]]) -> StageRecord:
-    """A copy with the errors of each head, by the name of its layer; layers that are not named stay as they are."""
+def with_head_figures(stage: StageRecord, figures: Mapping[str, Sequence[Mapping[str, Any]]]) -> StageRecord:
+    """A copy whose heads have these fields, by the name of their layer; layers that are not named stay as they are."""
 
     def one(layer: LayerRecord) -> LayerRecord:
-        pairs = zip(layer.heads, errors.get(layer.name, [{}] * len(layer.heads)), strict=True)
-        return dataclasses.replace(layer, heads=[dataclasses.replace(head, errors=found) for head, found in pairs])
+        pairs = zip(layer.heads, figures.get(layer.name, [{}] * len(layer.heads)), strict=True)
+        return dataclasses.replace(layer, heads=[dataclasses.replace(head, **found) for head, found in pairs])
 
     return dataclasses.replace(stage, layers=[one(layer) for layer in stage.layers])
 

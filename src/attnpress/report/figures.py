@@ -26,6 +26,7 @@ ERRORS = {
 HEAD_CAPTIONS = {
     "sparsity": "Share of pairs that each head skips. Dark heads read many keys.",
     "threshold": "Pairs below it are pruned. Heads with a high threshold are flat.",
+    "mass": "Share of exact P on pairs without a P code: lost without a tail. Bright heads are flat.",
     "scale": "Step between two codes. A bright head has large values and a coarse grid.",
     "error": "0 is exact, 1 is as wrong as zeros. Bright heads are candidates for more bits.",
     "error-p": "0 is exact, 1 is as wrong as zeros. Bright heads lose most to pruning.",
@@ -161,6 +162,9 @@ def head_values(stage: StageRecord) -> dict[str, tuple[str, list[list[float]]]]:
         values = [[getattr(head, name) for head in layer.heads] for layer in stage.layers]
         if any(any(row) for row in values):
             found[name] = (f"{name} of each head", values)
+    masses = [[head.pruned_mass for head in layer.heads if head.pruned_mass is not None] for layer in stage.layers]
+    if masses and all(masses):
+        found["mass"] = ("pruned share of P", masses)
     for name in ("q", "k", "v"):
         values = [layer.scales[name] for layer in stage.layers if name in layer.scales]
         if values and all(len(row) <= len(layer.heads) for row, layer in zip(values, stage.layers, strict=False)):

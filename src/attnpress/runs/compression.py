@@ -37,7 +37,7 @@ from attnpress.models.loading import (
     take_padding,
 )
 from attnpress.records.reading import to_json
-from attnpress.records.run import STAGES, Record, StageRecord, read_record, with_errors
+from attnpress.records.run import STAGES, Record, StageRecord, read_record, with_head_figures
 from attnpress.records.samples import samples_bytes, samples_file
 from attnpress.runs.card import model_card
 from attnpress.runs.evaluation import evaluate
@@ -175,9 +175,9 @@ def _run_stage(run: Run, record: Record, name: str) -> Record:
     stage = evaluate(model, run.data, name, run.config.data.max_length)
     if name == "dense" and run.config.checkpoint is not None:
         _warn_below_majority(run, stage)
-    samples, errors = take_samples(model, run.data, run.tokenizer, run.config.attention.rule)
+    samples, figures = take_samples(model, run.data, run.tokenizer, run.config.attention.rule)
     record = record.with_stage(
-        dataclasses.replace(with_errors(stage, errors), seconds=round(time.monotonic() - begin, 1))
+        dataclasses.replace(with_head_figures(stage, figures), seconds=round(time.monotonic() - begin, 1))
     )
     if history := read_history(_log(run, name)):
         record = dataclasses.replace(record, training={**record.training, name: history})
