@@ -84,7 +84,7 @@ def test_a_field_may_be_as_long_as_it_likes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b'{"a": "fine \\ud83d", "b": 1}', "line 1: column 'a' holds half of a surrogate pair"),
+        (b'{"a": "fine \\ud83d", "b": 1}', "line 1: column 'a' holds an unpaired surrogate"),
         (b'{"a": "fine", "b": "\\ud83d"}', "line 1: column 'b' must hold a name or a number"),
         (b'{"a": "fine", "b": [1]}', "line 1: column 'b' must hold a name or a number"),
         (b'{"a": "fine", "b": NaN}', r"line 1: not valid JSON \(NaN is no JSON value\)"),

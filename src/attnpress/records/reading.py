@@ -51,7 +51,7 @@ def build_record(kind: type[Built], data: Any, where: str, damaged: str = "damag
         RecordError: names the file and the field that does not fit.
     """
     if not _is_unicode(data):
-        raise RecordError(f"{where}: {damaged}: it holds half of a surrogate pair, which no text can")
+        raise RecordError(f"{where}: {damaged}: it holds an unpaired surrogate, which UTF-8 cannot encode")
     try:
         return build(kind, data, extra=extra)
     except FieldError as error:

@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 defines it: Python's own reader also takes NaN, repeated keys and halves of surrogate pairs."""
+"""JSON as RFC 8259 defines it: Python's own reader also takes NaN, repeated keys and unpaired surrogates."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ def dump_json(value: Any) -> str:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not is_unicode(text):
-        raise ValueError("half of a surrogate pair")
+        raise ValueError("an unpaired surrogate")
     return text
 
 
 def is_unicode(text: str) -> bool:
-    """False for a string with half of a surrogate pair, which no encoding of Unicode can hold."""
+    """False for a string with an unpaired surrogate, which no encoding of Unicode can hold."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:

@@ -325,7 +325,7 @@ def _row(line: int, record: Record, columns: Sequence[str]) -> Row | Broken:
             found = f"found {text!r:.40}" if name in record else f"keys there: {keys or 'none'}"
             return Broken(f"no text under {name!r} ({found})", "")
         if not is_unicode(text):
-            return Broken(f"half of a surrogate pair under {name!r}", "")
+            return Broken(f"an unpaired surrogate under {name!r}", "")
     row: Row = {"line": line} | {name: record[name] for name in (*columns, "id") if name in record}
     try:
         dump_json(row.get("id"))
