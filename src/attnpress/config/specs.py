@@ -47,8 +47,7 @@ Number = BeforeValidator(_is_number)
 Usable = AfterValidator(_is_usable)
 
 LARGEST_HEAD = 512
-"""Largest head size. Beyond it, differences of 8-bit scores exceed 2^24, the limit of exact float32 integers (numerics,
-2)."""
+"""Largest head size. Beyond it, differences of 8-bit scores exceed 2^24, the limit of exact float32 integers."""
 
 Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
 Fraction = Annotated[float, Number, Field(ge=0, le=1)]

@@ -22,7 +22,7 @@ SUFFIXES = (".csv", *TABS, *JSON_LINES)
 """Quoted CSV, unquoted tab-separated text (.tsv, .txt), JSON lines (the last three)."""
 
 LONGEST_FIELD = 2**31 - 1
-"""Of a CSV field, in characters; Python's own limit is 131,072, and its largest is a C long."""
+"""Maximum length of a CSV field in characters. Python's default is 131,072; its maximum is a C long."""
 
 FOREIGN = {
     b"\x1f\x8b": "compressed by gzip; unpack it first",
@@ -56,7 +56,7 @@ class Broken:
 
 
 Numbered = Iterator[tuple[int, Record | Broken]]
-"""Rows with the number of the line in which each begins, from 1."""
+"""Rows with the number of their first line, from 1."""
 
 
 def ending(path: Path) -> str:

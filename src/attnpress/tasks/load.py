@@ -1,5 +1,4 @@
-"""Load a task: read rows, fit labels, tokenize text, bind metrics. Everything stays in memory; no cache file is
-written."""
+"""Load a task: read rows, fit labels, tokenize text, bind metrics. Everything stays in memory, without cache files."""
 
 from __future__ import annotations
 

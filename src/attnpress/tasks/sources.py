@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TOLERATED, TOLERATED_SHARE = 10, 0.01
-"""Broken rows of a published file that are left out: as many, or that share of its rows if it is more."""
+"""Maximum number of broken rows in a published file, or this share of its rows if that is more."""
 
 log = logging.getLogger(__name__)
 

@@ -126,8 +126,7 @@ def encode_windows(
 def squad_metrics(
     questions: Sequence[Question], windows: Sequence[Window]
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """Build the `compute_metrics` function of a Trainer, for start and end logits, each [windows, longest row], in this
-    order."""
+    """Build a Trainer's `compute_metrics` for start and end logits, each [windows, longest row], in this order."""
     targets = [{"id": str(i), "answers": {"text": list(one.answers)}} for i, one in enumerate(questions)]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:

@@ -19,13 +19,13 @@ from attnpress.tasks.lines import SUFFIXES, Broken, Record, TaskError, ending, f
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 USUAL = (("text",), ("sentence",), ("query", "passage"), ("query", "document"), ("sentence1", "sentence2"))
-"""Names of columns that are taken without being asked for, the first that a file has."""
+"""Default names of text columns; the first that a file has are used."""
 
 SCANNED = 20_000
-"""Rows of a long file, from its beginning, among which texts are drawn."""
+"""Number of rows at the beginning of a file from which texts are drawn."""
 
 FEW_VALUES = 20
-"""A second column with no more different values than this, all of them short, looks like labels."""
+"""A second column with at most this many different values, all of them short, is taken for labels."""
 
 Text = tuple[str, ...]
 """One text, or the two of a pair."""
