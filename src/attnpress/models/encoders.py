@@ -233,7 +233,7 @@ def _check(name: str, plain: dict[str, Any]) -> None:
         )
     if plain.get("auto_map") and family not in CONFIG_MAPPING:
         raise ModelError(
-            f"model: {name} needs code of its own, which attnpress does not run; load it with trust_remote_code=True and "
+            f"model: {name} needs code of its own, which is not run here; load it with trust_remote_code=True and "
             "pass the model to attnpress.quantize"
         )
     if plain.get("is_encoder_decoder"):

@@ -26,7 +26,7 @@ SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
 """Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
 
 BOUNDS = "attnpress_bounds"
-"""Argument with the bounds of sequences that lie end to end in one row, int64 [sequences + 1]."""
+"""Argument with the bounds of packed sequences, int64 [sequences + 1]."""
 
 
 @dataclass(frozen=True)
