@@ -98,7 +98,7 @@ NOT_OF_THEIR_TYPE: list[tuple[str, str]] = [
     (damaged(lambda data: data.update(format=True)), r"damaged record \('format'\)"),
     (damaged(lambda data: data.update(recipe={"data": "\ud83d"})), "damaged record: it holds an unpaired surrogate"),
     (to_json(RECORD).replace("90.0", "NaN"), r"not a record of a run \(.*NaN is not a JSON value"),
-    (to_json(RECORD).replace('"majority"', '"headline": "f1", "majority"'), "run .*duplicate key 'headline'"),
+    (to_json(RECORD).replace('"majority"', '"headline": "f1", "majority"'), "not a .*duplicate key 'headline'"),
 ]
 
 
