@@ -174,11 +174,13 @@ class AttentionSpec:
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         if self.q.granularity == "channel":
-            raise ValueError("q.granularity: 'channel' cannot leave the sums of Q K^T; use tensor, head or token")
+            raise ValueError("q.granularity: 'channel' would vary inside the sums of Q K^T; use tensor, head or token")
         if self.k.granularity not in ("tensor", "head"):
-            raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
+            raise ValueError(
+                f"k.granularity: {self.k.granularity!r} would vary within a row of scores; use tensor or head"
+            )
         if self.v.granularity == "token":
-            raise ValueError("v.granularity: 'token' cannot leave the integer sums of P V; use tensor, head or channel")
+            raise ValueError("v.granularity: 'token' would vary inside the sums of P V; use tensor, head or channel")
         if self.threshold is not None and RULES[self.rule].counts:
             raise ValueError(f"threshold: rule {self.rule!r} keeps a count, not a threshold; set sparsity instead")
         trainable = RULES[self.rule].trainable and self.p.mode == "row" and self.threshold is None
@@ -196,7 +198,7 @@ class AttentionSpec:
         if None in self.bits.values():
             raise ValueError(f"tail: {self.tail!r} needs bits for all of q, k, v and p; set them, or tail none")
         if self.p.mode != "row":
-            raise ValueError("tail: p.mode 'unit' keeps the mass of what is pruned in its own way; set p.mode row")
+            raise ValueError("tail: p.mode 'unit' already keeps the mass of pruned pairs; set p.mode row")
         if self.threshold_penalty is not None:
             raise ValueError("tail: trained thresholds (threshold_penalty) have no tail; set one of the two")
 

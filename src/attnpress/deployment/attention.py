@@ -166,7 +166,8 @@ def _say_once() -> None:
 @functools.cache
 def _say_reference(reason: str) -> None:
     warnings.warn(
-        f"attention runs through the slow reference, since {reason}; pass backend='reference' to mean it", stacklevel=5
+        f"attention runs through the slow reference, since {reason}; pass backend='reference' to choose it",
+        stacklevel=5,
     )
 
 

@@ -40,7 +40,7 @@ def listed(batches: Iterable[Batch], needed_by: str) -> list[Batch]:
     kept = list(batches)
     if not kept:
         raise BatchError(
-            f"{needed_by} needs at least one batch of real data; an iterator that was read before has none left"
+            f"{needed_by} needs at least one batch of real data; an iterator that was already read is empty"
         )
     return kept
 

@@ -67,7 +67,7 @@ def read_lanes(file: Path) -> LaneRecord:
     for layer in found.layers:
         for lanes in layer.cycles:
             if not re.fullmatch(r"[1-9]\d{0,8}", lanes):
-                raise RecordError(f"{file}: damaged (layer {layer.name!r}): {lanes!r:.40} is no number of lanes")
+                raise RecordError(f"{file}: damaged (layer {layer.name!r}): {lanes!r:.40} is not a number of lanes")
     wanted = {(lanes, schedule) for lanes in found.lanes for schedule in SCHEDULES}
     for layer in found.layers:
         if {(int(lanes), each) for lanes, cycles in layer.cycles.items() for each in cycles} != wanted or not wanted:

@@ -315,9 +315,7 @@ def to_svg(figure: Figure, name: str) -> str:
     """The figure as SVG in marker colours. Equal figures give equal text: no dates, and ids begin with `name`."""
     text = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing", category=UserWarning
-        )  # the page sets the fonts
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)  # the page sets the fonts
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

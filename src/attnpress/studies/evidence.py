@@ -78,7 +78,7 @@ class EvidenceSpec:
         for cell in cells:
             cls._plain_name(cell)
         if taken := [cell for cell in cells if cell.startswith(DENSE_CELL)]:
-            raise ValueError(f"{taken[0]!r} begins as the names of dense models do; call the cell otherwise")
+            raise ValueError(f"{taken[0]!r} starts like the names of dense models; rename the cell")
         return cells
 
 

@@ -108,7 +108,9 @@ def _read_member(path: Path) -> str:
         raise TaskError(f"data.data_dir: {path} cannot be read ({error.strerror}); put {ARCHIVE} there") from None
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
-        raise TaskError(f"{path}: sha256 is {found}, expected {SHA256}; delete the file and run again to fetch it anew")
+        raise TaskError(
+            f"{path}: sha256 is {found}, expected {SHA256}; delete the file and run again to fetch it again"
+        )
     return _extract(_extract(content, INNER), MEMBER).decode("utf-8")
 
 

@@ -197,10 +197,10 @@ def _question(name: str, key: str, question: str, context: str, answers: Mapping
     for text in (question, context, *texts):
         if not isinstance(text, str) or not is_unicode(text):
             raise TaskError(
-                f"{name}: question {key!r:.80} has something else than text in it ({text!r:.40}); correct it"
+                f"{name}: question {key!r:.80} contains a value that is not text ({text!r:.40}); correct it"
             )
     if not all(type(start) is int for start in starts):
-        raise TaskError(f"{name}: question {key!r:.80} has an answer_start that is no whole number; correct it")
+        raise TaskError(f"{name}: question {key!r:.80} has an answer_start that is not an integer; correct it")
     if not texts or not all(texts):
         raise TaskError(f"{name}: question {key!r} has no answer; SQuAD v1.1 is expected, not v2.0")
     if not all(start >= 0 and start + len(text) <= len(context) for text, start in zip(texts, starts, strict=True)):

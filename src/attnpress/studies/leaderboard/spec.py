@@ -57,7 +57,9 @@ class BoardSpec:
     def _check(self) -> BoardSpec:
         for name in (*self.tasks, *self.rules):
             if not name.replace("-", "").isalnum():
-                raise ValueError(f"{name}: names of tasks and rules are letters, digits and hyphens: folders have them")
+                raise ValueError(
+                    f"{name}: use letters, digits and hyphens for names of tasks and rules, which name folders"
+                )
         if not plan(self):
             raise ValueError("nothing to compare; give tasks, rules, sparsities and seeds")
         return self

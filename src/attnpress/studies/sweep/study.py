@@ -82,7 +82,7 @@ def _claim(study: optuna.Study, sweep: SweepSpec) -> None:
     changed = differences(study.user_attrs.setdefault("sweep", now), now)
     if changed:
         raise SweepError(
-            f"the study {sweep.name!r} in this storage searches otherwise (differs in {', '.join(changed)}); "
+            f"the study {sweep.name!r} in this storage has other settings (differs in {', '.join(changed)}); "
             "choose another --output, or another name or storage"
         )
     study.set_user_attr("sweep", now)
