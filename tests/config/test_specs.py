@@ -74,7 +74,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"rule": "topk", "budget": "sensitivity"}}, "budget: it needs thresholds that are fitted"),
     ({"attention": {"threshold": 0.1, "budget": "sensitivity"}}, "budget: it needs thresholds that are fitted"),
     ({"attention": {"sparsity": 0.9, "threshold_penalty": 1.0}}, "schedule.start: give the sparsity at which trained"),
-    ({"attention": {"q": {"granularity": "channel"}}}, r"q\.granularity: 'channel' would vary inside .*use tensor, head"),
+    ({"attention": {"q": {"granularity": "channel"}}}, r"q\.granularity: 'channel' would vary inside .*tensor, head"),
     ({"attention": {"k": {"granularity": "token"}}}, r"k\.granularity: 'token' would vary within .*use tensor or head"),
     ({"attention": {"v": {"granularity": "token"}}}, r"v\.granularity: 'token' cannot .*use tensor, head or channel"),
     ({"attention": {"q": {"bits": None}}}, r"q\.bits, k\.bits: quantize both of Q and K, or neither"),
