@@ -154,7 +154,7 @@ def test_a_search_holds_what_it_is_asked_to_hold(
     assert [trial.sparsity for trial in loose.trials] == [0.6]
     assert any(line.startswith("tried 8 bits, sparsity 0.6") for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fast"]
-    with pytest.raises(ValueError, match="--max-loss 1e-09: no form holds it"):
+    with pytest.raises(ValueError, match="--max-loss 1e-09: no form meets it"):
         attnpress.quantize(tiny_model, TEXTS, max_loss=1e-9)
 
 

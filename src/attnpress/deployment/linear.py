@@ -24,14 +24,15 @@ from attnpress.tasks import TaskData
 from attnpress.tasks.batches import training_batches
 
 TOLERANCE = 0.25
-"""Largest relative change of the model's output that int8 linear layers may make together.
+"""Largest relative change of the model's output by all int8 linear layers together.
 
-Rounding moves attention's codes across their borders, so even a change of weights by a hundred-thousandth moves the
-logits of MiniLM on MRPC by 0.04, one by a thousandth by 0.08, and int8 layers, which predict as well, by 0.10 to 0.15.
+Rounding moves attention's codes across their borders, so even a relative change of weights by 1e-5 changes the logits
+of MiniLM on MRPC by 0.04, one by 1e-3 changes them by 0.08, and int8 layers, which predict equally well, by 0.10 to
+0.15.
 """
 
 JUDGED = 2
-"""Batches on which each product is judged alone: one pass over them for each product."""
+"""Batches on which each product is measured; each product costs one pass over them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from attnpress.models.watchers import Fitting, Gathering, Observing, watched
 from attnpress.training.sensitivity import head_changes
 
 SENSITIVITY_BATCHES = 2
-"""Each head costs a forward pass over them."""
+"""Number of batches; each head costs a forward pass over them."""
 
 REFITS = 2
 """Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""

@@ -25,7 +25,7 @@ from attnpress.tasks import DivergedPredictionsError, TaskData
 from attnpress.tasks.predictions import predict
 
 WATCHED_ROWS, WATCHED_TIMES = 200, 6
-"""How many evaluation rows the metric is watched on while training, and how often in a stage."""
+"""Number of evaluation rows for the watched metric, and of evaluations per stage."""
 
 Logs = dict[str, Any]
 

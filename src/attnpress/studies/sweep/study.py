@@ -66,7 +66,7 @@ def _storage(sweep: SweepSpec, output: Path) -> optuna.storages.RDBStorage:
 
     url = sweep.storage or f"sqlite:///{output.resolve() / 'study.db'}"
     patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
-    with warnings.catch_warnings():  # retrying is "experimental" since Optuna 2.8
+    with warnings.catch_warnings():  # retries are "experimental" since Optuna 2.8
         warnings.simplefilter("ignore", ExperimentalWarning)
         return RDBStorage(
             url,
