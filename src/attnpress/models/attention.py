@@ -219,7 +219,7 @@ class CompressedAttention(nn.Module):
             NotCalibratedError: says what is missing and what to do.
         """
         for part in [part for part in self.unset if not self._is_untouched(part)]:
-            self.unset.discard(part)  # somebody wrote values of their own there
+            self.unset.discard(part)  # the user has written values there
         lacking = sorted(self.unset if thresholds else self.unset - {"cutoff"})
         if lacking:
             raise NotCalibratedError(
@@ -382,7 +382,7 @@ class CompressedAttention(nn.Module):
             self.unset -= own.keys()
             warnings.warn(
                 "the state of compressed attention is from an older version of attnpress, which did not store the "
-                "spec: the spec and the sparsity in force stay those that the model was bound with",
+                "spec: the spec and the current sparsity stay those that the model was bound with",
                 stacklevel=2,
             )
 

@@ -294,7 +294,7 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 
 def _real_tokens(encoder: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
+    """The real tokens, bool [B, S]; None if packing gains nothing, or if a watcher needs the padded batch."""
     if mask is None or torch.compiler.is_compiling() or any(state.watchers for state in states(encoder)):
         return None
     return padding_alone(mask, *hidden.shape[:2])
