@@ -27,11 +27,11 @@ HELD = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
-"""What keeps torch and OpenVINO to the instructions of a target, by target."""
+"""Environment variables that restrict torch and OpenVINO to a target's instructions, by target."""
 
 
 NEVER_HELD = ("onnxruntime-int8",)
-"""Peers that ask the processor alone."""
+"""Peers that always use all instructions of the processor."""
 
 
 class BenchmarkError(ValueError):

@@ -15,7 +15,7 @@ from attnpress.kernels import cpu
 from attnpress.records.provenance import machine, versions
 
 TOLD = ("nncf", "onnxruntime", "openvino", "sageattention", "transformers", "triton")
-"""Packages whose versions matter to a time, beside our own and torch."""
+"""Packages whose versions affect a timing, besides attnpress and torch."""
 
 
 def provenance(*packages: str) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class Runtime:
     session: Callable[[Path, int], Session]
 
     def serve(self, file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
-        """The graph in that file, run again and again on the same inputs."""
+        """Run the graph in that file repeatedly on the same inputs."""
         session = self.session(file, threads)
         return Prepared(lambda: session.run(inputs), session.facts)
 

@@ -23,7 +23,7 @@ from attnpress.core.quantizer import quantize
 from attnpress.kernels import cpu, ops
 
 BLOCKS = (math.inf, 512, 256)
-"""Rows and keys of a product at once: a call costs some microseconds, a large result leaves the cache."""
+"""Rows and keys per product: a call has a fixed cost, and large results leave the cache."""
 
 
 def prepare(name: str, file: str, threads: int) -> Prepared:

@@ -29,7 +29,7 @@ STOCK: dict[str, Callable[[], Any]] = {
     "bert-base": BertConfig,
     "modernbert-base": ModernBertConfig,
 }
-"""A folder of trained weights, or the default configuration of that size, to be filled with random ones."""
+"""Folder of trained weights, or the default configuration of that size for random weights."""
 
 _TIMED = "attnpress-timed"
 

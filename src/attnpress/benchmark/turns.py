@@ -23,7 +23,7 @@ from typing import Any
 
 ROUNDS = 15
 SETTLED = 0.05
-"""A process whose threads together use less than this share of one processor is asleep."""
+"""A process that uses less than this share of one processor counts as asleep."""
 
 Run = Callable[[], object]
 

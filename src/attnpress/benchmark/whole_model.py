@@ -46,7 +46,7 @@ from attnpress.models.outputs import outputs
 from attnpress.training.calibration import REFITS, calibrate, watching
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
-"""Peers by Transformers: its implementation of attention, and the dtype of everything."""
+"""Transformers peers: attention implementation and dtype."""
 PEERS = (*TORCH, *RUNTIMES)
 USUAL_PEERS = ("sdpa", "eager")
 SECONDS = 4.0
@@ -54,12 +54,12 @@ INPUTS = "inputs.safetensors"
 EXPECTED = "expected.safetensors"
 TOLD = ("peak_mb", "model_mb", "file_mb", "attention", "difference")
 FIELDS = (*TOLD, "unpruned_difference", "sparsity", "linear_layers", "activation_bits", "target")
-"""What a side says that has fields of `ModelTiming`; the former for each side."""
+"""Facts of a side with their own fields in `ModelTiming`; the former exist for each side."""
 SHARE_CALLS = 3
 CALIBRATION_TOKENS = 512
-"""Scales are taken from this much of the input: calibration holds S x S matrices. Thresholds see all of it."""
+"""Scales are calibrated on this many tokens, since calibration needs S x S matrices; thresholds on all."""
 ROWS = 256
-"""Query rows of each head that thresholds are fitted to, evenly spaced over the input."""
+"""Evenly spaced query rows per head for fitting thresholds."""
 
 
 @dataclass(frozen=True, kw_only=True)

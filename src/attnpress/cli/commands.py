@@ -16,7 +16,7 @@ from attnpress.config.recipe import dump_config, load_config, load_spec, overrid
 from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_json, write_text
 
 GENERATOR = b'<meta name="generator" content="attnpress">'
-"""In every page of `report`: only such a file is replaced by the next."""
+"""Mark of every page of `report`; only such a file is replaced by a new page."""
 
 
 def compress(options: argparse.Namespace) -> int:

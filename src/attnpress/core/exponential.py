@@ -32,7 +32,7 @@ T_MAX = 18 * STEPS_PER_OCTAVE
 """Exponent at which implementations may saturate: its power is 0, like that of every t above 17 octaves."""
 
 _FAR = 1e30
-"""Lifts any positive float32 difference of distances above T_MAX."""
+"""Factor that raises any positive float32 difference of distances above T_MAX."""
 
 LOG2_E = 1.4426950408889634
 # Cubic coefficients of 1 - 2^-x on [0, 1) in units of 2^-16, from a search over integers for the smallest maximum

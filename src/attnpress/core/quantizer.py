@@ -14,7 +14,7 @@ EXACT = 2**24
 """float32 represents every integer up to this magnitude."""
 
 _EDGE = 1 + 2.0**-21
-"""Rounding of x * (1 / scale): the value that a scale was taken from counts as inside the range, not beyond it."""
+"""Tolerance for the rounding of x * (1 / scale), so that the value that defines the scale is not clipped."""
 
 MEAN_GRID, MEAN_LIMIT = 2.0**20, 2.0**36
 """K smoothing averages multiples of 2^-20 up to 2^16: float64 sums of up to 2^17 of them are exact in any order."""

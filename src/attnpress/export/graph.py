@@ -135,7 +135,7 @@ def _divisor(p: Tensor, spec: ProbsSpec) -> Tensor:
 
 
 LONGEST = EXACT // 255
-"""Keys up to which float32 sums of P codes are exact: 65,793."""
+"""Maximum number of keys for which float32 sums of P codes are exact: 65,793."""
 
 
 def check_exportable(model: nn.Module, runtime: str = "onnx") -> None:

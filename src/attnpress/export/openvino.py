@@ -16,7 +16,7 @@ from attnpress.export.graph import LONGEST, openvino_fake_quantize, trace_graph
 
 FILE = "model.xml"
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
-"""On processors with bf16 the plugin would otherwise round the integer scores to 8 bits."""
+"""On processors with bf16, the plugin would round the integer scores to 8 bits by default."""
 
 INT8 = ("i8", "u8")
 

@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 CODES = ("q_codes", "k_codes", "v_codes")
 GIVEN = (*CODES, "valid", "alpha", "v_scale")
-"""What all else follows from, with the thresholds and the tail's parameters where there are any."""
+"""Tensors that determine all others, with thresholds and the tail's parameters if there are any."""
 
 
 @dataclasses.dataclass(frozen=True)

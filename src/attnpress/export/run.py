@@ -31,7 +31,7 @@ from attnpress.tasks import TaskData
 FORMAT = 2
 RECORD = "export.json"
 BATCH = 16
-"""Rows of the evaluation set that are padded together, at most."""
+"""Maximum number of evaluation rows padded together."""
 
 Record = dict[str, Any]
 Batch = dict[str, Tensor]

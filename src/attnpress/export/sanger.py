@@ -18,10 +18,10 @@ from attnpress.export.sequences import AttendedSequence
 
 FILE = "load_balance.csv"
 PORTS = 64
-"""Keys of a vector, the width of Sanger's array."""
+"""Keys per vector, the width of Sanger's array."""
 
 HALF, QUARTER = 32, 16
-"""Multipliers of a row of the array: 50 % and 25 % of the ports."""
+"""Multipliers per row of the array: 50 % and 25 % of the ports."""
 
 HEADER = (
     "50%-no-skip",

@@ -31,7 +31,7 @@ HOW_TO_GET = (
     "install the wheel of attnpress for Linux on x86-64; or, with a C++17 compiler, run `make kernel` in a checkout or "
     "`pip install .` in an unpacked source distribution"
 )
-"""The ways to a package with its kernel, for messages."""
+"""How to get a package with its kernel, for messages."""
 
 NOT_BUILT = f"the CPU kernel is not built: {HOW_TO_GET}; or use backend 'reference'"
 

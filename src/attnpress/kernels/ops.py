@@ -223,7 +223,7 @@ INTEGERS = (
     "tail_score",
     "tail_slope",
 )
-"""What `attention_integers` returns, in order."""
+"""Results of `attention_integers`, in order."""
 
 TAIL_AT = 19
 """Position of the tail's name among the operators' arguments."""

@@ -43,16 +43,16 @@ from attnpress.models.state import (
 )
 
 NAME = "attnpress"
-"""Of the attention implementation, the quantization method, and the child module that holds the state."""
+"""Name of the attention implementation, the quantization method, and the child module with the state."""
 
 ROW_STRIDE = 8
-"""While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
+"""In training, every eighth query row feeds the running histogram, with an offset that changes each step."""
 
 HISTOGRAM_DECAY = 0.95
-"""What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
+"""Decay of the histogram per step: thresholds follow about the last 20 steps."""
 
 EXTRA = "_extra_state"
-"""How torch ends the names of extra states in a state dict."""
+"""Suffix of extra states in a state dict of torch."""
 
 
 class Watcher:

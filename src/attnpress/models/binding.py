@@ -34,7 +34,7 @@ from attnpress.models.watchers import Capturing, Looking, watched
 Model = TypeVar("Model", bound=nn.Module)
 
 OTHER_TOKENS = ("key_value_states", "encoder_hidden_states")
-"""Arguments by which attention modules of Transformers are given the tokens to attend to, if not their own."""
+"""Arguments of Transformers' attention modules for cross-attention."""
 
 
 def bind(

@@ -15,7 +15,7 @@ from attnpress.models.attention import EXTRA, NAME, CompressedAttention
 from attnpress.models.state import StateError, differences, fault, unpack_extra
 
 HEAD_SIZES = ("head_dim", "attention_head_size", "dim_per_head")
-"""Attributes by which attention modules of Transformers say how large their heads are."""
+"""Attributes of Transformers' attention modules that hold the head size."""
 
 
 class ModelError(ValueError):

@@ -34,7 +34,7 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "up": ("intermediate.dense",),
     "down": ("output.dense",),
 }
-"""The linear layers of an encoder layer, by the product that computes them: those with one input are one product."""
+"""Linear layers of an encoder layer by product; those with the same input are one product."""
 
 FLOAT = ProductPlan(quantized=False)
 
@@ -83,10 +83,10 @@ ONE_BY_ONE = (
         {"qkv": ("attn.Wqkv",), "attention": ("attn.Wo",), "up": ("mlp.Wi",), "down": ("mlp.Wo",)},
     ),
 )
-"""DistilBERT and ModernBERT: each product is one linear layer, and what stands around it stays Transformers' own."""
+"""DistilBERT and ModernBERT: each product is one linear layer; everything else stays Transformers' own."""
 
 EMBEDDING = "embedding"
-"""The word embedding, in plans: not a product, but it goes to half precision with them."""
+"""Name of the word embedding in plans. It is converted to half precision along with the products."""
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
@@ -244,7 +244,7 @@ class Packed:
 
 
 PACKED = "attnpress_packed"
-"""Name of the encoder's argument that holds it."""
+"""Name of the encoder's argument for `Packed`."""
 
 
 class Packing:

@@ -23,7 +23,7 @@ from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
-"""Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
+"""Arguments for score terms besides a mask: biases, soft caps, attention sinks."""
 
 BOUNDS = "attnpress_bounds"
 """Argument with the bounds of packed sequences, int64 [sequences + 1]."""
@@ -47,7 +47,7 @@ class NotedCall:
 
 
 noted: ContextVar[list[NotedCall] | None] = ContextVar("attention_calls", default=None)
-"""While an example passes through a model that is not bound yet: where each module notes its call."""
+"""Where modules of an unbound model record their calls while an example passes through it."""
 
 
 class UnsupportedModelError(ValueError):

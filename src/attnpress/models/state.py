@@ -42,8 +42,8 @@ UNSET = ("q_scale", "k_scale", "v_scale", "cutoff")
 """The names that calibration sets."""
 
 FREE = ("sparsity", "budget", "threshold_penalty", "observer", "learned", "power_of_two")
-"""Keys of a spec that may differ between a state and the module it is loaded into: they do not change what scales and
-thresholds mean. The sparsity is taken from the state."""
+"""Keys of a spec that may differ between a state and its module, since scales and thresholds do not depend on them. The
+sparsity is taken from the state."""
 
 
 class NotCalibratedError(ValueError, RuntimeError):

@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity
 from attnpress.models.encoders import Kind
 
 HEADLINE: dict[Kind, str] = {"embedder": "cosine", "classifier": "same_decisions", "reranker": "same_order"}
-"""The figure that `--max-loss` is about: its loss is 1 minus it."""
+"""The metric for `--max-loss`, whose loss is 1 minus it."""
 
 
 def agreement(kind: Kind, dense: Tensor, compressed: Tensor, groups: Sequence[Hashable] = ()) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""A compressed form of an encoder: made from calibration texts, judged on others."""
+"""A compressed form of an encoder: calibrated on some texts, evaluated on others."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from attnpress.training.calibration import calibrate
 from attnpress.training.unlabelled import train_unlabelled
 
 BATCH = 8
-"""Texts that go through the model together while it is calibrated: its intermediate results are large."""
+"""Texts per batch in calibration, whose intermediate results are large."""
 
 RATE = 1e-4
-"""Learning rate at its peak, of a form that is trained."""
+"""Peak learning rate for a form that is trained."""
 
 COUNTED = 16
-"""Texts on which survivors are counted."""
+"""Number of texts on which survivors are counted."""
 
 
 @dataclass(frozen=True)

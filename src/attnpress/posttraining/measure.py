@@ -22,7 +22,7 @@ from attnpress.models.loading import quiet
 
 ROUNDS = 3
 TIMED = 64
-"""Texts of one call that is timed."""
+"""Texts per timed call."""
 
 
 @dataclass(frozen=True)

@@ -19,11 +19,11 @@ Cells = Mapping[str, Sequence[Record]]
 
 DENSE_CELL = "dense"
 DETAILED = "0.95"
-"""Cells of this sparsity also show what quantizing and pruning do without training."""
+"""Cells of this sparsity also show quantization and pruning without training."""
 PADDED = {"squad": 384, "squadpart": 384}
-"""Customary padded length, where it is not 128."""
+"""Customary padded lengths other than 128."""
 TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD"}
-"""Titles, where they are not the names."""
+"""Titles that differ from the names."""
 COLUMNS = (
     "bits, asked",
     "stage",

@@ -32,7 +32,7 @@ HEAD_CAPTIONS = {
     "error-p": "0 is exact, 1 is as wrong as zeros. Bright heads lose most to pruning.",
     "error-output": "0 is exact, 1 is as wrong as an output of zeros. Bright heads lose most.",
 }
-"""What to look for in a map of heads, by its name or the first part of it."""
+"""What to look for in a map of heads, by its name or the beginning of it."""
 
 
 SCORE_CAPTION = "Right is sparser, up is better. Marks inside the grey band differ from dense by no more than chance."

@@ -35,7 +35,7 @@ BEFORE, AFTER = "dense", "progressive"
 """The stages that maps and histograms compare."""
 
 LANES = Path("export", "csv", "lanes.json")
-"""Where `attnpress export --to csv` leaves a load balance in a run folder."""
+"""Where `attnpress export --to csv` writes a load balance in a run folder."""
 
 
 @dataclass(frozen=True)

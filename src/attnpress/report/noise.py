@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 
 CORRELATIONS = ("matthews", "pearson", "spearman")
-"""Metrics from -1 to 1, times 100; all others are shares, in percent."""
+"""Metrics from -1 to 1, times 100; all others are proportions, in percent."""
 
 WATCHED_ROWS = 200
-"""Most rows on which a score is watched during training (`training.progress`)."""
+"""Maximum number of rows for the watched score in training (`training.progress`)."""
 
 
 def standard_error(metric: str, score: float, rows: int) -> float:

@@ -24,15 +24,15 @@ THEME = {"ink": "#010203", "line": "#020304", "paper": "#030405"}
 PRINT = {"ink": "#1c1f24", "line": "#d4d8de", "paper": "#ffffff"}
 COLORS = ("#3579b8", "#d9730d", "#2a9468", "#9166cc", "#cf4457", "#8a7a3c")
 MARKERS = "Dos^vPX*"
-"""Series; each stands out from white paper and from a dark page."""
+"""Colours of series, readable on light and dark pages."""
 SKIPPED = "#c3c7cd"
-"""Ground of the maps: unlike any colour of the scale, on a dark page too."""
+"""Background of the maps, distinct from every colour of the scale, on light and dark pages."""
 
 SHORT = 22
-"""Letters of a label that leaves room for another beside it."""
+"""Maximum length of a label that leaves room for another beside it."""
 
 WIDTH = 4.0
-"""Inches, of every figure: narrow enough that its letters can be read on a phone."""
+"""Width of every figure in inches, narrow enough to be readable on a phone."""
 
 STYLE: Any = {
     "svg.fonttype": "none",

@@ -23,10 +23,10 @@ from attnpress.records.run import read_record
 from attnpress.tasks import TaskData
 
 MARK, RECIPE = "run", "recipe.yaml"
-"""What the marker of a run folder says, and the file that says of which recipe."""
+"""Kind of a run folder in its marker, and the file with its recipe."""
 
 COPIES = 8
-"""Disk a run needs, in copies of the weights: two checkpoints with optimizer state, and two final models."""
+"""Disk space of a run in copies of the weights: two checkpoints with optimizer state, and two final models."""
 
 
 def claim_folder(config: RunConfig, output: Path) -> None:

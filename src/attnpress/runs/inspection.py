@@ -29,11 +29,14 @@ from attnpress.training.calibration import calibrate
 from attnpress.training.sensitivity import head_changes
 
 TOLERANCE = 0.5
-"""Largest relative change of the hidden states, before training, that a suggestion allows. On the dense model of the
-demo, its recipe changes them by 0.7; that cost 1.3 points of accuracy before training, and 0.2 after it."""
+"""Maximum relative change of the hidden states, before training, for a suggestion.
+
+On the dense model of the demo, its recipe changes them by 0.7. That cost 1.3 points of accuracy before training, and
+0.2 after it.
+"""
 
 BEGIN = 8
-"""Bits that a suggestion has: 4 need more care, and more training, and are for a second run."""
+"""Bits of a suggestion. 4 bits need more care and training."""
 
 MASS = 0.99
 
@@ -46,7 +49,7 @@ def spec_of(bits: int, sparsity: float) -> AttentionSpec:
 
 TRIALS = tuple(spec_of(bits, sparsity) for bits in (8, 4) for sparsity in (0.0, 0.5, 0.8, 0.9, 0.95))
 QUANTIZED, PRUNED = spec_of(4, 0.0), spec_of(8, 0.9)
-"""What the sensitivity of single heads is measured with."""
+"""Specs with which the sensitivity of single heads is measured."""
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,11 @@ from attnpress.records.samples import Samples
 from attnpress.tasks import TaskData
 
 ROWS, BATCH = 32, 4
-"""Evaluation rows that errors and histograms are taken from, and how many of them at a time."""
+"""Number of evaluation rows for errors and histograms, and rows per batch."""
 
 MAPS, MAP_TOKENS, MAP_CHOICE = 3, 18, 200
-"""Inputs drawn as maps: of the first 200 evaluation rows those of nearest to 18 tokens, which a page can name."""
+"""Inputs drawn as maps: of the first 200 evaluation rows, those with a length closest to 18 tokens, whose labels fit a
+page."""
 
 HeadFigures = dict[str, list[dict[str, Any]]]
 """By layer name, for each head: values of fields of its `HeadRecord`."""

@@ -26,7 +26,7 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 SPLIT_SEED = 20140601
-"""Fixed, not the run's seed: every run is evaluated on the same rows."""
+"""Fixed instead of the run's seed, so that every run is evaluated on the same rows."""
 EVAL_FRACTION = 0.15
 
 Example = tuple[int, str, int]

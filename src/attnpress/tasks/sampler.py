@@ -22,7 +22,7 @@ class LengthSampler(Sampler[int]):
     """
 
     POOL = 25
-    """Batches' worth of random rows that are sorted together."""
+    """Number of batches of random rows that are sorted together."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, epoch

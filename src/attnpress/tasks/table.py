@@ -13,7 +13,7 @@ from attnpress.tasks.sources import Rows
 
 Split = Literal["train", "eval"]
 CUSTOM = "custom"
-"""Name of the task that reads the user's own files; its row is made from the `DataSpec`."""
+"""Name of the task for the user's own files; its row is made from the `DataSpec`."""
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ SENSITIVITY_BATCHES = 2
 """Number of batches; each head costs a forward pass over them."""
 
 REFITS = 2
-"""Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
+"""Pruning a layer changes the inputs of later layers, so thresholds are fitted again with pruning."""
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -24,7 +24,7 @@ from attnpress.training.driver import SparsityDriver, Target
 from attnpress.training.progress import add_to_log
 
 COMPLETE = "complete"
-"""Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
+"""Marker file written last into a checkpoint; a checkpoint without it is incomplete and never resumed from."""
 
 
 class DivergedError(RuntimeError):

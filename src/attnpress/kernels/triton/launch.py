@@ -30,7 +30,7 @@ SIGNED = 127
 MODES = ("row", "unit", "unit_renormalized")
 
 SPAN = 32 if triton.knobs.runtime.interpret else 1024
-"""Bytes of a mask that `span_kernel` reads at a time; few in the interpreter, so that small masks have several."""
+"""Mask bytes that `span_kernel` reads at a time; few in the interpreter, so that small masks need several reads."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2^23: a float32 from there to 2^23 + 2^22 more is a whole number, so adding it rounds, half to even."""
+"""1.5 * 2^23. Numbers from here to 2^23 + 2^22 are integers in float32, so adding it rounds half to even."""
 
 MAGIC_BITS = tl.constexpr(0x4B400000)
 """MAGIC as an int32: adding a small integer to the bits adds it to the number."""

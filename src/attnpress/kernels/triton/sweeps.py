@@ -22,10 +22,10 @@ from attnpress.kernels.triton.steps import (
 )
 
 BLOCKED = tl.constexpr(-(2**30))
-"""Score of a pair that is not allowed: below every sum of products, and its distance is above all of them."""
+"""Score of a masked pair, below every sum of products; its distance is above all others."""
 
 SHIFT = tl.constexpr(128)
-"""Tensor cores take signed bytes: P codes up to 255 go in less SHIFT, and SHIFT times the sum of V is added."""
+"""Tensor cores need signed bytes: SHIFT is subtracted from P codes, and SHIFT times the sum of V is added."""
 
 
 @triton.jit(do_not_specialize=["kv_heads", "keys", "tiles"])

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     import optuna
 
 RETRIES, SILENT_BEATS = 3, 4
-"""How often a trial whose worker died is run again; and after how many heartbeats without a sign of life it is."""
+"""How often the trial of a dead worker is repeated, and after how many missed heartbeats."""
 
 WATCHED, ASKED_WORK, SPARSITY, ERROR = "watched", "asked_work", "sparsity", "error"
-"""What is kept of a trial beside its parameters and values."""
+"""Values stored with a trial, besides its parameters and objectives."""
 
 
 class SweepError(ValueError):
