@@ -27,7 +27,7 @@ class Texts:
 
     Attributes:
         columns: of the texts, one or two.
-        max_length: longer inputs are cut to so many tokens.
+        max_length: maximum input length in tokens; longer inputs are truncated.
     """
 
     columns: tuple[str, ...]
@@ -107,7 +107,7 @@ def make_answer(model: Any, tokenizer: Any, columns: Sequence[str], max_length: 
     Args:
         model, tokenizer: with a sequence classification head, and its own.
         columns: of the texts, one or two.
-        max_length: longer inputs are cut to so many tokens, as in training.
+        max_length: maximum input length in tokens, as in training; longer inputs are truncated.
         batch_size: rows of about the same length that go through the model together.
     """
 

@@ -1,8 +1,8 @@
-"""Files of rows, answered one row after the other; what was interrupted resumes.
+"""Predict files of rows. An interrupted prediction resumes.
 
-The file is read twice: once to see what can be used, before anything is written, and once to answer. Rows are answered
-in chunks, batched by length within a chunk, and written in the order of the input. Beside the unfinished output lies
-its progress: how many lines are done, which bytes of the output are whole, and what it was made from.
+The file is read twice: once to count usable rows before anything is written, and once to predict. Rows are processed in
+chunks, batched by length within a chunk, and written in the order of the input. The progress is stored beside the
+unfinished output: the number of lines done, the valid bytes of the output, and what it was made from.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 CHUNK = 1024
-"""Lines done at once: what a kill costs at most."""
+"""Lines per chunk, the most that a kill loses."""
 
 TOLD = 5
-"""Skipped lines that are told one by one, and lines named for each reason in the summary of more."""
+"""Skipped lines reported one by one, and lines named per reason in the summary."""
 
 KEPT = ("line", "id")
-"""Keys of a row that are handed through."""
+"""Keys of a row that are copied to the output."""
 
 Row = dict[str, Any]
 Answer = Callable[[Sequence[Row]], Sequence[Row | Broken]]
@@ -43,18 +43,18 @@ Warn = Callable[[str], None]
 
 
 class PredictionError(ValueError):
-    """An input, an output or a model's answers that cannot be used; the message says why, and what to do."""
+    """An input, an output or a model's answers cannot be used. The message gives the reason and says what to do."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an output is.
+    """Progress of an output.
 
     Attributes:
-        lines: of the input that are done.
-        size: bytes of the output that are whole.
-        written, skipped: lines with an answer, and bad ones.
-        sha256: of the bytes that are whole.
+        lines: input lines that are done.
+        size: valid bytes of the output.
+        written, skipped: number of lines with an answer, and of bad lines.
+        sha256: of the valid bytes.
     """
 
     lines: int = 0
@@ -66,14 +66,14 @@ class Progress:
 
 @dataclass
 class Survey:
-    """What an input holds, before any of it is answered.
+    """Content of an input, before prediction.
 
     Attributes:
         usable: rows with all their texts.
         done: rows up to the line at which an earlier process stopped.
         skipped: other rows.
         first: the first of them: line and reason.
-        kinds: of reasons: how many rows, and the lines of the first.
+        kinds: by reason: number of rows, and the lines of the first ones.
     """
 
     usable: int = 0
@@ -83,7 +83,7 @@ class Survey:
     kinds: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def skip(self, line: int, reason: str) -> None:
-        """Count a row that cannot be used."""
+        """Count an unusable row."""
         kind = reason.split(" (")[0]
         count, lines = self.kinds.get(kind, (0, []))
         self.kinds[kind] = (count + 1, [*lines, line] if count < TOLD else lines)
@@ -92,7 +92,7 @@ class Survey:
             self.first.append((line, reason))
 
     def summary(self) -> str:
-        """How many rows are skipped for which reason, the commonest first."""
+        """Number of skipped rows by reason, the most frequent first."""
         ranked = sorted(self.kinds.items(), key=lambda item: -item[1][0])
         parts = [
             f"{count} {kind} (line {', '.join(map(str, lines))}{', ...' if count > len(lines) else ''})"
@@ -103,7 +103,7 @@ class Survey:
 
 
 class Input:
-    """The rows of a file, read anew each time; one is a `Row` with "line", "id" and its texts, or broken.
+    """The rows of a file, read again at each use; each is a `Row` with "line", "id" and its texts, or broken.
 
     Args:
         name: as the user gave it; its ending says which kind of file it is.
@@ -123,7 +123,7 @@ class Input:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether its name says so: such files are read by row groups, and a line is a row."""
+        """True for Parquet files, which are read by row groups; a line is then a row."""
         return ending(self.name) == PARQUET
 
     def __iter__(self) -> Iterator[tuple[int, Row | Broken]]:
@@ -141,10 +141,10 @@ class Input:
         """Count the rows.
 
         Args:
-            done: last line that an earlier process has answered.
+            done: last line that an earlier process has finished.
 
         Raises:
-            PredictionError: there are rows, but none can be used.
+            PredictionError: there are rows, but none is usable.
         """
         survey = Survey()
         for line, row in self:
@@ -170,19 +170,19 @@ class Input:
 def predict_file(
     answer: Answer, columns: Sequence[str], source: Path, output: Path, made_from: Mapping[str, Any], *, warn: Warn
 ) -> Progress:
-    """Answer each row of `source` in `output`, or go on with it.
+    """Answer each row of `source` in `output`, or resume an unfinished output.
 
     Args:
         answer: see `make_answer`.
         columns: keys that each row must have, with texts.
         source: CSV, tab-separated text, JSON lines or Parquet, by its ending; empty lines do not count.
-            A column or key "id" is handed through. A stream, such as /dev/stdin, is read to its end first.
+            A column or key "id" is copied. A stream, such as /dev/stdin, is read to its end first.
         output: written whole when all lines are done; one JSON object a good line, with "line" from 1. A stream, such
-            as /dev/stdout, is written on, and not gone on with.
+            as /dev/stdout, is appended to, and not resumed.
         made_from: what else determines the output, plain data: an unfinished output made from something else is not
-            gone on with.
-        warn: is told of the first bad lines, or of all in a summary; they are skipped. Also of an unfinished output
-            that is not what its progress says: it is begun anew.
+            resumed.
+        warn: receives the first bad lines, or a summary of all; they are skipped. Also an unfinished output that does
+            not match its progress; it is restarted.
 
     Raises:
         PredictionError: `source` cannot be read, or has rows of which none can be used; `output` exists, is being
@@ -223,7 +223,7 @@ class _Written:
         self.count(content)
 
     def holds(self, progress: Progress, survey: Survey) -> bool:
-        """Read what an earlier process has written; false if it is not what its progress says."""
+        """Read the output of an earlier process; False if it does not match its progress."""
         last, answers = b"", 0
         while self.size < progress.size and (last := self.file.readline(progress.size - self.size)):
             self.count(last)
@@ -247,7 +247,7 @@ def _go_on(answer: Answer, rows: Input, output: Path, identity: Mapping[str, Any
         out = _Written(file)
         if progress is None or not out.holds(progress, survey):
             if begun and (progress or file.seek(0, 2)):
-                warn(f"{partial}: is not what {notes.name} says of it; begun anew")
+                warn(f"{partial}: is not what {notes.name} says of it; restarted")
             progress = Progress()
             out.begin_anew()
         file.truncate(out.size)
