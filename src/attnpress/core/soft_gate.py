@@ -25,7 +25,7 @@ from attnpress.core.fake_quantize import scores_operands, static_scale
 from attnpress.core.quantizer import quantize_straight_through
 
 SHARPNESS = 10.0
-"""Slope of the gate per nat: it rises from 0.1 to 0.9 within a quarter of a nat around the threshold."""
+"""Slope of the gate per nat: it rises from 0.1 to 0.9 within a quarter of a nat on either side of the threshold."""
 
 GAIN = 500.0
 """Nats per unit of the trained parameter, since optimizers such as Adam move it by about the learning rate."""
