@@ -163,7 +163,7 @@ def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Notify = 
 
 
 def fold(folder: Path) -> list[Path]:
-    """Add separate records of a folder, `NAME-CELL-seedN.json`, into its tables. The files are not deleted.
+    """Add separate records of a folder, `NAME-CELL-seedN.json`, to its tables. The files are not deleted.
 
     Returns:
         The files that are no longer needed.
