@@ -96,24 +96,25 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Say what a compressed model predicts for each row of a file, or go on with it."""
+    """Say what a compressed model predicts for each row of a file or of many, or go on with it."""
     from attnpress.runs.finished import is_saved_model
 
     config = None if is_saved_model(options.run_dir) else _run_config(options.run_dir)
     _quiet_libraries()
-    from attnpress.runs.prediction import run_file
+    from attnpress.runs.prediction import Deployment, run_file, run_files
+    from attnpress.runs.row_folders import are_many
 
-    done = run_file(
-        options.run_dir,
-        config,
-        options.input,
-        options.output,
-        backend=options.backend,
-        linear=options.linear,
-        batch_size=options.batch,
-        columns=options.text,
-        warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
-    )
+    def warn(text: str) -> None:
+        print(f"attnpress: {text}", file=sys.stderr)
+
+    shared = {"backend": options.backend, "linear": options.linear, "batch_size": options.batch}
+    if are_many(options.input):
+        deployment = Deployment(options.run_dir, config, named=tuple(options.text), **shared)
+        done = run_files(deployment, options.input, options.output, warn=warn, notify=_stage_line)
+    else:
+        done = run_file(
+            options.run_dir, config, options.input[0], options.output, columns=options.text, warn=warn, **shared
+        )
     print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}", file=options.talk)
     return 0
 

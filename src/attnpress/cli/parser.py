@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   attnpress evaluate runs/demo --backend cpu --json agreement.json
   attnpress evaluate runs/demo --backend cpu --linear int8
   attnpress run runs/demo --input texts.jsonl --output said.jsonl --linear int8
+  attnpress run runs/demo --input texts --output said --linear int8
   attnpress export runs/demo --to onnx
   attnpress export runs/demo --to trace --rows 64 --batch 8
   attnpress export runs/demo --to scalesim
@@ -110,7 +111,8 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--json", type=_write_to, metavar="FILE", help="also write the figures to this file")
     _run_arguments(_command(
         subparsers, "run", commands.run,
-        "predict each row of a file with a compressed model; the same command resumes after interruption",
+        "predict each row of a file, or of a folder of files, with a compressed model; the same command resumes after "
+        "interruption",
     ))  # fmt: skip
     export = _command(
         subparsers, "export", commands.export, "export the compressed model of a finished run, and check the result"
@@ -286,13 +288,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", type=Path, metavar="RUN_DIR", help="run folder, or a folder written by save_pretrained"
     )
     parser.add_argument(
-        "--input", type=_read_from, required=True, metavar="FILE",
-        help="CSV, tab-separated text (.tsv, .txt), JSON lines or Parquet, with the column names of the task, "
-        'for example {"text": ...}',
+        "--input", type=_read_from, nargs="+", action="extend", required=True, metavar="PATH",
+        help="a file, several files, or a folder of files: CSV, tab-separated text (.tsv, .txt), JSON lines or "
+        'Parquet, with the column names of the task, for example {"text": ...}; or one text per line (.txt)',
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="one JSON line for each valid row"
-    )
+        "--output", type=_write_to, required=True, metavar="PATH",
+        help="file with one JSON line for each valid row; for a folder or several files, a folder with one such file "
+        "each",
+    )  # fmt: skip
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="COLUMN", help="name of the text column, or of both text columns"
     )
