@@ -10,6 +10,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
+from transformers import PreTrainedTokenizerFast
 
 import attnpress
 from attnpress.cli.parser import main
@@ -26,9 +27,7 @@ def transformers_embedder(tiny: Path, _: Path) -> Path:
 
 
 def classifier(tiny: Path, folder: Path) -> Path:
-    from transformers import AutoTokenizer
-
-    return save_classifier(folder, AutoTokenizer.from_pretrained(tiny))
+    return save_classifier(folder, PreTrainedTokenizerFast.from_pretrained(tiny))
 
 
 def sentence_transformer(tiny: Path, folder: Path) -> Path:

@@ -80,12 +80,11 @@ def test_interrupted_training_resumes_to_the_same_bytes(
 def test_what_comes_after_training_does_not_train_again(
     tiny_model: Path, tmp_path: Path, steps: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    timed = module.costs
-    monkeypatch.setattr(module, "costs", lambda *_: [][1])
-    with pytest.raises(IndexError):
-        attnpress.quantize(tiny_model, TEXTS, output=tmp_path / "fast", **FORM)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "costs", lambda *_: [][1])
+        with pytest.raises(IndexError):
+            attnpress.quantize(tiny_model, TEXTS, output=tmp_path / "fast", **FORM)
     assert len(steps) == STEPS
-    monkeypatch.setattr(module, "costs", timed)
     attnpress.quantize(tiny_model, TEXTS, output=tmp_path / "fast", **FORM)
     assert len(steps) == STEPS
 

@@ -139,3 +139,12 @@ def test_a_column_that_is_named_is_looked_for(
     capsys.readouterr()
     assert main([*words, str(tmp_path / "table.jsonl"), "--text", "review"]) == 1
     assert "no text under 'review'" in capsys.readouterr().err
+
+
+def test_options_of_engines_go_together(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.jsonl", ['{"review": "good"}'])
+    words = ["run", str(finished), "--input", str(source), "--output", str(tmp_path / "out")]
+    assert main([*words, "--workers", "2"]) == 1
+    assert "--workers is the number of workers of --engine ray" in capsys.readouterr().err
+    assert main([*words, "--engine", "ray"]) == 1
+    assert "give --input a folder, or several files" in capsys.readouterr().err

@@ -25,7 +25,7 @@ EXAMPLES = """examples:
   attnpress evaluate runs/demo --backend cpu --json agreement.json
   attnpress evaluate runs/demo --backend cpu --linear int8
   attnpress run runs/demo --input texts.jsonl --output said.jsonl --linear int8
-  attnpress run runs/demo --input texts --output said --linear int8
+  attnpress run runs/demo --input texts --output said --linear int8 --engine ray
   attnpress export runs/demo --to onnx
   attnpress export runs/demo --to trace --rows 64 --batch 8
   attnpress export runs/demo --to scalesim
@@ -97,7 +97,7 @@ def _add_one_run(subparsers: Commands) -> None:
     _quantize_arguments(_command(
         subparsers, "quantize", commands.quantize,
         "compress an embedder, classifier or reranker with unlabelled texts, without training, and report the cost; "
-        "the same command resumes an interrupted search",
+        "the same command resumes an interrupted search or training",
     ))  # fmt: skip
     evaluate = _command(subparsers, "evaluate", commands.evaluate, "evaluate the compressed model of a finished run")
     _run_argument(evaluate)
@@ -305,6 +305,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows per batch (default: 32)"
     )
+    parser.add_argument(
+        "--engine", choices=["local", "ray"], default="local",
+        help="ray: spread the files of a folder over a Ray cluster, that of RAY_ADDRESS or one on this machine "
+        "(default: local)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=whole("--workers", 1, 65536), metavar="N",
+        help="with --engine ray: at most this many workers, with one CPU each (default: the CPUs of the cluster)",
+    )  # fmt: skip
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
