@@ -51,6 +51,7 @@ LARGEST_HEAD = 512
 
 Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
 Fraction = Annotated[float, Number, Field(ge=0, le=1)]
+Part = Annotated[float, Number, Field(gt=0, lt=1)]
 Sparsity = Annotated[float, Number, Field(ge=0, lt=1)]
 Positive = Annotated[float, Number, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Weight = Annotated[float, Number, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -244,9 +245,12 @@ class DataSpec:
         task: a name that `attnpress ls tasks` prints, or "custom" for files of your own.
         data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
         train_file, eval_file: CSV, TSV or JSON-lines files of your own; they replace the task's data.
-        text, text_pair, label, metric: their columns, and the metric of task "custom", one of `attnpress ls tasks`.
+        text, text_pair, label, metric: their columns, and the metric of task "custom", one of `attnpress ls tasks`; of
+            another task, which of its own metrics is the headline.
         max_length: longest input in tokens; longer ones are truncated, or windowed in extractive QA.
         train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
+        held_out: share of the training rows, evenly spread and the same for every seed, that is kept from training and
+            calibration to evaluate on; no other evaluation rows are read.
     """
 
     task: Text = "movie"
@@ -260,6 +264,7 @@ class DataSpec:
     max_length: Annotated[int, Number, Field(ge=8, le=131_072)] = 128
     train_rows: Count | None = None
     eval_rows: Count | None = None
+    held_out: Part | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -135,7 +137,7 @@ def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 def _load_sentences(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     from transformers import DataCollatorWithPadding
 
-    train, held_out = (_read_rows(task, data, split) for split in ("train", "eval"))
+    train, held_out = _read_both(task, data)
     names, train_labels, eval_labels = fit_labels(task, train, held_out)
     order, first = _choose(len(train), data.train_rows, seed), range(len(held_out))[: data.eval_rows]
     majority = _majority(task, train_labels, [eval_labels[row] for row in first], len(names)) if names else None
@@ -179,6 +181,29 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
         compute_metrics=squad.squad_metrics(held_out, windows),
         thin=thin,
     )
+
+
+def _read_both(task: Task, data: DataSpec) -> tuple[Rows, Rows]:
+    train = _read_rows(task, data, "train")
+    return (train, _read_rows(task, data, "eval")) if data.held_out is None else divide(train, data.held_out)
+
+
+def divide(rows: Rows, held_out: float) -> tuple[Rows, Rows]:
+    """Rows to train on, and an evenly spread share of them to evaluate on: of a tenth, every tenth row.
+
+    Args:
+        held_out: above 0, below 1.
+
+    Raises:
+        TaskError: one of the two would be empty.
+    """
+    share = Fraction(str(held_out))  # as it is written, so that no rounding moves a row
+    taken = [math.floor((row + 1) * share) > math.floor(row * share) for row in range(len(rows))]
+    if all(taken) or not any(taken):
+        left = "train" if all(taken) else "evaluate"
+        raise TaskError(f"data.held_out: {held_out:g} of {len(rows)} rows of {rows.name} leaves none to {left} on")
+    train, kept = ([row for row, is_taken in enumerate(taken) if is_taken is side] for side in (False, True))
+    return rows.select(train), rows.select(kept)
 
 
 def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:
