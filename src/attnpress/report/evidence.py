@@ -11,8 +11,17 @@ from pathlib import Path
 from attnpress.records.run import Record, StageRecord
 from attnpress.records.table import recorded, table_files
 from attnpress.report.figures import mean_and_spread
+from attnpress.report.paired import Pair, paired_words
 from attnpress.report.plots import Line
-from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score, start_of
+from attnpress.report.render import (
+    TITLES,
+    Start,
+    control_scores,
+    control_stages,
+    markdown_table,
+    reference_score,
+    start_of,
+)
 
 Cells = Mapping[str, Sequence[Record]]
 """Records of one task by the name of their cell, one a seed."""
@@ -36,6 +45,8 @@ COLUMNS = (
     "bytes of P left",
     "seeds",
 )
+DIFFERENCE = "against dense"
+PAIRED = "paired test"
 GOAL_COLUMNS = (
     "task",
     "bits, asked",
@@ -84,16 +95,35 @@ def evidence_markdown(task: str, cells: Cells) -> str:
         cells: "against dense" compares each record with the dense model that was trained equally long from the same
             weights; where those had to be made anew, with the one of its seed; or as it was before that where no
             record of either is given. A dense cell of another length than the recipe's shows that control alone.
+
+    Returns:
+        Markdown; with a column of paired tests where records hold what became of each row.
     """
-    known = _controls(cells)
+    known, stages = _controls(cells), _control_stages(cells)
     length = PADDED.get(task, 128)
     header = [column.format(metric=_every(cells)[0].headline, length=length) for column in COLUMNS]
-    rows = [
-        _row(label, stage, records, known, length)
-        for cell, records in cells.items()
-        for label, stage in _stages(cell, records)
-    ]
+    shown = [(*named, records) for cell, records in cells.items() for named in _stages(cell, records)]
+    rows = [_row(label, stage, records, known, length) for label, stage, records in shown]
+    tests = [paired_words(_pairs(stage, records, stages)) for _, stage, records in shown]
+    if any(tests):
+        place = COLUMNS.index(DIFFERENCE) + 1
+        header.insert(place, PAIRED)
+        for row, test in zip(rows, tests, strict=True):
+            row.insert(place, test)
     return markdown_table(header, rows, header[:2])
+
+
+def _pairs(name: str, records: Sequence[Record], known: Mapping[Start, tuple[Record, StageRecord]]) -> list[Pair]:
+    """What became of the rows in a stage of each record and in the control, where both are known of the same rows."""
+    found = []
+    for record in records:
+        stage = record.stage(name)
+        of, control = known.get(start_of(record), (record, record.stage("dense")))
+        ours, theirs = stage and stage.row_scores, control and control.row_scores
+        is_same = record.provenance.get("data", {}).get("eval") == of.provenance.get("data", {}).get("eval")
+        if ours and theirs and stage is not control and is_same and ours.rows == theirs.rows:
+            found.append(Pair(record.headline, ours, theirs, record.targets))
+    return found
 
 
 def ablation_markdown(cells: Cells) -> str:
@@ -266,14 +296,15 @@ def _every(cells: Cells) -> list[Record]:
 
 
 def _controls(cells: Cells) -> dict[Start, float]:
+    found = _control_stages(cells)
+    return {start: control.metrics[record.headline] for start, (record, control) in found.items()}
+
+
+def _control_stages(cells: Cells) -> dict[Start, tuple[Record, StageRecord]]:
     every = _every(cells)
-    of_seed = {
-        _seed(record): control.metrics[record.headline]
-        for record in every
-        if (control := record.stage("dense_control"))
-    }
+    of_seed = {_seed(record): (record, control) for record in every if (control := record.stage("dense_control"))}
     made_anew = {start_of(record): of_seed[_seed(record)] for record in every if _seed(record) in of_seed}
-    return made_anew | control_scores(every)
+    return made_anew | control_stages(every)
 
 
 def _seed(record: Record) -> tuple[int, float]:

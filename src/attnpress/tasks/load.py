@@ -45,6 +45,7 @@ class TaskData:
         collate: pads a list of rows to the longest and returns tensors.
         compute_metrics: metrics in points from a Trainer's predictions; the first key is the headline.
         thin: every so manieth example of the evaluation split, in qa with all windows of the question, and its metrics.
+        question_scores: in qa, F1 of each question, 0 to 1, from what `compute_metrics` takes; None in other kinds.
     """
 
     task: Task
@@ -56,11 +57,12 @@ class TaskData:
     collate: Callable[[list[dict[str, Any]]], Any]
     compute_metrics: Metrics
     thin: Callable[[int], tuple[Dataset, Metrics]]
+    question_scores: Callable[[EvalPrediction], list[float]] | None = None
 
     def watched(self, rows: int) -> TaskData:
         """The same task on at most so many evaluation examples, evenly spread."""
         held_out, compute_metrics = self.thin(rows)
-        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics)
+        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics, question_scores=None)
 
     def numbered_as(self, of_model: Sequence[str]) -> TaskData | None:
         """The same task with the classes counted as a model counts them; None if they are not the same classes.
@@ -180,6 +182,7 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
         collate=DataCollatorWithPadding(tokenizer),
         compute_metrics=squad.squad_metrics(held_out, windows),
         thin=thin,
+        question_scores=squad.question_scores(held_out, windows),
     )
 
 
