@@ -5,12 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from attnpress.records.typed_json import Range
 
@@ -56,7 +55,7 @@ class RowScores:
         return self.low + steps / STEPS * (self.high - self.low)
 
 
-def pack_rows(kind: Literal["right", "score", "value"], values: Sequence[float] | NDArray[np.float64]) -> RowScores:
+def pack_rows(kind: Literal["right", "score", "value"], values: ArrayLike) -> RowScores:
     """The record of some numbers, all of them finite."""
     found = np.asarray(values, np.float64)
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 0.0)

@@ -74,6 +74,8 @@ def bootstrap(pairs: tuple[Pair, ...]) -> tuple[float, float]:
     from scipy.stats import bootstrap as resampled
 
     sides: list[Any] = [side.values() for pair in pairs for side in (pair.ours, pair.theirs)]
+    samples: tuple[Any, ...]
+    statistic: Any
     kind, targets, metric = pairs[0].ours.kind, pairs[0].targets, pairs[0].metric
     if kind == "score":
         difference = np.mean([ours - theirs for ours, theirs in zip(sides[::2], sides[1::2], strict=True)], axis=0)
