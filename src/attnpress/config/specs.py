@@ -150,6 +150,8 @@ class AttentionSpec:
         sparsity: fraction of valid pairs to remove, in [0, 1).
         threshold: a fixed cut in the rule's own unit (tau, theta or gamma), instead of one fitted per head.
         threshold_penalty: train a threshold for each module (`core.soft_gate`); weight of the loss of keeping too much.
+        predictor_bits: decide the mask, by the rule, on scores of this many bits, and compute in full only those that
+            are kept, as Sanger does; None decides on the scores themselves.
         budget: "uniform" asks the same sparsity of every head, "sensitivity" less of those that pruning harms more.
         smooth_key: subtract from K its mean over valid keys before quantizing.
         tail: what pairs without a P code of their own still add (numerics, section 8): "none", at one common level
@@ -169,6 +171,7 @@ class AttentionSpec:
     smooth_key: bool = False
     tail: TailName = "none"
     tail_rank: Annotated[int, Field(ge=1, le=LARGEST_HEAD)] = 8
+    predictor_bits: Bits = None
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
@@ -189,7 +192,25 @@ class AttentionSpec:
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
         if self.tail != "none":
             self._check_tail()
+        if self.predictor_bits is not None:
+            self._check_predictor(self.predictor_bits)
         return self
+
+    def _check_predictor(self, bits: int) -> None:
+        scores = [matrix.bits for matrix in (self.q, self.k) if matrix.bits is not None]
+        if not scores or bits >= max(scores):
+            raise ValueError(
+                f"predictor_bits: {bits} foretells nothing: give fewer than the bits of q and k, {self.bits['q']} and "
+                f"{self.bits['k']}, or none"
+            )
+        if self.p.mode != "row":
+            raise ValueError("predictor_bits: p.mode 'unit' needs the score of every valid key; set p.mode row")
+        if self.tail != "none":
+            raise ValueError(
+                "predictor_bits: a tail counts from the largest exact score; set tail none, or drop it"
+            )
+        if self.threshold_penalty is not None:
+            raise ValueError("predictor_bits: threshold_penalty trains on exact scores; set one of the two")
 
     def _check_tail(self) -> None:
         if None in self.bits.values():
