@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import runpy
 import tomllib
@@ -31,6 +32,17 @@ VOCABULARY = {
 @pytest.mark.parametrize("page", PAGES)
 def test_prose_is_wrapped(page: str) -> None:
     assert WRAP["too_long"](PAGES[page]) == [], "run: make style"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_code_is_fenced(page: str) -> None:
+    """Wrapping would join the lines of a block that is code by its indentation alone."""
+    prose = re.sub(r"```.*?```", "", PAGES[page], flags=re.DOTALL)
+    in_list = False
+    for before, line in itertools.pairwise(prose.split("\n")):
+        if line and not line.startswith(" "):
+            in_list = bool(re.match(r"([-*]|\d+\.) ", line))
+        assert in_list or before or not line.startswith("    "), line
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page != "CONTRIBUTING.md"])
