@@ -206,9 +206,7 @@ class AttentionSpec:
         if self.p.mode != "row":
             raise ValueError("predictor_bits: p.mode 'unit' needs the score of every valid key; set p.mode row")
         if self.tail != "none":
-            raise ValueError(
-                "predictor_bits: a tail counts from the largest exact score; set tail none, or drop it"
-            )
+            raise ValueError("predictor_bits: a tail counts from the largest exact score; set tail none, or drop it")
         if self.threshold_penalty is not None:
             raise ValueError("predictor_bits: threshold_penalty trains on exact scores; set one of the two")
 

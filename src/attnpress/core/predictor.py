@@ -1,4 +1,4 @@
-"""Foretold masks: scores of few bits decide which pairs are kept, before any is computed in full (numerics, section 4)."""
+"""Foretold masks: scores of few bits decide what is kept, before any is computed in full (numerics, section 4)."""
 
 from __future__ import annotations
 
