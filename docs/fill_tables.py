@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
-from attnpress.config.recipe import load_spec
+from attnpress.config.recipe import load_spec, spec_to_dict
 from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
 from attnpress.posttraining.card import quantized_markdown
 from attnpress.records.lanes import LaneRecord, read_lanes
-from attnpress.records.leaderboard import BoardRecord, read_board
+from attnpress.records.leaderboard import BoardRecord, CellRecord, read_board
 from attnpress.records.quantized import read_quantized
 from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.report.benchmark import (
@@ -42,16 +42,20 @@ from attnpress.report.evidence import (
     read_cells,
     summary_markdown,
 )
+from attnpress.report.headline import headline_markdown, tail_lines, tail_words
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
-from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
+from attnpress.report.plots import PRINT, grid_of_lines, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, encode_caption, encode_rows, markdown_table, stages_markdown
 from attnpress.studies.evidence import EvidenceSpec, missing, plan
+from attnpress.studies.leaderboard.spec import BoardSpec
+from attnpress.studies.leaderboard.spec import plan as plan_board
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
+TAILS = "docs/figures/tails.svg"
 LANES = "docs/figures/lanes.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
 PAGES = (
@@ -70,7 +74,8 @@ README_CELLS = (
     ("mrpc", "8888-0.95"), ("mrpc", "4444-0.95"), ("squad", "8888-0.95"), ("squad", "4444-0.95"),
     ("sst2", "8888-0.95"), ("cola", "8888-0.80"), ("rte", "8888-0.95"),
 )  # fmt: skip
-TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
+TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart", "stsb")
+HEADLINE = ("mrpc", "rte", "sst2", "cola", "squad", "stsb")
 BITS = "8888"
 GOALS = (
     ("mrpc", "8888-0.95", 0.3), ("rte", "8888-0.95", 0.3), ("squad", "8888-0.98", 0.5), ("squad", "8888-0.99", 1.0),
@@ -94,6 +99,9 @@ def tables() -> dict[str, str]:
     return {
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
+        "headline": headline_markdown(tasks, HEADLINE),
+        "tails": f"![{tail_words(tail_lines(tasks, HEADLINE, BITS))}]({Path(TAILS).relative_to('docs')})",
+        "board_tails": tails_board_markdown(),
         "results_readme": summary_markdown(tasks, README_CELLS),
         "missing": missing_in_words(),
         "errors": errors_markdown(tasks, BITS),
@@ -333,6 +341,24 @@ def board() -> BoardRecord:
     return read_board(ROOT / "records" / "leaderboard")
 
 
+def tails_board() -> BoardRecord:
+    """The committed leaderboard of rules with and without a tail, or its cells where none was run yet."""
+    folder = ROOT / "records" / "leaderboards" / "tails"
+    if folder.is_dir():
+        return read_board(folder)
+    spec = load_spec(BoardSpec, ROOT / "recipes" / "leaderboards" / "tails.yaml")
+    cells = [CellRecord(cell.task, cell.rule, cell.asked, cell.seed) for cell in plan_board(spec)]
+    return BoardRecord(spec_to_dict(spec), [], cells)
+
+
+def tails_board_markdown() -> str:
+    """Its table, once a cell was run."""
+    found = tails_board()
+    if any(cell.measured for cell in found.cells):
+        return board_markdown(found)
+    return f"Not yet measured: none of its {len(found.cells)} cells was run."
+
+
 def board_picture() -> str:
     """Score against achieved sparsity of each rule, as SVG."""
     return recolored(to_svg(board_figure(board()), "leaderboard"), PRINT)
@@ -398,6 +424,12 @@ def evidence_picture(records: Path) -> str:
     )
 
 
+def tails_picture(records: Path) -> str:
+    """What tails are worth by keys kept per query, task by task, as SVG."""
+    panels = tail_lines(read_cells(records), HEADLINE, BITS)
+    return recolored(to_svg(grid_of_lines(panels, "keys per query", "points against dense"), "tails"), PRINT)
+
+
 def missing_in_words() -> str:
     """The runs that the recipes of the table ask for and that have no record yet."""
     lines = []
@@ -435,6 +467,7 @@ if __name__ == "__main__":
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
+    (ROOT / TAILS).write_text(tails_picture(ROOT / "records" / "evidence"), encoding="utf-8")
     (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
     (ROOT / LANES).write_text(lanes_picture(), encoding="utf-8")
     for page in PAGES:

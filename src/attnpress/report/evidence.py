@@ -31,7 +31,7 @@ DETAILED = "0.95"
 """Cells of this sparsity also show what quantizing and pruning do without training."""
 PADDED = {"squad": 384, "squadpart": 384}
 """Customary padded length, where it is not 128."""
-TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD"}
+TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD", "stsb": "STS-B"}
 """Titles, where they are not the names."""
 COLUMNS = (
     "bits, asked",
@@ -99,7 +99,7 @@ def evidence_markdown(task: str, cells: Cells) -> str:
     Returns:
         Markdown; with a column of paired tests where records hold what became of each row.
     """
-    known, stages = _controls(cells), _control_stages(cells)
+    known, stages = controls_of(cells), _control_stages(cells)
     length = PADDED.get(task, 128)
     header = [column.format(metric=_every(cells)[0].headline, length=length) for column in COLUMNS]
     shown = [(*named, records) for cell, records in cells.items() for named in _stages(cell, records)]
@@ -129,7 +129,7 @@ def _pairs(name: str, records: Sequence[Record], known: Mapping[Start, tuple[Rec
 def ablation_markdown(cells: Cells) -> str:
     """What each choice is worth: the last stage of each cell beside the last of the dense model."""
     every = _every(cells)
-    known = _controls(cells) or control_scores(every, "dense")
+    known = controls_of(cells) or control_scores(every, "dense")
     header = ["choice", every[0].headline, "against dense", "sparsity", "keys per query", "seeds"]
     rows = []
     for cell, records in cells.items():
@@ -185,8 +185,8 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
         if not found:
             rows.append([*named, "", may, "not run", "not run"])
             continue
-        known = _controls(tasks[task])
-        lost = [_lost(record, stage, known) for record, stage in found]
+        known = controls_of(tasks[task])
+        lost = [change_of(record, stage, known) for record, stage in found]
         score = statistics.mean(stage.metrics[record.headline] for record, stage in found)
         below_best = score - _best_dense(tasks[task])
         keys = statistics.mean(stage.keys_per_row for _, stage in found)
@@ -213,7 +213,7 @@ def summary_markdown(tasks: Mapping[str, Cells], chosen: Sequence[tuple[str, str
     rows = []
     for task, cell in chosen:
         found = [(one, stage) for one in tasks[task][cell] if (stage := one.stage("progressive"))]
-        known = _controls(tasks[task])
+        known = controls_of(tasks[task])
         dense = [reference_score(record, known) for record, _ in found]
         scores = [stage.metrics[record.headline] for record, stage in found]
         change = statistics.mean(scores) - statistics.mean(dense)
@@ -280,7 +280,7 @@ def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line
     plain = re.compile(rf"{re.escape(bits)}-[0-9.]+")
     by_sparsity, by_keys = [], []
     for series, (task, cells) in enumerate(tasks.items()):
-        known = _controls(cells)
+        known = controls_of(cells)
         points = sorted(
             point for cell, records in cells.items() if plain.fullmatch(cell) for point in _points(records, known)
         )
@@ -295,7 +295,8 @@ def _every(cells: Cells) -> list[Record]:
     return [record for records in cells.values() for record in records]
 
 
-def _controls(cells: Cells) -> dict[Start, float]:
+def controls_of(cells: Cells) -> dict[Start, float]:
+    """Score of the dense model that each start is compared with: its own control, or else that of its seed."""
     found = _control_stages(cells)
     return {start: control.metrics[record.headline] for start, (record, control) in found.items()}
 
@@ -317,11 +318,12 @@ def _points(records: Sequence[Record], known: Mapping[Start, float]) -> Iterable
         yield (
             statistics.mean(stage.sparsity for _, stage in found),
             statistics.mean(stage.keys_per_row for _, stage in found),
-            statistics.mean(_lost(record, stage, known) for record, stage in found),
+            statistics.mean(change_of(record, stage, known) for record, stage in found),
         )
 
 
-def _lost(record: Record, stage: StageRecord, known: Mapping[Start, float]) -> float:
+def change_of(record: Record, stage: StageRecord, known: Mapping[Start, float]) -> float:
+    """Points of a stage above those of its dense model trained equally long; see `controls_of`."""
     return stage.metrics[record.headline] - reference_score(record, known)
 
 
@@ -339,7 +341,7 @@ def _row(label: str, name: str, records: Sequence[Record], known: Mapping[Start,
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
-    lost = [_lost(record, stage, known) for record, stage in found]
+    lost = [change_of(record, stage, known) for record, stage in found]
     left = [
         statistics.mean(stage.work[f"{kind}_remaining"] / stage.work[f"{kind}_dense"] for stage in stages)
         for kind in ("bit_operations", "bytes")

@@ -24,7 +24,8 @@ class EntrySpec:
         attention, schedule: what of the board's recipe it changes.
         stage: "progressive" trains with it; "one_shot" is for rules that are meant for inference only.
         sparsities: its own, where it cannot have those of the board.
-        predictor_bits: bits of a product by which its design foretells the mask, so that Q K^T can be skipped too.
+        predictor_bits: bits of a product by which its design foretells the mask, so that Q K^T can be skipped too;
+            for a rule whose `attention` has exact scores decide instead.
     """
 
     source: str
