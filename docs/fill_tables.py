@@ -12,7 +12,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from attnpress.report.evidence import (
     read_cells,
     summary_markdown,
 )
-from attnpress.report.headline import headline_markdown, tail_lines, tail_words
+from attnpress.report.headline import CELL, headline_markdown, tail_lines, tail_words
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, grid_of_lines, recolored, side_by_side, to_svg, two_axes
@@ -78,9 +78,16 @@ TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart", "stsb"
 HEADLINE = ("mrpc", "rte", "sst2", "cola", "squad", "stsb")
 BITS = "8888"
 GOALS = (
-    ("mrpc", "8888-0.95", 0.3), ("rte", "8888-0.95", 0.3), ("squad", "8888-0.98", 0.5), ("squad", "8888-0.99", 1.0),
-    ("mrpc", "4444-0.95", 0.7), ("rte", "4444-0.95", 0.7), ("squad", "4444-0.95", 0.7),
-)  # fmt: skip
+    *((task, "8888-0.95", 0.2) for task in HEADLINE),
+    *((task, "8888-0.98", 0.5 if task == "squad" else 1.0) for task in HEADLINE if task not in ("sst2", "cola")),
+    ("squad", "8888-0.99", 1.0),
+    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in ("sst2", "cola")),
+    *((task, "4444-0.98", 1.0) for task in HEADLINE if task not in ("sst2", "cola")),
+)
+"""Task, cell, and points that it may lose, with any tail. At 0.98, more where a query is left one key.
+
+Texts of SST-2 and CoLA have one left at 0.95, so that 0.98 is the same there.
+"""
 WHOLE = (
     "whole-int8-bert-1thread", "whole-int8-bert-2threads", "whole-int8-minilm-1thread", "whole-int8-1row-1thread",
     "whole-1thread", "whole-modernbert-1thread",
@@ -105,7 +112,7 @@ def tables() -> dict[str, str]:
         "results_readme": summary_markdown(tasks, README_CELLS),
         "missing": missing_in_words(),
         "errors": errors_markdown(tasks, BITS),
-        "goals": goals_markdown(tasks, GOALS),
+        "goals": goals_markdown(tasks, list(goals(tasks))),
         **{name: ablation_markdown(choices[name]) for name in ("schedules", "squad")},
         "choices_mrpc": choices_markdown(tasks["mrpc"], choices["mrpc"], ["0.98"]),
         "choices_squad": choices_markdown(tasks["squadpart"], choices["squadpart"], ["0.95", "0.98", "0.99"]),
@@ -127,6 +134,16 @@ def tables() -> dict[str, str]:
         **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad", "sts")},
         "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
+
+
+def goals(tasks: Mapping[str, Cells]) -> Iterator[tuple[str, str, float]]:
+    """The goals; behind each the same one for its cells with a tail that were trained."""
+    for task, cell, allowed in GOALS:
+        yield task, cell, allowed
+        for name, records in tasks.get(task, {}).items():
+            parts = CELL.fullmatch(name)
+            if parts and parts["tail"] and name.startswith(f"{cell}-") and records[0].stage("progressive"):
+                yield task, name, allowed
 
 
 def speeds() -> dict[str, str]:

@@ -47,9 +47,9 @@ def test_of_two_matrices_the_one_with_few_bits_stays_as_it_is() -> None:
     assert foretold_scores(torch.ones(1, 1, 1, 1), torch.ones(1, 1, 1, 1), make_spec(8)) is None
 
 
-def foretelling(rule: RuleName, seed: int, mask: str = "none", sparsity: float = 0.6, **changes: int) -> Call:
+def foretelling(rule: RuleName, seed: int, mask: str = "none", sparsity: float = 0.6) -> Call:
     spec = make_spec(8, rule, sparsity, predictor_bits=4)
-    return make_call(spec, seed, mask=mask, heads=4, kv_heads=2, spread=2.0, **changes)
+    return make_call(spec, seed, mask=mask, heads=4, kv_heads=2, spread=2.0)
 
 
 @given(seed=SEEDS, mask=st.sampled_from(MASKS))

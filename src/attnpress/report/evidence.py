@@ -181,7 +181,7 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
     for task, cell, allowed in goals:
         bits, _, asked = cell.partition("-")
         named, may = [task, f"{'/'.join(bits)}, {asked}"], f"{allowed:.1f}"
-        found = [(one, stage) for one in tasks[task].get(cell, ()) if (stage := one.stage("progressive"))]
+        found = [(one, stage) for one in tasks.get(task, {}).get(cell, ()) if (stage := one.stage("progressive"))]
         if not found:
             rows.append([*named, "", may, "not run", "not run"])
             continue
