@@ -1,7 +1,7 @@
-"""Attention three times, in the same order of lines: dense, and in integers (the oracle); see `fake_quantize` too.
+"""Attention in floating point (dense) and in integers (the reference), written alike; see also `fake_quantize`.
 
-Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid: bool broadcastable to
-[B, Hq, Sq, Sk], True where the query may attend to the key, None if everywhere.
+Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid: bool broadcastable to [B, Hq, Sq,
+Sk], True where the query may attend to the key, None for all pairs.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ from attnpress.core.rules import Scored, rule_of
 from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
-"""Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
+"""Distance of pairs that are not valid; their probability is 0 for any legal alpha."""
 
 
 class NanWarning(UserWarning):
-    """Attention met NaN, which has code 0: the output hides it, and may look plausible."""
+    """Attention met NaN, which has code 0: the output hides it and may look plausible."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What becomes of each pair of a query and a key.
+    """State of each pair of a query and a key.
 
     Attributes:
         valid, keep: bool [B, Hq, Sq, Sk].
-        scored: what the rule looked at: the scores themselves, or the foretold ones.
+        scored: what the rule decides on: the scores themselves, or the foretold ones.
         row_max: of the scores, [B, Hq, Sq, 1]; 0 in a row without a valid key.
-        exponent: int32, 1/1024 octaves below the row maximum; T_MAX where not valid.
+        exponent: int32, 1/1024 octaves below the row maximum; T_MAX if not valid.
         probability: int32, p~ in units of 2^-16, before pruning.
-        distance: integers below the row maximum, FAR or inf where not valid.
+        distance: integers below the row maximum, FAR or inf if not valid.
         codes: P codes, float32 holding integers (or real weights if P is not quantized).
-        divisor: what the weighted sum of V is divided by, [B, Hq, Sq, 1].
+        divisor: of the weighted sum of V, [B, Hq, Sq, 1].
 
-    Where the mask is foretold, there is no score but of pairs that are kept: the others count as not valid in all but
-    `valid` and `scored`.
+    With a foretold mask, only pairs that are kept have scores: all fields but `valid` and `scored` treat the others as
+    not valid.
     """
 
     valid: Tensor
@@ -70,7 +70,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class IntegerAttention:
-    """Every integer of one attention call: what kernels must equal bit for bit (numerics, section 6).
+    """All integers of one attention call, which kernels must equal bit for bit (numerics, section 6).
 
     Attributes:
         q_codes, k_codes, v_codes: int8 [B, Hq or Hkv, S, D].
@@ -95,7 +95,7 @@ class IntegerAttention:
 
 @dataclass(frozen=True)
 class TailedAttention(IntegerAttention):
-    """The same where rows have a tail (numerics, section 8).
+    """`IntegerAttention` with a tail (numerics, section 8).
 
     Attributes:
         tail_count: int32 [B, Hq, Sq, 1], g; tail_distance: int64, T; tail_exponent: int32, t; all of that shape.
@@ -112,7 +112,7 @@ class TailedAttention(IntegerAttention):
 
 @dataclass(frozen=True)
 class LinearTailedAttention(TailedAttention):
-    """The same with `linear`.
+    """`TailedAttention` with tail `linear`.
 
     Attributes:
         tail_score: int64 [B, Hq, Sq, 1], Y.
@@ -135,7 +135,7 @@ class ForetoldAttention(IntegerAttention):
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
-    """softmax(Q K^T * scaling) V in floating point; rows without a valid key give zeros. [B, Hq, Sq, D]."""
+    """softmax(Q K^T * scaling) V in floating point, [B, Hq, Sq, D]; rows without a valid key give zeros."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     scores = query @ key.mT * scaling
     if valid is not None:
@@ -148,10 +148,10 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
     """Compressed attention in integers: the readable reference that defines correctness.
 
     Args:
-        call: all four matrices must be quantized; `dropout`, `bounds` and `causal` are not looked at.
+        call: all four matrices must be quantized; `dropout`, `bounds` and `causal` are ignored.
 
     Raises:
-        ValueError: a matrix is not quantized, or an argument is not as described; the message names it.
+        ValueError: a matrix is not quantized, or an argument is invalid. The message names it.
     """
     spec, scales, cutoff, query = call.spec, call.scales, call.cutoff, call.query
     if None in spec.bits.values():
@@ -206,10 +206,10 @@ def _fields(found: IntegerAttention) -> dict[str, Any]:
 
 
 def checked_mask(call: AttentionCall) -> Tensor | None:
-    """Refuse what no call may be given; see `AttentionCall`. Returns `valid` as `arguments.pair_mask` does.
+    """Validate a call (see `AttentionCall`), and return `valid` like `arguments.pair_mask`.
 
     Raises:
-        ValueError: names the argument, what it must be, and what was found.
+        ValueError: names the argument, its requirement, and what was found.
     """
     query, key, value, scales = call.query, call.key, call.value, call.scales
     check_tensors(query, key, value)
@@ -221,9 +221,9 @@ def checked_mask(call: AttentionCall) -> Tensor | None:
 
 
 def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-    """Say that there is NaN in a query, or in a key or value that some query may attend to: codes hide it.
+    """Warn of NaN in a query, or in a key or value that some query may attend to, since codes hide it.
 
-    Looks on the CPU only, and not while a model is traced: elsewhere each look would be waited for.
+    Checks only on the CPU, and not while a model is traced; on other devices, each check would wait for the device.
     """
     if not is_real(query) or math.isfinite(
         sum(float(x.detach().sum(dtype=torch.float32)) for x in (query, key, value))
@@ -248,7 +248,7 @@ def prune_and_code(
     spec: AttentionSpec,
     foretold: Tensor | None = None,
 ) -> Pairs:
-    """From scores to P codes, any rule and mode (numerics, sections 3 and 4).
+    """From scores to P codes, for any rule and mode (numerics, sections 3 and 4).
 
     Args:
         acc: integer scores [B, Hq, Sq, Sk] (real ones if Q and K are not quantized).
@@ -309,14 +309,14 @@ def score_step(q_scale: Tensor, k_scale: Tensor, scaling: float, heads: int) -> 
 
 
 def query_scale(query: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
-    """The static scale of Q, or each row's own with granularity "token"."""
+    """The static scale of Q, or each row's own for granularity "token"."""
     if spec.granularity == "token":
         return token_scale(query, spec.qmax, power_of_two=spec.power_of_two)
     return _present(scales.q, "q")
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Give each query head its key/value head: [B, Hkv or 1, ...] -> [B, heads or 1, ...]."""
+    """Repeat key/value heads for their query heads: [B, Hkv or 1, ...] -> [B, heads or 1, ...]."""
     return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
 
 
@@ -326,7 +326,7 @@ def key_validity(valid: Tensor | None) -> Tensor | None:
 
 
 def row_maximum(acc: Tensor, valid: Tensor) -> Tensor:
-    """The largest score of each row, [B, Hq, Sq, 1]; 0 where no key is valid."""
+    """The largest score of each row, [B, Hq, Sq, 1]; 0 if no key is valid."""
     lowest = -torch.inf if acc.is_floating_point() else -FAR
     return acc.masked_fill(~valid, lowest).amax(-1, keepdim=True).masked_fill(~valid.any(-1, keepdim=True), 0)
 

@@ -1,4 +1,4 @@
-"""The table of evidence and its figure, from records alone: each task's cells, seed by seed beside the dense model."""
+"""Table and figure of evidence, from records alone: each task's cells, compared with the dense model seed by seed."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ Cells = Mapping[str, Sequence[Record]]
 
 DENSE_CELL = "dense"
 DETAILED = "0.95"
-"""Cells of this sparsity also show what quantizing and pruning do without training."""
+"""Cells of this sparsity also show quantization and pruning without training."""
 PADDED = {"squad": 384, "squadpart": 384}
-"""Customary padded length, where it is not 128."""
+"""Customary padded lengths other than 128."""
 TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD", "stsb": "STS-B"}
-"""Titles, where they are not the names."""
+"""Titles that differ from the names."""
 COLUMNS = (
     "bits, asked",
     "stage",
@@ -58,10 +58,10 @@ GOAL_COLUMNS = (
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
-    """The tables of a folder by task and cell: dense first, then most bits, then least sparsity; then by seed.
+    """Tables of a folder by task and cell: dense first, then most bits, then least sparsity; then by seed.
 
     Raises:
-        RecordError: a table or record that cannot be read.
+        RecordError: a table or record cannot be read.
     """
     return {file.stem: _cells(recorded(file)) for file in table_files(folder)}
 
@@ -83,21 +83,21 @@ def _place(cell: str) -> tuple[bool, int, str]:
 
 
 def padded_to(stage: StageRecord, length: int) -> float:
-    """Sparsity over sequences padded to another length than the stage's own: the survivors stay as many."""
+    """Sparsity over sequences padded to another length than the stage's own; the number of survivors is unchanged."""
     return 1 - (1 - stage.padded_sparsity) * (stage.padded_length / length) ** 2
 
 
 def evidence_markdown(task: str, cells: Cells) -> str:
-    """The table of one task: mean and standard deviation over seeds of each cell.
+    """Table of one task: mean and standard deviation over seeds of each cell.
 
     Args:
         task: its name.
-        cells: "against dense" compares each record with the dense model that was trained equally long from the same
-            weights; where those had to be made anew, with the one of its seed; or as it was before that where no
-            record of either is given. A dense cell of another length than the recipe's shows that control alone.
+        cells: by name. "against dense" compares each record with the dense model trained equally long from the same
+            weights; if those were retrained, with the one of its seed; if there is neither, with the dense model before
+            that. A dense cell of another length than the recipe's shows only that control.
 
     Returns:
-        Markdown; with a column of paired tests where records hold what became of each row.
+        Markdown; with a column of paired tests if records hold the scores of rows.
     """
     known, stages = controls_of(cells), _control_stages(cells)
     length = PADDED.get(task, 128)
@@ -127,7 +127,7 @@ def _pairs(name: str, records: Sequence[Record], known: Mapping[Start, tuple[Rec
 
 
 def ablation_markdown(cells: Cells) -> str:
-    """What each choice is worth: the last stage of each cell beside the last of the dense model."""
+    """Effect of each choice: the last stage of each cell compared with the last of the dense model."""
     every = _every(cells)
     known = controls_of(cells) or control_scores(every, "dense")
     header = ["choice", every[0].headline, "against dense", "sparsity", "keys per query", "seeds"]
@@ -139,14 +139,14 @@ def ablation_markdown(cells: Cells) -> str:
 
 
 def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
-    """How far pruning at once moves the attention outputs of each layer, beside the keys that are left, fewest first.
+    """Error of each layer's attention output under one-shot pruning, with the remaining keys, fewest first.
 
     Args:
-        tasks: cells by task; records of no such stage, or without errors, are left out.
-        bits: of the cells that are shown, as their names begin.
+        tasks: cells by task; records without this stage or without errors are left out.
+        bits: of the cells to show, as their names begin.
 
     Returns:
-        A table: of each layer, the mean over heads and records of the relative root-mean-square error of its output.
+        A table: for each layer, the mean over heads and records of the output's relative root-mean-square error.
     """
     rows: list[tuple[float, list[str]]] = []
     for task, cells in tasks.items():
@@ -167,15 +167,15 @@ def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
 
 
 def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, float]]) -> str:
-    """What was aimed at and what was reached.
+    """Goals and results.
 
     Args:
         tasks: cells by task.
-        goals: task, cell, and the points that it may lose.
+        goals: task, cell, and the allowed loss in points.
 
     Returns:
         A table. Losses are against the dense model trained equally long, seed by seed (mean and standard deviation),
-        and against the best mean that any dense model of the task has, before or after training on.
+        and against the best mean of any dense model of the task, before or after further training.
     """
     rows = []
     for task, cell, allowed in goals:
@@ -203,7 +203,7 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
 
 
 def summary_markdown(tasks: Mapping[str, Cells], chosen: Sequence[tuple[str, str]]) -> str:
-    """One row for each chosen cell: its score beside that of the dense model, and the keys that a query still reads.
+    """One row for each chosen cell: its score, that of the dense model, and the keys per query.
 
     Args:
         tasks: cells by task.
@@ -248,7 +248,7 @@ def _best_dense(cells: Cells) -> float:
 
 
 def caption(cells: Cells, hidden: int) -> str:
-    """What the table was measured on and where, the floor, and how much of the whole model attention is.
+    """Data and machine of a table, the score of the most frequent class, and attention's share of the whole model.
 
     Args:
         cells: of one task.
@@ -271,11 +271,11 @@ def caption(cells: Cells, hidden: int) -> str:
 
 
 def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line]]:
-    """For each task, what progressive pruning loses against the dense model by sparsity, and by keys kept per query.
+    """For each task, loss of progressive pruning against the dense model, by sparsity and by keys per query.
 
     Args:
         tasks: cells by task.
-        bits: of the cells that are drawn: those named BITS-SPARSITY, and no variant of one.
+        bits: of the cells to draw: those named BITS-SPARSITY, without variants.
     """
     plain = re.compile(rf"{re.escape(bits)}-[0-9.]+")
     by_sparsity, by_keys = [], []

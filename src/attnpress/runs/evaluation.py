@@ -1,4 +1,4 @@
-"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them."""
+"""Evaluation: metric and pair counts of a bound model on a task, and its stage record."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def evaluate(
     """Metrics and sparsity of a bound model on the task's evaluation split.
 
     Args:
-        model: bound; calibrated if its spec is not dense. Goes to this process's device.
+        model: bound; calibrated if its spec is not dense. It is moved to this process's device.
         name: of the stage.
         padded_length: length for `padded_sparsity`.
         seconds: wall time to record.
 
     Raises:
-        ConfigError: the model is not bound; `batch_size` or `padded_length` is out of range, or less than a row has.
+        ConfigError: the model is not bound; `batch_size` or `padded_length` is out of range, or smaller than a row.
     """
     checked(Count, padded_length, "padded_length")
     if (longest := max(map(len, data.eval["input_ids"]), default=0)) > padded_length:

@@ -1,4 +1,4 @@
-"""What can be found wrong with a `DataSpec` before a row is read or a model loaded, and where its files are."""
+"""Validation of a `DataSpec` before any row is read or model loaded, and the location of its files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from attnpress.tasks.table import CUSTOM, TASKS, Layout, Split, Task
 
 
 def check_data(data: DataSpec) -> Task:
-    """The task that `data` asks for, after everything that can be checked without reading rows.
+    """Validate `data` as far as possible without reading rows, and return its task.
 
     Raises:
-        TaskError: unknown task or metric, missing file or folder, or options that the task does not take.
+        TaskError: unknown task or metric, missing file or folder, or options that the task does not accept.
     """
     task = _custom_task(data) if data.task == CUSTOM else _named_task(data)
     if data.held_out is not None:
@@ -33,15 +33,15 @@ def check_data(data: DataSpec) -> Task:
 
 
 def own_file(data: DataSpec, split: Split) -> Path | None:
-    """The user's own file for a split, if one is given."""
+    """The user's own file for a split; None if there is none."""
     return data.train_file if split == "train" else data.eval_file
 
 
 def find_published(layout: Layout, split: Split, data_dir: Path) -> Path:
-    """The published file of a split, in `data_dir` or in the task's folder within it.
+    """Find the published file of a split, in `data_dir` or in the task's folder within it.
 
     Raises:
-        TaskError: no such file, or several.
+        TaskError: there is no such file, or more than one.
     """
     pattern = layout.train if split == "train" else layout.eval
     folders = [data_dir, data_dir / layout.folder, data_dir / "glue" / layout.folder]
