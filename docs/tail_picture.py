@@ -1,6 +1,6 @@
 """Draws figures/tail.svg: one row of P, what survives of it, and the levels that `mean` and `linear` give to the rest.
 
-python docs/pictures/tail.py
+python docs/tail_picture.py
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnpress.config import ProbsMode, ProbsSpec, RuleName, TensorSpec
+from attnpress.config import ProbsMode, ProbsSpec, RuleName, TailName, TensorSpec
 from attnpress.core.call import Scales
 from attnpress.core.fake_quantize import ACCELERATOR_SLICE, EXACT, SLICE, batch_part, batch_slices
 from tests.core.factories import (
@@ -27,6 +27,7 @@ from tests.core.factories import (
     tensors,
     weights_of,
 )
+from tests.core.tails import with_tail
 
 # The same integers as the reference.
 
@@ -51,6 +52,19 @@ def test_codes_multiply_exactly_at_any_matmul_precision(precision: str, mode: Pr
     call = make_call(
         make_spec(8, "relative", 0.5, p=ProbsSpec(mode=mode)), seed=0, batch=4, heads=12, rows=128, keys=128, dim=64
     )
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = call.fake()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found, call.integer().output)
+
+
+@pytest.mark.parametrize(("tail", "rank"), [("mean", 1), ("linear", 1), ("linear", 64)])
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_sums_of_a_tail_are_exact_at_any_matmul_precision(precision: str, tail: TailName, rank: int) -> None:
+    spec = make_spec(8, "relative", 0.5)
+    call = with_tail(make_call(spec, seed=0, batch=4, heads=12, rows=128, keys=128, dim=64), tail, rank)
     torch.set_float32_matmul_precision(precision)
     try:
         found = call.fake()

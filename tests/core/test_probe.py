@@ -51,6 +51,16 @@ def test_dense_attention_loses_nothing_and_is_the_framework_s_own() -> None:
     torch.testing.assert_close(found.before @ VALUE, expected, atol=1e-5, rtol=1e-4)
 
 
+def test_mass_is_that_of_pairs_without_a_code() -> None:
+    call = make_call(make_spec(sparsity=0.9), keys=12, mask="padding", spread=2.0)
+    found = probe(call)
+    by_hand = torch.where(call.integer().p_codes == 0, found.before.double(), 0.0) * found.counted
+    torch.testing.assert_close(found.mass[0], by_hand.sum((0, 2, 3)))
+    rows = found.counted.any(-1).sum((0, 2)).double()
+    torch.testing.assert_close(found.mass[1], rows, rtol=1e-5, atol=0.0)
+    assert (found.mass[0] > 0).all()
+
+
 def test_padding_is_in_neither_counts_nor_errors() -> None:
     spec = make_spec()
     scales = Scales(*(torch.full((1, 3, 1, 1), 0.03) for _ in range(3)))

@@ -58,7 +58,7 @@ def changed(run: Path, folder: Path, change: Callable[[dict[str, Any]], object])
 
 def test_every_recorded_figure_is_drawn(report: Report) -> None:
     kinds = {re.sub(r"(-\d+)+\.svg$", "", name).removesuffix(".svg") for name in report.figures}
-    heads = {f"heads-{name}" for name in ("sparsity", "threshold", *(f"scale-{x}" for x in "qkv"))}
+    heads = {f"heads-{name}" for name in ("sparsity", "threshold", "mass", *(f"scale-{x}" for x in "qkv"))}
     errors = {f"heads-error-{name}" for name in (*"qkvp", "output")}
     training = {f"training-{name}" for name in ("loss", "sparsity", "metric")}
     assert kinds == heads | errors | training | {"metric", "work", "histogram", "map", "speed-sdpa"}

@@ -35,6 +35,14 @@ def test_every_compressed_stage_records_the_errors_of_its_heads(record: Record) 
     assert max(quantized) < min(one_shot), "pruning costs more than rounding"
 
 
+def test_every_compressed_stage_records_how_much_of_p_it_prunes(record: Record) -> None:
+    masses = {stage.name: [h.pruned_mass for layer in stage.layers for h in layer.heads] for stage in record.stages}
+    assert set(masses["dense"]) == {None}
+    quantized, one_shot = ([found for found in masses[i] if found is not None] for i in ("quantized", "one_shot"))
+    assert len(quantized) == len(one_shot) == len(masses["dense"])
+    assert max(quantized) < 0.05 < min(one_shot) <= max(one_shot) < 0.8, "far pairs weigh less than their number says"
+
+
 def test_maps_are_rows_of_probabilities_with_their_tokens(finished: Path, record: Record, data: TaskData) -> None:
     rows = {tuple(map(int, ids)) for ids in data.eval["input_ids"]}
     tokenizer = load_tokenizer(str(finished / "dense"))

@@ -1,4 +1,4 @@
-"""The small float layers around a deployed encoder, computed in one order: embeddings' norm, pooler, and heads."""
+"""Float layers around a deployed encoder, computed in one order of summation: embedding norm, pooler, and heads."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PLACES = ("encoder", "transformer")
 """Names under which models hold their encoder."""
 
 TANH_HEADS = ("RobertaClassificationHead", "XLMRobertaClassificationHead", "CamembertClassificationHead")
-"""Heads that call tanh as a function: dense, tanh, out_proj of the first token."""
+"""Heads that call tanh as a function: dense, tanh, out_proj on the first token."""
 
 
 class OrderedLayerNorm(nn.LayerNorm):
-    """A layer norm as `core.ordered` defines it."""
+    """Layer norm as defined in `core.ordered`."""
 
     compute: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -36,7 +36,7 @@ class OrderedLayerNorm(nn.LayerNorm):
 
 
 class OrderedLinear(nn.Linear):
-    """A float32 linear layer as `core.ordered` defines it."""
+    """Float32 linear layer as defined in `core.ordered`."""
 
     compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -46,7 +46,7 @@ class OrderedLinear(nn.Linear):
 
 
 class OrderedActivation(nn.Module):
-    """GELU or tanh as `core.ordered` defines it."""
+    """GELU or tanh as defined in `core.ordered`."""
 
     compute: Callable[[Tensor], Tensor]
 
@@ -56,25 +56,25 @@ class OrderedActivation(nn.Module):
 
 
 class OrderedTanhHead(nn.Module):
-    """A classification head of the RoBERTa kind."""
+    """Classification head of RoBERTa models."""
 
     dense: nn.Module
     out_proj: nn.Module
     compute: Callable[[Tensor], Tensor]
 
     def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states [B, S, K] -> logits [B, N], of the first tokens."""
+        """Hidden states [B, S, K] -> logits [B, N] of the first tokens."""
         first = self.dense(features[:, 0])
         logits: Tensor = self.out_proj(without_gradient(self.compute(first), first))
         return logits
 
 
 def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
-    """Have the float layers around the encoder computed in one order; they stay the modules that they are.
+    """Compute the float layers around the encoder in one order of summation. They remain the same module objects.
 
-    That is what belongs to the encoder's own model, every head beside it but one that predicts words (its product is
-    as large as the vocabulary, and stays a library's), and what a pipeline of sentence-transformers does behind it. Of
-    encoders whose linear layers are int8 one by one, norms and activations inside too.
+    These are the layers of the encoder's own model, every head except one that predicts words (its product is as large
+    as the vocabulary and is left to the library), and the modules behind the encoder in a sentence-transformers
+    pipeline. Of encoders whose linear layers are replaced one by one, also the norms and activations inside.
     """
     place_ordered_sums(model)
     layers: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., Tensor]]] = {
@@ -93,15 +93,15 @@ def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
         elif activation is not None and all(module is not other for other in behind):
             found = OrderedActivation, activation
         elif activation is not None:
-            # By a hook: the class of this one is written down when the pipeline is saved.
+            # By a hook, since saving the pipeline stores the class of this module.
             place_hook(_owned(module, behind), functools.partial(_activated, activation))
         if found is not None:
-            # The same object: hooks, names and ties of its weights stay.
+            # The same object keeps hooks, names and tied weights.
             module.__class__, vars(module)["compute"] = found
 
 
 def _owned(module: nn.Module, parents: Iterable[nn.Module]) -> nn.Module:
-    """A copy of a module, in its place: sentence-transformers gives all its models the same default activation."""
+    """Replace a module by its own copy: all models of sentence-transformers share one default activation."""
     own = copy.copy(module)
     own._forward_hooks = module._forward_hooks.copy()
     for parent in parents:
@@ -124,7 +124,7 @@ def _base_of(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
 def _around(model: nn.Module, base: Any, encoder: nn.Module) -> Iterator[nn.Module]:
     """Modules of the encoder's model and those of heads.
 
-    Without what an encoder of the BERT family fuses itself, and without products: those left in float are a library's.
+    Without those that an encoder of the BERT family fuses, and without products left in float.
     """
     fused = family_of(encoder) is BERT
     beside = [child for child in base.children() if child is not encoder or not fused]

@@ -1,8 +1,8 @@
-"""Files of rows, answered one row after the other; what was interrupted resumes.
+"""Predict files of rows. An interrupted prediction resumes.
 
-The file is read twice: once to see what can be used, before anything is written, and once to answer. Rows are answered
-in chunks, batched by length within a chunk, and written in the order of the input. Beside the unfinished output lies
-its progress: how many lines are done, which bytes of the output are whole, and what it was made from.
+The file is read twice: once to count usable rows before anything is written, and once to predict. Rows are processed in
+chunks, batched by length within a chunk, and written in the order of the input. The progress is stored beside the
+unfinished output: the number of lines done, the valid bytes of the output, and what it was made from.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -21,20 +22,23 @@ from typing import Any, BinaryIO
 
 from accelerate.utils import tqdm
 
-from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
+from attnpress.files import explain, is_stream, naming, open_stream, sha256_of, sync, write_text
 from attnpress.locks import alone
 from attnpress.records.strict_json import JsonError, dump_json, is_unicode, parse_json
-from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind, newline_of, read_rows
+from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind, newline_of, plain_rows, read_rows
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 CHUNK = 1024
-"""Lines done at once: what a kill costs at most."""
+"""Lines per chunk, the most that a kill loses."""
 
 TOLD = 5
-"""Skipped lines that are told one by one, and lines named for each reason in the summary of more."""
+"""Skipped lines reported one by one, and lines named per reason in the summary."""
+
+PLAIN = ".txt"
+"""Ending of a tab-separated table, or of plain lines."""
 
 KEPT = ("line", "id")
-"""Keys of a row that are handed through."""
+"""Keys of a row that are copied to the output."""
 
 Row = dict[str, Any]
 Answer = Callable[[Sequence[Row]], Sequence[Row | Broken]]
@@ -43,18 +47,18 @@ Warn = Callable[[str], None]
 
 
 class PredictionError(ValueError):
-    """An input, an output or a model's answers that cannot be used; the message says why, and what to do."""
+    """An input, an output or a model's answers cannot be used. The message gives the reason and says what to do."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an output is.
+    """Progress of an output.
 
     Attributes:
-        lines: of the input that are done.
-        size: bytes of the output that are whole.
-        written, skipped: lines with an answer, and bad ones.
-        sha256: of the bytes that are whole.
+        lines: input lines that are done.
+        size: valid bytes of the output.
+        written, skipped: number of lines with an answer, and of bad lines.
+        sha256: of the valid bytes.
     """
 
     lines: int = 0
@@ -66,14 +70,14 @@ class Progress:
 
 @dataclass
 class Survey:
-    """What an input holds, before any of it is answered.
+    """Content of an input, before prediction.
 
     Attributes:
         usable: rows with all their texts.
         done: rows up to the line at which an earlier process stopped.
         skipped: other rows.
         first: the first of them: line and reason.
-        kinds: of reasons: how many rows, and the lines of the first.
+        kinds: by reason: number of rows, and the lines of the first ones.
     """
 
     usable: int = 0
@@ -83,7 +87,7 @@ class Survey:
     kinds: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def skip(self, line: int, reason: str) -> None:
-        """Count a row that cannot be used."""
+        """Count an unusable row."""
         kind = reason.split(" (")[0]
         count, lines = self.kinds.get(kind, (0, []))
         self.kinds[kind] = (count + 1, [*lines, line] if count < TOLD else lines)
@@ -92,7 +96,7 @@ class Survey:
             self.first.append((line, reason))
 
     def summary(self) -> str:
-        """How many rows are skipped for which reason, the commonest first."""
+        """Number of skipped rows by reason, the most frequent first."""
         ranked = sorted(self.kinds.items(), key=lambda item: -item[1][0])
         parts = [
             f"{count} {kind} (line {', '.join(map(str, lines))}{', ...' if count > len(lines) else ''})"
@@ -103,19 +107,21 @@ class Survey:
 
 
 class Input:
-    """The rows of a file, read anew each time; one is a `Row` with "line", "id" and its texts, or broken.
+    """The rows of a file, read again at each use; each is a `Row` with "line", "id" and its texts, or broken.
 
     Args:
         name: as the user gave it; its ending says which kind of file it is.
         file: where the content lies.
         columns: of the texts.
+        may_be_plain: whether a .txt file whose first line is no header with that column holds a text on each line;
+            else it is a table whatever its first line says.
 
     Raises:
         PredictionError: the content is of a kind that cannot be read.
     """
 
-    def __init__(self, name: Path, file: Path, columns: Sequence[str]) -> None:
-        self.name, self.file, self.columns = name, file, columns
+    def __init__(self, name: Path, file: Path, columns: Sequence[str], may_be_plain: bool = True) -> None:
+        self.name, self.file, self.columns, self.may_be_plain = name, file, columns, may_be_plain
         with file.open("rb") as content:
             self.head = content.read(256)
         if not self.is_parquet and (foreign := foreign_kind(self.head)):
@@ -123,8 +129,16 @@ class Input:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether its name says so: such files are read by row groups, and a line is a row."""
+        """True for Parquet files, which are read by row groups; a line is then a row."""
         return ending(self.name) == PARQUET
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether each of its lines is a text."""
+        if not self.may_be_plain or ending(self.name) != PLAIN or len(self.columns) != 1:
+            return False
+        first = self.head.decode("utf-8-sig", errors="replace").partition("\n")[0].removesuffix("\r")
+        return "\t" not in first and first != self.columns[0]
 
     def __iter__(self) -> Iterator[tuple[int, Row | Broken]]:
         for line, record in self._records():
@@ -135,16 +149,19 @@ class Input:
             yield from parquet_rows(self.file, (*self.columns, "id"))
             return
         with self.file.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline_of(self.name)) as lines:
-            yield from read_rows(self.name, lines, (*self.columns, "id"))
+            if self.is_plain:
+                yield from plain_rows(lines, self.columns[0])
+            else:
+                yield from read_rows(self.name, lines, (*self.columns, "id"))
 
     def survey(self, done: int) -> Survey:
         """Count the rows.
 
         Args:
-            done: last line that an earlier process has answered.
+            done: last line that an earlier process has finished.
 
         Raises:
-            PredictionError: there are rows, but none can be used.
+            PredictionError: there are rows, but none is usable.
         """
         survey = Survey()
         for line, row in self:
@@ -168,21 +185,29 @@ class Input:
 
 
 def predict_file(
-    answer: Answer, columns: Sequence[str], source: Path, output: Path, made_from: Mapping[str, Any], *, warn: Warn
+    answer: Answer,
+    columns: Sequence[str],
+    source: Path,
+    output: Path,
+    made_from: Mapping[str, Any],
+    *,
+    warn: Warn,
+    may_be_plain: bool = True,
 ) -> Progress:
-    """Answer each row of `source` in `output`, or go on with it.
+    """Answer each row of `source` in `output`, or resume an unfinished output.
 
     Args:
         answer: see `make_answer`.
         columns: keys that each row must have, with texts.
         source: CSV, tab-separated text, JSON lines or Parquet, by its ending; empty lines do not count.
-            A column or key "id" is handed through. A stream, such as /dev/stdin, is read to its end first.
+            A column or key "id" is copied. A stream, such as /dev/stdin, is read to its end first.
         output: written whole when all lines are done; one JSON object a good line, with "line" from 1. A stream, such
-            as /dev/stdout, is written on, and not gone on with.
+            as /dev/stdout, is appended to, and not resumed.
         made_from: what else determines the output, plain data: an unfinished output made from something else is not
-            gone on with.
-        warn: is told of the first bad lines, or of all in a summary; they are skipped. Also of an unfinished output
-            that is not what its progress says: it is begun anew.
+            resumed.
+        warn: receives the first bad lines, or a summary of all; they are skipped. Also an unfinished output that does
+            not match its progress; it is restarted.
+        may_be_plain: see `Input`.
 
     Raises:
         PredictionError: `source` cannot be read, or has rows of which none can be used; `output` exists, is being
@@ -190,7 +215,7 @@ def predict_file(
         TaskError: a table with two columns of one name, or a quote that is never closed.
     """
     with _as_file(source) as file:
-        rows = Input(source, file, columns)
+        rows = Input(source, file, columns, may_be_plain)
         if is_stream(output):
             _tell(rows, rows.survey(0), warn)
             with open_stream(output) as out:
@@ -203,6 +228,65 @@ def predict_file(
         with _alone(output):
             _check_free(output)
             return _go_on(answer, rows, output, {"input": sha256_of(file), **made_from}, warn)
+
+
+def finish_file(
+    answer: Answer,
+    columns: Sequence[str],
+    source: Path,
+    output: Path,
+    made_from: Mapping[str, Any],
+    *,
+    warn: Warn,
+    may_be_plain: bool = True,
+) -> Progress:
+    """`predict_file` for one of many files: what is finished stays, and what it was made from stays beside it.
+
+    It waits while another process writes the output.
+
+    Raises:
+        PredictionError: see `predict_file`, and `finished`.
+    """
+    identity = {"input": _digest(source), **made_from}
+    with naming(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with alone(output, lambda: warn(f"{output}: another process is writing it; waiting for its end")):
+        if (done := finished(source, output, made_from)) is not None:
+            return done
+        if not _beside(output, "unfinished").exists():  # an output was deleted to predict it again
+            _beside(output, "progress").unlink(missing_ok=True)
+        rows = Input(source, source, columns, may_be_plain)
+        return _go_on(answer, rows, output, identity, warn, keep_notes=True)
+
+
+def finished(source: Path, output: Path, made_from: Mapping[str, Any]) -> Progress | None:
+    """How far an output of `finish_file` is that is whole; None where there is none yet.
+
+    Raises:
+        PredictionError: `finish_file` did not write what is there, it was changed since, or it was made from
+            something else.
+    """
+    if not os.path.lexists(output):
+        return None
+    notes = _beside(output, "progress")
+    progress = _read_progress(notes, output, {"input": _digest(source), **made_from}, output)
+    if progress is None:
+        raise PredictionError(f"{output}: exists, and {notes.name} does not say how it was made; move it away")
+    if not output.is_file() or (output.stat().st_size, sha256_of(output)) != (progress.size, progress.sha256):
+        raise PredictionError(f"{output}: was changed after it was written; move it away, or delete it")
+    return progress
+
+
+def _digest(source: Path) -> str:
+    try:
+        with naming(source):
+            return sha256_of(source)
+    except OSError as error:  # of one file among many
+        raise PredictionError(explain(error)) from None
+
+
+def _beside(output: Path, what: str) -> Path:
+    return output.with_name(f".{output.name}.{what}")
 
 
 class _Written:
@@ -223,7 +307,7 @@ class _Written:
         self.count(content)
 
     def holds(self, progress: Progress, survey: Survey) -> bool:
-        """Read what an earlier process has written; false if it is not what its progress says."""
+        """Read the output of an earlier process; False if it does not match its progress."""
         last, answers = b"", 0
         while self.size < progress.size and (last := self.file.readline(progress.size - self.size)):
             self.count(last)
@@ -238,24 +322,29 @@ class _Written:
         self.size, self.digest = 0, hashlib.sha256()
 
 
-def _go_on(answer: Answer, rows: Input, output: Path, identity: Mapping[str, Any], warn: Warn) -> Progress:
-    partial, notes = (output.with_name(f".{output.name}.{ending}") for ending in ("unfinished", "progress"))
-    begun, progress = notes.exists() or partial.exists(), _read_progress(notes, output, identity)
+def _go_on(
+    answer: Answer, rows: Input, output: Path, identity: Mapping[str, Any], warn: Warn, keep_notes: bool = False
+) -> Progress:
+    partial, notes = _beside(output, "unfinished"), _beside(output, "progress")
+    begun, progress = notes.exists() or partial.exists(), _read_progress(notes, output, identity, notes)
     survey = rows.survey(progress.lines if progress else 0)
     partial.touch()
     with partial.open("r+b") as file:
         out = _Written(file)
         if progress is None or not out.holds(progress, survey):
             if begun and (progress or file.seek(0, 2)):
-                warn(f"{partial}: is not what {notes.name} says of it; begun anew")
+                warn(f"{partial}: is not what {notes.name} says of it; restarted")
             progress = Progress()
             out.begin_anew()
         file.truncate(out.size)
         _tell(rows, survey, warn)
         note = _noting(notes, identity)
         progress = _answer_all(answer, rows, out, progress, note, warn)
+    if keep_notes:
+        note(progress)  # also of an input without rows
     partial.replace(output)
-    notes.unlink(missing_ok=True)
+    if not keep_notes:
+        notes.unlink(missing_ok=True)
     return progress
 
 
@@ -264,6 +353,8 @@ def _noting(notes: Path, identity: Mapping[str, Any]) -> Callable[[Progress], No
 
 
 def _tell(rows: Input, survey: Survey, warn: Warn) -> None:
+    if rows.is_plain:
+        warn(f"{rows.name}: read as plain lines: its first line is no header with a column {rows.columns[0]!r}")
     for line, reason in survey.first:
         warn(f"{rows.name}:{line}: {reason}; skipped")
     if survey.skipped > len(survey.first):
@@ -276,7 +367,7 @@ def _answer_all(
     for chunk in _chunks(rows, progress.lines):
         good = [row for _, row in chunk if not isinstance(row, Broken)]
         written = 0
-        for row, said in zip(good, _answer_each(answer, good, progress), strict=True):
+        for row, said in zip(good, _answer_each(answer, rows.name, good, progress), strict=True):
             if isinstance(said, Broken):
                 warn(f"{rows.name}:{row['line']}: {said.reason}; skipped")
             else:
@@ -290,7 +381,7 @@ def _answer_all(
     return progress
 
 
-def _answer_each(answer: Answer, rows: Sequence[Row], progress: Progress) -> Sequence[Row | Broken]:
+def _answer_each(answer: Answer, name: Path, rows: Sequence[Row], progress: Progress) -> Sequence[Row | Broken]:
     """Answers of a chunk; where the model fails, each row is tried alone, so that one costs no other its answer.
 
     Raises:
@@ -305,7 +396,7 @@ def _answer_each(answer: Answer, rows: Sequence[Row], progress: Progress) -> Seq
     broken = [found for found in said if isinstance(found, Broken)]
     if len(broken) == len(rows) and (len(rows) > 1 or not progress.written):
         first, last = rows[0]["line"], rows[-1]["line"]
-        raise PredictionError(f"the model answers none of the lines {first} to {last}: {broken[0].reason}")
+        raise PredictionError(f"{name}: the model answers none of the lines {first} to {last}: {broken[0].reason}")
     return said
 
 
@@ -325,7 +416,7 @@ def _row(line: int, record: Record, columns: Sequence[str]) -> Row | Broken:
             found = f"found {text!r:.40}" if name in record else f"keys there: {keys or 'none'}"
             return Broken(f"no text under {name!r} ({found})", "")
         if not is_unicode(text):
-            return Broken(f"half of a surrogate pair under {name!r}", "")
+            return Broken(f"an unpaired surrogate under {name!r}", "")
     row: Row = {"line": line} | {name: record[name] for name in (*columns, "id") if name in record}
     try:
         dump_json(row.get("id"))
@@ -349,8 +440,12 @@ def _chunks(rows: Input, done: int) -> Iterator[list[tuple[int, Row | Broken]]]:
         yield chunk
 
 
-def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any]) -> Progress | None:
-    """What an earlier process noted; None where it noted nothing that can be read."""
+def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any], stale: Path) -> Progress | None:
+    """What an earlier process noted; None where it noted nothing that can be read.
+
+    Raises:
+        PredictionError: of an output that was made from something else; `stale` is what to delete then.
+    """
     try:
         found = parse_json(notes.read_text(encoding="utf-8"))
         before = found.pop("made_from")
@@ -363,7 +458,7 @@ def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any]) -> Pr
         return None
     if different:
         raise PredictionError(
-            f"{output}: was begun with another {', '.join(different)}; choose another --output, or delete {notes}"
+            f"{output}: was begun with another {', '.join(different)}; choose another --output, or delete {stale}"
         )
     return progress
 
