@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,17 +19,17 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.config import ConfigError
-from attnpress.files import explain
+from attnpress.files import explain, write_text
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.checkpoint import ModelError
 from attnpress.models.loading import quiet
 from attnpress.runs.prediction import Deployment
 from attnpress.runs.row_files import PredictionError, Progress
-from attnpress.runs.row_folders import Engine, Outcome, Pair
+from attnpress.runs.row_folders import Engine, Finish, Outcome, Pair
 from attnpress.tasks import TaskError
 
-DEATHS = 3
-"""Restarts of a worker, and tries of a file, after which a run gives up: some files kill whoever reads them."""
+TRIES = 3
+"""Workers that a file may cost in one run: some files kill whoever reads them, and Ray would begin workers for ever."""
 
 LOCAL = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
 
@@ -37,28 +38,52 @@ class Worker:
     """One process of the cluster; it answers a file at a time.
 
     Args:
-        deployment: to load when the worker begins. What keeps it from loading is told of each file.
+        deployment: to load once, with the first file, so that a model that kills its process is told of, too.
         place: folder that relative paths begin in.
+        run: name of this run of the engine.
+        tries: see TRIES.
     """
 
-    def __init__(self, deployment: Deployment, place: str) -> None:
-        quiet()
-        self.said: list[str] = []
-        try:
-            os.chdir(place)
-            with _recorded(self.said):
-                self.finish = deployment.finisher()
-        except (PredictionError, ConfigError, ModelError, TaskError, BackendUnavailableError, OSError) as error:
-            reason = explain(error) if isinstance(error, OSError) else str(error)
-            self.finish = lambda pair, _: Outcome(pair, None, reason)
+    def __init__(self, deployment: Deployment, place: str, run: str, tries: int = TRIES) -> None:
+        self.deployment, self.place, self.run, self.tries = deployment, place, run, tries
+        self.finish: Finish | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """From a row with the paths of a pair to one with its outcome, as text: Ray Data has columns, no objects."""
-        said, self.said = self.said, []
-        with _recorded(said):
-            outcome = self.finish(Pair(Path(row["source"]), Path(row["output"])), said.append)
+        pair, said = Pair(Path(row["source"]), Path(row["output"])), list[str]()
+        note = pair.output.with_name(f".{pair.output.name}.tries")
+        died = _tries(note, self.run)
+        if died < self.tries:
+            write_text(note, f"{self.run} {died + 1}")
+            with _recorded(said):
+                outcome = self._answer(pair, said)
+        else:
+            outcome = Outcome(
+                pair, None, f"{pair.source}: workers died of it, or of the model ({died}); out of memory?"
+            )
+        note.unlink(missing_ok=True)
         progress = None if outcome.progress is None else dataclasses.asdict(outcome.progress)
         return row | {"outcome": json.dumps({"progress": progress, "reason": outcome.reason, "warnings": said})}
+
+    def _answer(self, pair: Pair, said: list[str]) -> Outcome:
+        """What becomes of a file; what keeps the model from loading is told of each file."""
+        try:
+            if self.finish is None:
+                quiet()
+                os.chdir(self.place)
+                self.finish = self.deployment.finisher()
+        except (PredictionError, ConfigError, ModelError, TaskError, BackendUnavailableError, OSError) as error:
+            return Outcome(pair, None, explain(error) if isinstance(error, OSError) else str(error))
+        return self.finish(pair, said.append)
+
+
+def _tries(note: Path, run: str) -> int:
+    """How many workers have begun a file in this run, and not ended it."""
+    try:
+        name, count = note.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return 0
+    return int(count) if name == run and count.isdecimal() else 0
 
 
 @contextmanager
@@ -93,12 +118,11 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
             most = min(len(pairs), workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
             answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
                 Worker,
-                fn_constructor_args=(deployment, str(Path.cwd())),
+                fn_constructor_args=(deployment, str(Path.cwd()), secrets.token_hex(8), TRIES),
                 # One file at a time: what waited behind a dead worker would wait for its next life.
                 compute=ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1),
                 num_cpus=1,
                 num_gpus=1 if deployment.backend == "gpu" else 0,
-                ray_remote_args_fn=lambda: {"max_restarts": DEATHS, "max_task_retries": DEATHS},
             )
             told = set[str]()
             try:
@@ -108,8 +132,8 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
                     yield dataclasses.replace(outcome, warnings=new)
             except ray.exceptions.RayError as error:
                 raise PredictionError(
-                    f"--engine ray: workers died, or could not begin ({_first_line(error)}); outputs that are whole "
-                    f"stay{_begun(pairs)}; start the same command again"
+                    f"--engine ray: the cluster failed ({_first_line(error)}); outputs that are whole stay: start the "
+                    "same command again"
                 ) from None
 
     return engine
@@ -141,14 +165,6 @@ def _outcome(row: dict[str, Any]) -> Outcome:
     plain = json.loads(row["outcome"])
     progress = None if plain["progress"] is None else Progress(**plain["progress"])
     return Outcome(Pair(Path(row["source"]), Path(row["output"])), progress, plain["reason"], tuple(plain["warnings"]))
-
-
-def _begun(pairs: Sequence[Pair]) -> str:
-    """The first file that a worker has begun and not finished."""
-    for pair in pairs:
-        if not pair.output.exists() and pair.output.with_name(f".{pair.output.name}.unfinished").exists():
-            return f", {pair.source} was begun"
-    return ""
 
 
 def _first_line(error: BaseException) -> str:
