@@ -44,7 +44,7 @@ from attnpress.report.evidence import (
 )
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
-from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
+from attnpress.report.plots import PRINT, Line, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, encode_caption, encode_rows, markdown_table, stages_markdown
 from attnpress.studies.evidence import EvidenceSpec, missing, plan
 
@@ -54,6 +54,7 @@ PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
 LANES = "docs/figures/lanes.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
+FRONT = "docs/figures/tail_front.svg"
 PAGES = (
     "README.md",
     "docs/results.md",
@@ -83,6 +84,7 @@ WHOLE = (
 MINILM_WIDTH, MINILM_HEADS, MINILM_LAYERS = 384, 12, 6
 HARDWARE = "mrpc-8888-0.95-seed0"
 MACHINE = Accelerator()
+TAILS = ("none", "mean", "linear 8", "linear 32")
 
 
 def tables() -> dict[str, str]:
@@ -114,6 +116,8 @@ def tables() -> dict[str, str]:
         "tail_retrieval": untrained_markdown("tail_retrieval_part"),
         "tail_mrpc": at_once_markdown(tasks["mrpc"]),
         "tail_cost": tail_cost_markdown(),
+        "tail_front": tail_front_markdown(),
+        "tail_ablation": tail_ablation_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
         **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad", "sts")},
@@ -220,6 +224,48 @@ def tail_cost_markdown() -> str:
             cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
             aim = f"{aims[length]} %" if length in aims else ""
             lines.append(f"| {words} | {length:,} | {' | '.join([*cells, aim])} |")
+    return "\n".join(lines)
+
+
+def front_rows() -> dict[str, list[dict[str, Any]]]:
+    """Error and time of the kernel by tail, of benchmarks/tail_front.py; sparsest last."""
+    rows = json.loads((ROOT / "benchmarks/records/tail_front.json").read_text(encoding="utf-8"))["rows"]
+    return {tail: [row for row in rows if row["tail"] == tail] for tail in dict.fromkeys(row["tail"] for row in rows)}
+
+
+def tail_front_markdown() -> str:
+    """Of each tail, the least time at which the error of attention outputs is at most so much."""
+    bounds = (0.1, 0.15, 0.2, 0.3, 0.5)
+    lines = [f"| tail | {' | '.join(f'error ≤ {bound}' for bound in bounds)} |", f"| --- |{' ---: |' * len(bounds)}"]
+    for tail, rows in front_rows().items():
+        fast = [
+            min((r for r in rows if r["error"] <= bound), key=lambda r: r["ratio"], default=None) for bound in bounds
+        ]
+        cells = [f"{r['ratio']:.2f} ({r['keys_per_row']:.0f} keys)" if r else "" for r in fast]
+        lines.append(f"| {_tail_words(tail.replace(' ', ':')) if tail in TAILS else tail} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def front_picture() -> str:
+    """Error of attention outputs against the time of the kernel and against keys per query, by tail, as SVG."""
+    found = {tail: rows for tail, rows in front_rows().items() if tail in TAILS}
+    panels = {
+        what: [
+            Line(tail, [r[key] for r in rows], [r["error"] for r in rows], i)
+            for i, (tail, rows) in enumerate(found.items())
+        ]
+        for what, key in (("time (1: nothing pruned)", "ratio"), ("keys per query", "keys_per_row"))
+    }
+    figure = two_axes(panels, "relative error of attention outputs", logarithmic=["keys per query"])
+    return recolored(to_svg(figure, "tail-front"), PRINT)
+
+
+def tail_ablation_markdown() -> str:
+    """Errors of attention outputs with levels and slopes that were tried, of benchmarks/tail_ablation.py."""
+    rows = json.loads((ROOT / "benchmarks/records/tail_ablation.json").read_text(encoding="utf-8"))["rows"]
+    asked = list(next(iter(rows.values())))
+    lines = [f"| variant | {' | '.join(asked)} |", f"| --- |{' ---: |' * len(asked)}"]
+    lines += [f"| {name} | {' | '.join(f'{row[each]:.3f}' for each in asked)} |" for name, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -436,6 +482,7 @@ if __name__ == "__main__":
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
     (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
+    (ROOT / FRONT).write_text(front_picture(), encoding="utf-8")
     (ROOT / LANES).write_text(lanes_picture(), encoding="utf-8")
     for page in PAGES:
         (ROOT / page).write_text(filled((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

@@ -61,6 +61,7 @@ FENCES: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("export", "benchmark"),
     "openvino": ("export", "benchmark"),
     "qonnx": ("export",),
+    "ray": ("runs.ray_engine",),
     "scalesim": ("export",),
 }
 """The only places that may know a library."""

@@ -103,3 +103,48 @@ def test_the_command_reports_and_refuses(
 def test_a_run_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no finished compressed model"):
         finished_classifier(tmp_path)
+
+
+def test_a_folder_is_answered_as_its_files_are(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "in"
+    (folder / "deep").mkdir(parents=True)
+    write(folder / "a.jsonl", [json.dumps({"review": text}) for text in REVIEWS])
+    write(folder / "deep" / "b.txt", REVIEWS)
+    words = ["run", str(finished), "--backend", "reference"]
+    assert main([*words, "--input", str(folder / "a.jsonl"), "--output", str(tmp_path / "a.jsonl")]) == 0
+    capsys.readouterr()
+    many = [*words, "--input", str(folder), "--output", str(tmp_path / "out")]
+    assert main(many) == 0
+    captured = capsys.readouterr()
+    assert "2 of 2 files: b.txt, 4 lines\npredicted: 8 lines, skipped: 0\noutput: " in captured.out
+    assert "b.txt: read as plain lines: its first line is no header with a column 'review'" in captured.err
+    assert (tmp_path / "out" / "a.jsonl").read_bytes() == (tmp_path / "a.jsonl").read_bytes()
+    assert read(tmp_path / "out" / "deep" / "b.txt.jsonl") == read(tmp_path / "a.jsonl")
+    monkeypatch.setattr("attnpress.runs.prediction.finished_classifier", None)  # nothing is missing: no model is loaded
+    assert main(many) == 0
+    assert "2 of 2 files are done already\npredicted: 8 lines" in capsys.readouterr().out
+    assert main([*many, "--linear", "int8"]) == 1
+    assert "was begun with another linear" in capsys.readouterr().err
+
+
+def test_a_column_that_is_named_is_looked_for(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path / "in.txt", REVIEWS)
+    words = ["run", str(finished), "--backend", "reference", "--input", str(tmp_path / "in.txt"), "--output"]
+    assert main([*words, str(tmp_path / "plain.jsonl")]) == 0
+    assert [row["line"] for row in read(tmp_path / "plain.jsonl")] == [1, 2, 3, 4]
+    capsys.readouterr()
+    assert main([*words, str(tmp_path / "table.jsonl"), "--text", "review"]) == 1
+    assert "no text under 'review'" in capsys.readouterr().err
+
+
+def test_options_of_engines_go_together(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write(tmp_path / "in.jsonl", ['{"review": "good"}'])
+    words = ["run", str(finished), "--input", str(source), "--output", str(tmp_path / "out")]
+    assert main([*words, "--workers", "2"]) == 1
+    assert "--workers is the number of workers of --engine ray" in capsys.readouterr().err
+    assert main([*words, "--engine", "ray"]) == 1
+    assert "give --input a folder, or several files" in capsys.readouterr().err

@@ -96,24 +96,30 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Predict each row of a file with a compressed model, or resume an interrupted prediction."""
+    """Predict each row of one file or many with a compressed model, or resume an interrupted prediction."""
     from attnpress.runs.finished import is_saved_model
 
+    _check_engine(options)
     config = None if is_saved_model(options.run_dir) else _run_config(options.run_dir)
     _quiet_libraries()
-    from attnpress.runs.prediction import run_file
+    from attnpress.runs.prediction import Deployment, run_file, run_files
+    from attnpress.runs.ray_engine import spread
+    from attnpress.runs.row_folders import are_many
 
-    done = run_file(
-        options.run_dir,
-        config,
-        options.input,
-        options.output,
-        backend=options.backend,
-        linear=options.linear,
-        batch_size=options.batch,
-        columns=options.text,
-        warn=lambda text: print(f"attnpress: {text}", file=sys.stderr),
-    )
+    def warn(text: str) -> None:
+        print(f"attnpress: {text}", file=sys.stderr)
+
+    shared = {"backend": options.backend, "linear": options.linear, "batch_size": options.batch}
+    if are_many(options.input):
+        deployment = Deployment(options.run_dir, config, named=tuple(options.text), **shared)
+        engine = spread(deployment, options.workers) if options.engine == "ray" else None
+        done = run_files(deployment, options.input, options.output, warn=warn, notify=_stage_line, engine=engine)
+    elif options.engine == "ray":
+        raise ConfigError("--engine ray spreads files over a cluster: give --input a folder, or several files")
+    else:
+        done = run_file(
+            options.run_dir, config, options.input[0], options.output, columns=options.text, warn=warn, **shared
+        )
     print(f"predicted: {done.written} lines, skipped: {done.skipped}\noutput: {options.output}", file=options.talk)
     return 0
 
@@ -261,6 +267,11 @@ def bench(options: argparse.Namespace) -> int:
     _write_json(records, options.json)
     _print_table(table(records), options.talk, width=160)
     return 0
+
+
+def _check_engine(options: argparse.Namespace) -> None:
+    if options.workers is not None and options.engine != "ray":
+        raise ConfigError("--workers is the number of workers of --engine ray: add that, or drop --workers")
 
 
 def _model_config(folder: Path, overrides: Sequence[str]) -> RunConfig:

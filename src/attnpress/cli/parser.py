@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   attnpress evaluate runs/demo --backend cpu --json agreement.json
   attnpress evaluate runs/demo --backend cpu --linear int8
   attnpress run runs/demo --input texts.jsonl --output said.jsonl --linear int8
+  attnpress run runs/demo --input texts --output said --linear int8 --engine ray
   attnpress export runs/demo --to onnx
   attnpress export runs/demo --to trace --rows 64 --batch 8
   attnpress export runs/demo --to scalesim
@@ -96,7 +97,7 @@ def _add_one_run(subparsers: Commands) -> None:
     _quantize_arguments(_command(
         subparsers, "quantize", commands.quantize,
         "compress an embedder, classifier or reranker with unlabelled texts, without training, and report the cost; "
-        "the same command resumes an interrupted search",
+        "the same command resumes an interrupted search or training",
     ))  # fmt: skip
     evaluate = _command(subparsers, "evaluate", commands.evaluate, "evaluate the compressed model of a finished run")
     _run_argument(evaluate)
@@ -110,7 +111,8 @@ def _add_one_run(subparsers: Commands) -> None:
     evaluate.add_argument("--json", type=_write_to, metavar="FILE", help="also write the figures to this file")
     _run_arguments(_command(
         subparsers, "run", commands.run,
-        "predict each row of a file with a compressed model; the same command resumes after interruption",
+        "predict each row of a file, or of a folder of files, with a compressed model; the same command resumes after "
+        "interruption",
     ))  # fmt: skip
     export = _command(
         subparsers, "export", commands.export, "export the compressed model of a finished run, and check the result"
@@ -286,13 +288,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "run_dir", type=Path, metavar="RUN_DIR", help="run folder, or a folder written by save_pretrained"
     )
     parser.add_argument(
-        "--input", type=_read_from, required=True, metavar="FILE",
-        help="CSV, tab-separated text (.tsv, .txt), JSON lines or Parquet, with the column names of the task, "
-        'for example {"text": ...}',
+        "--input", type=_read_from, nargs="+", action="extend", required=True, metavar="PATH",
+        help="a file, several files, or a folder of files: CSV, tab-separated text (.tsv, .txt), JSON lines or "
+        'Parquet, with the column names of the task, for example {"text": ...}; or one text per line (.txt)',
     )  # fmt: skip
     parser.add_argument(
-        "--output", type=_write_to, required=True, metavar="FILE.jsonl", help="one JSON line for each valid row"
-    )
+        "--output", type=_write_to, required=True, metavar="PATH",
+        help="file with one JSON line for each valid row; for a folder or several files, a folder with one such file "
+        "each",
+    )  # fmt: skip
     parser.add_argument(
         "--text", nargs="+", default=(), metavar="COLUMN", help="name of the text column, or of both text columns"
     )
@@ -301,6 +305,15 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=whole("--batch", 1, 65536), default=32, metavar="N", help="rows per batch (default: 32)"
     )
+    parser.add_argument(
+        "--engine", choices=["local", "ray"], default="local",
+        help="ray: spread the files of a folder over a Ray cluster, that of RAY_ADDRESS or one on this machine "
+        "(default: local)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--workers", type=whole("--workers", 1, 65536), metavar="N",
+        help="with --engine ray: at most this many workers, with one CPU each (default: the CPUs of the cluster)",
+    )  # fmt: skip
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

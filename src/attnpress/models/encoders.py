@@ -212,7 +212,7 @@ def _plain_config(resolved: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = PreTrainedConfig.get_config_dict(resolved)[0]
     except (OSError, ValueError) as error:
-        raise ModelError(f"model: {' '.join(str(error).split())[:300]}") from None
+        raise ModelError(f"model: {resolved} could not be loaded: {' '.join(str(error).split())[:300]}") from None
     if not found:
         raise ModelError(
             f"model: {resolved} has no config.json; give a Hub name, or a folder that save_pretrained wrote"

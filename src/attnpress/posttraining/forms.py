@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,10 +93,17 @@ class Made:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a form is trained on before it is deployed: texts, and how often each."""
+    """What a form is trained on before it is deployed.
+
+    Attributes:
+        rows: texts.
+        epochs: how often each is seen.
+        folder: of checkpoints, from which interrupted training resumes; None keeps none.
+    """
 
     rows: Rows
     epochs: float
+    folder: Path | None = None
 
 
 def make(dense: Encoder, form: Form, rows: Rows, lesson: Lesson | None = None) -> Made:
@@ -130,18 +136,16 @@ def make(dense: Encoder, form: Form, rows: Rows, lesson: Lesson | None = None) -
 def _teach(dense: Encoder, encoder: Encoder, lesson: Lesson, sparsity: float) -> None:
     student: Any = called_with_batches(encoder.model)
     teacher: Any = bind(copy.deepcopy(called_with_batches(dense.model)), DENSE)
-    spec = TrainSpec(epochs=lesson.epochs, learning_rate=RATE, batch_size=2 * BATCH, checkpoints=1)
-    with tempfile.TemporaryDirectory() as folder:
-        train_unlabelled(
-            student,
-            teacher,
-            lesson.rows,
-            encoder.inputs,
-            spec,
-            Path(folder),
-            sparsity=sparsity,
-            lengths=[sum(map(len, row)) for row in lesson.rows],
-        )
+    train_unlabelled(
+        student,
+        teacher,
+        lesson.rows,
+        encoder.inputs,
+        TrainSpec(epochs=lesson.epochs, learning_rate=RATE, batch_size=2 * BATCH),
+        lesson.folder,
+        sparsity=sparsity,
+        lengths=[sum(map(len, row)) for row in lesson.rows],
+    )
 
 
 def _survivors(encoder: Encoder, rows: Rows) -> Survivors:

@@ -30,6 +30,7 @@ from attnpress.models.pipeline import is_pipeline
 from attnpress.posttraining.agreement import agreement, loss_of
 from attnpress.posttraining.card import quantized_card
 from attnpress.posttraining.forms import Form, Lesson, Made, make
+from attnpress.posttraining.interrupted import kept_training
 from attnpress.posttraining.measure import Cost, costs
 from attnpress.posttraining.search import BITS, SPARSITIES, Trials, most_compressed
 from attnpress.records.quantized import FILE, CostRecord, QuantizedRecord, TextsRecord, TrialRecord
@@ -175,13 +176,25 @@ class _Task:
         if self.asked.max_loss is not None:
             form, trials = self._search(form, self.asked.max_loss)
         self.notify(f"making it: {_words(form)}")
-        lesson = None
-        if self.asked.distill is not None:
-            lesson = Lesson(self.training, self.asked.distill)
-            self.notify(f"teaching it on {len(self.training)} texts, {self.asked.distill:g} epochs")
-        made = make(self.dense, form, self.calibration, lesson)
-        self._check_linear(made)
-        return self._written(made, trials)
+        with self._lesson(form) as lesson:
+            made = make(self.dense, form, self.calibration, lesson)
+            self._check_linear(made)
+            return self._written(made, trials)
+
+    @contextmanager
+    def _lesson(self, form: Form) -> Iterator[Lesson | None]:
+        """What to train on, if anything; inside the `with` block an interrupted training is kept."""
+        epochs = self.asked.distill
+        if epochs is None:
+            yield None
+            return
+        made_from = self._sources() | {"form": dataclasses.asdict(form), "epochs": epochs}
+        with kept_training(self.output, made_from, self.notify) as folder:
+            self.notify(f"teaching it on {len(self.training)} texts, {epochs:g} epochs")
+            yield Lesson(self.training, epochs, folder)
+
+    def _sources(self) -> dict[str, Any]:
+        return {"weights": _weights(self.dense), "texts": self.texts.sha256}
 
     def _form(self) -> Form:
         given = {key: getattr(self.asked, key) for key in ("bits", "sparsity", "tail", "linear")}
@@ -189,8 +202,7 @@ class _Task:
 
     def _search(self, begin: Form, max_loss: float) -> tuple[Form, list[TrialRecord]]:
         beside = None if self.output is None else self.output.with_name(f".{self.output.name}.trials.json")
-        fixed = {"tail": begin.tail, "max_loss": max_loss, "weights": _weights(self.dense), "texts": self.texts.sha256}
-        trials = Trials(beside, fixed)
+        trials = Trials(beside, self._sources() | {"tail": begin.tail, "max_loss": max_loss})
         bits = BITS if self.asked.bits is None else (self.asked.bits,)
         sparsities = SPARSITIES if self.asked.sparsity is None else (self.asked.sparsity,)
         best = most_compressed(begin, max_loss, self._judge, trials, bits=bits, sparsities=sparsities)

@@ -1,8 +1,8 @@
-"""run: what a model says of each row of a file of texts."""
+"""run: what a model says of each row of files of texts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ from attnpress.deployment.attention import Linear, deploy, place_on
 from attnpress.deployment.linear import plan_linear
 from attnpress.models.encoder import plan_of
 from attnpress.models.loading import weights_hash
-from attnpress.runs.finished import finished_classifier
-from attnpress.runs.row_files import Answer, PredictionError, Progress, Row, Warn, predict_file
-from attnpress.tasks import TASKS, load_task, text_columns
+from attnpress.runs.finished import finished_classifier, finished_folder
+from attnpress.runs.row_files import Answer, PredictionError, Progress, Row, Warn, finish_file, predict_file
+from attnpress.runs.row_folders import Engine, Finish, Outcome, Pair, held_folder, pair_files, predict_files
+from attnpress.tasks import TASKS, TaskError, load_task, text_columns
 from attnpress.tasks.lines import Broken
 from attnpress.tasks.tokens import encode
 
@@ -48,6 +49,81 @@ POSITIONS = ("position_embeddings", "embed_positions", "wpe")
 """What Transformers calls tables of learned positions; those of RoBERTa begin after the padding index."""
 
 
+@dataclass(frozen=True)
+class Deployment:
+    """A compressed model and how it is to be run: plain data, from which any process can load it.
+
+    Attributes:
+        folder: of a finished run, or one that `save_pretrained` wrote, with its tokenizer.
+        config: the run's recipe: it names the text columns and the longest input. None without a run: the text is
+            under "text", and as long as the model takes it.
+        backend, linear: as `deploy` takes them. A model without a plan for int8 layers gets one from the run's
+            training rows.
+        batch_size: rows that go through the model together.
+        named: columns of the texts, in place of those.
+    """
+
+    folder: Path
+    config: RunConfig | None
+    backend: str
+    linear: Linear
+    batch_size: int
+    named: tuple[str, ...] = ()
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Of the texts, one or two."""
+        return self.named or ((TEXT,) if self.config is None else Texts.of_run(self.config.data).columns)
+
+    def made_from(self) -> dict[str, Any]:
+        """What an output depends on, but for its input.
+
+        Raises:
+            ConfigError: see `finished_folder`.
+        """
+        weights = weights_hash(str(finished_folder(self.folder)))
+        return {"model": weights, "linear": self.linear, "columns": list(self.columns)}
+
+    def load(self) -> Answer:
+        """The model, deployed.
+
+        Raises:
+            PredictionError, ConfigError, BackendUnavailableError: see `finished_classifier` and `deploy`.
+        """
+        model, tokenizer = finished_classifier(self.folder)
+        config = self.config
+        max_length = _longest(model, tokenizer) if config is None else Texts.of_run(config.data).max_length
+        if self.linear == "int8" and config is not None:
+            plan_linear(model, lambda: load_task(config.data, tokenizer, config.seed), config)
+        elif self.linear == "int8" and not plan_of(model):
+            raise PredictionError(
+                f"{self.folder}: has no plan for int8 layers, and no recipe with data to make one; run it float"
+            )
+        place_on(self.backend, model)
+        deploy(model, self.backend, linear=self.linear)
+        return make_answer(model, tokenizer, self.columns, max_length, self.batch_size)
+
+    def finisher(self) -> Finish:
+        """The model, loaded once, as what answers one of many files; what cannot be answered is told, not raised.
+
+        Raises:
+            PredictionError, ConfigError, BackendUnavailableError: see `load`.
+        """
+        answer, made_from = self.load(), self.made_from()
+
+        def finish(pair: Pair, warn: Warn) -> Outcome:
+            source, output = pair.source, pair.output
+            try:
+                progress = finish_file(
+                    answer, self.columns, source, output, made_from, warn=warn, may_be_plain=not self.named
+                )
+            except (PredictionError, TaskError) as error:
+                return Outcome(pair, None, str(error))
+            return Outcome(pair, progress)
+
+        return finish
+
+
 def run_file(
     folder: Path,
     config: RunConfig | None,
@@ -60,34 +136,51 @@ def run_file(
     warn: Warn,
     columns: Sequence[str] = (),
 ) -> Progress:
-    """`predict_file` with a compressed model, deployed.
-
-    Args:
-        folder: of a finished run, or one that `save_pretrained` wrote, with its tokenizer.
-        config: the run's recipe: it names the text columns and the longest input. None without a run: the text is
-            under "text", and as long as the model takes it.
-        backend, linear: as `deploy` takes them. A model without a plan for int8 layers gets one from the run's
-            training rows.
-        columns: of the texts, in place of those.
+    """`predict_file` with a compressed model, deployed; the other arguments are those of `Deployment`.
 
     Raises:
-        PredictionError, ConfigError, BackendUnavailableError: see `predict_file`, `finished_classifier` and `deploy`.
+        PredictionError, ConfigError, BackendUnavailableError: see `predict_file` and `Deployment.load`.
     """
-    model, tokenizer = finished_classifier(folder)
-    texts = Texts((TEXT,), _longest(model, tokenizer)) if config is None else Texts.of_run(config.data)
-    texts = Texts(tuple(columns) or texts.columns, texts.max_length)
-    if linear == "int8" and config is not None:
-        plan_linear(model, lambda: load_task(config.data, tokenizer, config.seed), config)
-    elif linear == "int8" and not plan_of(model):
-        raise PredictionError(
-            f"{folder}: has no plan for int8 layers, and no recipe with data to make one; run it float"
-        )
-    place_on(backend, model)
-    deploy(model, backend, linear=linear)
-    place = folder if config is None else folder / "progressive"
-    made_from = {"model": weights_hash(str(place)), "linear": linear, "columns": list(texts.columns)}
-    answer = make_answer(model, tokenizer, texts.columns, texts.max_length, batch_size)
-    return predict_file(answer, texts.columns, source, output, made_from, warn=warn)
+    deployment = Deployment(folder, config, backend, linear, batch_size, tuple(columns))
+    return predict_file(
+        deployment.load(),
+        deployment.columns,
+        source,
+        output,
+        deployment.made_from(),
+        warn=warn,
+        may_be_plain=not columns,
+    )
+
+
+def run_files(
+    deployment: Deployment,
+    sources: Sequence[Path],
+    output: Path,
+    *,
+    warn: Warn,
+    notify: Warn,
+    engine: Engine | None = None,
+) -> Progress:
+    """`predict_files` with a compressed model, deployed.
+
+    Args:
+        sources, output: see `pair_files`.
+        engine: None answers the files one after the other, in this process.
+
+    Raises:
+        OutputError: `output` holds something else.
+        PredictionError, ConfigError, BackendUnavailableError: see `predict_files` and `Deployment.load`.
+    """
+
+    def one_by_one(pairs: Sequence[Pair]) -> Iterator[Outcome]:
+        finish = deployment.finisher()
+        for pair in pairs:
+            yield finish(pair, warn)
+
+    pairs, made_from = pair_files(sources, output, warn), deployment.made_from()
+    with held_folder(output):
+        return predict_files(engine or one_by_one, pairs, made_from, warn=warn, notify=notify)
 
 
 def _longest(model: Any, tokenizer: Any) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 import sys
 import tempfile
@@ -21,10 +22,10 @@ from typing import Any, BinaryIO
 
 from accelerate.utils import tqdm
 
-from attnpress.files import is_stream, naming, open_stream, sha256_of, sync, write_text
+from attnpress.files import explain, is_stream, naming, open_stream, sha256_of, sync, write_text
 from attnpress.locks import alone
 from attnpress.records.strict_json import JsonError, dump_json, is_unicode, parse_json
-from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind, newline_of, read_rows
+from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind, newline_of, plain_rows, read_rows
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 CHUNK = 1024
@@ -32,6 +33,9 @@ CHUNK = 1024
 
 TOLD = 5
 """Skipped lines reported one by one, and lines named per reason in the summary."""
+
+PLAIN = ".txt"
+"""Ending of a tab-separated table, or of plain lines."""
 
 KEPT = ("line", "id")
 """Keys of a row that are copied to the output."""
@@ -109,13 +113,15 @@ class Input:
         name: as the user gave it; its ending says which kind of file it is.
         file: where the content lies.
         columns: of the texts.
+        may_be_plain: whether a .txt file whose first line is no header with that column holds a text on each line;
+            else it is a table whatever its first line says.
 
     Raises:
         PredictionError: the content is of a kind that cannot be read.
     """
 
-    def __init__(self, name: Path, file: Path, columns: Sequence[str]) -> None:
-        self.name, self.file, self.columns = name, file, columns
+    def __init__(self, name: Path, file: Path, columns: Sequence[str], may_be_plain: bool = True) -> None:
+        self.name, self.file, self.columns, self.may_be_plain = name, file, columns, may_be_plain
         with file.open("rb") as content:
             self.head = content.read(256)
         if not self.is_parquet and (foreign := foreign_kind(self.head)):
@@ -126,6 +132,14 @@ class Input:
         """True for Parquet files, which are read by row groups; a line is then a row."""
         return ending(self.name) == PARQUET
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether each of its lines is a text."""
+        if not self.may_be_plain or ending(self.name) != PLAIN or len(self.columns) != 1:
+            return False
+        first = self.head.decode("utf-8-sig", errors="replace").partition("\n")[0].removesuffix("\r")
+        return "\t" not in first and first != self.columns[0]
+
     def __iter__(self) -> Iterator[tuple[int, Row | Broken]]:
         for line, record in self._records():
             yield line, record if isinstance(record, Broken) else _row(line, record, self.columns)
@@ -135,7 +149,10 @@ class Input:
             yield from parquet_rows(self.file, (*self.columns, "id"))
             return
         with self.file.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline_of(self.name)) as lines:
-            yield from read_rows(self.name, lines, (*self.columns, "id"))
+            if self.is_plain:
+                yield from plain_rows(lines, self.columns[0])
+            else:
+                yield from read_rows(self.name, lines, (*self.columns, "id"))
 
     def survey(self, done: int) -> Survey:
         """Count the rows.
@@ -168,7 +185,14 @@ class Input:
 
 
 def predict_file(
-    answer: Answer, columns: Sequence[str], source: Path, output: Path, made_from: Mapping[str, Any], *, warn: Warn
+    answer: Answer,
+    columns: Sequence[str],
+    source: Path,
+    output: Path,
+    made_from: Mapping[str, Any],
+    *,
+    warn: Warn,
+    may_be_plain: bool = True,
 ) -> Progress:
     """Answer each row of `source` in `output`, or resume an unfinished output.
 
@@ -183,6 +207,7 @@ def predict_file(
             resumed.
         warn: receives the first bad lines, or a summary of all; they are skipped. Also an unfinished output that does
             not match its progress; it is restarted.
+        may_be_plain: see `Input`.
 
     Raises:
         PredictionError: `source` cannot be read, or has rows of which none can be used; `output` exists, is being
@@ -190,7 +215,7 @@ def predict_file(
         TaskError: a table with two columns of one name, or a quote that is never closed.
     """
     with _as_file(source) as file:
-        rows = Input(source, file, columns)
+        rows = Input(source, file, columns, may_be_plain)
         if is_stream(output):
             _tell(rows, rows.survey(0), warn)
             with open_stream(output) as out:
@@ -203,6 +228,65 @@ def predict_file(
         with _alone(output):
             _check_free(output)
             return _go_on(answer, rows, output, {"input": sha256_of(file), **made_from}, warn)
+
+
+def finish_file(
+    answer: Answer,
+    columns: Sequence[str],
+    source: Path,
+    output: Path,
+    made_from: Mapping[str, Any],
+    *,
+    warn: Warn,
+    may_be_plain: bool = True,
+) -> Progress:
+    """`predict_file` for one of many files: what is finished stays, and what it was made from stays beside it.
+
+    It waits while another process writes the output.
+
+    Raises:
+        PredictionError: see `predict_file`, and `finished`.
+    """
+    identity = {"input": _digest(source), **made_from}
+    with naming(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+    with alone(output, lambda: warn(f"{output}: another process is writing it; waiting for its end")):
+        if (done := finished(source, output, made_from)) is not None:
+            return done
+        if not _beside(output, "unfinished").exists():  # whoever deletes an output wants it anew
+            _beside(output, "progress").unlink(missing_ok=True)
+        rows = Input(source, source, columns, may_be_plain)
+        return _go_on(answer, rows, output, identity, warn, keep_notes=True)
+
+
+def finished(source: Path, output: Path, made_from: Mapping[str, Any]) -> Progress | None:
+    """How far an output of `finish_file` is that is whole; None where there is none yet.
+
+    Raises:
+        PredictionError: `finish_file` did not write what is there, it was changed since, or it was made from
+            something else.
+    """
+    if not os.path.lexists(output):
+        return None
+    notes = _beside(output, "progress")
+    progress = _read_progress(notes, output, {"input": _digest(source), **made_from}, output)
+    if progress is None:
+        raise PredictionError(f"{output}: exists, and {notes.name} does not say how it was made; move it away")
+    if not output.is_file() or (output.stat().st_size, sha256_of(output)) != (progress.size, progress.sha256):
+        raise PredictionError(f"{output}: was changed after it was written; move it away, or delete it")
+    return progress
+
+
+def _digest(source: Path) -> str:
+    try:
+        with naming(source):
+            return sha256_of(source)
+    except OSError as error:  # of one file among many
+        raise PredictionError(explain(error)) from None
+
+
+def _beside(output: Path, what: str) -> Path:
+    return output.with_name(f".{output.name}.{what}")
 
 
 class _Written:
@@ -238,9 +322,11 @@ class _Written:
         self.size, self.digest = 0, hashlib.sha256()
 
 
-def _go_on(answer: Answer, rows: Input, output: Path, identity: Mapping[str, Any], warn: Warn) -> Progress:
-    partial, notes = (output.with_name(f".{output.name}.{ending}") for ending in ("unfinished", "progress"))
-    begun, progress = notes.exists() or partial.exists(), _read_progress(notes, output, identity)
+def _go_on(
+    answer: Answer, rows: Input, output: Path, identity: Mapping[str, Any], warn: Warn, keep_notes: bool = False
+) -> Progress:
+    partial, notes = _beside(output, "unfinished"), _beside(output, "progress")
+    begun, progress = notes.exists() or partial.exists(), _read_progress(notes, output, identity, notes)
     survey = rows.survey(progress.lines if progress else 0)
     partial.touch()
     with partial.open("r+b") as file:
@@ -254,8 +340,11 @@ def _go_on(answer: Answer, rows: Input, output: Path, identity: Mapping[str, Any
         _tell(rows, survey, warn)
         note = _noting(notes, identity)
         progress = _answer_all(answer, rows, out, progress, note, warn)
+    if keep_notes:
+        note(progress)  # also of an input without rows
     partial.replace(output)
-    notes.unlink(missing_ok=True)
+    if not keep_notes:
+        notes.unlink(missing_ok=True)
     return progress
 
 
@@ -264,6 +353,8 @@ def _noting(notes: Path, identity: Mapping[str, Any]) -> Callable[[Progress], No
 
 
 def _tell(rows: Input, survey: Survey, warn: Warn) -> None:
+    if rows.is_plain:
+        warn(f"{rows.name}: read as plain lines: its first line is no header with a column {rows.columns[0]!r}")
     for line, reason in survey.first:
         warn(f"{rows.name}:{line}: {reason}; skipped")
     if survey.skipped > len(survey.first):
@@ -276,7 +367,7 @@ def _answer_all(
     for chunk in _chunks(rows, progress.lines):
         good = [row for _, row in chunk if not isinstance(row, Broken)]
         written = 0
-        for row, said in zip(good, _answer_each(answer, good, progress), strict=True):
+        for row, said in zip(good, _answer_each(answer, rows.name, good, progress), strict=True):
             if isinstance(said, Broken):
                 warn(f"{rows.name}:{row['line']}: {said.reason}; skipped")
             else:
@@ -290,7 +381,7 @@ def _answer_all(
     return progress
 
 
-def _answer_each(answer: Answer, rows: Sequence[Row], progress: Progress) -> Sequence[Row | Broken]:
+def _answer_each(answer: Answer, name: Path, rows: Sequence[Row], progress: Progress) -> Sequence[Row | Broken]:
     """Answers of a chunk; where the model fails, each row is tried alone, so that one costs no other its answer.
 
     Raises:
@@ -305,7 +396,7 @@ def _answer_each(answer: Answer, rows: Sequence[Row], progress: Progress) -> Seq
     broken = [found for found in said if isinstance(found, Broken)]
     if len(broken) == len(rows) and (len(rows) > 1 or not progress.written):
         first, last = rows[0]["line"], rows[-1]["line"]
-        raise PredictionError(f"the model answers none of the lines {first} to {last}: {broken[0].reason}")
+        raise PredictionError(f"{name}: the model answers none of the lines {first} to {last}: {broken[0].reason}")
     return said
 
 
@@ -349,8 +440,12 @@ def _chunks(rows: Input, done: int) -> Iterator[list[tuple[int, Row | Broken]]]:
         yield chunk
 
 
-def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any]) -> Progress | None:
-    """What an earlier process noted; None where it noted nothing that can be read."""
+def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any], stale: Path) -> Progress | None:
+    """What an earlier process noted; None where it noted nothing that can be read.
+
+    Raises:
+        PredictionError: of an output that was made from something else; `stale` is what to delete then.
+    """
     try:
         found = parse_json(notes.read_text(encoding="utf-8"))
         before = found.pop("made_from")
@@ -363,7 +458,7 @@ def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any]) -> Pr
         return None
     if different:
         raise PredictionError(
-            f"{output}: was begun with another {', '.join(different)}; choose another --output, or delete {notes}"
+            f"{output}: was begun with another {', '.join(different)}; choose another --output, or delete {stale}"
         )
     return progress
 

@@ -94,6 +94,14 @@ def read_rows(
     return _json_rows(lines)
 
 
+def plain_rows(lines: Iterable[str], column: str) -> Numbered:
+    """Lines that are not blank, each a row with its text under `column`; opened as for `read_rows`."""
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            text = line.removesuffix("\n").removesuffix("\r")
+            yield number, _not_text(text) or {column: text}
+
+
 def foreign_kind(head: bytes) -> str | None:
     """The kind of file that starts with these bytes, and what to do; None if it may be UTF-8 text."""
     return next((text for magic, text in FOREIGN.items() if head.startswith(magic)), None)

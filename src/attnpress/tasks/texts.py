@@ -15,7 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.records.strict_json import is_unicode
-from attnpress.tasks.lines import SUFFIXES, Broken, Record, TaskError, ending, foreign_kind, newline_of, read_rows
+from attnpress.tasks.lines import (
+    SUFFIXES,
+    Broken,
+    Record,
+    TaskError,
+    ending,
+    foreign_kind,
+    newline_of,
+    plain_rows,
+    read_rows,
+)
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 USUAL = (("text",), ("sentence",), ("query", "passage"), ("query", "document"), ("sentence1", "sentence2"))
@@ -120,9 +130,7 @@ def _plain_or_json(path: Path, lines: Iterable[str], named: bool) -> Iterator[Re
         return
     if named:
         raise TaskError(f"--texts {path}: holds plain lines, which have no columns; drop --column")
-    for line in chain([first] if first else [], lines):
-        if text := line.strip("\r\n"):
-            yield {"": text} if is_unicode(text) else Broken("not UTF-8", "")
+    yield from (record for _, record in plain_rows(chain([first], lines), ""))
 
 
 def _of_hub(source: str) -> Iterator[Record]:

@@ -15,8 +15,8 @@ from attnpress.config import DistillationSpec, ScheduleSpec, TrainSpec
 from attnpress.core.distillation import attention_loss, check_gradients, logits_loss, states_loss
 from attnpress.models.binding import captured_outputs
 from attnpress.tasks.sampler import LengthSampler
-from attnpress.training.callbacks import SparsityCallback
-from attnpress.training.trainer import CompressionTrainer, training_arguments
+from attnpress.training.callbacks import CheckpointCallback, SparsityCallback
+from attnpress.training.trainer import CompressionTrainer, last_checkpoint, training_arguments
 
 Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
@@ -58,7 +58,7 @@ def train_unlabelled(
     rows: Sequence[Any],
     collate: Collate,
     spec: TrainSpec,
-    folder: Path,
+    folder: Path | None,
     *,
     sparsity: float,
     lengths: Sequence[int],
@@ -69,7 +69,7 @@ def train_unlabelled(
     Args:
         teacher: bound with `DENSE`.
         rows, collate: texts, and what makes a batch of the model's inputs, with an attention mask, from some of them.
-        folder: of the Trainer; nothing is kept there.
+        folder: checkpoints go there, and training resumes from the last whole one; None keeps none.
         sparsity: target of the schedule that recipes have by default.
         lengths: of the rows.
 
@@ -79,8 +79,10 @@ def train_unlabelled(
     Raises:
         DivergedError: NaN or infinity.
     """
-    arguments = training_arguments(spec, len(rows), folder, seed)
-    arguments.save_strategy, arguments.remove_unused_columns = "no", False
+    arguments = training_arguments(spec, len(rows), folder or Path(), seed)
+    arguments.remove_unused_columns = False
+    if folder is None:
+        arguments.save_strategy = "no"
     trainer = UnlabelledTrainer(
         model=model,
         args=arguments,
@@ -89,10 +91,10 @@ def train_unlabelled(
         lengths=lengths,
         teacher=teacher,
         distillation=DistillationSpec(),
-        callbacks=[SparsityCallback(model, ScheduleSpec(), sparsity)],
+        callbacks=[CheckpointCallback(), SparsityCallback(model, ScheduleSpec(), sparsity)],
     )
     for shown in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(shown)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=None if folder is None else last_checkpoint(folder))
     model.eval()
     return list(trainer.state.log_history)

@@ -1,0 +1,155 @@
+"""`run --engine ray`: the files of a folder, spread over a Ray cluster by Ray Data.
+
+A row of the data set is a file; each worker is an actor that loads the model once. What is done lies in the output
+folder, which all machines see: a file whose worker died is given to another one, which goes on where that one stopped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from attnpress.config import ConfigError
+from attnpress.files import explain
+from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.models.checkpoint import ModelError
+from attnpress.models.loading import quiet
+from attnpress.runs.prediction import Deployment
+from attnpress.runs.row_files import PredictionError, Progress
+from attnpress.runs.row_folders import Engine, Outcome, Pair
+from attnpress.tasks import TaskError
+
+DEATHS = 3
+"""Restarts of a worker, and tries of a file, after which a run gives up: some files kill whoever reads them."""
+
+LOCAL = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+
+
+class Worker:
+    """One process of the cluster; it answers a file at a time.
+
+    Args:
+        deployment: to load when the worker begins. What keeps it from loading is told of each file.
+        place: folder that relative paths begin in.
+    """
+
+    def __init__(self, deployment: Deployment, place: str) -> None:
+        quiet()
+        self.said: list[str] = []
+        try:
+            os.chdir(place)
+            with _recorded(self.said):
+                self.finish = deployment.finisher()
+        except (PredictionError, ConfigError, ModelError, TaskError, BackendUnavailableError, OSError) as error:
+            reason = explain(error) if isinstance(error, OSError) else str(error)
+            self.finish = lambda pair, _: Outcome(pair, None, reason)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """From a row with the paths of a pair to one with its outcome, as text: Ray Data has columns, no objects."""
+        said, self.said = self.said, []
+        with _recorded(said):
+            outcome = self.finish(Pair(Path(row["source"]), Path(row["output"])), said.append)
+        progress = None if outcome.progress is None else dataclasses.asdict(outcome.progress)
+        return row | {"outcome": json.dumps({"progress": progress, "reason": outcome.reason, "warnings": said})}
+
+
+@contextmanager
+def _recorded(said: list[str]) -> Iterator[None]:
+    """Inside the `with` block, warnings go into the list: nobody sees a worker's own output."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    said += [str(each.message) for each in found if issubclass(each.category, UserWarning)]
+
+
+def spread(deployment: Deployment, workers: int | None = None) -> Engine:
+    """The engine that gives each file to one of the workers of a cluster.
+
+    It is the cluster that Python is connected to, that of RAY_ADDRESS, or one that begins and ends on this machine.
+
+    Args:
+        deployment: of each worker; all machines know its folder, and the current one, by the same names.
+        workers: at most so many, with a CPU each, and a GPU for backend "gpu"; None for the CPUs of the cluster.
+
+    Raises:
+        ConfigError: Ray is not installed.
+    """
+    try:
+        import ray.data
+    except ImportError as error:
+        raise ConfigError(f"--engine ray needs Ray Data: pip install 'attnpress[ray]' ({error})") from None
+
+    def engine(pairs: Sequence[Pair]) -> Iterator[Outcome]:
+        with _connected():
+            rows = [{"source": str(pair.source), "output": str(pair.output)} for pair in pairs]
+            most = min(len(pairs), workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
+            answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
+                Worker,
+                fn_constructor_args=(deployment, str(Path.cwd())),
+                # One file at a time: what waited behind a dead worker would wait for its next life.
+                compute=ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1),
+                num_cpus=1,
+                num_gpus=1 if deployment.backend == "gpu" else 0,
+                ray_remote_args_fn=lambda: {"max_restarts": DEATHS, "max_task_retries": DEATHS},
+            )
+            told = set[str]()
+            try:
+                for outcome in map(_outcome, answered.iter_rows()):
+                    new = tuple(text for text in outcome.warnings if text not in told)  # workers say some things alike
+                    told.update(new)
+                    yield dataclasses.replace(outcome, warnings=new)
+            except ray.exceptions.RayError as error:
+                raise PredictionError(
+                    f"--engine ray: workers died, or could not begin ({_first_line(error)}); outputs that are whole "
+                    f"stay{_begun(pairs)}; start the same command again"
+                ) from None
+
+    return engine
+
+
+@contextmanager
+def _connected() -> Iterator[None]:
+    """Inside the `with` block Python is connected to a cluster."""
+    import ray.data
+
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+    try:
+        ray.init(**LOCAL)
+    except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"--engine ray: no cluster to connect to ({_first_line(error)}); see RAY_ADDRESS") from None
+    for name, level in {"ray.data": logging.WARNING, "ray.data._internal.progress": logging.ERROR}.items():
+        logging.getLogger(name).setLevel(level)
+    ray.data.DataContext.get_current().enable_progress_bars = sys.stderr.isatty()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _outcome(row: dict[str, Any]) -> Outcome:
+    plain = json.loads(row["outcome"])
+    progress = None if plain["progress"] is None else Progress(**plain["progress"])
+    return Outcome(Pair(Path(row["source"]), Path(row["output"])), progress, plain["reason"], tuple(plain["warnings"]))
+
+
+def _begun(pairs: Sequence[Pair]) -> str:
+    """The first file that a worker has begun and not finished."""
+    for pair in pairs:
+        if not pair.output.exists() and pair.output.with_name(f".{pair.output.name}.unfinished").exists():
+            return f", {pair.source} was begun"
+    return ""
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
