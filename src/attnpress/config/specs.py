@@ -51,6 +51,7 @@ LARGEST_HEAD = 512
 
 Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
 Fraction = Annotated[float, Number, Field(ge=0, le=1)]
+Part = Annotated[float, Number, Field(gt=0, lt=1)]
 Sparsity = Annotated[float, Number, Field(ge=0, lt=1)]
 Positive = Annotated[float, Number, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Weight = Annotated[float, Number, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -150,6 +151,8 @@ class AttentionSpec:
         sparsity: fraction of valid pairs to remove, in [0, 1).
         threshold: fixed threshold in the unit of the rule (tau, theta or gamma), instead of one fitted per head.
         threshold_penalty: train one threshold per module (`core.soft_gate`); the weight of the loss on excess pairs.
+        predictor_bits: bits of the scores that decide the mask, as in Sanger; only pairs that are kept get full scores.
+            None decides on the full scores.
         budget: "uniform" asks the same sparsity of every head; "sensitivity" asks less of heads that pruning harms
             more.
         smooth_key: subtract from K its mean over valid keys before quantizing.
@@ -170,6 +173,7 @@ class AttentionSpec:
     smooth_key: bool = False
     tail: TailName = "none"
     tail_rank: Annotated[int, Field(ge=1, le=LARGEST_HEAD)] = 8
+    predictor_bits: Bits = None
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
@@ -192,7 +196,23 @@ class AttentionSpec:
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
         if self.tail != "none":
             self._check_tail()
+        if self.predictor_bits is not None:
+            self._check_predictor(self.predictor_bits)
         return self
+
+    def _check_predictor(self, bits: int) -> None:
+        scores = [matrix.bits for matrix in (self.q, self.k) if matrix.bits is not None]
+        if not scores or bits >= max(scores):
+            raise ValueError(
+                f"predictor_bits: {bits} foretells nothing: give fewer than the bits of q and k, {self.bits['q']} and "
+                f"{self.bits['k']}, or none"
+            )
+        if self.p.mode != "row":
+            raise ValueError("predictor_bits: p.mode 'unit' needs the score of every valid key; set p.mode row")
+        if self.tail != "none":
+            raise ValueError("predictor_bits: a tail counts from the largest exact score; set tail none, or drop it")
+        if self.threshold_penalty is not None:
+            raise ValueError("predictor_bits: threshold_penalty trains on exact scores; set one of the two")
 
     def _check_tail(self) -> None:
         if None in self.bits.values():
@@ -249,9 +269,12 @@ class DataSpec:
         task: a name listed by `attnpress ls tasks`, or "custom" for your own files.
         data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
         train_file, eval_file: your own CSV, TSV or JSON-lines files, in place of the task's data.
-        text, text_pair, label, metric: for task "custom", the columns and the metric (see `attnpress ls tasks`).
+        text, text_pair, label, metric: for task "custom", the columns and the metric (see `attnpress ls tasks`); for
+            another task, the one of its metrics that is the headline.
         max_length: maximum input length in tokens. Longer inputs are truncated, or split into windows in extractive QA.
         train_rows, eval_rows: use only this many rows: after a shuffle with the run's seed (train), or in order (eval).
+        held_out: share of the training rows, evenly spread and the same for every seed, that is excluded from training
+            and calibration and used for evaluation; no other evaluation rows are read.
     """
 
     task: Text = "movie"
@@ -265,6 +288,7 @@ class DataSpec:
     max_length: Annotated[int, Number, Field(ge=8, le=131_072)] = 128
     train_rows: Count | None = None
     eval_rows: Count | None = None
+    held_out: Part | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)

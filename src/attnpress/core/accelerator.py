@@ -113,8 +113,10 @@ def estimate(machine: Accelerator, shape: Shape, spec: AttentionSpec) -> Estimat
         spec: bits of all four matrices, whether anything is pruned, and the tail.
 
     Raises:
-        ValueError: a matrix has no bits.
+        ValueError: a matrix has no bits, or the mask is foretold.
     """
+    if spec.predictor_bits is not None:
+        raise ValueError("the model of an accelerator computes every score in full; give a spec without predictor_bits")
     bits = {name: width for name, width in spec.bits.items() if width is not None}
     if len(bits) < len(spec.bits):
         raise ValueError(f"the model of an accelerator needs bits for all of q, k, v and p; found {spec.bits}")

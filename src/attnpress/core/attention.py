@@ -26,6 +26,7 @@ from attnpress.core.arguments import (
 )
 from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
+from attnpress.core.predictor import foretold_scores, foretold_step
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
 from attnpress.core.rules import Scored, rule_of
 from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
@@ -44,15 +45,22 @@ class Pairs:
 
     Attributes:
         valid, keep: bool [B, Hq, Sq, Sk].
+        scored: what the rule decides on: the scores themselves, or the foretold ones.
+        row_max: of the scores, [B, Hq, Sq, 1]; 0 in a row without a valid key.
         exponent: int32, 1/1024 octaves below the row maximum; T_MAX if not valid.
         probability: int32, p~ in units of 2^-16, before pruning.
         distance: integers below the row maximum, FAR or inf if not valid.
         codes: P codes, float32 holding integers (or real weights if P is not quantized).
         divisor: of the weighted sum of V, [B, Hq, Sq, 1].
+
+    With a foretold mask, only pairs that are kept have scores: all fields but `valid` and `scored` treat the others as
+    not valid.
     """
 
     valid: Tensor
     keep: Tensor
+    scored: Scored
+    row_max: Tensor
     exponent: Tensor
     probability: Tensor
     distance: Tensor
@@ -115,6 +123,17 @@ class LinearTailedAttention(TailedAttention):
     tail_slope: Tensor
 
 
+@dataclass(frozen=True)
+class ForetoldAttention(IntegerAttention):
+    """The same where the mask is foretold (numerics, section 4).
+
+    Attributes:
+        foretold: int32 [B, Hq, Sq, Sk], the scores of few bits.
+    """
+
+    foretold: Tensor
+
+
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
     """softmax(Q K^T * scaling) V in floating point, [B, Hq, Sq, D]; rows without a valid key give zeros."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
@@ -149,7 +168,8 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
     # A float64 product of integers this small is exact in any order of summation.
     acc = (q_codes.double() @ repeat_heads(k_codes, heads).double().mT).to(torch.int32)
     alpha = score_step(q_scale, k_scale, call.scaling, heads)
-    pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
+    foretold = foretold_scores(q_codes, repeat_heads(k_codes, heads), spec)
+    pairs = prune_and_code(acc, valid, alpha, cutoff, spec, foretold)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
     sums, numerator, divisor = None, weighted.float(), pairs.divisor
     tail = active_tail(spec, scales.tail, cutoff, query)
@@ -164,20 +184,25 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
         k_codes[:, :, keys].to(torch.int8),
         v_codes[:, :, keys].to(torch.int8),
         acc[..., keys],
-        row_maximum(acc, pairs.valid),
+        pairs.row_max,
         pairs.keep[..., keys],
         pairs.codes[..., keys].to(torch.uint8),
         pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
         weighted.long(),
         output,
     )
+    if foretold is not None:
+        return ForetoldAttention(**_fields(found), foretold=foretold[..., keys].int())
     return found if sums is None else _tailed(found, sums)
 
 
 def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
-    whole: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
     kind = TailedAttention if sums.score is None else LinearTailedAttention
-    return kind(**whole, **sums.integers())
+    return kind(**_fields(found), **sums.integers())
+
+
+def _fields(found: IntegerAttention) -> dict[str, Any]:
+    return {one.name: getattr(found, one.name) for one in fields(found)}
 
 
 def checked_mask(call: AttentionCall) -> Tensor | None:
@@ -216,7 +241,12 @@ def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None)
 
 
 def prune_and_code(
-    acc: Tensor, valid: Tensor | None, alpha: Tensor, cutoff: Tensor | None, spec: AttentionSpec
+    acc: Tensor,
+    valid: Tensor | None,
+    alpha: Tensor,
+    cutoff: Tensor | None,
+    spec: AttentionSpec,
+    foretold: Tensor | None = None,
 ) -> Pairs:
     """From scores to P codes, for any rule and mode (numerics, sections 3 and 4).
 
@@ -224,22 +254,32 @@ def prune_and_code(
         acc: integer scores [B, Hq, Sq, Sk] (real ones if Q and K are not quantized).
         alpha: float32 broadcastable, from `score_step`.
         cutoff: float32 [Hq] or None.
+        foretold: from `foretold_scores`, what the rule looks at instead of `acc`.
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
-    blocked = ~valid
-    distance = (row_maximum(acc, valid) - acc).masked_fill_(blocked, FAR)
-    rate = exponent_rate(alpha)
-    t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
-    probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
-    keep = rule_of(spec).keep(Scored(spec, distance, probability, valid, alpha, per_head))
+    looked, step = (acc, alpha) if foretold is None else (foretold, foretold_step(alpha, spec))
+    row_max, distance, t, probability = _below_maximum(looked, valid, step)
+    scored = Scored(spec, distance, probability, valid, step, per_head)
+    keep = rule_of(spec).keep(scored)
+    if foretold is not None:
+        row_max, distance, t, probability = _below_maximum(acc, keep, alpha)
     if spec.p.bits is None:
-        real = torch.exp2(-distance.float() * rate / 1024).masked_fill(~valid, 0.0)
+        real = torch.exp2(-distance.float() * exponent_rate(alpha) / 1024).masked_fill(~valid, 0.0)
         codes, divisor = real * keep, _real_divisor(real, keep, spec.p)
     else:
         codes = probs_codes(probability, spec.p) * keep
         divisor = code_divisor(codes, spec.p)
-    return Pairs(valid, keep, t, probability, distance, codes, divisor)
+    return Pairs(valid, keep, scored, row_max, t, probability, distance, codes, divisor)
+
+
+def _below_maximum(acc: Tensor, valid: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row maximum, and of each pair the distance to it, its exponent and p~, as `Pairs` has them."""
+    blocked = ~valid
+    row_max = row_maximum(acc, valid)
+    distance = (row_max - acc).masked_fill_(blocked, FAR)
+    t = exponent(distance, exponent_rate(alpha)).masked_fill_(blocked, T_MAX).contiguous()
+    return row_max, distance, t, power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
 
 
 def probs_codes(probability: Tensor, spec: ProbsSpec) -> Tensor:

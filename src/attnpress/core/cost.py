@@ -120,7 +120,8 @@ class Work:
     """Work of Q K^T and P V over valid pairs, dense and remaining; the latter includes the tail (`tail_work`).
 
     Attributes:
-        macs_dense, macs_remaining: multiply-accumulates; a pruned pair is skipped in P V, but its score is computed.
+        macs_dense, macs_remaining: multiply-accumulates; a pruned pair is skipped in P V, but its score is computed,
+            in full or foretold.
         bit_operations_dense, bit_operations_remaining: each MAC weighted by the product of its operands' bits.
         bytes_dense, bytes_remaining: P alone, at its own bits; survivors with a 16-bit index each.
     """
@@ -139,20 +140,34 @@ def total_work(parts: Iterable[Work]) -> Work:
     return Work(*(sum(getattr(part, field.name) for part in listed) for field in fields(Work)))
 
 
-def attention_work(pairs: int, survivors: int, head_dim: int, bits: dict[str, int | None]) -> Work:
+def attention_work(
+    pairs: int,
+    survivors: int,
+    head_dim: int,
+    bits: dict[str, int | None],
+    kept: int | None = None,
+    predictor_bits: int | None = None,
+) -> Work:
     """Work of attention over `pairs` valid pairs of which `survivors` have a nonzero code.
 
     Args:
         bits: of q, k, v and p; None counts as 32.
+        kept: pairs whose scores are computed in full, where the others were foretold; None is all of them.
+        predictor_bits: of the product that foretells, of every pair; matrices of fewer bits enter it as they are.
     """
     wide = {name: FLOAT_BITS if value is None else value for name, value in bits.items()}
     dense, skipped = pairs * head_dim, survivors * head_dim
+    foretold = 0 if predictor_bits is None else dense
+    scored = dense if kept is None else kept * head_dim
+    narrow = [min(wide[name], predictor_bits or 0) for name in ("q", "k")]
     sparse_bytes = survivors * (wide["p"] + 16) // 8
     return Work(
         macs_dense=2 * dense,
-        macs_remaining=dense + skipped,
+        macs_remaining=foretold + scored + skipped,
         bit_operations_dense=2 * dense * FLOAT_BITS**2,
-        bit_operations_remaining=dense * wide["q"] * wide["k"] + skipped * wide["p"] * wide["v"],
+        bit_operations_remaining=foretold * narrow[0] * narrow[1]
+        + scored * wide["q"] * wide["k"]
+        + skipped * wide["p"] * wide["v"],
         bytes_dense=pairs * FLOAT_BITS // 8,
         bytes_remaining=min(sparse_bytes, pairs * wide["p"] // 8),
     )

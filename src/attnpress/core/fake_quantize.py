@@ -21,12 +21,12 @@ from attnpress.core.attention import (
     prune_and_code,
     query_scale,
     repeat_heads,
-    row_maximum,
     score_step,
     warn_of_nan,
 )
 from attnpress.core.call import AttentionCall
 from attnpress.core.exponential import code_table, exponent, exponent_rate
+from attnpress.core.predictor import foretold_scores, foretold_step
 from attnpress.core.quantizer import EXACT as EXACT
 from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
 from attnpress.core.rules import rule_of
@@ -245,9 +245,10 @@ def code_pairs(
     """
     acc = q @ k.mT
     rule = rule_of(spec)
-    if not rule.skips or spec.p.mode != "row" or None in spec.bits.values():
-        pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
-        return CodedPairs(pairs.codes, pairs.divisor, (~pairs.keep).float(), row_maximum(acc, pairs.valid))
+    foretold = foretold_scores(q, k, spec)
+    if not rule.skips or spec.p.mode != "row" or None in spec.bits.values() or foretold is not None:
+        pairs = prune_and_code(acc, valid, alpha, cutoff, spec, foretold)
+        return CodedPairs(pairs.codes, pairs.divisor, (~pairs.keep).float(), pairs.row_max)
     # Only sums and products, since comparisons and masked fills are many times slower. A pair that is not valid has
     # infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
     (distance, row_max), beyond = _distance(acc, bias), None
@@ -268,7 +269,11 @@ def unpruned_bins(
     Returns:
         Integers [B, Hq, Sq, Sk]; arbitrary where a pair is not valid.
     """
-    acc = q @ k.mT
+    foretold = foretold_scores(q, k, spec)
+    if foretold is None:
+        acc = q @ k.mT
+    else:
+        acc, alpha = foretold, foretold_step(alpha, spec)
     rule = rule_of(spec)
     if not rule.bins_by_exponent:
         pairs = prune_and_code(acc, valid, alpha, None, spec)

@@ -20,8 +20,9 @@ from attnpress.core.attention import (
     repeat_heads,
 )
 from attnpress.core.call import AttentionCall, Scales
-from attnpress.core.exponential import exponent_rate
+from attnpress.core.exponential import exponent, exponent_rate
 from attnpress.core.fake_quantize import scores_operands
+from attnpress.core.predictor import foretold_scores
 from attnpress.core.quantizer import dequantize, quantize, smooth_key
 from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
@@ -65,7 +66,9 @@ def probe(call: AttentionCall) -> Probe:
     dense, pairs = _pairs(call.with_(scales=Scales(), cutoff=None, spec=DENSE)), _pairs(call)
     before, after = dense.codes / dense.divisor, _compressed(call, pairs)
     counted = pairs.valid if call.real is None else pairs.valid & call.real
-    bins = pair_histogram(rule_of(call.spec).bins(pairs.exponent, pairs.probability, pairs.distance), counted)
+    looked = pairs.scored
+    exponents = exponent(looked.distance, exponent_rate(looked.alpha))
+    bins = pair_histogram(rule_of(call.spec).bins(exponents, looked.probability, looked.distance), counted)
     loss = _loss(call, before, after, counted)
     exact = before.double() * counted
     mass = torch.stack([(exact * (pairs.codes == 0)).sum((0, 2, 3)), exact.sum((0, 2, 3))])
@@ -79,7 +82,9 @@ def relative_error(loss: Tensor) -> Tensor:
 
 def _pairs(call: AttentionCall) -> Pairs:
     q, k, alpha = scores_operands(call)
-    return prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, call.valid, alpha, call.cutoff, call.spec)
+    k = repeat_heads(k, q.shape[1])
+    foretold = foretold_scores(q, k, call.spec)
+    return prune_and_code(q @ k.mT, call.valid, alpha, call.cutoff, call.spec, foretold)
 
 
 def _compressed(call: AttentionCall, pairs: Pairs) -> Tensor:

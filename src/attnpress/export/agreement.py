@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnpress.core.rules import rule_of
+from attnpress.core.rules import runs_on
 from attnpress.deployment.attention import deploy, undeploy
 from attnpress.export.errors import ExportError
 from attnpress.kernels import cpu, head_size
@@ -105,7 +105,7 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
 def usable_backend(modules: Any) -> str:
     """The compiled kernel if it is built and supports the rule, else the reference."""
     compressed = [module for module in modules if not module.spec.is_dense]
-    native = all("cpu" in rule_of(module.spec).kernels and head_size.fits(module.head_dim) for module in compressed)
+    native = all(runs_on("cpu", module.spec) and head_size.fits(module.head_dim) for module in compressed)
     return "cpu" if native and cpu.is_built() else "reference"
 
 

@@ -17,12 +17,12 @@ from attnpress.core.attention import (
     prune_and_code,
     query_scale,
     repeat_heads,
-    row_maximum,
     score_step,
 )
 from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import exponent_rate
-from attnpress.core.rules import Scored, rule_of
+from attnpress.core.predictor import foretold_scores
+from attnpress.core.rules import rule_of
 from attnpress.core.sparse_rows import csr_of
 from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.agreement import usable_backend
@@ -142,18 +142,18 @@ def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
     heads = t["q_codes"].shape[1]
     k, v = (repeat_heads(t[name], heads).double() for name in ("k_codes", "v_codes"))
     acc = (t["q_codes"].double() @ k.mT).to(torch.int32)
-    pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec)
+    foretold = foretold_scores(t["q_codes"], repeat_heads(t["k_codes"], heads), spec)
+    pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec, foretold)
     weighted = pairs.codes.double() @ v
     numerator, divisor, tail = weighted.float(), pairs.divisor, Tensors()
     if (fitted := Tail.of_tensors(t)) is not None:
         numerator, divisor, tail = _tailed(t, fitted, spec, pairs, v, numerator)
     codes = pairs.codes.to(torch.uint8)
-    cutoff = None if "cutoff" not in t else t["cutoff"].view(1, -1, 1, 1)
-    scored = Scored(spec, pairs.distance, pairs.probability, pairs.valid, t["alpha"], cutoff)
-    cut = rule_of(spec).integer_cut(scored)
+    cut = rule_of(spec).integer_cut(pairs.scored)
     return {
         "acc": acc,
-        "row_max": row_maximum(acc, pairs.valid),
+        **({} if foretold is None else {"foretold": foretold.int()}),
+        "row_max": pairs.row_max,
         "keep": pairs.keep,
         "p_codes": codes,
         "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),

@@ -26,7 +26,7 @@ from attnpress.core.attention import (
 )
 from attnpress.core.call import Attend, AttentionCall, Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.core.rules import rule_of, rules_of
+from attnpress.core.rules import rule_of, rules_of, runs_on
 from attnpress.core.tail import active_tail
 from attnpress.kernels import cpu, gpu, head_size
 from attnpress.kernels.cpu import BackendUnavailableError
@@ -342,6 +342,11 @@ def _check_spec(spec: AttentionSpec, backend: str) -> None:
         raise ValueError(
             f"backend {backend!r} has no kernel for rule {spec.rule!r}, only for {', '.join(rules_of(backend))}; "
             "use backend 'reference'"
+        )
+    if not runs_on(backend, spec):
+        raise ValueError(
+            f"backend {backend!r} computes every score in full and cannot foretell masks (predictor_bits "
+            f"{spec.predictor_bits}); use backend 'reference'"
         )
     if backend == "gpu" and spec.tail != "none":
         raise ValueError(f"backend 'gpu' cannot run tail {spec.tail!r}; use backend 'cpu' or 'reference'")

@@ -69,7 +69,10 @@ class Extra:
 
 def pack_extra(spec: AttentionSpec, unset: Iterable[str]) -> Tensor:
     """The extra state as JSON text in uint8 [EXTRA_SIZE]; a tensor, since safetensors store only tensors."""
-    plain = {"version": VERSION, "attention": spec_to_dict(spec), "unset": sorted(unset)}
+    attention = spec_to_dict(spec)
+    if spec.predictor_bits is None:  # a state without it stays one that earlier versions read
+        del attention["predictor_bits"]
+    plain = {"version": VERSION, "attention": attention, "unset": sorted(unset)}
     text = json.dumps(plain, separators=(",", ":")).encode()
     return torch.frombuffer(bytearray(text.ljust(EXTRA_SIZE)), dtype=torch.uint8)
 

@@ -17,8 +17,11 @@ def summed(counts: Iterable[PairCounts]) -> PairCounts:
 
 def pairs_work(module: CompressedAttention, count: PairCounts) -> Work:
     """Work of Q K^T and P V of a module, without its tail; counts are summed over heads."""
-    pairs, survivors = int(count.pairs), int(count.pairs - count.zeros)
-    return attention_work(pairs, survivors, module.head_dim, module.spec.bits)
+    pairs, survivors, spec = int(count.pairs), int(count.pairs - count.zeros), module.spec
+    if spec.predictor_bits is None or (spec.sparsity == 0 and spec.threshold is None):
+        return attention_work(pairs, survivors, module.head_dim, spec.bits)
+    kept = int(count.pairs - count.pruned)
+    return attention_work(pairs, survivors, module.head_dim, spec.bits, kept, spec.predictor_bits)
 
 
 def tails_work(module: CompressedAttention, count: PairCounts) -> Work:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.records.reading import Amount, RecordError, Share, Some, Whole, build_record, read_text
+from attnpress.records.row_scores import RowScores
 from attnpress.records.strict_json import JsonError, parse_json
 
 FORMAT = 1
@@ -71,6 +72,7 @@ class StageRecord:
         seconds: wall time of the stage, including training.
         output_errors: relative error of each layer's output, mean over heads; in a brief record, which has no layers
             (see `attnpress.records.table`).
+        row_scores: score of each evaluation row, for paired tests; None in older records.
     """
 
     name: str
@@ -88,6 +90,7 @@ class StageRecord:
     layers: list[LayerRecord]
     seconds: Amount
     output_errors: list[float] = field(default_factory=list)
+    row_scores: RowScores | None = None
 
     def errors_by_layer(self) -> list[float]:
         """Relative error of each layer's output, mean over heads; empty if it was not measured."""
@@ -196,6 +199,7 @@ class Record:
         provenance: versions, hashes of data and weights, machine, row counts.
         stages: in the order in which they were run.
         training: log history of each trained stage.
+        targets: of a regression, what each evaluation row was to be; None elsewhere, and in older records.
     """
 
     recipe: dict[str, Any]
@@ -205,6 +209,7 @@ class Record:
     stages: list[StageRecord] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     format: int = FORMAT
+    targets: RowScores | None = None
 
     def stage(self, name: str) -> StageRecord | None:
         """The stage of that name; None if it was not run."""
@@ -280,6 +285,12 @@ def _checked(record: Record, where: str) -> Record:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): no metric {record.headline!r}")
         if len({len(layer.heads) for layer in stage.layers} - {0}) > 1:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): layers differ in their heads")
+    rows = {f"stage {stage.name!r}, row_scores": stage.row_scores for stage in record.stages}
+    for place, packed in (rows | {"targets": record.targets}).items():
+        try:
+            _ = packed and packed.values()
+        except ValueError as error:
+            raise RecordError(f"{where}: damaged record ({place}): {error}") from None
     plain = {name: getattr(record, name) for name in ("recipe", "provenance", "training")}
     plain["work"] = {stage.name: stage.work for stage in record.stages}
     found = build_record(PlainPart, plain, where, "damaged record", extra=True)

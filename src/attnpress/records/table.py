@@ -2,6 +2,7 @@
 
 `NAME.json` holds the runs of one table, one line each, by cell and seed. A brief record lacks the figures of layers and
 heads and the training logs, which are nine tenths of the full record in the run folder.
+It has the scores of rows of the compared stages only.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ HEADER = re.compile(r'\s*\{\s*"format"\s*:')
 
 
 def brief(record: Record) -> Record:
-    """The record without layers, heads and training logs; it keeps the errors of the layers' outputs."""
-    return dataclasses.replace(record, stages=[_brief_stage(stage) for stage in record.stages], training={})
+    """The record without layers, heads and training logs; it keeps the errors of the layers' outputs.
+
+    Scores of rows are kept for the dense model trained equally long and for the last stage.
+    """
+    compared = {"dense_control", *(stage.name for stage in record.stages[-1:])}
+    stages = [_brief_stage(stage, has_rows=stage.name in compared) for stage in record.stages]
+    return dataclasses.replace(record, stages=stages, training={})
 
 
-def _brief_stage(stage: StageRecord) -> StageRecord:
-    return dataclasses.replace(stage, layers=[], output_errors=stage.errors_by_layer())
+def _brief_stage(stage: StageRecord, *, has_rows: bool) -> StageRecord:
+    rows = stage.row_scores if has_rows else None
+    return dataclasses.replace(stage, layers=[], output_errors=stage.errors_by_layer(), row_scores=rows)
 
 
 def table_text(records: Mapping[str, Record]) -> str:
@@ -44,7 +51,11 @@ def table_text(records: Mapping[str, Record]) -> str:
 
 
 def _line(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record), separators=(",", ":"), allow_nan=False)
+    plain = dataclasses.asdict(record)
+    for part, key in [(plain, "targets"), *((stage, "row_scores") for stage in plain["stages"])]:
+        if part[key] is None:  # so that a record from before there were any stays the line that it was
+            del part[key]
+    return json.dumps(plain, separators=(",", ":"), allow_nan=False)
 
 
 def is_table(file: Path) -> bool:

@@ -44,7 +44,7 @@ def skipped(entry: Mapping[str, Any], asked: float, measured: Mapping[str, Any])
         asked: requested sparsity.
         measured: StageRecord as plain data.
     """
-    bits, predictor = measured["bits"], entry["predictor_bits"]
+    bits, predictor = measured["bits"], entry["predictor_bits"] or entry["attention"].get("predictor_bits")
     product = 0.0
     if predictor is not None:
         product = max(0.0, measured["pruned"] - predictor**2 / ((bits["q"] or 32) * (bits["k"] or 32)))

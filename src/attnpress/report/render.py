@@ -309,8 +309,14 @@ def control_scores(records: Iterable[Record], stage: str = "dense_control") -> d
         records: those without the stage are skipped.
         stage: "dense" without training compares with the dense model as it was.
     """
+    found = control_stages(records, stage)
+    return {start: known.metrics[record.headline] for start, (record, known) in found.items()}
+
+
+def control_stages(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, tuple[Record, StageRecord]]:
+    """The stages that `control_scores` takes the scores of, each with its record."""
     found = [(record, record.stage(stage)) for record in records]
-    return {start_of(record): known.metrics[record.headline] for record, known in found if known}
+    return {start_of(record): (record, known) for record, known in found if known}
 
 
 def reference_score(record: Record, controls: Mapping[Start, float]) -> float:

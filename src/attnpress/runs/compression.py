@@ -37,6 +37,7 @@ from attnpress.models.loading import (
     take_padding,
 )
 from attnpress.records.reading import to_json
+from attnpress.records.row_scores import RowScores, pack_rows
 from attnpress.records.run import STAGES, Record, StageRecord, read_record, with_head_figures
 from attnpress.records.samples import samples_bytes, samples_file
 from attnpress.runs.card import model_card
@@ -356,7 +357,9 @@ def _write_model(run: Run, model: PreTrainedModel, folder: Path) -> None:
 def _open_record(run: Run) -> Record:
     now = provenance(run.config.seed, run.base, run.data)
     if not (run.output / "record.json").is_file():
-        record = Record(spec_to_dict(run.config), run.data.task.headline, run.data.majority, now)
+        record = Record(
+            spec_to_dict(run.config), run.data.task.headline, run.data.majority, now, targets=_targets(run.data)
+        )
         if this_process().is_main_process:
             write_text(run.output / "record.json", to_json(record))
         return record
@@ -368,6 +371,10 @@ def _open_record(run: Run) -> Record:
             "restore the files, or choose another --output"
         )
     return record
+
+
+def _targets(data: TaskData) -> RowScores | None:
+    return pack_rows("value", data.eval["labels"][:]) if data.task.kind == "regression" else None
 
 
 def _sources(provenance: dict[str, Any]) -> dict[str, Any]:

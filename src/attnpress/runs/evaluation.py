@@ -20,7 +20,7 @@ from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.records.run import HeadRecord, LayerRecord, StageRecord
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
-from attnpress.tasks.predictions import predict
+from attnpress.tasks.predictions import metrics_of, predicted_logits, row_scores_of
 
 
 def evaluate(
@@ -45,9 +45,11 @@ def evaluate(
     modules = bound_modules(model.to(this_process().device))
     counting = {name: Counting(module) for name, module in modules.items()}
     with watched((module, counting[name]) for name, module in modules.items()):
-        metrics = predict(model, data, batch_size)
+        logits = predicted_logits(model, data, batch_size)
+    metrics = metrics_of(logits, data)
     counts = {name: _merged(watcher.counts) for name, watcher in counting.items()}
-    return _stage_record(name, metrics, modules, counts, padded_length, seconds)
+    record = _stage_record(name, metrics, modules, counts, padded_length, seconds)
+    return dataclasses.replace(record, row_scores=row_scores_of(logits, data))
 
 
 def _merged(counts: PairCounts) -> PairCounts:

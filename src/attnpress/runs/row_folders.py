@@ -77,7 +77,7 @@ def pair_files(sources: Sequence[Path], output: Path, warn: Warn) -> list[Pair]:
     Args:
         sources: files, and folders of files with extensions in READ; hidden ones do not count.
         output: folder.
-        warn: receives the files that are left out.
+        warn: receives a message about files that are left out.
 
     Raises:
         PredictionError: a missing file, a folder without readable files, a stream, two files with one output, or an
@@ -155,7 +155,7 @@ def predict_files(
         pairs: see `pair_files`; their folder is held.
         made_from: as for `predict_file`; the hash of each input is added.
         warn: receives what is skipped.
-        notify: receives each file that is done.
+        notify: receives a line for each file that is done.
 
     Returns:
         Sums over all outputs, including those of earlier processes.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -44,6 +46,7 @@ class TaskData:
         collate: pads a list of rows to the longest one and returns tensors.
         compute_metrics: metrics in points from a Trainer's predictions; the first key is the headline.
         thin: every n-th example of the evaluation split (in qa, with all windows of the question), and its metrics.
+        question_scores: in qa, F1 of each question, 0 to 1, from the input of `compute_metrics`; None in other kinds.
     """
 
     task: Task
@@ -55,11 +58,12 @@ class TaskData:
     collate: Callable[[list[dict[str, Any]]], Any]
     compute_metrics: Metrics
     thin: Callable[[int], tuple[Dataset, Metrics]]
+    question_scores: Callable[[EvalPrediction], list[float]] | None = None
 
     def watched(self, rows: int) -> TaskData:
         """The same task on at most this many evaluation examples, evenly spaced."""
         held_out, compute_metrics = self.thin(rows)
-        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics)
+        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics, question_scores=None)
 
     def numbered_as(self, of_model: Sequence[str]) -> TaskData | None:
         """The same task with classes in the order of a model; None if the classes differ.
@@ -136,7 +140,7 @@ def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 def _load_sentences(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     from transformers import DataCollatorWithPadding
 
-    train, held_out = (_read_rows(task, data, split) for split in ("train", "eval"))
+    train, held_out = _read_both(task, data)
     names, train_labels, eval_labels = fit_labels(task, train, held_out)
     order, first = _choose(len(train), data.train_rows, seed), range(len(held_out))[: data.eval_rows]
     majority = _majority(task, train_labels, [eval_labels[row] for row in first], len(names)) if names else None
@@ -179,7 +183,31 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
         collate=DataCollatorWithPadding(tokenizer),
         compute_metrics=squad.squad_metrics(held_out, windows),
         thin=thin,
+        question_scores=squad.question_scores(held_out, windows),
     )
+
+
+def _read_both(task: Task, data: DataSpec) -> tuple[Rows, Rows]:
+    train = _read_rows(task, data, "train")
+    return (train, _read_rows(task, data, "eval")) if data.held_out is None else divide(train, data.held_out)
+
+
+def divide(rows: Rows, held_out: float) -> tuple[Rows, Rows]:
+    """Rows to train on, and an evenly spread share of them to evaluate on: of a tenth, every tenth row.
+
+    Args:
+        held_out: above 0, below 1.
+
+    Raises:
+        TaskError: one of the two would be empty.
+    """
+    share = Fraction(str(held_out))  # as it is written, so that no rounding moves a row
+    taken = [math.floor((row + 1) * share) > math.floor(row * share) for row in range(len(rows))]
+    if all(taken) or not any(taken):
+        left = "train" if all(taken) else "evaluate"
+        raise TaskError(f"data.held_out: {held_out:g} of {len(rows)} rows of {rows.name} leaves none to {left} on")
+    train, kept = ([row for row, is_taken in enumerate(taken) if is_taken is side] for side in (False, True))
+    return rows.select(train), rows.select(kept)
 
 
 def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:

@@ -17,6 +17,7 @@ from attnpress.config import BatchSize
 from attnpress.config.recipe import checked
 from attnpress.distributed import reduce_over_ranks, this_process
 from attnpress.models.outputs import outputs
+from attnpress.records.row_scores import RowScores, pack_rows
 from attnpress.tasks import TaskData
 
 
@@ -27,11 +28,29 @@ def predict(model: PreTrainedModel, data: TaskData, batch_size: int = 32) -> dic
 
 def metrics_of(logits: Tensor, data: TaskData) -> dict[str, float]:
     """The task's metrics in points, headline first, for the result of `predicted_logits`."""
+    return data.compute_metrics(_prediction(logits, data))
+
+
+def row_scores_of(logits: Tensor, data: TaskData) -> RowScores | None:
+    """Score of each evaluation row, for the result of `predicted_logits`, whose metrics are finite.
+
+    None for a part of the questions (`TaskData.watched`), which is not compared.
+    """
+    found = _prediction(logits, data)
+    if data.task.kind == "qa":
+        return data.question_scores and pack_rows("score", data.question_scores(found))
+    outputs: Any = found.predictions
+    if data.task.kind == "classification":
+        return pack_rows("right", outputs.argmax(-1) == found.label_ids)
+    return pack_rows("value", outputs[:, 0])
+
+
+def _prediction(logits: Tensor, data: TaskData) -> EvalPrediction:
     found = logits.cpu().numpy()
     if data.task.kind == "qa":
         spans: Any = (found[:, 0], found[:, 1])  # its annotation allows one output only
-        return data.compute_metrics(EvalPrediction(spans, np.empty(0)))
-    return data.compute_metrics(EvalPrediction(found[:, 0], np.asarray(data.eval["labels"])))
+        return EvalPrediction(spans, np.empty(0))
+    return EvalPrediction(found[:, 0], np.asarray(data.eval["labels"]))
 
 
 def predicted_logits(model: PreTrainedModel, data: TaskData, batch_size: int) -> Tensor:

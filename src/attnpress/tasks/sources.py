@@ -70,6 +70,12 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label)
 
+    def select(self, rows: Sequence[int]) -> Rows:
+        """Some of the examples, in the order that is given; of the same source."""
+        text = tuple([column[row] for row in rows] for column in self.text)
+        label, lines = ([column[row] for row in rows] for column in (self.label, self.lines))
+        return Rows(self.name, text, label, lines, self.sha256)
+
     def place(self, row: int) -> str:
         """Location of an example, for a message."""
         return f"{self.name}, line {self.lines[row]}"

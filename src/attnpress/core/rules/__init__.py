@@ -16,9 +16,14 @@ def rule_of(spec: AttentionSpec) -> Rule:
     return RULES[spec.rule]
 
 
+def runs_on(kernel: str, spec: AttentionSpec) -> bool:
+    """Whether a backend or an export runs the rule of a spec; none has a mask that is foretold."""
+    return kernel in rule_of(spec).kernels and spec.predictor_bits is None
+
+
 def rules_of(kernel: str) -> list[str]:
     """Names of the rules that a backend or an export supports."""
     return [name for name, rule in RULES.items() if kernel in rule.kernels]
 
 
-__all__ = ["RULES", "Rule", "Scored", "rule_of", "rules_of"]
+__all__ = ["RULES", "Rule", "Scored", "rule_of", "rules_of", "runs_on"]

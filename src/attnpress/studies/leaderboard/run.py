@@ -120,7 +120,7 @@ def _cell_record(cell: Cell, record: Record | None) -> CellRecord:
     if record is None or stage is None:
         return CellRecord(*where)
     plain: dict[str, Any] = dataclasses.asdict(stage)
-    del plain["layers"]
+    del plain["layers"], plain["row_scores"]
     return CellRecord(*where, plain, record.provenance["weights"].get("dense"))
 
 

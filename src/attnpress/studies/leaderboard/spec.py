@@ -24,7 +24,8 @@ class EntrySpec:
         attention, schedule: changes to the board's recipe.
         stage: "progressive" trains with the rule; "one_shot" is for rules meant for inference only.
         sparsities: its own, if it cannot reach those of the board.
-        predictor_bits: bits of a product by which its design predicts the mask, so that Q K^T can be skipped too.
+        predictor_bits: bits of a product by which its design predicts the mask, so that Q K^T can be skipped too;
+            for a rule whose `attention` decides on full scores.
     """
 
     source: str

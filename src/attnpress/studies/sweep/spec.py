@@ -181,7 +181,10 @@ def asked_work(recipe: RunConfig, layers: int) -> float:
 
 
 def _asked(spec: AttentionSpec) -> Work:
-    return attention_work(PAIRS, round(PAIRS * (1 - spec.sparsity)), 1, spec.bits)
+    survivors = round(PAIRS * (1 - spec.sparsity))
+    if spec.predictor_bits is None or spec.sparsity == 0:
+        return attention_work(PAIRS, survivors, 1, spec.bits)
+    return attention_work(PAIRS, survivors, 1, spec.bits, survivors, spec.predictor_bits)
 
 
 def describe(recipe: RunConfig) -> str:
