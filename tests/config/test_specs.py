@@ -67,10 +67,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"rule": "top-k"}}, r"attention\.rule: .*'mass' or 'nm' \(found 'top-k'\)"),
     ({"attention": {"threshold": 0}}, r"attention\.threshold: .*greater than 0"),
     ({"attention": {"rule": "topk", "threshold": 0.5}}, "threshold: rule 'topk' keeps a count.*set sparsity instead"),
-    ({"attention": {"predictor_bits": 8}}, "predictor_bits: 8 foretells nothing: .*fewer than the bits of q and k, 8"),
+    ({"attention": {"predictor_bits": 8}}, "predictor_bits: 8 has no effect: .*fewer than the bits of q and k, 8"),
     (
         {"attention": {"predictor_bits": 4, "q": {"bits": None}, "k": {"bits": None}}},
-        "predictor_bits: 4 foretells nothing.*None and None",
+        "predictor_bits: 4 has no effect.*None and None",
     ),
     ({"attention": {"predictor_bits": 4, "p": {"mode": "unit"}}}, "predictor_bits: p.mode 'unit' needs the score"),
     ({"attention": {"predictor_bits": 4, "tail": "mean"}}, "predictor_bits: a tail counts from the largest exact"),
