@@ -62,7 +62,7 @@ def mcnemar(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-@functools.cache  # ranks of a thousand draws take a second, and pages are made anew several times
+@functools.cache  # ranks of a thousand draws take a second, and pages are generated several times
 def bootstrap(pairs: tuple[Pair, ...]) -> tuple[float, float]:
     """The 95 % interval of the difference in points, mean over seeds; rows are drawn for all seeds alike.
 
