@@ -96,7 +96,7 @@ WHOLE = (
 MINILM_WIDTH, MINILM_HEADS, MINILM_LAYERS = 384, 12, 6
 HARDWARE = "mrpc-8888-0.95-seed0"
 MACHINE = Accelerator()
-TAILS = ("none", "mean", "linear 8", "linear 32")
+FRONT_TAILS = ("none", "mean", "linear 8", "linear 32")
 
 
 def tables() -> dict[str, str]:
@@ -267,13 +267,15 @@ def tail_front_markdown() -> str:
             min((r for r in rows if r["error"] <= bound), key=lambda r: r["ratio"], default=None) for bound in bounds
         ]
         cells = [f"{r['ratio']:.2f} ({r['keys_per_row']:.0f} keys)" if r else "" for r in fast]
-        lines.append(f"| {_tail_words(tail.replace(' ', ':')) if tail in TAILS else tail} | {' | '.join(cells)} |")
+        lines.append(
+            f"| {_tail_words(tail.replace(' ', ':')) if tail in FRONT_TAILS else tail} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
 
 
 def front_picture() -> str:
     """Error of attention outputs against the time of the kernel and against keys per query, by tail, as SVG."""
-    found = {tail: rows for tail, rows in front_rows().items() if tail in TAILS}
+    found = {tail: rows for tail, rows in front_rows().items() if tail in FRONT_TAILS}
     panels = {
         what: [
             Line(tail, [r[key] for r in rows], [r["error"] for r in rows], i)

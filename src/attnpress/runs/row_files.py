@@ -253,7 +253,7 @@ def finish_file(
     with alone(output, lambda: warn(f"{output}: another process is writing it; waiting for its end")):
         if (done := finished(source, output, made_from)) is not None:
             return done
-        if not _beside(output, "unfinished").exists():  # whoever deletes an output wants it anew
+        if not _beside(output, "unfinished").exists():  # an output was deleted to predict it again
             _beside(output, "progress").unlink(missing_ok=True)
         rows = Input(source, source, columns, may_be_plain)
         return _go_on(answer, rows, output, identity, warn, keep_notes=True)

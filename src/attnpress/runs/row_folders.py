@@ -78,7 +78,7 @@ def pair_files(sources: Sequence[Path], output: Path, warn: Warn) -> list[Pair]:
     Args:
         sources: files, and folders of files whose names end in one of READ; hidden ones do not count.
         output: folder.
-        warn: is told of files that are left out.
+        warn: receives a message about files that are left out.
 
     Raises:
         PredictionError: no such file, no file that is read, a stream, two files with one output, or an output that
@@ -156,7 +156,7 @@ def predict_files(
         pairs: see `pair_files`; their folder is held.
         made_from: as `predict_file` takes it; the input's hash is added for each.
         warn: is told what is skipped.
-        notify: is told of each file that is done.
+        notify: receives a line for each file that is done.
 
     Returns:
         The sums over all outputs, those of earlier processes included.
