@@ -64,7 +64,7 @@ def test_the_figure_of_the_evidence_is_made_from_records() -> None:
 
 def test_the_picture_of_tails_is_made_from_records() -> None:
     fill = runpy.run_path(str(ROOT / "docs" / "fill_tables.py"))
-    drawn = (ROOT / fill["TAILS"]).read_text(encoding="utf-8")
+    drawn = (ROOT / fill["TAILS_PICTURE"]).read_text(encoding="utf-8")
     assert fill["tails_picture"](ROOT / "records" / "evidence") == drawn, "run: python docs/fill_tables.py"
 
 
