@@ -12,16 +12,16 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from attnpress.config import AttentionSpec, ProbsSpec, TensorSpec
-from attnpress.config.recipe import load_spec
+from attnpress.config.recipe import load_spec, spec_to_dict
 from attnpress.core.accelerator import Accelerator, Shape, estimate, systolic_cycles
 from attnpress.posttraining.card import quantized_markdown
 from attnpress.records.lanes import LaneRecord, read_lanes
-from attnpress.records.leaderboard import BoardRecord, read_board
+from attnpress.records.leaderboard import BoardRecord, CellRecord, read_board
 from attnpress.records.quantized import read_quantized
 from attnpress.records.run import Record, StageRecord, read_record
 from attnpress.report.benchmark import (
@@ -42,18 +42,23 @@ from attnpress.report.evidence import (
     read_cells,
     summary_markdown,
 )
+from attnpress.report.headline import CELL, headline_markdown, tail_lines, tail_words
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
-from attnpress.report.plots import PRINT, recolored, side_by_side, to_svg, two_axes
+from attnpress.report.plots import PRINT, Line, grid_of_lines, recolored, side_by_side, to_svg, two_axes
 from attnpress.report.render import TITLES, encode_caption, encode_rows, markdown_table, stages_markdown
 from attnpress.studies.evidence import EvidenceSpec, missing, plan
+from attnpress.studies.leaderboard.spec import BoardSpec
+from attnpress.studies.leaderboard.spec import plan as plan_board
 
 ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
+TAILS_PICTURE = "docs/figures/tails.svg"
 LANES = "docs/figures/lanes.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
+FRONT = "docs/figures/tail_front.svg"
 PAGES = (
     "README.md",
     "docs/results.md",
@@ -70,12 +75,20 @@ README_CELLS = (
     ("mrpc", "8888-0.95"), ("mrpc", "4444-0.95"), ("squad", "8888-0.95"), ("squad", "4444-0.95"),
     ("sst2", "8888-0.95"), ("cola", "8888-0.80"), ("rte", "8888-0.95"),
 )  # fmt: skip
-TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart")
+TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart", "stsb")
+HEADLINE = ("mrpc", "rte", "sst2", "cola", "squad", "stsb")
 BITS = "8888"
 GOALS = (
-    ("mrpc", "8888-0.95", 0.3), ("rte", "8888-0.95", 0.3), ("squad", "8888-0.98", 0.5), ("squad", "8888-0.99", 1.0),
-    ("mrpc", "4444-0.95", 0.7), ("rte", "4444-0.95", 0.7), ("squad", "4444-0.95", 0.7),
-)  # fmt: skip
+    *((task, "8888-0.95", 0.2) for task in HEADLINE),
+    *((task, "8888-0.98", 0.5 if task == "squad" else 1.0) for task in HEADLINE if task not in ("sst2", "cola")),
+    ("squad", "8888-0.99", 1.0),
+    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in ("sst2", "cola")),
+    *((task, "4444-0.98", 1.0) for task in HEADLINE if task not in ("sst2", "cola")),
+)
+"""Task, cell, and points that it may lose, with any tail. At 0.98, more where a query is left one key.
+
+Texts of SST-2 and CoLA have one left at 0.95, so that 0.98 is the same there.
+"""
 WHOLE = (
     "whole-int8-bert-1thread", "whole-int8-bert-2threads", "whole-int8-minilm-1thread", "whole-int8-1row-1thread",
     "whole-1thread", "whole-modernbert-1thread",
@@ -83,6 +96,7 @@ WHOLE = (
 MINILM_WIDTH, MINILM_HEADS, MINILM_LAYERS = 384, 12, 6
 HARDWARE = "mrpc-8888-0.95-seed0"
 MACHINE = Accelerator()
+FRONT_TAILS = ("none", "mean", "linear 8", "linear 32")
 
 
 def tables() -> dict[str, str]:
@@ -94,10 +108,13 @@ def tables() -> dict[str, str]:
     return {
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
+        "headline": headline_markdown(tasks, HEADLINE),
+        "tails": f"![{tail_words(tail_lines(tasks, HEADLINE, BITS))}]({Path(TAILS_PICTURE).relative_to('docs')})",
+        "board_tails": tails_board_markdown(),
         "results_readme": summary_markdown(tasks, README_CELLS),
         "missing": missing_in_words(),
         "errors": errors_markdown(tasks, BITS),
-        "goals": goals_markdown(tasks, GOALS),
+        "goals": goals_markdown(tasks, list(goals(tasks))),
         **{name: ablation_markdown(choices[name]) for name in ("schedules", "squad")},
         "choices_mrpc": choices_markdown(tasks["mrpc"], choices["mrpc"], ["0.98"]),
         "choices_squad": choices_markdown(tasks["squadpart"], choices["squadpart"], ["0.95", "0.98", "0.99"]),
@@ -114,11 +131,23 @@ def tables() -> dict[str, str]:
         "tail_retrieval": untrained_markdown("tail_retrieval_part"),
         "tail_mrpc": at_once_markdown(tasks["mrpc"]),
         "tail_cost": tail_cost_markdown(),
+        "tail_front": tail_front_markdown(),
+        "tail_ablation": tail_ablation_markdown(),
         "scalesim": scalesim_markdown(hardware("scalesim")),
         "density": density_markdown(hardware("density")),
         **{f"encode_{name}": encode_markdown(f"encode-minilm-{name}-1thread") for name in ("squad", "sts")},
         "quantize": quantized_markdown(read_quantized(ROOT / "records" / "quantize" / "minilm-squad.json")),
     }
+
+
+def goals(tasks: Mapping[str, Cells]) -> Iterator[tuple[str, str, float]]:
+    """The goals; behind each the same one for its cells with a tail that were trained."""
+    for task, cell, allowed in GOALS:
+        yield task, cell, allowed
+        for name, records in tasks.get(task, {}).items():
+            parts = CELL.fullmatch(name)
+            if parts and parts["tail"] and name.startswith(f"{cell}-") and records[0].stage("progressive"):
+                yield task, name, allowed
 
 
 def speeds() -> dict[str, str]:
@@ -220,6 +249,50 @@ def tail_cost_markdown() -> str:
             cells = [f"{100 * (added[target, length][tail] - 1):+.0f} %" for target in targets]
             aim = f"{aims[length]} %" if length in aims else ""
             lines.append(f"| {words} | {length:,} | {' | '.join([*cells, aim])} |")
+    return "\n".join(lines)
+
+
+def front_rows() -> dict[str, list[dict[str, Any]]]:
+    """Error and time of the kernel by tail, of benchmarks/tail_front.py; sparsest last."""
+    rows = json.loads((ROOT / "benchmarks/records/tail_front.json").read_text(encoding="utf-8"))["rows"]
+    return {tail: [row for row in rows if row["tail"] == tail] for tail in dict.fromkeys(row["tail"] for row in rows)}
+
+
+def tail_front_markdown() -> str:
+    """Of each tail, the least time at which the error of attention outputs is at most so much."""
+    bounds = (0.1, 0.15, 0.2, 0.3, 0.5)
+    lines = [f"| tail | {' | '.join(f'error ≤ {bound}' for bound in bounds)} |", f"| --- |{' ---: |' * len(bounds)}"]
+    for tail, rows in front_rows().items():
+        fast = [
+            min((r for r in rows if r["error"] <= bound), key=lambda r: r["ratio"], default=None) for bound in bounds
+        ]
+        cells = [f"{r['ratio']:.2f} ({r['keys_per_row']:.0f} keys)" if r else "" for r in fast]
+        lines.append(
+            f"| {_tail_words(tail.replace(' ', ':')) if tail in FRONT_TAILS else tail} | {' | '.join(cells)} |"
+        )
+    return "\n".join(lines)
+
+
+def front_picture() -> str:
+    """Error of attention outputs against the time of the kernel and against keys per query, by tail, as SVG."""
+    found = {tail: rows for tail, rows in front_rows().items() if tail in FRONT_TAILS}
+    panels = {
+        what: [
+            Line(tail, [r[key] for r in rows], [r["error"] for r in rows], i)
+            for i, (tail, rows) in enumerate(found.items())
+        ]
+        for what, key in (("time (1: nothing pruned)", "ratio"), ("keys per query", "keys_per_row"))
+    }
+    figure = two_axes(panels, "relative error of attention outputs", logarithmic=["keys per query"])
+    return recolored(to_svg(figure, "tail-front"), PRINT)
+
+
+def tail_ablation_markdown() -> str:
+    """Errors of attention outputs with levels and slopes that were tried, of benchmarks/tail_ablation.py."""
+    rows = json.loads((ROOT / "benchmarks/records/tail_ablation.json").read_text(encoding="utf-8"))["rows"]
+    asked = list(next(iter(rows.values())))
+    lines = [f"| variant | {' | '.join(asked)} |", f"| --- |{' ---: |' * len(asked)}"]
+    lines += [f"| {name} | {' | '.join(f'{row[each]:.3f}' for each in asked)} |" for name, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -333,6 +406,24 @@ def board() -> BoardRecord:
     return read_board(ROOT / "records" / "leaderboard")
 
 
+def tails_board() -> BoardRecord:
+    """The committed leaderboard of rules with and without a tail, or its cells where none was run yet."""
+    folder = ROOT / "records" / "leaderboards" / "tails"
+    if folder.is_dir():
+        return read_board(folder)
+    spec = load_spec(BoardSpec, ROOT / "recipes" / "leaderboards" / "tails.yaml")
+    cells = [CellRecord(cell.task, cell.rule, cell.asked, cell.seed) for cell in plan_board(spec)]
+    return BoardRecord(spec_to_dict(spec), [], cells)
+
+
+def tails_board_markdown() -> str:
+    """Its table, once a cell was run."""
+    found = tails_board()
+    if any(cell.measured for cell in found.cells):
+        return board_markdown(found)
+    return f"Not yet measured: none of its {len(found.cells)} cells was run."
+
+
 def board_picture() -> str:
     """Score against achieved sparsity of each rule, as SVG."""
     return recolored(to_svg(board_figure(board()), "leaderboard"), PRINT)
@@ -398,6 +489,12 @@ def evidence_picture(records: Path) -> str:
     )
 
 
+def tails_picture(records: Path) -> str:
+    """What tails are worth by keys kept per query, task by task, as SVG."""
+    panels = tail_lines(read_cells(records), HEADLINE, BITS)
+    return recolored(to_svg(grid_of_lines(panels, "keys per query", "points against dense"), "tails"), PRINT)
+
+
 def missing_in_words() -> str:
     """The runs that the recipes of the table ask for and that have no record yet."""
     lines = []
@@ -435,7 +532,9 @@ if __name__ == "__main__":
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
+    (ROOT / TAILS_PICTURE).write_text(tails_picture(ROOT / "records" / "evidence"), encoding="utf-8")
     (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
+    (ROOT / FRONT).write_text(front_picture(), encoding="utf-8")
     (ROOT / LANES).write_text(lanes_picture(), encoding="utf-8")
     for page in PAGES:
         (ROOT / page).write_text(filled((ROOT / page).read_text(encoding="utf-8")), encoding="utf-8")

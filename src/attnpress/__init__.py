@@ -1,4 +1,4 @@
-"""Low-bit, sparse attention for Transformers models: quantize Q, K, V and P, prune P, and record what it cost."""
+"""Low-bit, sparse attention for Transformers models: quantize Q, K, V and P, prune P, and record the cost."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ __all__ = [
     "undeploy",
 ]
 
-# Loaded on first use: they import torch and Transformers, which `attnpress --help` must not wait for.
+# Loaded on first use, so that `attnpress --help` does not wait for the import of torch and Transformers.
 _LATE = {
     "AttnPressConfig": "models.hub",
     "SparsityCallback": "training.callbacks",

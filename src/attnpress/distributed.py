@@ -1,4 +1,4 @@
-"""What several processes of one training need: who this one is, and sums over all."""
+"""Helpers for training with several processes: their state, and sums over all."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 def this_process() -> PartialState:
-    """This process among those of `torchrun` or `accelerate launch`; without an accelerator they talk through gloo."""
+    """State of this process under `torchrun` or `accelerate launch`; without an accelerator, gloo is the backend."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def reduce_over_ranks(tensor: Tensor, how: str) -> Tensor:
-    """The "max" or "sum" of the tensor over all ranks; the tensor itself in a single process."""
+    """The "max" or "sum" of a tensor over all ranks; the tensor itself in a single process."""
     if not (dist.is_available() and dist.is_initialized()):
         return tensor
     merged = tensor.clone()

@@ -1,8 +1,8 @@
-"""Files and folders written whole or not at all, and never over what attnpress did not make.
+"""Write files and folders completely or not at all, and never over files that attnpress did not create.
 
-A file or folder is written beside its place, under a name that ends in `.unfinished`, and put there when it is whole: a
-reader never sees half of one, however the writer died. Each folder carries a marker that says what it is and what it
-holds. Only a folder with the right marker is ever replaced or removed, and only while nothing else lies in it.
+A file or folder is written beside its destination, under a name ending in `.unfinished`, and renamed when complete.
+Readers never see a partial result, however the writer died. Each folder carries a marker with its kind and content.
+Only a folder with the right marker is replaced or removed, and only if it contains nothing else.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any, BinaryIO, cast
 from attnpress.locks import lock_handle, locked_folder
 
 MARKER = ".attnpress.json"
-"""In every folder that attnpress may replace or remove: what it is, and the names that attnpress put into it."""
+"""File in every folder that attnpress may replace or remove; see `Marker`."""
 
 SCRATCH = "unfinished"
 REPLACED = "replaced"
@@ -37,41 +37,41 @@ STDIN, STDOUT = Path("/dev/stdin"), Path("/dev/stdout")
 
 
 class OutputError(ValueError):
-    """A place that cannot be written, or that holds what attnpress did not make; the message says what to do."""
+    """An output cannot be written, or would replace something foreign. The message says what to do."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Marker:
-    """What a folder says of itself.
+    """Content of a folder's marker.
 
     Attributes:
-        what: it is, such as "export".
-        holds: paths inside, as they were when it was made; None for a folder whose content changes while it is used,
-            which is never replaced or removed as a whole.
+        what: kind of the folder, such as "export".
+        holds: paths inside when it was created; None for a folder whose content changes in use, which is never replaced
+            or removed as a whole.
     """
 
     what: str
     holds: frozenset[str] | None = None
 
     def foreign(self, content: frozenset[str]) -> frozenset[str]:
-        """What of a folder's content was not there when it was made."""
+        """Names in a folder that were not there when it was created."""
         return content - (self.holds or frozenset())
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file's content in one step; see `write_bytes`."""
+    """Replace the file's content atomically; see `write_bytes`."""
     write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Replace the file's content by a value as indented JSON; see `write_bytes`."""
+    """Replace the file's content by a value as indented JSON, atomically; see `write_bytes`."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace the file's content in one step. A stream, such as /dev/stdout or a pipe, is written on.
+    """Replace the file's content atomically. Content is appended to a stream, such as /dev/stdout or a pipe.
 
-    What is replaced keeps its permissions; through a symbolic link, the file that it leads to is replaced.
+    A replaced file keeps its permissions. For a symbolic link, the target is replaced.
 
     Raises:
         OSError: with the path as its `filename`.
@@ -95,20 +95,20 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def sync(file: BinaryIO) -> None:
-    """Have what was written on disk before going on."""
+    """Flush written data to disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 @contextmanager
 def whole_folder(path: Path, what: str) -> Iterator[Path]:
-    """A scratch folder that becomes `path` when the `with` block ends well, and vanishes when it does not.
+    """A scratch folder that becomes `path` if the `with` block succeeds, and is deleted otherwise.
 
     Args:
-        what: it is, in a word or two; see `check_folder` for what may be there before.
+        what: kind of the folder in a word or two; see `check_folder` for allowed previous content.
 
     Raises:
-        OutputError: see `check_folder`; before the block is entered, and again when it has ended.
+        OutputError: see `check_folder`; checked before the block is entered, and again when it has ended.
     """
     check_folder(path, what)
     with naming(path):
@@ -117,16 +117,16 @@ def whole_folder(path: Path, what: str) -> Iterator[Path]:
     with _held(target, _make_folder) as (scratch, _):
         yield scratch
         with naming(path):
-            # In place: the lock that says that this writer lives is the marker's own.
+            # Written in place, since the lock of a live writer is on the marker itself.
             (scratch / MARKER).write_text(_marker_text(what, _content(scratch)), encoding="utf-8")
             _swap(scratch, target, lambda: _check_replaceable(path, target, what))
 
 
 def check_folder(path: Path, what: str) -> None:
-    """Ask whether a folder may be written as a whole: before the work, so that it is not done in vain.
+    """Check that a folder may be written as a whole, before the work starts.
 
     Raises:
-        OutputError: it holds something that attnpress did not write as part of `what`; it is a file, the current
+        OutputError: it contains something that attnpress did not write as part of `what`; or it is a file, the current
             folder, or a mount point.
         OSError: nothing can be written there; the path is its `filename`.
     """
@@ -139,13 +139,13 @@ def check_folder(path: Path, what: str) -> None:
 
 
 def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _: False) -> None:
-    """Make a folder the place of `what`, which adds to it and removes only what it made in it.
+    """Mark a folder as the place of `what`, which adds files and removes only its own.
 
     Args:
-        is_own: whether a folder without a marker is one all the same, made before there were markers.
+        is_own: whether a folder without a marker belongs to it, from a version without markers.
 
     Raises:
-        OutputError: something else lies there.
+        OutputError: it contains something else.
         OSError: nothing can be written there; the path is its `filename`.
     """
     with naming(path):
@@ -154,7 +154,7 @@ def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _
             raise OutputError(f"{path}: is a file; name a folder")
         _check_room(path, target / MARKER)
         target.mkdir(parents=True, exist_ok=True)
-        with locked_folder(target):  # another process may be taking it for the same
+        with locked_folder(target):  # another process may be taking it for the same purpose
             found = read_marker(target)
             if found is not None and found.what == what:
                 return
@@ -167,10 +167,10 @@ def take_folder(path: Path, what: str, is_own: Callable[[Path], bool] = lambda _
 
 
 def check_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
-    """Ask whether a file may be written: before the work, so that it is not done in vain.
+    """Check that a file may be written, before the work starts.
 
     Args:
-        is_own: whether content is what this command writes, so that it may be replaced. Nobody misses an empty file.
+        is_own: whether existing content was written by this command, and may be replaced. An empty file may always be.
 
     Raises:
         OutputError: something else is there.
@@ -183,14 +183,14 @@ def check_file(path: Path, is_own: Callable[[bytes], bool]) -> None:
         if target.is_dir():
             raise OutputError(f"{path}: is a folder; name a file, such as {path / 'FILE'}")
         if target.exists() and not target.is_file():
-            raise OutputError(f"{path}: is no ordinary file; choose another name")
+            raise OutputError(f"{path}: is not a regular file; choose another name")
         if target.is_file() and (content := target.read_bytes()) and not is_own(content):
             raise OutputError(f"{path}: exists, and is not what this command writes; choose another name, or delete it")
         _check_room(path, target)
 
 
 def is_stream(path: Path) -> bool:
-    """Whether what is written there flows on: /dev/stdout, /dev/null, a named pipe, a terminal."""
+    """True for a stream: /dev/stdout, /dev/null, a named pipe, a terminal."""
     if str(path).startswith(STREAMS):
         return True
     try:
@@ -201,13 +201,13 @@ def is_stream(path: Path) -> bool:
 
 
 def is_stdout(path: Path) -> bool:
-    """Whether the path is another name of standard output."""
+    """True if the path is another name of standard output."""
     return str(path) in (str(STDOUT), "/dev/fd/1", "/proc/self/fd/1")
 
 
 @contextmanager
 def open_stream(path: Path) -> Iterator[BinaryIO]:
-    """What `is_stream` is true for, to be written on; standard output comes after what was printed before.
+    """Open a path for which `is_stream` is true. Standard output follows what was printed before.
 
     Raises:
         OSError: with the path as its `filename`.
@@ -222,7 +222,7 @@ def open_stream(path: Path) -> Iterator[BinaryIO]:
 
 
 class _Printed(io.RawIOBase):
-    """Bytes to a standard output that takes text only, as one that was redirected within Python does."""
+    """Bytes to a standard output that accepts only text, such as one redirected within Python."""
 
     def writable(self) -> bool:
         return True
@@ -234,7 +234,7 @@ class _Printed(io.RawIOBase):
 
 def mark(folder: Path, what: str, holds: frozenset[str] | None = None) -> None:
     """Write a folder's marker; see `Marker`."""
-    scratch = folder / f"{MARKER}.{SCRATCH}"  # not by write_text: the folder itself may be locked
+    scratch = folder / f"{MARKER}.{SCRATCH}"  # not by write_text, since the folder itself may be locked
     scratch.write_text(_marker_text(what, holds), encoding="utf-8")
     scratch.replace(folder / MARKER)
 
@@ -245,7 +245,7 @@ def _marker_text(what: str, holds: frozenset[str] | None) -> str:
 
 
 def read_marker(folder: Path) -> Marker | None:
-    """What a folder says of itself; None if attnpress did not make it."""
+    """The marker of a folder; None if attnpress did not create it."""
     try:
         found = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         holds = found["holds"]
@@ -257,10 +257,10 @@ def read_marker(folder: Path) -> Marker | None:
 
 
 def remove_folder(folder: Path, what: str) -> None:
-    """Remove a folder that carries the marker of `what`; one that is not there is fine.
+    """Remove a folder with the marker of `what`. A missing folder is not an error.
 
     Raises:
-        OutputError: it carries no such marker, or holds something that attnpress did not write.
+        OutputError: it has no such marker, or contains something that attnpress did not write.
     """
     if not folder.is_dir():
         return
@@ -275,7 +275,7 @@ def remove_folder(folder: Path, what: str) -> None:
 
 
 def add_text(folder: Path, name: str, text: str) -> None:
-    """Write a file into a folder that carries a marker, as one more of those that attnpress may replace or remove."""
+    """Add a file to a folder with a marker, as one that attnpress may replace or remove."""
     write_text(folder / name, text)
     found = read_marker(folder)
     if found is not None and found.holds is not None:
@@ -311,7 +311,7 @@ MENDS = {
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Inside the `with` block, errors of the file system name the path that the user gave."""
+    """Inside the `with` block, file-system errors name the path that the user gave."""
     try:
         yield
     except OSError as error:
@@ -319,13 +319,13 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal digest of a file's bytes."""
+    """Hexadecimal sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _real(path: Path) -> Path:
-    """Where a path leads, through every link."""
+    """The path with all links resolved."""
     target = Path(os.path.realpath(path))
     if target.is_symlink():
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
@@ -336,9 +336,9 @@ def _check_replaceable(path: Path, target: Path, what: str) -> None:
     if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise OutputError(f"{path}: is a file; name a folder that attnpress may make")
+        raise OutputError(f"{path}: is a file; name a folder that attnpress may create")
     if target == Path.cwd() or target in Path.cwd().parents:
-        raise OutputError(f"{path}: is the current folder, or holds it; name a folder that attnpress may make")
+        raise OutputError(f"{path}: is the current folder, or contains it; name a folder that attnpress may create")
     if target.is_mount():
         raise OutputError(f"{path}: is a mount point; name a folder inside it")
     found, held = read_marker(target), _content(target)
@@ -355,7 +355,7 @@ def _check_replaceable(path: Path, target: Path, what: str) -> None:
 
 
 def _shown(names: Collection[str]) -> str:
-    """The first of some names, on one line whatever it holds."""
+    """The first of some names, on one line whatever they contain."""
     first = min(names)
     return first if first.isprintable() else repr(first)
 
@@ -365,10 +365,10 @@ def _content(folder: Path) -> frozenset[str]:
 
 
 def _check_room(path: Path, target: Path) -> None:
-    """Try to write where the target, or the first folder made for it, is to lie."""
+    """Try to write where the target, or the first folder created for it, will be."""
     parent = next(folder for folder in target.parents if os.path.lexists(folder))
     if not parent.is_dir():
-        parent.stat()  # raises for links in a circle
+        parent.stat()  # raises for circular links
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
     longest = os.pathconf(parent, "PC_NAME_MAX")
     too_long = any(len(os.fsencode(name)) > longest for name in target.relative_to(parent).parts)
@@ -381,7 +381,7 @@ def _check_room(path: Path, target: Path) -> None:
 def _make_parents(target: Path) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-    except FileExistsError as error:  # a file, where the path asks for a folder, or links in a circle
+    except FileExistsError as error:  # a file in place of a folder, or circular links
         target.parent.stat()
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(target)) from error
 
@@ -397,7 +397,7 @@ def _make_folder(path: Path) -> int:
 
 @contextmanager
 def _held(target: Path, make: Callable[[Path], int]) -> Iterator[tuple[Path, int]]:
-    """Something new beside `target`, locked while the `with` block runs; gone after it, if it has not been moved."""
+    """A new scratch path beside `target`, locked inside the `with` block and removed afterwards unless it was moved."""
     scratch = _beside(target, SCRATCH)
     with locked_folder(target.parent):
         _clear(target)
@@ -415,13 +415,13 @@ def _beside(target: Path, ending: str) -> Path:
 
 
 def _label(target: Path) -> str:
-    """The target's name; of a long one its hash, since the longest that is allowed has no room for more around it."""
+    """The target's name, or its hash if it is long, since the longest allowed name leaves no room for more."""
     name = os.fsencode(target.name)
     return target.name if len(name) <= 100 else hashlib.sha256(name).hexdigest()
 
 
 def _clear(target: Path) -> None:
-    """Remove what killed writers of the target left; put back what one of them had moved away."""
+    """Remove leftovers of killed writers of the target, and restore what one of them had moved away."""
     names = re.compile(rf"\.{re.escape(_label(target))}\.[0-9a-f]{{16}}\.({SCRATCH}|{REPLACED})")
     for left in [path for path in target.parent.iterdir() if names.fullmatch(path.name)]:
         if left.suffix == f".{REPLACED}" and not os.path.lexists(target):
@@ -431,7 +431,7 @@ def _clear(target: Path) -> None:
 
 
 def _is_abandoned(scratch: Path) -> bool:
-    """Whether no writer that lives holds it; a folder is held by its marker, which is made in the same moment."""
+    """True if no live writer holds it. A folder is held by its marker, created in the same moment."""
     folder = scratch.is_dir()
     if folder and not (scratch / MARKER).is_file():
         return not any(scratch.iterdir())
@@ -452,7 +452,7 @@ def _remove(path: Path) -> None:
 
 
 def _swap(scratch: Path, target: Path, check: Callable[[], None]) -> None:
-    """Put the scratch in the target's place, if it passes the check; what was there stays beside it until it is."""
+    """Put the scratch in the target's place, if it passes the check; previous content is kept until then."""
     old = _beside(target, REPLACED)
     with locked_folder(target.parent):
         check()

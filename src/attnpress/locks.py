@@ -1,4 +1,4 @@
-"""Locks between processes: one works at a time, and one that dies lets go by itself, however it died."""
+"""Locks between processes. A lock ends with its process, however that died."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from filelock import FileLock, Timeout
 
 
 def alone(place: Path, busy: Callable[[], None] = lambda: None) -> AbstractContextManager[None]:
-    """One process at a time works for a file or folder, which may not be there yet; the lock file lies beside it.
+    """Let one process at a time work on a file or folder, which may not exist yet. The lock file is beside it.
 
     Args:
-        busy: as `locked` takes it.
+        busy: see `locked`.
     """
     return locked(_beside(place), busy)
 
 
 def is_held(place: Path) -> bool:
-    """Whether a process works for a file or folder, inside `alone`."""
+    """True if a process works on a file or folder inside `alone`."""
     lock = _beside(place)
     if not lock.is_file():
         return False
@@ -34,11 +34,11 @@ def is_held(place: Path) -> bool:
 
 @contextmanager
 def locked(lock: Path, busy: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """One process at a time is inside the `with` block.
+    """Let one process at a time into the `with` block.
 
     Args:
-        lock: a file for it, made with its folder where it is not there; it stays.
-        busy: called once when another process is inside, before waiting for it. An error of it is raised instead.
+        lock: the lock file. It is created with its folder if missing, and stays.
+        busy: called once before waiting for another process. An error that it raises is propagated.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(lock)
@@ -63,16 +63,16 @@ def _acquired(lock: FileLock) -> bool:
     return True
 
 
-# FileLock makes a file of its own. What follows locks what is there already: a folder that nothing may be left in, or a
-# file by the handle that its writer has on it.
+# FileLock creates a file. The functions below lock what exists: a folder in which no file may be left, or a file by its
+# writer's handle.
 
 
 @contextmanager
 def locked_folder(folder: Path) -> Iterator[None]:
-    """One process at a time makes, moves or clears away what lies in a folder; no longer than a moment."""
+    """Let one process at a time create, move or remove the content of a folder; only for a moment."""
     handle = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
+        with contextlib.suppress(OSError):  # some network file systems do not support locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
     finally:
@@ -80,7 +80,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def lock_handle(handle: int) -> bool:
-    """Lock an open file until the handle is closed, if no other process has; whether it could."""
+    """Lock an open file until it is closed; returns False if another process has locked it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

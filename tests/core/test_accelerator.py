@@ -69,3 +69,5 @@ def test_fewer_bits_take_fewer_cycles_and_bytes() -> None:
 def test_floating_point_is_refused() -> None:
     with pytest.raises(ValueError, match="needs bits for all"):
         estimate(MACHINE, Shape(8, 8, 64), AttentionSpec(v=TensorSpec(None)))
+    with pytest.raises(ValueError, match="without predictor_bits"):
+        estimate(MACHINE, Shape(8, 8, 64), AttentionSpec(sparsity=0.5, predictor_bits=4))

@@ -142,6 +142,18 @@ def test_what_the_kernel_cannot_run_is_named_with_its_module(rule: RuleName) -> 
     assert len(attentions(model)) == 2
 
 
+FORETOLD = AttentionSpec(sparsity=0.5, rule="threshold", predictor_bits=4)
+
+
+@needs_kernel
+def test_a_foretold_mask_is_refused_with_the_mend() -> None:
+    model = tiny_bert(FORETOLD)
+    expected = logits(model, make_batch())
+    with pytest.raises(ValueError, match=r"layer\.0.*not support predicted masks \(predictor_bits 4\); use"):
+        deploy(model, "cpu")
+    assert torch.equal(logits(deploy(model, "reference"), make_batch()), expected)
+
+
 def test_a_dense_model_keeps_the_frameworks_attention() -> None:
     model = tiny_bert(DENSE, calibrated=False)
     expected = logits(model, make_batch())
@@ -192,7 +204,7 @@ FLOAT_P = AttentionSpec(sparsity=0.5, p=ProbsSpec(bits=None))
 
 
 @pytest.mark.parametrize(
-    "spec", [AttentionSpec(sparsity=0.5, rule="mass"), AttentionSpec(sparsity=0.5, rule="nm"), FLOAT_P]
+    "spec", [AttentionSpec(sparsity=0.5, rule="mass"), AttentionSpec(sparsity=0.5, rule="nm"), FLOAT_P, FORETOLD]
 )
 def test_auto_takes_a_backend_that_can_run_the_spec_and_says_so_once(
     spec: AttentionSpec, recwarn: pytest.WarningsRecorder

@@ -8,6 +8,7 @@ import pytest
 
 from attnpress.cli import main
 from attnpress.config.recipe import load_config, load_spec
+from attnpress.studies.leaderboard.spec import BoardSpec, plan
 from attnpress.studies.sweep.spec import SweepSpec
 
 SWEEPS = sorted((Path(__file__).parents[2] / "recipes" / "sweeps").glob("*.yaml"))
@@ -34,6 +35,18 @@ def test_a_shipped_sweep_can_be_read(path: Path) -> None:
     spec = load_spec(SweepSpec, path)
     assert spec.search.sparsity is not None
     assert path.read_text(encoding="utf-8").startswith("# "), "a line says what it is for"
+
+
+def test_the_board_of_tails_has_every_rule_with_and_without_one() -> None:
+    board = load_spec(BoardSpec, BOARD.parent / "leaderboards" / "tails.yaml")
+    assert board.seeds == (0, 1, 2)
+    for name in ("ours", "topk", "threshold", "mass"):
+        plain, tailed = board.rules[name], board.rules[f"{name}-tail"]
+        rule = {key: value for key, value in tailed.attention.items() if not key.startswith("tail")}
+        assert (rule, tailed.schedule) == (plain.attention, plain.schedule), name
+        assert tailed.attention["tail"] == "linear"
+    assert board.rules["sanger"].attention == {"rule": "threshold", "predictor_bits": 4}
+    assert len({repr(cell.recipe) for cell in plan(board) if cell.seed == 0}) == 2 * len(board.rules)
 
 
 def test_the_shipped_sweep_searches_the_demo() -> None:

@@ -82,6 +82,25 @@ def test_the_cut_is_what_the_rule_comes_down_to(rule: RuleName, mode: str) -> No
         assert torch.equal(t["keep"], kept & valid)
 
 
+def test_a_foretold_mask_is_traced_with_the_scores_that_it_comes_from(tmp_path: Path) -> None:
+    spec = AttentionSpec(sparsity=0.6, predictor_bits=4)
+    t = layer(spec)
+    foretold = t["foretold"].masked_fill(~t["valid"], -(2**30))
+    assert torch.equal(t["keep"], t["valid"] & (foretold.amax(-1, keepdim=True) - foretold <= t["cut"]))
+    short = [((t[name].float() + 8) / 16).floor().clamp(-7, 7) for name in ("q_codes", "k_codes")]
+    assert torch.equal(t["foretold"], (short[0] @ short[1].mT).int())
+    kept = t["acc"].masked_fill(~t["keep"], -(2**30)).amax(-1, keepdim=True)
+    assert torch.equal(t["row_max"], kept.masked_fill(~t["keep"].any(-1, keepdim=True), 0))
+    write_trace(tiny_bert(spec), make_batch(5), tmp_path)
+    file = tmp_path / "trace.safetensors"
+    check_trace(file)
+    tensors, header = load_file(file), header_of(file)
+    tensors[f"{LAYERS[1]}.foretold"].view(-1)[0] += 1
+    save_file(tensors, file, header)
+    with pytest.raises(ExportError, match="foretold"):
+        check_trace(file)
+
+
 def test_nothing_pruned_has_no_cut() -> None:
     assert "cut" not in layer(AttentionSpec(sparsity=0.0))
 

@@ -174,7 +174,7 @@ def test_packed_calls_refuse_the_same(backend: str, lengths: list[int]) -> None:
 )
 def test_bounds_of_another_kind_are_refused(backend: str, bounds: Tensor) -> None:
     case = make_case((1, 4, 2, 9, 9, 16), SPEC, cutoff=2.0)
-    with pytest.raises(ValueError, match="bounds: int64 that rise from 0"):
+    with pytest.raises(ValueError, match="bounds: int64, rising from 0"):
         ops.attention(case.with_(bounds=bounds), backend=backend)
 
 

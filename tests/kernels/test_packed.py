@@ -89,7 +89,7 @@ def test_views_of_one_product_are_taken_as_they_lie(backend: str) -> None:
 @pytest.mark.parametrize("bounds", [[0, 5], [1, 12], [0, 9, 5, 12], [], [0, 13]])
 def test_bounds_that_do_not_fit_are_refused(bounds: list[int], backend: str) -> None:
     case = make_case((1, 2, 2, 12, 12, 16), AttentionSpec())
-    with pytest.raises(ValueError, match="bounds: int64 that rise from 0 to the number of tokens, 12"):
+    with pytest.raises(ValueError, match="bounds: int64, rising from 0 to the number of tokens, 12"):
         packed(case, torch.tensor(bounds, dtype=torch.int64), backend)
     with pytest.raises(ValueError, match="packed tensors are"):
         packed(make_case((2, 2, 2, 12, 12, 16), AttentionSpec()), bounds_of([12]), backend)

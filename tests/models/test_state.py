@@ -326,3 +326,9 @@ def test_what_was_not_calibrated_is_not_exported(write: Callable[..., object], t
     with pytest.raises(NotCalibratedError, match="call calibrate"):
         write(made().eval(), make_batch(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_predictor_is_stored_and_a_state_without_one_says_nothing_of_it() -> None:
+    spec = AttentionSpec(sparsity=0.5, rule="threshold", predictor_bits=4)
+    assert unpack_extra(pack_extra(spec, ())).spec == spec
+    assert b"predictor_bits" not in bytes(pack_extra(AttentionSpec(sparsity=0.5), ()).tolist())

@@ -13,6 +13,7 @@ from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
 from attnpress.core.thresholds import pair_histogram
 from attnpress.models.watchers import Counting, Fitting, Observing, start, watched
+from attnpress.models.work import pairs_work
 from tests.models.states import (
     DIM,
     HEADS,
@@ -125,6 +126,26 @@ def test_counts_are_those_of_the_reference(rule: RuleName) -> None:
         assert torch.equal(ours, theirs)
     assert counts.rows.tolist() == [17] * HEADS
     assert bool((counts.sparsity() >= counts.pruned_fraction()).all())
+
+
+@pytest.mark.parametrize("rule", ["relative", "threshold"])
+def test_thresholds_of_foretold_masks_are_fitted_to_foretold_scores(rule: RuleName) -> None:
+    inputs = make_inputs()
+    state = calibrated(AttentionSpec(rule=rule, sparsity=0.7, predictor_bits=4), inputs)
+    query, key, value, valid, real = inputs
+    found = integer_attention(state.call(query, key, value, valid, None, DIM**-0.5))
+    counted = (valid & real).expand(found.keep.shape)
+    counts = counts_of(state, inputs)
+    expected = count_pairs(found.p_codes.float(), ~found.keep, counted)
+    for ours, theirs in zip(counts.tensors(), expected.tensors(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert float(counts.total().pruned_fraction()) == pytest.approx(0.7, abs=0.12), "steps of 4 bits are coarse"
+    exact = calibrated(AttentionSpec(rule=rule, sparsity=0.7), inputs)
+    assert not torch.equal(exact.cutoff, state.cutoff)
+    work = pairs_work(state, counts.total())
+    total = counts.total()
+    kept, survivors = int(total.pairs - total.pruned), int(total.pairs - total.zeros)
+    assert work.bit_operations_remaining == DIM * (int(total.pairs) * 16 + kept * 64 + survivors * 64)
 
 
 def test_dense_calls_count_their_pairs_too() -> None:

@@ -154,7 +154,7 @@ def test_a_search_holds_what_it_is_asked_to_hold(
     assert [trial.sparsity for trial in loose.trials] == [0.6]
     assert any(line.startswith("tried 8 bits, sparsity 0.6") for line in said)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["fast"]
-    with pytest.raises(ValueError, match="--max-loss 1e-09: no form holds it"):
+    with pytest.raises(ValueError, match="--max-loss 1e-09: no form meets it"):
         attnpress.quantize(tiny_model, TEXTS, max_loss=1e-9)
 
 
@@ -224,12 +224,12 @@ def test_models_that_are_not_compressed_are_refused_before_anything_is_loaded(
 ) -> None:
     mistakes = {
         "is an encoder-decoder": save_config(tmp_path / "t5", model_type="t5", is_encoder_decoder=True),
-        "runs code of its own": save_config(tmp_path / "own", model_type="mine", auto_map={"AutoModel": "m.Mine"}),
+        "needs code of its own": save_config(tmp_path / "own", model_type="mine", auto_map={"AutoModel": "m.Mine"}),
         "generates text": save_config(tmp_path / "gpt", model_type="gpt2", architectures=["GPT2LMHeadModel"]),
-        "quantized by gptq, for other kernels": save_config(
+        "quantized by gptq for other kernels": save_config(
             tmp_path / "gpu", model_type="bert", quantization_config={"quant_method": "gptq", "bits": 4}
         ),
-        "is compressed by attnpress already": save_config(
+        "is already compressed by attnpress": save_config(
             tmp_path / "again", model_type="bert", quantization_config={"quant_method": "attnpress"}
         ),
     }
@@ -322,4 +322,4 @@ def test_the_command_prints_its_table_and_how_it_went(
     assert main([*words, "--column", "txt"]) == 1
     assert "it has text, other" in capsys.readouterr().err
     assert main(["quantize", str(tmp_path / "fast"), *words[2:4], "--output", str(tmp_path / "faster")]) == 1
-    assert "compressed by attnpress already" in capsys.readouterr().err
+    assert "already compressed by attnpress" in capsys.readouterr().err

@@ -96,9 +96,9 @@ NOT_OF_THEIR_TYPE: list[tuple[str, str]] = [
     (damaged(lambda data: data["stages"][0]["layers"][0]["scales"].update(q="x")), r"damaged record \(.*scales 'q'\)"),
     (damaged(lambda data: data.update(training={"dense": [{"step": "one"}]})), r"damaged record \(training.dense.0 's"),
     (damaged(lambda data: data.update(format=True)), r"damaged record \('format'\)"),
-    (damaged(lambda data: data.update(recipe={"data": "\ud83d"})), "damaged record: it holds half of a surrogate pair"),
-    (to_json(RECORD).replace("90.0", "NaN"), r"not a record of a run \(.*NaN is no JSON value"),
-    (to_json(RECORD).replace('"majority"', '"headline": "f1", "majority"'), "not a record of a run .*'headline' st"),
+    (damaged(lambda data: data.update(recipe={"data": "\ud83d"})), "damaged record: it holds an unpaired surrogate"),
+    (to_json(RECORD).replace("90.0", "NaN"), r"not a record of a run \(.*NaN is not a JSON value"),
+    (to_json(RECORD).replace('"majority"', '"headline": "f1", "majority"'), "not a .*duplicate key 'headline'"),
 ]
 
 

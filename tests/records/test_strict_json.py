@@ -27,11 +27,11 @@ def test_what_json_can_hold_goes_there_and_back(value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "reason", "line"),
     [
-        ('{"a": NaN}', "NaN is no JSON value", 1),
-        ('{"a": -Infinity}', "-Infinity is no JSON value", 1),
+        ('{"a": NaN}', "NaN is not a JSON value", 1),
+        ('{"a": -Infinity}', "-Infinity is not a JSON value", 1),
         ('{"a": 1e999}', "1e999 is beyond the largest number", 1),
-        ('{"a": 1, "b": 2, "a": 3}', "the key 'a' stands in it twice", 1),
-        ('[{"b": {"c": 1, "c": 1}}]', "the key 'c' stands in it twice", 1),
+        ('{"a": 1, "b": 2, "a": 3}', "duplicate key 'a'", 1),
+        ('[{"b": {"c": 1, "c": 1}}]', "duplicate key 'c'", 1),
         ("[" * 100_000, "nested too deeply", 1),
         ("9" * 5000, "an integer with too many digits", 1),
         ('{\n"a": 1,\n}', "column", 3),

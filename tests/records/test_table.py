@@ -102,7 +102,7 @@ def changed(change: Any) -> str:
             r"8888-seed0: damaged record \(stages.0.output_errors '0'\): should be a number",
         ),
         (table_text({"a-seed0": brief(LONG)})[:-30], "not a table of records"),
-        (table_text({"a-seed0": brief(LONG)}).replace('"records": {', '"records": {"a-seed0": 1,'), "in it twice"),
+        (table_text({"a-seed0": brief(LONG)}).replace('"records": {', '"records": {"a-seed0": 1,'), "duplicate key"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_table_is_named(text: str, message: str, tmp_path: Path) -> None:

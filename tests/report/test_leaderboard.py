@@ -83,6 +83,8 @@ def test_what_is_skipped_follows_from_when_the_mask_is_known() -> None:
     product, value = skipped(RULES["sanger"], 0.9, found)
     assert product == pytest.approx(0.85 - 16 / 64), "the prediction is a product of its own"
     assert value == 0.95
+    foretold = entry(rule="threshold", predictor_bits=4)
+    assert skipped(foretold, 0.9, found) == (product, value), "the same, where the mask is foretold"
     assert skipped(RULES["two-of-four"], 0.5, found) == (0.0, 0.5), "not more, whatever else is zero"
     assert skipped(RULES["sanger"], 0.2, measured(80.0, 0.2))[0] == 0.0
     assert (row("0.9", "sanger")["QK^T skipped"], row("0.5", "two-of-four")["PV skipped"]) == ("60%", "50%")

@@ -47,6 +47,9 @@ def test_logits_are_those_of_each_row_alone(model: PreTrainedModel, data: TaskDa
 def test_metrics_are_those_of_the_logits(model: PreTrainedModel, data: TaskData) -> None:
     right = predicted_logits(model, data, 32)[:, 0].argmax(-1) == torch.tensor(data.eval["labels"])
     assert predict(model, data) == {"accuracy": pytest.approx(100 * float(right.float().mean()))}
+    rows = evaluate(model, data, "progressive", 32).row_scores
+    assert rows is not None
+    assert (rows.kind, rows.values().tolist()) == ("right", right.float().tolist())
 
 
 def test_figures_do_not_depend_on_the_batches(model: PreTrainedModel, data: TaskData) -> None:
@@ -138,14 +141,21 @@ def test_spans_of_windows_of_different_lengths_are_kept_apart(tmp_path: Path, ti
     for row, output in enumerate(row_by_row(reader, questions)):
         expected = torch.stack([output.start_logits[0], output.end_logits[0]])
         assert torch.equal(logits[row, :, : lengths[row]], expected)
-    assert list(predict(reader, questions)) == ["f1", "exact_match"]
+    metrics = predict(reader, questions)
+    assert list(metrics) == ["f1", "exact_match"]
+    rows = evaluate(reader, questions, "dense", 32).row_scores
+    assert rows is not None
+    assert (rows.kind, rows.rows, 100 * rows.values().mean()) == ("score", 2, pytest.approx(metrics["f1"], abs=0.01))
+    assert evaluate(reader, questions.watched(1), "dense", 32).row_scores is None
 
 
 def test_a_finished_run_evaluates_to_its_record(finished: Path, tiny_recipe: RunConfig) -> None:
     stage = read_record(finished).stage("progressive")
     assert stage is not None
     layers = [
-        dataclasses.replace(layer, heads=[dataclasses.replace(head, errors={}) for head in layer.heads])
+        dataclasses.replace(
+            layer, heads=[dataclasses.replace(head, errors={}, pruned_mass=None) for head in layer.heads]
+        )
         for layer in stage.layers
     ]  # errors are measured by the run alone
     found = reevaluate(finished, tiny_recipe)

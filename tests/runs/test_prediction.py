@@ -180,7 +180,7 @@ def test_a_state_that_is_not_what_it_says_is_begun_anew(
     assert predict(source, output, said).written == 14
     assert [row["id"] for row in read(output)] == [f"n{number}" for number in range(14)]
     assert len(said) == 1
-    assert "is not what .out.jsonl.progress says of it; begun anew" in said[0]
+    assert "is not what .out.jsonl.progress says of it; restarted" in said[0]
     assert b"\0" not in output.read_bytes()
 
 

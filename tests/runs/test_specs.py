@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from attnpress.config import DENSE, AttentionSpec, ConfigError, DataSpec, ProbsSpec, RunConfig, ScheduleSpec, TensorSpec
@@ -112,6 +113,11 @@ def test_regression_runs_through_all_stages(tiny_recipe: RunConfig, tmp_path: Pa
     assert found.majority is None
     assert staged(found, "dense").metrics["pearson"] > 50
     assert staged(found, "progressive").metrics["pearson"] > 50
+    rows, targets = staged(found, "progressive").row_scores, found.targets
+    assert rows is not None
+    assert targets is not None
+    correlation = 100 * float(np.corrcoef(rows.values(), targets.values())[0, 1])
+    assert correlation == pytest.approx(staged(found, "progressive").metrics["pearson"], abs=0.01)
 
 
 def test_question_answering_runs_through_all_stages(tiny_recipe: RunConfig, tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_long_records_beside_a_table_count_and_are_taken_into_it(
     assert read_record(apart) == long, "nothing is lost"
     assert fold(tmp_path) == [apart], "again, it is there already"
     apart.write_text(to_json(dataclasses.replace(long, majority=1.0)), encoding="utf-8")
-    with pytest.raises(RecordError, match=r"tiny\.json: 8888-0\.50-seed0 is there with other figures; remove one"):
+    with pytest.raises(RecordError, match=r"tiny\.json: 8888-0\.50-seed0 already has a different record; remove one"):
         fold(tmp_path)
     assert read_table(tmp_path / "tiny.json") == {"8888-0.50-seed0": brief(long)}
 

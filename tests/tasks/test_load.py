@@ -195,6 +195,38 @@ def test_rows_are_chosen_by_seed_in_training_and_in_order_in_evaluation(
     assert [WORDS[row[1]] for row in part.eval["input_ids"]] == list("abcd" * 700)[:1201]
 
 
+def test_a_held_out_share_is_the_same_rows_for_every_seed_and_none_is_on_both_sides(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    folder = tmp_path / "STS-B"
+    lines = [f"{n}\ta\tb\t{n}" for n in range(23)]
+    write_lines(folder / "train.tsv", "index\tsentence1\tsentence2\tscore", *lines)
+    spec = DataSpec("stsb", data_dir=tmp_path, held_out=0.1, metric="spearman")
+    data, other = (load_task(spec, tokenizer, seed) for seed in (0, 1))
+    assert data.eval["labels"][:] == other.eval["labels"][:] == [9.0, 19.0], "every tenth row, no dev.tsv is read"
+    assert sorted(data.train["labels"]) == [float(n) for n in range(23) if n not in (9, 19)]
+    assert data.train["labels"][:] != other.train["labels"][:], "the seed shuffles what is trained on"
+    assert (data.task.headline, data.task.metrics) == ("spearman", ("spearman", "pearson"))
+    scores = data.compute_metrics(EvalPrediction(np.array([[3.0], [1.0]]), np.array([1.5, -2.0])))
+    assert next(iter(scores)) == "spearman"
+    third = load_task(dataclasses.replace(spec, held_out=0.3, eval_rows=4), tokenizer, seed=0)
+    assert third.eval["labels"][:] == [3.0, 6.0, 9.0, 13.0], "0.3 as it is written: floor((n + 1) * 0.3) rises"
+    with pytest.raises(TaskError, match=r"data\.held_out: 0\.01 of 23 rows of .* leaves none to evaluate on"):
+        load_task(dataclasses.replace(spec, held_out=0.01), tokenizer, seed=0)
+
+
+def test_a_file_of_ones_own_is_divided_and_places_in_it_stay(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    path = csv_file(tmp_path / "t.csv", ["words", "kind"], ["a", 0], ["b", 1], ["c", 1], ["d", 0])
+    spec = DataSpec(CUSTOM, train_file=path, text="words", label="kind", metric="f1", held_out=0.5)
+    data = load_task(spec, tokenizer, seed=0)
+    assert ([WORDS[row[1]] for row in data.eval["input_ids"]], data.eval["labels"][:]) == (["b", "d"], [1, 0])
+    csv_file(path, ["words", "kind"], ["a", 0], ["b", 1], ["c", 1], ["d", 2])
+    with pytest.raises(TaskError, match=r"t\.csv, line 5: label '2' .*"):
+        load_task(spec, tokenizer, seed=0)
+
+
 def test_long_inputs_are_cut_and_batches_padded_to_their_longest(
     tmp_path: Path, tokenizer: PreTrainedTokenizerFast
 ) -> None:
@@ -219,6 +251,14 @@ SPECS: list[tuple[DataSpec, str]] = [
     (DataSpec("sst-2"), r"data\.task: unknown task 'sst-2'; did you mean 'sst2'"),
     (DataSpec("zzzz"), r"data\.task: .*known: movie, sst2"),
     (DataSpec("sst2", metric="f1"), r"data\.metric: task 'sst2' has its own \(accuracy\)"),
+    (
+        DataSpec("stsb", metric="accuracy"),
+        r"data\.metric: task 'stsb' has its own \(pearson, spearman\); name one of them",
+    ),
+    (DataSpec("squad", metric="exact_match"), r"data\.metric: task 'squad' has its own .*remove data\.metric"),
+    (DataSpec("squad", held_out=0.1), r"data\.held_out: questions of task 'squad' share their texts"),
+    (DataSpec("sst2", eval_file=Path("x.csv"), held_out=0.1), r"data\.held_out, data\.eval_file: .*remove one"),
+    (DataSpec(CUSTOM, text="x", held_out=0.1), r"data\.train_file, data\.label, data\.metric: needed"),
     (DataSpec("sst2", text="x", label="y"), r"data\.text, data\.label: .*set data\.train_file"),
     (DataSpec("squad", text="x"), r"data\.text: .*remove them"),
     (DataSpec("sst2", data_dir=Path("absent")), r"data\.data_dir: absent is not a folder"),

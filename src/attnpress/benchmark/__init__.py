@@ -1,4 +1,4 @@
-"""bench: the compiled kernel timed beside what users have today, in turns of separate processes.
+"""bench: the compiled kernel timed against existing implementations, in turns of separate processes.
 
-`attention` times single calls of attention, `whole_model` whole models; `turns` is the clock of both.
+`attention` times single calls of attention, `whole_model` whole models; both use the clock in `turns`.
 """

@@ -1,4 +1,4 @@
-"""bench: one call of attention on the compiled kernel against the best that users have today, on the same inputs."""
+"""bench: one call of attention on the compiled kernel against existing implementations, on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ HELD = {
     "avx2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
     "scalar": {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"},
 }
-"""What keeps torch and OpenVINO to the instructions of a target, by target."""
+"""Environment variables that restrict torch and OpenVINO to a target's instructions, by target."""
 
 
 NEVER_HELD = ("onnxruntime-int8",)
-"""Peers that ask the processor alone."""
+"""Peers that always use all instructions of the processor."""
 
 
 class BenchmarkError(ValueError):
-    """A comparison that cannot be run; the message says why, and what to do."""
+    """A comparison cannot be run. The message gives the reason and says what to do."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """Ours against a peer, on the same inputs.
+    """Our side compared with a peer, on the same inputs.
 
     Attributes:
-        sparsity: measured over valid pairs, not what was asked for.
-        target: of the kernel; peers are held to its instructions if ATTNPRESS_CPU_TARGET forces it.
+        sparsity: measured over valid pairs.
+        target: of the kernel; ATTNPRESS_CPU_TARGET restricts peers to its instructions.
         ours_ms, peer_ms: medians, in milliseconds.
         ratio: peer over ours, turn by turn; see `turns.paired_ratio`.
-        spread, peer_spread: distance between the quartiles of the times, as a fraction of their median.
-        provenance: versions, machine, and what the peer's process said of its instructions.
+        spread, peer_spread: interquartile range of the times, as a fraction of their median.
+        provenance: versions, machine, and the instructions that the peer's process reported.
     """
 
     seq_len: int
@@ -70,11 +70,11 @@ class Timing(Comparison):
     """A comparison of single calls of attention.
 
     Attributes:
-        product_ms: the bare integer product Q K^T by torch._int_mm, no quantization, packing, softmax or P V. None
-            without VNNI, where that is slower than attention as a whole and no yardstick.
+        product_ms: the bare integer product Q K^T by torch._int_mm, without quantization, packing, softmax or P V. None
+            without VNNI, where it is slower than attention.
         product_share: product_ms over ours_ms; 1 would be a kernel that does everything else in no time.
-        source, layer: "synthetic" and None, or the run folder and the module that the inputs were captured from.
-        tail, tail_rank: of ours; beside peer "no-tail", 1 / ratio is what the tail costs.
+        source, layer: "synthetic" and None, or the run folder and the module of the captured inputs.
+        tail, tail_rank: of our side; for peer "no-tail", 1 / ratio is the cost of the tail.
     """
 
     heads: int
@@ -100,16 +100,17 @@ def bench(
     tail: TailName = "none",
     tail_rank: int = 8,
 ) -> list[Timing]:
-    """Time synthetic attention of a stated sparsity.
+    """Time synthetic attention at a given sparsity.
 
     Args:
         seq_lens: tokens; each length is timed against each peer.
-        sparsity: fraction of pairs pruned; the cutoff of each head is fitted to it on the inputs themselves.
-        batch: None picks one that makes about 1,536 tokens, at most 8.
+        sparsity: fraction of pairs pruned; the cutoff of each head is fitted to it on the inputs.
+        batch: None selects one of about 1,536 tokens, at most 8.
         threads: of each side.
-        peers: of PEERS, or "no-tail", the same call without its tail; None takes that where there is a tail, or "sdpa".
-        seconds: how long each side is timed, at least seven calls.
-        tail, tail_rank: see `config.AttentionSpec`; directions are fitted to the inputs themselves.
+        peers: of PEERS, or "no-tail", the same call without its tail. None selects "no-tail" if there is a tail, else
+            "sdpa".
+        seconds: timing of each side, at least seven calls.
+        tail, tail_rank: see `config.AttentionSpec`; directions are fitted to the inputs.
 
     Raises:
         BenchmarkError: an unknown peer, or one whose package is not installed; a number out of its range.
@@ -140,16 +141,16 @@ def bench_run(
     peers: Iterable[str] = ("sdpa",),
     seconds: float = SECONDS,
 ) -> list[Timing]:
-    """Time attention on what the compressed model of a finished run gives it for its first evaluation rows.
+    """Time attention on the inputs that a finished run's model produces for its first evaluation rows.
 
     Args:
         run_folder, config: the run.
-        layers: numbers of attention modules in the order of the model, from 0; None takes all.
+        layers: numbers of attention modules in the order of the model, from 0; None selects all.
         rows: evaluation rows, in one batch padded to the longest.
         threads, peers, seconds: see `bench`.
 
     Raises:
-        BenchmarkError: as `bench`; a layer that is not there; a run that compresses nothing.
+        BenchmarkError: as for `bench`; a layer does not exist; or the run compresses nothing.
         ConfigError: the run has no compressed model yet.
     """
     from attnpress.benchmark.capture import captured_problems
@@ -177,7 +178,7 @@ def check_peers(names: Sequence[str], known: Sequence[str]) -> None:
 
 
 def require(peer: str, extra: str, *packages: str) -> None:
-    """Raise BenchmarkError, which names the extra, where a package that a peer needs is not installed."""
+    """Raise BenchmarkError, naming the extra, if a package of a peer is not installed."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise BenchmarkError(
@@ -194,13 +195,13 @@ def check_counts(**counts: Sequence[int]) -> None:
 
 
 def check_threads(threads: int) -> None:
-    """Raise BenchmarkError for more threads than this process has cores: no side would run what its row says."""
+    """Raise BenchmarkError for more threads than this process has cores."""
     if threads > cores():
         raise BenchmarkError(f"threads: this process has {cores()} core{'s' * (cores() > 1)}, found {threads}")
 
 
 def check_held(peers: Iterable[str]) -> None:
-    """Raise BenchmarkError for a peer that would use more instructions than the target that is forced."""
+    """Raise BenchmarkError for a peer that would use more instructions than the forced target."""
     best = cpu.supported_targets()[0]
     if cpu.active_target() != best and (free := [name for name in peers if name in NEVER_HELD]):
         raise BenchmarkError(
@@ -221,12 +222,12 @@ def usual_batch(length: int) -> int:
 
 
 def held() -> dict[str, str]:
-    """Environment that keeps peers to the instructions of the target, if ATTNPRESS_CPU_TARGET forces one."""
+    """Environment that restricts peers to the target's instructions, if ATTNPRESS_CPU_TARGET forces one."""
     return HELD[cpu.active_target()] if os.environ.get(cpu.TARGET_VARIABLE) else {}
 
 
 def compared(times: Mapping[str, Sequence[Sequence[float]]], peer: str, target: str) -> dict[str, Any]:
-    """The fields of `Comparison` that follow from the times of "ours", on that target, and the peer."""
+    """The fields of `Comparison` that follow from the times of "ours", on that target, and of the peer."""
     ours, theirs = times["ours"], times[peer]
     return {
         "target": target,

@@ -1,4 +1,4 @@
-"""Inputs of attention as a trained model has them, on its evaluation data."""
+"""Inputs of attention captured from a trained model on its evaluation data."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from attnpress.runs.finished import finished_model
 
 
 def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Problem]:
-    """What the attention of a finished run's compressed model is given for its first evaluation rows, layer by layer.
+    """Inputs of each attention layer of a finished run's compressed model for its first evaluation rows.
 
     Args:
-        run_folder: where `attnpress compress` left its results.
+        run_folder: written by `attnpress compress`.
         config: of the run.
-        rows: how many, in one batch padded to the longest.
+        rows: number of rows, in one batch padded to the longest.
 
     Raises:
-        ConfigError: the run has no compressed model yet, or one that `config.data` does not fit.
+        ConfigError: the run has no compressed model yet, or `config.data` does not match it.
     """
     model, data = finished_model(run_folder, config)
     modules = {name: module for name, module in attentions(model).items() if not module.spec.is_dense}
@@ -45,7 +45,7 @@ def captured_problems(run_folder: Path, config: RunConfig, rows: int) -> list[Pr
 
 
 def _capturing(found: list[Problem]) -> Attend:
-    """The training forward; each call is added to the list, with its sparsity still open."""
+    """The training forward; each call is added to the list, with its sparsity not yet set."""
 
     def attend(call: AttentionCall) -> Tensor:
         found.append(Problem(call, torch.nan))

@@ -122,6 +122,6 @@ HISTOGRAMS: dict[str, tuple[tuple[int, int], ...]] = {
 
 
 def ragged_lengths(task: str, batch: int, seed: int = 0) -> list[int]:
-    """Lengths of a batch of random rows of a task, the same for the same seed; in no order, as they come."""
+    """Lengths of a batch of random rows of a task, in random order, the same for the same seed."""
     lengths, rows = zip(*HISTOGRAMS[task], strict=True)
     return random.Random(seed).choices(lengths, rows, k=batch)

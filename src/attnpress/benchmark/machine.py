@@ -1,4 +1,4 @@
-"""What a time rests on: versions and machine."""
+"""Provenance of a timing: versions and machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from attnpress.kernels import cpu
 from attnpress.records.provenance import machine, versions
 
 TOLD = ("nncf", "onnxruntime", "openvino", "sageattention", "transformers", "triton")
-"""Packages whose versions matter to a time, beside our own and torch."""
+"""Packages whose versions affect a timing, besides attnpress and torch."""
 
 
 def provenance(*packages: str) -> dict[str, Any]:
-    """Versions of attnpress, torch and those of `packages` that have one to tell, the machine, and how busy it is."""
+    """Versions of attnpress, torch and `packages`, the machine, and its load."""
     named = [
         "attnpress",
         "torch",
@@ -32,7 +32,7 @@ def provenance(*packages: str) -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """The GPU that torch would use, if there is one."""
+    """The GPU that torch would use; None if there is none."""
     if not torch.cuda.is_available():
         return {}
     found = torch.cuda.get_device_properties(0)
@@ -46,22 +46,22 @@ def _gpu() -> dict[str, Any]:
 
 
 def cores() -> int:
-    """Those that this process may run on."""
+    """The processor cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def instructions() -> str:
-    """What libraries of this process find the processor to have, and torch uses: "AVX2" or "AVX512, VNNI", say."""
+    """Instruction set that torch detects and uses, such as "AVX2" or "AVX512, VNNI"."""
     return ", ".join([torch.backends.cpu.get_cpu_capability(), *(["VNNI"] if cpu.has_vnni() else [])])
 
 
 def resident_megabytes() -> float:
-    """Resident memory of this process, in MB; 0 where /proc does not tell (Linux does)."""
+    """Resident memory of this process, in MB; 0 if /proc does not report it (Linux does)."""
     return _status("VmRSS") if Path("/proc/self/status").exists() else 0.0
 
 
 def peak_megabytes(run: Callable[[], object]) -> float:
-    """Largest resident memory of this process during one call, in MB; 0 where /proc does not tell (Linux does)."""
+    """Largest resident memory of this process during one call, in MB; 0 if /proc does not report it (Linux does)."""
     forget = Path("/proc/self/clear_refs")
     if not forget.exists():
         return 0.0
@@ -77,7 +77,7 @@ def _status(name: str) -> float:
 
 
 def processor() -> str:
-    """The processor's name as the system gives it."""
+    """The processor's name as the system reports it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

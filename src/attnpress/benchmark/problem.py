@@ -1,4 +1,4 @@
-"""Inputs of one attention call: what they are, synthetic ones of a stated sparsity, and their file."""
+"""Inputs of one attention call: synthetic ones at a given sparsity, and their file format."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from attnpress.kernels import ops
 
 @dataclass(frozen=True)
 class Problem:
-    """One attention call to time, and where it is from.
+    """One attention call to time, and its origin.
 
     Attributes:
         call: its query as models store it: the transpose [B, S, Hq, D] is contiguous.
@@ -45,9 +45,9 @@ def make_problem(
     seed: int = 0,
     spec: AttentionSpec | None = None,
 ) -> Problem:
-    """Normal Q, K, V with absmax scales, and the cutoff that prunes `sparsity` of the pairs, on a sample of rows.
+    """Normal Q, K, V with absmax scales, and the cutoff that prunes `sparsity` of the pairs, fitted on sampled rows.
 
-    `spec` gives the bits and the tail: 8 everywhere and none if None.
+    `spec` gives the bits and the tail; None means 8 bits without a tail.
     """
     generator = torch.Generator().manual_seed(seed)
     query, key, value = (
@@ -75,12 +75,12 @@ def _fitted_cutoff(query: Tensor, key: Tensor, sparsity: float, scaling: float) 
 
 
 def _first_codes(call: AttentionCall) -> dict[str, Tensor]:
-    """The integers of the first batch element, in which all pairs are valid."""
+    """The integers of the first batch element, whose pairs are all valid."""
     return ops.compiled_integers(call.with_(query=call.query[:1], key=call.key[:1], value=call.value[:1], valid=None))
 
 
 def _with_tail(scales: Scales, spec: AttentionSpec, q_codes: Tensor, k_codes: Tensor) -> Scales:
-    """The scales with directions fitted to these codes where the tail wants them; its lift, which is free, is 0."""
+    """The scales, with directions fitted to these codes if the tail needs them; the lift does not affect time."""
     if spec.tail == "none":
         return scales
     heads, dim = q_codes.shape[1], q_codes.shape[3]
@@ -93,7 +93,7 @@ def _with_tail(scales: Scales, spec: AttentionSpec, q_codes: Tensor, k_codes: Te
 
 
 def without_tail(problem: Problem) -> Problem:
-    """The same problem, whose rows have no tail."""
+    """The same problem without a tail."""
     call = problem.call
     return replace(problem, call=call.with_(spec=replace(call.spec, tail="none")))
 
@@ -115,7 +115,7 @@ def save_problem(problem: Problem, file: Path) -> None:
 
 
 def load_problem(file: Path) -> Problem:
-    """A problem from `save_problem`, laid out in memory as it was."""
+    """A problem from `save_problem`, with the original memory layout."""
     with safe_open(file, "pt") as opened:
         named = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118 - not a mapping
         metadata = opened.metadata()

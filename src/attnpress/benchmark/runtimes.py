@@ -1,6 +1,6 @@
-"""Whole models in int8 by other runtimes: ONNX Runtime with dynamic ranges, OpenVINO quantized by NNCF after training.
+"""Whole int8 models in other runtimes: ONNX Runtime with dynamic ranges, OpenVINO quantized by NNCF.
 
-Files are written in one process and timed in another, so that what making them took does not count as memory.
+Files are written in one process and timed in another, so that writing them does not count as memory.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Session:
     """A graph that is ready to run.
 
     Attributes:
-        run: from tensors by name, of any batch size and length, to the outputs.
-        facts: what the runtime says of itself.
+        run: function from tensors by name, of any batch size and length, to the outputs.
+        facts: reported by the runtime.
     """
 
     run: Callable[[Mapping[str, Tensor]], Any]
@@ -39,9 +39,9 @@ class Runtime:
     """A peer that runs a file.
 
     Attributes:
-        extra: of attnpress, which brings `packages`.
+        extra: of attnpress, which installs `packages`.
         file: below the folder of the side.
-        write: writes that file for a float32 model and inputs to take ranges from.
+        write: writes that file for a float32 model and calibration inputs.
         session: opens that file, for a number of threads.
     """
 
@@ -52,7 +52,7 @@ class Runtime:
     session: Callable[[Path, int], Session]
 
     def serve(self, file: Path, inputs: Mapping[str, Tensor], threads: int) -> Prepared:
-        """The graph in that file, run again and again on the same inputs."""
+        """Run the graph in that file repeatedly on the same inputs."""
         session = self.session(file, threads)
         return Prepared(lambda: session.run(inputs), session.facts)
 
@@ -61,7 +61,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
     """Write a model as ONNX for any batch size and length; `inputs` give the names and dtypes of its arguments."""
     example = {name: torch.ones(2, 8, dtype=x.dtype) for name, x in inputs.items()}  # 1 would become a constant
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         program = torch.onnx.export(
             model,
             (),
@@ -77,7 +77,7 @@ def export(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
 
 
 def _write_onnxruntime(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
-    """Weights in int8 for each output, activations as they come: the recipe of the runtime's own documentation."""
+    """Int8 weights per output, dynamic activations: the recipe of the runtime's documentation."""
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -90,7 +90,7 @@ def _open_onnxruntime(file: Path, threads: int) -> Session:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # no thread awake in the others' turns
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # no spinning in other sides' turns
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     known = {each.name for each in session.get_inputs()}
 
@@ -101,7 +101,7 @@ def _open_onnxruntime(file: Path, threads: int) -> Session:
 
 
 def _write_openvino(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) -> None:
-    """NNCF's post-training quantization for transformers, with ranges from the inputs themselves."""
+    """NNCF's post-training quantization for transformers, with ranges from the inputs."""
     _keep_to_ourselves()
     import nncf
     import openvino
@@ -115,7 +115,7 @@ def _write_openvino(model: nn.Module, inputs: Mapping[str, Tensor], file: Path) 
 
 
 def _open_openvino(file: Path, threads: int) -> Session:
-    """With the plugin's own choice of precision for what is not int8, and memory shared with the caller."""
+    """Uses the plugin's default precision for operations that are not int8, and memory shared with the caller."""
     _keep_to_ourselves()
     import openvino
 
@@ -132,7 +132,7 @@ def _open_openvino(file: Path, threads: int) -> Session:
 
 
 def _keep_to_ourselves() -> None:
-    os.environ.setdefault("CI", "true")  # or else importing it reports to its makers, over the network
+    os.environ.setdefault("CI", "true")  # otherwise importing it sends telemetry
     os.environ.setdefault("NNCF_CI", "1")
 
 

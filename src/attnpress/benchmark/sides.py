@@ -1,6 +1,6 @@
-"""The sides of a comparison of attention: ours, what users have today, and the bare integer product.
+"""Sides of a comparison of attention: ours, existing implementations, and the bare integer product.
 
-Each function here is called in the process of its side (see `turns`) with a file of `problem.save_problem`.
+Each function is called in the process of its side (see `turns`) with a file of `problem.save_problem`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from attnpress.core.quantizer import quantize
 from attnpress.kernels import cpu, ops
 
 BLOCKS = (math.inf, 512, 256)
-"""Rows and keys of a product at once: a call costs some microseconds, a large result leaves the cache."""
+"""Rows and keys per product: a call has a fixed cost, and large results leave the cache."""
 
 
 def prepare(name: str, file: str, threads: int) -> Prepared:
-    """A side by its name: a peer of `PEERS`, "ours" or "product"."""
+    """Prepare a side by name: a peer of `PEERS`, "ours" or "product"."""
     torch.set_num_threads(1 if name == "openvino" else threads)
     problem = load_problem(Path(file))
     if name == "openvino":
@@ -65,7 +65,7 @@ def _eager(problem: Problem) -> Run:
 
 
 def _product(problem: Problem) -> Run:
-    """Q K^T alone, of integers, by torch._int_mm in the fastest of a few blockings."""
+    """Integer Q K^T only, by torch._int_mm in the fastest of a few blockings."""
     query, key, _ = _operands(problem)
     length, spec = query.shape[2], problem.call.spec
     q_codes, k_codes = (
@@ -91,11 +91,11 @@ def _blocked_product(query: Tensor, key: Tensor, block: int) -> Run:
 
 
 def _openvino(problem: Problem, threads: int) -> Prepared:
-    """Int8 attention as OpenVINO's CPU plugin fuses it: FakeQuantize on Q, K, V and P.
+    """Int8 attention as fused by OpenVINO's CPU plugin: FakeQuantize on Q, K, V and P.
 
-    Inputs are contiguous and shared, so that nothing is copied: the plugin at its best.
+    Inputs are contiguous and shared, so that nothing is copied.
     """
-    os.environ.setdefault("CI", "true")  # or else importing it reports to its makers, over the network
+    os.environ.setdefault("CI", "true")  # otherwise importing it sends telemetry
     import openvino as ov
 
     arrays = [x.contiguous().numpy() for x in _operands(problem)]
@@ -134,10 +134,10 @@ def _openvino_graph(problem: Problem, arrays: list[Any], bias: Tensor | None) ->
 
 
 def executed(compiled: Any) -> list[str]:
-    """The nodes of OpenVINO's execution graph: kind and primitive, "Subgraph jit_avx512_i8" for instance.
+    """Nodes of OpenVINO's execution graph: kind and primitive, such as "Subgraph jit_avx512_i8".
 
-    Where attention is fused to int8, one such subgraph is all there is beside those that quantize Q, K and V; where it
-    is not, MatMul and Softmax are nodes of their own.
+    If attention is fused to int8, it is one such subgraph besides the quantization of Q, K and V. Otherwise MatMul and
+    Softmax are separate nodes.
     """
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ordered_ops()]
     named = [(node["layerType"].astype(str), node["primitiveType"].astype(str)) for node in nodes]
@@ -145,14 +145,14 @@ def executed(compiled: Any) -> list[str]:
 
 
 def _operands(problem: Problem) -> tuple[Tensor, Tensor, Tensor]:
-    """Q, K, V in float32, K and V repeated for grouped queries: what peers are given."""
+    """Q, K, V in float32, with K and V repeated for grouped queries, for peers."""
     shape = problem.call.query.shape
     query, key, value = (x.float() for x in (problem.call.query, problem.call.key, problem.call.value))
     return query, repeat_heads(key, shape[1]).expand(shape), repeat_heads(value, shape[1]).expand(shape)
 
 
 def _bias(valid: Tensor | None) -> Tensor | None:
-    """A mask as what is added to the scores: 0, or the smallest float32."""
+    """A mask as an additive bias: 0, or the smallest float32."""
     if valid is None:
         return None
     return torch.zeros(valid.shape).masked_fill(~valid, torch.finfo(torch.float32).min)

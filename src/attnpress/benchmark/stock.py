@@ -1,4 +1,4 @@
-"""Models as users have them, by name, and how much of their time goes into attention."""
+"""Stock models by name, and the time that they spend in attention."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STOCK: dict[str, Callable[[], Any]] = {
     "bert-base": BertConfig,
     "modernbert-base": ModernBertConfig,
 }
-"""A folder of trained weights, or the default configuration of that size, to be filled with random ones."""
+"""Folder of trained weights, or the default configuration of that size for random weights."""
 
 _TIMED = "attnpress-timed"
 
@@ -55,7 +55,7 @@ def make_stock(name: str, attention: str, seed: int = 0) -> PreTrainedModel:
 
 
 def load_stock(folder: Path, attention: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """An encoder that was saved, in evaluation mode; `attention` None leaves the one it was saved with."""
+    """A saved encoder in evaluation mode; `attention` None keeps the saved implementation."""
     chosen = {} if attention is None else {"attn_implementation": attention}
     model: PreTrainedModel = AutoModel.from_pretrained(folder, dtype=dtype, **chosen)
     model.eval()
@@ -64,10 +64,10 @@ def load_stock(folder: Path, attention: str | None = None, dtype: torch.dtype = 
 
 @contextmanager
 def attention_seconds(model: PreTrainedModel) -> Iterator[list[float]]:
-    """Collect how long each call of attention takes inside the `with` block, whatever implementation is in force.
+    """Collect the time of each call of attention inside the `with` block, for any implementation.
 
-    The time is that of the attention function: scores, softmax and weighted sum, or what stands for them, without the
-    projections around it and without building the mask, which is shared by all layers.
+    The time is that of the attention function: scores, softmax and weighted sum, or their equivalent, without the
+    surrounding projections and without building the mask, which all layers share.
     """
     seconds: list[float] = []
     before = model.config._attn_implementation

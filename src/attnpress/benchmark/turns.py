@@ -1,8 +1,8 @@
-"""The clock: several sides of a comparison, each in a process of its own, timed in turns.
+"""The clock: several sides of a comparison, each in its own process, timed in turns.
 
-Libraries keep threads that spin for a while after a call and slow whatever runs next, so sides share no process, and a
-side's turn ends only when none of its threads is awake any more. Turns are short and go round several times: all sides
-see the same machine, also when that is a busy one.
+Threads of some libraries spin for a while after a call and slow other code. So each side has its own process, and its
+turn ends only when all its threads sleep. Turns are short and repeated, so that all sides are measured under the same
+load.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from typing import Any
 
 ROUNDS = 15
 SETTLED = 0.05
-"""A process whose threads together use less than this share of one processor is asleep."""
+"""A process that uses less than this share of one processor counts as asleep."""
 
 Run = Callable[[], object]
 
 
 class SideError(RuntimeError):
-    """A side that could not be prepared or timed; the message is what its process said."""
+    """A side could not be prepared or timed. The message is that of its process."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is timed, and plain facts to report about it."""
+    """The function to time, and facts to report about it."""
 
     run: Run
     facts: dict[str, Any] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class Side:
 
     Args:
         name: for messages and results.
-        environment: variables set for that process beside the inherited ones.
+        environment: additional variables of that process.
     """
 
     def __init__(self, name: str, environment: Mapping[str, str] | None = None) -> None:
@@ -61,12 +61,12 @@ class Side:
         )
 
     def prepare(self, make: str, **arguments: Any) -> dict[str, Any]:
-        """Have the process call `make`, "package.module:function" returning a `Prepared`; returns its facts."""
+        """Let the process call `make`, "package.module:function" returning a `Prepared`; returns its facts."""
         facts: dict[str, Any] = self._ask({"make": make, "arguments": arguments})
         return facts
 
     def turn(self, seconds: float) -> list[float]:
-        """Milliseconds of the calls that fit into that many seconds, at least one."""
+        """Milliseconds of the calls that fit into this many seconds, at least one."""
         times: list[float] = self._ask({"seconds": seconds})
         return times
 
@@ -100,7 +100,7 @@ class Side:
 
 
 def in_turns(sides: Sequence[Side], seconds: float, rounds: int = ROUNDS) -> dict[str, list[list[float]]]:
-    """Milliseconds of the calls in each turn of each prepared side, by its name; `seconds` each, in `rounds` turns."""
+    """Milliseconds of the calls in each turn of each prepared side, by name; `seconds` each, in `rounds` turns."""
     settle()
     times: dict[str, list[list[float]]] = {side.name: [] for side in sides}
     for _ in range(rounds):
@@ -110,27 +110,27 @@ def in_turns(sides: Sequence[Side], seconds: float, rounds: int = ROUNDS) -> dic
 
 
 def median_of(turns: Sequence[Sequence[float]]) -> float:
-    """Of all calls, whatever their turn."""
+    """Median of all calls of all turns."""
     return statistics.median(chain.from_iterable(turns))
 
 
 def spread(turns: Sequence[Sequence[float]]) -> float:
-    """Distance between the quartiles of all calls, as a fraction of their median."""
+    """Interquartile range of all calls, as a fraction of their median."""
     low, middle, high = statistics.quantiles(chain.from_iterable(turns), n=4)
     return (high - low) / middle
 
 
 def paired_ratio(theirs: Sequence[Sequence[float]], ours: Sequence[Sequence[float]]) -> float:
-    """How many times longer theirs takes: the median over rounds, each comparing two turns that were close in time.
+    """Ratio of their time to ours: the median over rounds, each comparing two adjacent turns.
 
-    A shared machine is slow for seconds on end; both turns of a round then are, and their ratio hardly changes.
+    The load of a shared machine changes slowly. It affects both turns of a round, so their ratio is stable.
     """
     pairs = zip(theirs, ours, strict=True)
     return statistics.median(statistics.median(a) / statistics.median(b) for a, b in pairs)
 
 
 def take_turn(run: Run, seconds: float) -> list[float]:
-    """Milliseconds of calls after one that wakes threads and fills caches; a call as long as the turn stands alone."""
+    """Milliseconds of calls after a warm-up call; a call as long as the turn counts alone."""
     times = [_milliseconds(run)]
     if times[0] >= seconds * 1e3:
         return times
@@ -145,7 +145,7 @@ def settle(patience: float = 10.0) -> None:
     """Wait until no thread of this process is awake.
 
     Raises:
-        SideError: some thread never sleeps.
+        SideError: a thread does not sleep.
     """
     stop = time.monotonic() + patience
     while True:
@@ -158,9 +158,9 @@ def settle(patience: float = 10.0) -> None:
 
 
 def serve() -> None:
-    """Body of a side's process: answer requests, a line of JSON each, until there are no more."""
+    """Main loop of a side's process: answer requests, one line of JSON each, until the input ends."""
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what libraries print must not mingle with the replies
+    os.dup2(2, 1)  # output of libraries must not mix with the replies
     prepared: Prepared | None = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -173,7 +173,7 @@ def serve() -> None:
                 answer = take_turn(prepared.run, request["seconds"])
             settle()
             reply = {"answer": answer}
-        except Exception as error:  # told to the parent, which raises it
+        except Exception as error:  # sent to the parent, which raises it
             reply = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(reply), file=replies, flush=True)
 

@@ -1,4 +1,4 @@
-"""The CPU kernel beside itself: the same call with one thing changed, by the clock of `attnpress bench`."""
+"""The CPU kernel compared with itself: the same call with one change, by the clock of `attnpress bench`."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ Problems = Callable[[int], Mapping[str, Problem]]
 def time_variants(
     problems: Problems, other: str, threads: int, lengths: Sequence[int] = LENGTHS, seconds: float = SECONDS
 ) -> list[dict[str, Any]]:
-    """Time two calls of the kernel in turns, each in a process of its own.
+    """Time two calls of the kernel in turns, each in its own process.
 
     Args:
-        problems: gives the call of "ours" and of the other side.
+        problems: returns the call of "ours" and of the other side.
         other: name of the other side.
         seconds: for each side and length.
 
     Returns:
-        Of each length: `seq_len`, `batch`, `sparsity` by side, and what `benchmark.attention.compared` gives.
+        For each length: `seq_len`, `batch`, `sparsity` by side, and the result of `benchmark.attention.compared`.
     """
     with ExitStack() as stack:
         sides = [stack.enter_context(Side(name, held())) for name in (OURS, other)]
@@ -70,7 +70,7 @@ def variants_main(description: str, problems: Problems, other: str) -> None:
 
 
 def tell(found: Mapping[str, Any], file: Path | None, *packages: str) -> None:
-    """Print what a script of benchmarks/ found, with its provenance, and write it if a file is given."""
+    """Print the result of a script of benchmarks/ with its provenance, and write it if a file is given."""
     whole = {**found, "provenance": {**provenance(*packages), "command": " ".join(["python", *sys.argv])}}
     print(json.dumps(whole, indent=1))
     if file is not None:

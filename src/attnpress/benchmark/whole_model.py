@@ -1,4 +1,4 @@
-"""bench, of whole models: a deployed model beside the stock one, with the share of attention that bounds the gain."""
+"""bench of whole models: a deployed model against the stock one, with the share of attention that bounds the gain."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from attnpress.models.outputs import outputs
 from attnpress.training.calibration import REFITS, calibrate, watching
 
 TORCH = {"sdpa": ("sdpa", torch.float32), "sdpa-bf16": ("sdpa", torch.bfloat16), "eager": ("eager", torch.float32)}
-"""Peers by Transformers: its implementation of attention, and the dtype of everything."""
+"""Transformers peers: attention implementation and dtype."""
 PEERS = (*TORCH, *RUNTIMES)
 USUAL_PEERS = ("sdpa", "eager")
 SECONDS = 4.0
@@ -54,12 +54,12 @@ INPUTS = "inputs.safetensors"
 EXPECTED = "expected.safetensors"
 TOLD = ("peak_mb", "model_mb", "file_mb", "attention", "difference")
 FIELDS = (*TOLD, "unpruned_difference", "sparsity", "linear_layers", "activation_bits", "target")
-"""What a side says that has fields of `ModelTiming`; the former for each side."""
+"""Facts of a side with their own fields in `ModelTiming`; the former exist for each side."""
 SHARE_CALLS = 3
 CALIBRATION_TOKENS = 512
-"""Scales are taken from this much of the input: calibration holds S x S matrices. Thresholds see all of it."""
+"""Scales are calibrated on this many tokens, since calibration needs S x S matrices; thresholds on all."""
 ROWS = 256
-"""Query rows of each head that thresholds are fitted to, evenly spaced over the input."""
+"""Evenly spaced query rows per head for fitting thresholds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,22 +69,23 @@ class ModelTiming(Comparison):
     Attributes:
         seq_len: tokens of the longest row.
         sparsity: of P, over all layers.
-        ragged: the task whose lengths the rows have, padded to the longest; None where no row has padding.
-        linear: what our linear layers were while they were timed: "float", or "int8" (and no padding then).
-        linear_layers: how many of ours ran in which way; see `attnpress.deployment.linear.LinearLayers`.
-        activation_bits: of the codes that our int8 layers take in, each number once; empty where there are none.
-        ours_attention, peer_attention: share of the forward pass that attention takes, measured in passes of their own.
-        ceiling: 1 / (1 - peer_attention): the ratio that attention in no time would give.
-            None where the peer's runtime does not show its own.
-        ours_peak_mb, peer_peak_mb: largest resident memory of the side's whole process in a forward pass, libraries
-            included; 0 where the system does not tell.
-        ours_model_mb, peer_model_mb: the same, less what the process held before it loaded the model: weights,
-            activations, and libraries that only running the model loads. The model is made in another process.
+        ragged: the task whose lengths the rows have, padded to the longest; None without padding.
+        linear: our linear layers during timing: "float", or "int8" (then without padding).
+        linear_layers: number of our layers by implementation; see `attnpress.deployment.linear.LinearLayers`.
+        activation_bits: widths of the input codes of our int8 layers, without duplicates; empty if there are none.
+        ours_attention, peer_attention: attention's share of the forward pass, measured in separate passes.
+        ceiling: 1 / (1 - peer_attention), the ratio if attention took no time. None if the peer's runtime does not
+            report its attention.
+        ours_peak_mb, peer_peak_mb: largest resident memory of the side's whole process in a forward pass, including
+            libraries; 0 if the system does not report it.
+        ours_model_mb, peer_model_mb: the same, minus the memory before the model was loaded: weights, activations, and
+            libraries that only the model needs. The model is created in another process.
         ours_file_mb, peer_file_mb: size of the files that the side loads.
-        ours_difference, peer_difference: how far the last hidden state is from that of the same model in float32 with
-            nothing pruned, on real tokens: the norm of the difference over the norm. Ours holds what pruning does to
-            weights that were never trained with it.
-        ours_unpruned_difference: the same of ours with nothing pruned: what bits alone change, as with the peers.
+        ours_difference, peer_difference: relative distance of the last hidden state from that of the same model in
+            float32 without pruning, on real tokens. Ours includes the effect of pruning on weights that were never
+            trained with it.
+        ours_unpruned_difference: the same for our side without pruning: the effect of quantization only, as for the
+            peers.
     """
 
     model: str
@@ -121,21 +122,20 @@ def bench_models(
     """Time whole models, deployed against stock.
 
     Args:
-        models: of `models.stock.STOCK`; random weights where no package carries trained ones.
+        models: of `models.stock.STOCK`; random weights if no package provides trained ones.
         seq_lens: tokens; each model is timed at each length, against each peer.
-        sparsity: what thresholds are fitted to.
+        sparsity: target of the thresholds.
         batch, threads: of each side.
         peers: of PEERS.
-        seconds: how long each side is timed, at least seven calls.
-        linear: of ours: "int8" puts all linear layers of the encoder into 8 bits.
-        ragged: tasks of `lengths.HISTOGRAMS`: each model is also timed on a batch with its lengths.
+        seconds: timing of each side, at least seven calls.
+        linear: of our side; "int8" converts all linear layers of the encoder to 8 bits.
+        ragged: tasks of `lengths.HISTOGRAMS`; each model is also timed on a batch with their lengths.
 
     Raises:
-        BenchmarkError: an unknown model, peer or task; a number out of its range; a length that a model has no
-            positions for; a model whose linear layers stay in float where int8 was asked for; a peer that cannot be
-            held to the target that ATTNPRESS_CPU_TARGET forces.
+        BenchmarkError: an unknown model, peer or task; a number out of its range; a length beyond a model's positions;
+            int8 was requested but linear layers stay in float; or a peer cannot be restricted to ATTNPRESS_CPU_TARGET.
         BackendUnavailableError: the kernel is not built.
-        SideError: a side failed, for instance because a package that carries weights is not installed.
+        SideError: a side failed, for instance because a package with weights is not installed.
     """
     names, chosen, tasks = list(peers), list(models), list(ragged)
     if wrong := [task for task in tasks if task not in HISTOGRAMS]:
@@ -171,11 +171,11 @@ def bench_models(
 
 
 def _timings(case: dict[str, Any], peers: Sequence[str], seconds: float) -> Iterator[ModelTiming]:
-    """Processes are new for each case: memory that an earlier model left behind would count."""
+    """Each case uses new processes, so that memory of an earlier model does not count."""
     names, shape = ("ours", *dict.fromkeys(peers)), {key: case[key] for key in ("model", "length", "batch", "ragged")}
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
-        with ThreadPoolExecutor(cores()) as pool:  # each waits for a process of its own; none of them is timed
+        with ThreadPoolExecutor(cores()) as pool:  # each waits for its own process; none of them is timed
             built = pool.map(lambda name: _build(name, f"{folder}/{name}", shape, case), names)
             facts: dict[str, dict[str, Any]] = dict(zip(names, built, strict=True))
         sides = [stack.enter_context(Side(name, held())) for name in names]
@@ -218,7 +218,7 @@ def _timing(
 
 
 def _surroundings(**sides: dict[str, Any]) -> dict[str, Any]:
-    """What each side said of the instructions, threads and precision that it ran with, which have no field."""
+    """Instructions, threads and precision of each side that have no field."""
     return {side: {key: value for key, value in facts.items() if key not in FIELDS} for side, facts in sides.items()}
 
 
@@ -236,7 +236,7 @@ def build(
     linear: Linear = "float",
     ragged: str | None = None,
 ) -> Prepared:
-    """Write what a side loads, in a process that is not timed; nothing is to be run."""
+    """Write the files that a side loads, in a process that is not timed."""
     stock, place = make_stock(model, "eager" if name == "ours" else "sdpa"), Path(folder)
     longest = longest_input(stock)
     if longest is not None and length > longest:
@@ -261,7 +261,7 @@ def build(
 
 
 def prepare(name: str, folder: str, threads: int) -> Prepared:
-    """A side by its name, in its own process, from what `build` wrote: a peer of `PEERS`, or "ours"."""
+    """Prepare a side by name in its own process, from the files of `build`: a peer of `PEERS`, or "ours"."""
     torch.set_num_threads(threads)
     place, before = Path(folder), resident_megabytes()
     inputs = load_file(place / INPUTS)
@@ -286,7 +286,7 @@ def prepare(name: str, folder: str, threads: int) -> Prepared:
 
 
 def _put_into_int8(model: Any, name: str) -> None:
-    """Deploy with int8 linear layers, or say why that is not to be had; a warning would be lost in this process."""
+    """Deploy with int8 linear layers, or raise the reason as an error; warnings would be lost in this process."""
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         deploy(model, "cpu", linear="int8")
@@ -295,13 +295,13 @@ def _put_into_int8(model: Any, name: str) -> None:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """How linear layers run, and the bits of the codes that those in int8 take in."""
+    """Implementations of the linear layers, and the bits of the input codes of int8 ones."""
     bits = {module.bits for module in model.modules() if isinstance(module, Int8Linear)}
     return {"linear_layers": asdict(linear_layers(model)), "activation_bits": sorted(bits)}
 
 
 def _hidden(found: Any) -> Tensor:
-    """The last hidden state of a model's output, whichever library it is from: float32 [B, S, H]."""
+    """The last hidden state of a model's output, from any library: float32 [B, S, H]."""
     hidden = getattr(found, "last_hidden_state", None)
     return torch.as_tensor(found[0] if hidden is None else hidden).float().contiguous()
 
@@ -314,7 +314,7 @@ def _difference(found: Tensor, expected: Tensor, inputs: dict[str, Tensor]) -> f
 
 
 def _unpruned(model: Any, inputs: dict[str, Tensor], sparsity: float) -> Tensor:
-    """What a deployed model gives with nothing pruned; it is pruned as before when this returns."""
+    """Output of a deployed model without pruning; pruning is restored afterwards."""
     modules = list(attentions(model).values())
     for module in modules:
         module.set_sparsity(0.0)
@@ -355,12 +355,12 @@ def _pass(model: Any, inputs: dict[str, Tensor]) -> None:
 
 
 def _counting(found: list[tuple[int, int]]) -> Attend:
-    """The kernel that counts; the list gets survivors and valid pairs of each call."""
+    """The kernel with counts; survivors and valid pairs of each call are appended to the list."""
 
     def attend(call: AttentionCall) -> Tensor:
         integers, valid = ops.compiled_integers(call), call.valid
         codes = integers["p_codes"]
-        counted = torch.tensor(True) if valid is None else valid & valid.mT  # not what padding attends to
+        counted = torch.tensor(True) if valid is None else valid & valid.mT  # without rows of padding
         found.append((int((codes * counted).count_nonzero()), int(counted.expand(codes.shape).count_nonzero())))
         return integers["output"]
 
@@ -376,7 +376,7 @@ def _forward(model: Any, inputs: dict[str, Tensor]) -> Run:
 
 
 def _share(run: Run, seconds: list[float]) -> float:
-    """Median share of the calls whose times appear in `seconds`, after one that fills caches."""
+    """Median share of the calls whose times are in `seconds`, after a warm-up call."""
     shares = []
     for _ in range(1 + SHARE_CALLS):
         seconds.clear()

@@ -1,4 +1,4 @@
-"""What each command of the command line does; everything heavy is imported by the command that needs it."""
+"""Implementation of each command. Heavy modules are imported only by the command that needs them."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from attnpress.config.recipe import dump_config, load_config, load_spec, overrid
 from attnpress.files import check_file, check_folder, is_stdout, is_stream, whole_folder, write_json, write_text
 
 GENERATOR = b'<meta name="generator" content="attnpress">'
-"""In every page of `report`: only such a file is replaced by the next."""
+"""Mark of every page of `report`; only such a file is replaced by a new page."""
 
 
 def compress(options: argparse.Namespace) -> int:
-    """Run a recipe, or go on with it; print its table."""
+    """Run a recipe or resume it, and print its table."""
     config = load_config(options.recipe, options.set)
     _quiet_libraries()
     from attnpress.distributed import this_process
@@ -35,7 +35,7 @@ def compress(options: argparse.Namespace) -> int:
 
 
 def quantize(options: argparse.Namespace) -> int:
-    """Compress an encoder with texts alone; print what that cost."""
+    """Compress an encoder with texts alone, and print the result."""
     _quiet_libraries()
     import dataclasses
     import warnings
@@ -65,7 +65,7 @@ def quantize(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    """Evaluate a finished run, or compare a backend with it row by row; 1 if a row differs."""
+    """Evaluate a finished run, or compare a backend with it row by row; returns 1 if a row differs."""
     _check_json(options.json, {"same_predictions", "identical_logits"}, {"padded_sparsity", "macs_dense"})
     overrides = [*options.set, *([f"data.task={options.task}"] if options.task else [])]
     config = _model_config(options.run_dir, overrides)
@@ -96,7 +96,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Say what a compressed model predicts for each row of a file or of many, or go on with it."""
+    """Predict each row of one file or many with a compressed model, or resume an interrupted prediction."""
     from attnpress.runs.finished import is_saved_model
 
     _check_engine(options)
@@ -138,7 +138,7 @@ def export(options: argparse.Namespace) -> int:
 def report(options: argparse.Namespace) -> int:
     """Draw runs as one page."""
     folder = options.output.with_name(f"{options.output.stem}-figures")
-    alone = is_stream(options.output)  # the figures stand in the page, too
+    alone = is_stream(options.output)  # the page also contains the figures
     check_file(options.output, lambda content: GENERATOR in content[:1000])
     if not alone:
         check_folder(folder, "figures")
@@ -155,7 +155,7 @@ def report(options: argparse.Namespace) -> int:
 
 
 def inspect(options: argparse.Namespace) -> int:
-    """Look at each head of a model."""
+    """Show each head of a model."""
     _check_json(options.json, {"heads", "trials", "suggestion"})
     _quiet_libraries()
     import dataclasses
@@ -182,7 +182,7 @@ def inspect(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    """Work on a search, or begin it."""
+    """Start or resume a search."""
     from attnpress.studies.sweep.spec import SweepSpec
 
     spec = load_spec(SweepSpec, options.sweep, options.set)
@@ -197,7 +197,7 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def evidence(options: argparse.Namespace) -> int:
-    """Run what a table lacks, or list it."""
+    """Run the missing cells of a table, or list them."""
     from attnpress.studies.evidence import EvidenceSpec, choose, missing, plan, run_missing
 
     items = plan(load_spec(EvidenceSpec, options.table, options.set), options.output, options.records)
@@ -213,7 +213,7 @@ def evidence(options: argparse.Namespace) -> int:
 
 
 def leaderboard(options: argparse.Namespace) -> int:
-    """Run what is missing of a leaderboard, and print it."""
+    """Run the missing cells of a leaderboard, and print it."""
     from attnpress.studies.leaderboard.spec import BoardSpec
 
     spec = load_spec(BoardSpec, options.board, options.set)
@@ -228,7 +228,7 @@ def leaderboard(options: argparse.Namespace) -> int:
 
 
 def validate(options: argparse.Namespace) -> int:
-    """Check a recipe, and print it in full."""
+    """Validate a recipe, and print it in full."""
     config = load_config(options.recipe, options.set)
     _quiet_libraries()
     from attnpress.models.loading import resolve_model
@@ -243,7 +243,7 @@ def validate(options: argparse.Namespace) -> int:
 
 
 def ls(options: argparse.Namespace) -> int:
-    """List what recipes can name, or backends."""
+    """List the names that recipes accept, or the backends."""
     from attnpress.cli.listing import rows_of
 
     rows = rows_of(options.what)
@@ -275,7 +275,7 @@ def _check_engine(options: argparse.Namespace) -> None:
 
 
 def _model_config(folder: Path, overrides: Sequence[str]) -> RunConfig:
-    """The recipe of a run; of a model that Python saved, which knows of no data, what the overrides say."""
+    """The recipe of a run; for a model that `save_pretrained` wrote, which has no data, that of the overrides."""
     if (folder / "recipe.yaml").is_file() or not (folder / "config.json").is_file():
         return _run_config(folder, overrides)
     if not any(item.startswith("data.") for item in overrides):
@@ -299,7 +299,7 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def _command_line(options: argparse.Namespace) -> str:
-    """The command as it can be typed again, with the variable that forces a target, or what holds the processor."""
+    """The command as it can be typed again, with the variables that force a target or restrict the processor."""
     forced = os.environ.get("ATTNPRESS_CPU_TARGET")
     held = ["csrc/hold_avx2.sh"] if "hold_avx2.so" in os.environ.get("LD_PRELOAD", "") else []
     return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join([*held, "attnpress", *options.words])
@@ -353,7 +353,7 @@ def _timings(options: argparse.Namespace) -> Sequence[Any]:
 
 
 def _print_table(table: object, talk: TextIO | None, width: int = 140) -> None:
-    """As wide as the terminal; where there is none, as wide as given."""
+    """Print a table at the width of the terminal; without one, at the given width."""
     from rich.console import Console
 
     if talk is not None:
@@ -361,7 +361,7 @@ def _print_table(table: object, talk: TextIO | None, width: int = 140) -> None:
 
 
 def _check_json(file: Path | None, *keys: set[str]) -> None:
-    """Refuse, before the work, a file that cannot be written or whose content is not what the command writes there."""
+    """Check, before the work, that a JSON output can be written and would not replace a foreign file."""
 
     def is_own(content: bytes) -> bool:
         try:

@@ -1,4 +1,4 @@
-"""How a command ends: its exit status, and one line for whatever kept it from its end."""
+"""How a command ends: its exit status, and a one-line message for errors."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ FULL_OR_BROKEN = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EI
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the command was: what is cleaned up after Ctrl-C is cleaned up after this, too."""
+    """SIGTERM as an exception, so that the cleanup after Ctrl-C also runs after SIGTERM."""
 
 
 def exit_status(command: Callable[[], int]) -> int:
-    """Run a command to whatever end.
+    """Run a command and determine its exit status.
 
     Returns:
-        What it returned; 1 after an error that is explained in one line, 130 after Ctrl-C, 143 after SIGTERM, and 141,
-        without a word, when the reader of its output has had enough.
+        Its own status; 1 after an error with a one-line message, 130 after Ctrl-C, 143 after SIGTERM, and 141,
+        silently, if the reader of its output closed the pipe.
 
     Raises:
         SystemExit: of argparse.
-        Exception: a defect of attnpress, which keeps its traceback.
+        Exception: a bug in attnpress keeps its traceback.
     """
     try:
         with _printing_anything(), _sigterm_raises():
             try:
                 return command()
             finally:
-                _flush()  # now: after the end, Python can only complain
+                _flush()  # flush now, while errors can still be handled
     except (KeyboardInterrupt, Exception) as error:
         status, line = _ending(error)
         if status is None:
@@ -52,14 +52,14 @@ def exit_status(command: Callable[[], int]) -> int:
 
 
 def ignore_late_signals() -> None:
-    """Let the process end with its status: what comes while Python takes itself down would replace it by a signal."""
+    """Ignore signals during interpreter shutdown, so that the process ends with its own status."""
     if threading.current_thread() is threading.main_thread():
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)
 
 
 def _ending(error: BaseException) -> tuple[int | None, str | None]:
-    """The exit status and the line for an error; None for a defect."""
+    """The exit status and the message for an error; None for a bug."""
     if isinstance(error, KeyboardInterrupt):
         what, status = ("terminated", TERMINATED) if isinstance(error, Terminated) else ("interrupted", INTERRUPTED)
         return status, f"{what}; the same command resumes, or starts again"
@@ -70,7 +70,7 @@ def _ending(error: BaseException) -> tuple[int | None, str | None]:
 
 
 def one_line(error: BaseException) -> str | None:
-    """What an error says to whoever typed the command; None for a defect."""
+    """The one-line message for an error; None for a bug."""
     if any(kind.__module__.startswith("attnpress.") for kind in type(error).__mro__):
         return str(error)
     if (found := _environment(error)) is not None:
@@ -84,11 +84,11 @@ def one_line(error: BaseException) -> str | None:
 
 
 def _environment(error: BaseException) -> OSError | None:
-    """The error of the system behind an error, as the libraries wrap it."""
+    """The system error behind an error that a library has wrapped."""
     if isinstance(error, OSError):
         return error
     text = str(error)
-    if told := re.search(r"\(os error (\d+)\)", text):  # libraries in Rust
+    if told := re.search(r"\(os error (\d+)\)", text):  # Rust libraries
         return OSError(int(told[1]), os.strerror(int(told[1])))
     if "PytorchStreamWriter" in text or "inline_container" in text:  # does not say why
         return OSError(errno.ENOSPC, "a checkpoint could not be written")
@@ -106,7 +106,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def _printing_anything() -> Iterator[None]:
-    """Inside the `with` block, what the terminal cannot show is printed as an escape."""
+    """Inside the `with` block, characters that the terminal cannot show are printed as escapes."""
     before = [(stream, stream.errors) for stream in _streams() if hasattr(stream, "reconfigure")]
     for stream, _ in before:
         stream.reconfigure(errors="backslashreplace")
@@ -114,13 +114,13 @@ def _printing_anything() -> Iterator[None]:
         yield
     finally:
         for stream, errors in before:
-            with contextlib.suppress(OSError, ValueError):  # it flushes, into what may be closed
+            with contextlib.suppress(OSError, ValueError):  # it flushes, possibly into a closed stream
                 stream.reconfigure(errors=errors)
 
 
 @contextmanager
 def _sigterm_raises() -> Iterator[None]:
-    """Inside the `with` block, SIGTERM ends the command as Ctrl-C does; not outside the main thread, where none can."""
+    """Inside the `with` block, SIGTERM ends the command like Ctrl-C; only possible in the main thread."""
     alone = threading.current_thread() is threading.main_thread()
     if not alone or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
         yield
@@ -160,7 +160,7 @@ def _has_no_reader(stream: TextIO) -> bool:
 
 
 def _silence() -> None:
-    """Let what cannot be written any more go nowhere, or Python complains of it when it ends."""
+    """Discard output that can no longer be written, so that Python does not complain at exit."""
     for stream in _streams():
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""What recipes can name, each with a line that says what it is."""
+"""The names that recipes accept, each with a one-line description."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OBSERVERS = {
 
 
 def rows_of(kind: str) -> list[tuple[str, str]]:
-    """Names and what they are.
+    """Names with their descriptions.
 
     Args:
-        kind: "tasks", "rules", "schedules", "observers", or "backends", those of this machine.
+        kind: "tasks", "rules", "schedules", "observers", or "backends" (of this machine).
     """
     known = {
         "rules": ({name: facts.about for name, facts in RULES.items()}, RuleName),

@@ -1,4 +1,4 @@
-"""Numbers on the command line: each has a range, and one outside it is refused by the option's name."""
+"""Number types of the command line. Each has a range; errors name the option."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 
 class OptionError(Exception):
-    """A number outside its option's range; no ValueError, which argparse would replace by a message of its own."""
+    """A number is outside its option's range. Not a ValueError, whose message argparse would replace."""
 
 
 def whole(option: str, low: int, high: int) -> Callable[[str], int]:
-    """The `type` of an option that takes a whole number from `low` to `high`.
+    """The `type` of an option for an integer from `low` to `high`.
 
-    It raises OptionError outside the range, and ValueError, which argparse explains, for what is no whole number.
+    It raises OptionError outside the range, and ValueError, which argparse explains, for other text.
     """
 
     def number(text: str) -> int:
@@ -29,10 +29,10 @@ def whole(option: str, low: int, high: int) -> Callable[[str], int]:
 
 
 def share(option: str, what: str) -> Callable[[str], float]:
-    """The `type` of an option that takes a number from 0 to below 1; it raises as `whole` does.
+    """The `type` of an option for a number from 0 to below 1; it raises like `whole`.
 
     Args:
-        what: it is a share of.
+        what: what it is a share of.
     """
 
     def number(text: str) -> float:
@@ -46,7 +46,7 @@ def share(option: str, what: str) -> Callable[[str], float]:
 
 
 def positive(option: str, high: float) -> Callable[[str], float]:
-    """The `type` of an option that takes a number above 0 and up to `high`; it raises as `whole` does."""
+    """The `type` of an option for a number above 0 and up to `high`; it raises like `whole`."""
 
     def number(text: str) -> float:
         value = float(text)

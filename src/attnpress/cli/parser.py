@@ -1,4 +1,4 @@
-"""The command line: its parser, and what becomes of errors. What commands do is in commands.py."""
+"""The command-line parser. The commands are implemented in commands.py."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status: 0 done, 1 refused or failed with a message; see `exit_status`.
+    """Run one command. Returns the exit status: 0 for success, 1 for an error with a message; see `exit_status`.
 
     Raises:
-        SystemExit: with 2 for wrong usage, with 0 after help.
+        SystemExit: 2 for wrong usage, 0 after help.
     """
     status = exit_status(lambda: _run(list(sys.argv[1:] if arguments is None else arguments)))
-    if arguments is None:  # the process is this command's own, and ends with it
+    if arguments is None:  # the process belongs to this command, and ends with it
         ignore_late_signals()
     return status
 
@@ -67,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     options = build_parser().parse_args(words)
     options.words = words
-    # What is asked for on standard output is alone there: `attnpress bench --json - | jq` works.
+    # Standard output carries only the requested result: `attnpress bench --json - | jq` works.
     taken = any(is_stdout(path) for path in (getattr(options, "json", None), getattr(options, "output", None)) if path)
     options.talk = sys.stderr if taken else sys.stdout
     command: Callable[[argparse.Namespace], int] = options.run
@@ -386,10 +386,10 @@ def _encode_arguments(parser: argparse.ArgumentParser, inputs: Any) -> None:
 
 
 def _read_from(word: str) -> Path:
-    """A path to read; "-" is standard input."""
+    """An input path; "-" is standard input."""
     return STDIN if word == "-" else Path(word)
 
 
 def _write_to(word: str) -> Path:
-    """A path to write; "-" is standard output."""
+    """An output path; "-" is standard output."""
     return STDOUT if word == "-" else Path(word)

@@ -1,4 +1,4 @@
-"""What to compress, how, and on what: specs, and recipes in YAML files that spell them out."""
+"""Specs of a compression run (what to compress, how, and on which data), and YAML recipes that hold them."""
 
 from attnpress.config.rules import RuleName
 from attnpress.config.specs import (

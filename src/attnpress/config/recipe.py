@@ -1,4 +1,4 @@
-"""Recipes: specs to and from YAML files, plain data and `key=value` overrides, with errors that say what to do."""
+"""Read and write specs as YAML recipes, plain data and `key=value` overrides. Errors say what to do."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from attnpress.config.strict_yaml import LARGEST, YamlError, parse_yaml
 Spec = TypeVar("Spec")
 
 TOLD = 10
-"""Mistakes of a recipe that are told."""
+"""Maximum number of mistakes that one error lists."""
 
 MENDS = {"device": "an accelerator is used where there is one; CUDA_VISIBLE_DEVICES in the environment hides it"}
-"""What to do instead, for keys that people look for and recipes do not have."""
+"""Hints for keys that users look for but recipes do not have."""
 
 
 def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
@@ -40,10 +40,10 @@ def parse_spec(kind: type[Spec], data: Mapping[str, Any]) -> Spec:
 
 
 def checked(kind: Any, value: Any, name: str) -> Any:
-    """A single value of a type of `attnpress.config`, such as Count or Sparsity.
+    """Validate a single value of a type of `attnpress.config`, such as Count or Sparsity.
 
     Raises:
-        ConfigError: out of its range, or not a number; in one line that begins with `name`.
+        ConfigError: the value is out of range or not a number. The message is one line that begins with `name`.
     """
     try:
         return TypeAdapter(kind).validate_python(value)
@@ -53,21 +53,22 @@ def checked(kind: Any, value: Any, name: str) -> Any:
 
 
 def spec_to_dict(spec: Any) -> dict[str, Any]:
-    """The spec as plain JSON-ready data; `parse_spec` reads it back."""
+    """Convert a spec to plain JSON-ready data; the inverse of `parse_spec`."""
     plain = TypeAdapter(type(spec)).dump_python(spec, mode="json")
     return cast("dict[str, Any]", plain)
 
 
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
-    """Read a YAML recipe and apply `key.sub=value` overrides ; see `load_spec`."""
+    """Read a YAML recipe and apply `key.sub=value` overrides; see `load_spec`."""
     return load_spec(RunConfig, path, overrides)
 
 
 def load_spec(kind: type[Spec], path: Path, overrides: Iterable[str] = ()) -> Spec:
-    """Read a spec from a YAML file and apply `key.sub=value` overrides; see `override` for their values.
+    """Read a spec from a YAML file and apply `key.sub=value` overrides; see `override` for the syntax of values.
 
     Raises:
-        ConfigError: unreadable file, malformed YAML or override, or an invalid value; all are named.
+        ConfigError: the file cannot be read, the YAML or an override is malformed, or a value is invalid. The message
+            lists every mistake.
     """
     data = read_yaml(path)
     for item in overrides:
@@ -79,14 +80,14 @@ def load_spec(kind: type[Spec], path: Path, overrides: Iterable[str] = ()) -> Sp
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
-    """The mapping in a YAML file; empty for an empty file.
+    """Read the mapping in a YAML file. An empty file gives an empty mapping.
 
     Raises:
-        ConfigError: the file cannot be read, is not YAML as `parse_yaml` takes it, or holds no mapping.
+        ConfigError: the file cannot be read, is not valid YAML (see `parse_yaml`), or does not hold a mapping.
     """
     try:
         with path.open("rb") as file:
-            content = file.read(4 * LARGEST)  # no more than can be good: also of /dev/zero
+            content = file.read(4 * LARGEST)  # bounded, since the path may be /dev/zero
         found = parse_yaml(content.decode("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a recipe") from None
@@ -101,21 +102,21 @@ def read_yaml(path: Path) -> dict[Any, Any]:
 
 
 def dump_config(spec: Any) -> str:
-    """The recipe as YAML text, every key written out."""
+    """The recipe as YAML text, with every key written out."""
     return str(yaml.safe_dump(spec_to_dict(spec), sort_keys=False))
 
 
 def override(kind: type[Any], data: dict[Any, Any], item: str) -> None:
     """Apply `key.sub=value` to plain data of a spec, in place.
 
-    The value of a text or a path is taken as it stands, but for quotes around it, and for null; so it may hold `#` and
-    `: `, and be a number or `no`. Other values are YAML.
+    Strings and paths are taken literally, except for surrounding quotes and null: they may contain `#` and `: `, and
+    may look like a number or `no`. All other values are parsed as YAML.
 
     Args:
-        kind: of the spec.
+        kind: the class of the spec.
 
     Raises:
-        ConfigError: not of this form, a value that is not YAML, or a key inside of what has none.
+        ConfigError: the override is malformed, its value is not YAML, or its key lies inside a single value.
     """
     key, separator, text = item.partition("=")
     if not separator or not key.strip():
@@ -143,7 +144,7 @@ def _override_value(kind: Any, text: str) -> Any:
 
 
 def _type_at(kind: Any, keys: Iterable[str]) -> Any:
-    """The type of a field of a spec, without its `| None`; None where it is not known."""
+    """The type of a spec's field without its `| None`; None if the field is unknown."""
     for key in keys:
         if dataclasses.is_dataclass(kind):
             kind = get_type_hints(kind).get(key)

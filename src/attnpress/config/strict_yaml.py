@@ -1,7 +1,7 @@
-"""YAML as recipes need it: small, without surprises, and with every fault named by its line.
+"""The subset of YAML that recipes use. Every error names its line.
 
-Scalars are read as YAML 1.2 has them: `no` is a text, and so are dates and `1:30`. Every key is a text. What PyYAML
-writes is read back.
+Scalars follow YAML 1.2: `no`, dates and `1:30` are strings. Every key is a string. Output of PyYAML is read back
+unchanged.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any, ClassVar
 import yaml
 
 LARGEST, MOST_NODES, DEEPEST = 2**20, 20_000, 32
-"""Characters of a document; values in it, with each alias counted as what it stands for; levels of nesting."""
+"""Limits of a document: characters, values (with aliases expanded), and levels of nesting."""
 
 
 class YamlError(ValueError):
-    """A text that is not the YAML of a recipe; the message names the line, and what is wrong there."""
+    """The text is not valid YAML for a recipe. The message names the line and the mistake."""
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Keys are texts, as in JSON: the 0 of `layers: {0: ...}` is "0"."""
+        """Convert keys to strings, as in JSON: the 0 of `layers: {0: ...}` becomes "0"."""
         self.flatten_mapping(node)
         node.value = [(_as_text(key), value) for key, value in node.value]
         made: dict[Any, Any] = super().construct_mapping(node, deep)
@@ -56,11 +56,11 @@ _resolve("merge", "<<", "<")
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a document: plain data in which nothing is shared; None if it is empty.
+    """Parse a document to plain data without shared objects. An empty document gives None.
 
     Raises:
-        YamlError: not YAML, a key that a mapping holds twice, a value that cannot be made, a number that is infinite or
-            NaN, or too large or too deep.
+        YamlError: invalid YAML, a duplicate key, a value that cannot be constructed, an infinite or NaN number, or a
+            document that is too large or too deeply nested.
     """
     if len(text) > LARGEST:
         raise YamlError(f"longer than {LARGEST:,} characters, which no recipe is")
@@ -74,14 +74,14 @@ def parse_yaml(text: str) -> Any:
     except YamlError:
         raise
     except UnicodeEncodeError:
-        raise YamlError("it holds half of a surrogate pair, which no text can") from None
+        raise YamlError("it holds an unpaired surrogate, which UTF-8 cannot encode") from None
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
         raise YamlError(f"a value that cannot be made ({str(error)[:100]})") from None
 
 
 @dataclass
 class _Open:
-    """A collection whose end has not come yet: its anchor, the values counted before it, and its keys, if a mapping."""
+    """A collection that is still open: its anchor, the number of values before it, and for a mapping its keys."""
 
     anchor: str | None
     before: int
@@ -90,7 +90,7 @@ class _Open:
 
 
 def _check(events: Iterator[yaml.Event]) -> None:
-    """Count values without making them, so that what is too large is never made.
+    """Count values without constructing them, so that a document that is too large is rejected first.
 
     Raises:
         YamlError: see `parse_yaml`.
@@ -100,7 +100,7 @@ def _check(events: Iterator[yaml.Event]) -> None:
         line = event.start_mark.line + 1 if event.start_mark else 1
         if isinstance(event, yaml.AliasEvent):
             if any(one.anchor == event.anchor for one in around):
-                raise YamlError(f"line {line}: the anchor {event.anchor!r} stands for something that holds itself")
+                raise YamlError(f"line {line}: the anchor {event.anchor!r} refers to a value that contains itself")
             counted += sizes.get(event.anchor or "", 1)
         elif isinstance(event, yaml.ScalarEvent):
             counted += 1
@@ -123,20 +123,20 @@ def _check(events: Iterator[yaml.Event]) -> None:
 
 
 def _see_value(event: yaml.Event, line: int, around: list[_Open]) -> None:
-    """Note a key, or the value that belongs to it."""
+    """Record a key, or the value that belongs to it."""
     if not around or around[-1].keys is None:
         return
     inside = around[-1]
     if inside.is_key and isinstance(event, yaml.ScalarEvent):
         assert inside.keys is not None
         if event.value in inside.keys:
-            raise YamlError(f"line {line}: the key {event.value[:40]!r} stands there twice; keep one")
+            raise YamlError(f"line {line}: duplicate key {event.value[:40]!r}; keep one")
         inside.keys.add(event.value)
     inside.is_key = not inside.is_key
 
 
 def _unshared(value: Any) -> Any:
-    """A copy in which an anchor's value is another object wherever it is used: each can be overridden by itself."""
+    """Copy the value, so that each use of an anchor can be overridden separately."""
     if isinstance(value, float) and not math.isfinite(value):
         raise YamlError(f"a number that is {value}, which no recipe has")
     if isinstance(value, dict):

@@ -1,7 +1,7 @@
-"""One analytic model of an accelerator: cycles and bytes of attention, from lengths and survivors. docs/accelerator.md.
+"""Analytic model of an accelerator: cycles and bytes of attention, from lengths and survivors (docs/accelerator.md).
 
-An array of R x C multipliers of `bits` bits, weight stationary, and a buffer. All formulas are there in words, with
-their sources.
+The machine is a weight-stationary array of R x C multipliers of `bits` bits, with a buffer. docs/accelerator.md has all
+formulas with their sources.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from attnpress.core.cost import tail_work
 
 @dataclass(frozen=True)
 class Accelerator:
-    """The machine.
+    """Parameters of the machine.
 
     Attributes:
         rows, columns: R and C of the array; for P V with survivors, C lanes of R multipliers.
-        bits: of a multiplier's operands; one of b bits does (bits / b) products at once for each operand.
+        bits: operand width of a multiplier. With b-bit operands it computes (bits / b) products at once per operand.
         buffer: bytes on the chip.
     """
 
@@ -34,10 +34,10 @@ class Shape:
     """Attention of one head on one sequence.
 
     Attributes:
-        length: tokens, queries and keys alike.
+        length: number of tokens (queries and keys).
         head_dim: D.
-        survivors: pairs with a P code; length * length where nothing is pruned.
-        balance: ideal cycles over those that the lanes take, above 0 and up to 1.
+        survivors: pairs with a P code; length * length without pruning.
+        balance: ideal cycles over actual cycles of the lanes, above 0 and up to 1.
     """
 
     length: int
@@ -48,12 +48,12 @@ class Shape:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one head on one sequence takes.
+    """Cost of one head on one sequence.
 
     Attributes:
         scores, values, tail: cycles of Q K^T, of P V, and of the tail.
-        off_chip: bytes of Q, K, V and the output that cross the edge of the chip.
-        on_chip: bytes of P, with the index of each survivor where it is pruned.
+        off_chip: bytes of Q, K, V and the output transferred from and to the chip.
+        on_chip: bytes of P, with the index of each survivor if it is pruned.
     """
 
     scores: float
@@ -64,39 +64,40 @@ class Estimate:
 
     @property
     def cycles(self) -> float:
-        """All of them, one after the other."""
+        """Sum of all cycles."""
         return self.scores + self.values + self.tail
 
 
 OUTPUT_BITS, INDEX_BITS = 8, 16
-"""Of an output number and of the index of a survivor."""
+"""Bits of an output number, and of the index of a survivor."""
 
 
 def packed_products(machine: Accelerator, left: int, right: int) -> int:
-    """Products that a multiplier does at once (Bit Fusion, Sharma et al., ISCA 2018); 1 where bits do not divide."""
+    """Products per multiplier and cycle (Bit Fusion, Sharma et al., ISCA 2018); 1 if the widths do not divide."""
     return max(1, machine.bits // left) * max(1, machine.bits // right)
 
 
 def systolic_cycles(machine: Accelerator, m: int, n: int, k: int, products: int = 1) -> int:
-    """Cycles of [m, k] [k, n] with the second matrix stationary (SCALE-Sim, Samajdar et al., ISPASS 2020, equation 3).
+    """Cycles of [m, k] [k, n], the second matrix stationary (SCALE-Sim, Samajdar et al., ISPASS 2020, equation 3).
 
     Args:
-        products: that a multiplier does at once, taken as so many columns.
+        products: per multiplier and cycle; counted as that many columns.
     """
     folds = math.ceil(k / machine.rows) * math.ceil(n / (machine.columns * products))
     return (2 * machine.rows + machine.columns + m - 2) * folds
 
 
 def lane_array_cycles(machine: Accelerator, shape: Shape, products: int = 1) -> float:
-    """Cycles of P V over survivors alone: a lane adds R numbers of V a cycle; filled and drained once."""
+    """Cycles of P V over survivors: a lane adds R numbers of V per cycle; it is filled and drained once."""
     busy = shape.survivors * shape.head_dim / (machine.rows * machine.columns * products * shape.balance)
     return 2 * machine.rows + machine.columns - 2 + busy
 
 
 def off_chip_bytes(machine: Accelerator, shape: Shape, bits: dict[str, int]) -> float:
-    """Q and the output once; K and V once for each part of the rows whose Q fits with them into the buffer.
+    """Bytes of Q and the output, once, and of K and V, once per block of rows whose Q fits the buffer.
 
-    Where K and V fit whole, that is once; else as in theorem 2 of Dao et al., FlashAttention, NeurIPS 2022.
+    If K and V fit completely, they are read once; otherwise as in theorem 2 of Dao et al., FlashAttention, NeurIPS
+    2022.
     """
     rows = shape.length * shape.head_dim / 8
     both = rows * (bits["k"] + bits["v"])
@@ -112,8 +113,10 @@ def estimate(machine: Accelerator, shape: Shape, spec: AttentionSpec) -> Estimat
         spec: bits of all four matrices, whether anything is pruned, and the tail.
 
     Raises:
-        ValueError: a matrix without bits.
+        ValueError: a matrix has no bits, or the mask is predicted.
     """
+    if spec.predictor_bits is not None:
+        raise ValueError("the model of an accelerator computes every score in full; give a spec without predictor_bits")
     bits = {name: width for name, width in spec.bits.items() if width is not None}
     if len(bits) < len(spec.bits):
         raise ValueError(f"the model of an accelerator needs bits for all of q, k, v and p; found {spec.bits}")

@@ -1,7 +1,7 @@
-"""What an attention call may be given, checked in one place for the reference, the training forward and the kernels.
+"""Validation of the arguments of an attention call, for the reference, the training forward and the kernels.
 
 Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid broadcastable to [B, Hq, Sq, Sk].
-`torch.ops.attnpress.*` refuses the same, so that whoever reaches an operator directly gets an error, not a crash.
+`torch.ops.attnpress.*` refuses the same, so calling an operator directly gives an error, not a crash.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
 from attnpress.core.tail import DIRECTION_MAX, LARGEST_RANK, OFF, OFFSET_MAX, Tail
 
 SMALLEST_SCALING, LARGEST_SCALING = 2.0**-32, 2.0**32
-"""With scales in their range, alpha and its octaves stay ordinary float32 numbers."""
+"""With scales in their range, alpha is then an ordinary float32 number."""
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Refuse queries, keys and values that do not fit together. Heads of V may have a size of their own.
+    """Check that queries, keys and values match. Heads of V may have their own size.
 
     Raises:
         ValueError: names the tensor and its shape.
@@ -41,7 +41,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def misfit(query: Tensor, key: Tensor, value: Tensor) -> ValueError:
-    """The error for shapes that do not belong to one call."""
+    """The error for shapes that do not match."""
     return ValueError(
         f"query {list(query.shape)}, key {list(key.shape)} and value {list(value.shape)} do not fit together: "
         "key and value are [B, Hkv, Sk, D], with Hq a multiple of Hkv"
@@ -49,7 +49,7 @@ def misfit(query: Tensor, key: Tensor, value: Tensor) -> ValueError:
 
 
 def pair_mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
-    """`valid` with all four dimensions, each 1 or that of the call, and the last always Sk: what all code can index.
+    """`valid` with four dimensions, each 1 or that of the call, and the last always Sk, so that all code can index it.
 
     Args:
         valid: bool, broadcastable to [B, Hq, Sq, Sk]; None allows all pairs.
@@ -63,7 +63,7 @@ def pair_mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
     if valid is None:
         return None
     pairs = (*query.shape[:3], key.shape[2])
-    if not torch.compiler.is_compiling():  # comparing sizes would fix them in what is being traced
+    if not torch.compiler.is_compiling():  # comparing sizes would make them constants of a trace
         fits = all(size in (1, whole) for size, whole in zip(reversed(valid.shape), reversed(pairs), strict=False))
         if valid.dtype != torch.bool or valid.dim() > 4 or not fits or valid.device != query.device:
             raise ValueError(
@@ -74,19 +74,19 @@ def pair_mask(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None
 
 
 def causal_mask(query: Tensor, key: Tensor) -> Tensor:
-    """Keep each query from the keys after it, where the last query sees all; bool [1, 1, Sq, Sk], True = may attend."""
+    """Mask each query from later keys; the last query sees all. bool [1, 1, Sq, Sk], True = may attend."""
     rows, keys = query.shape[2], key.shape[2]
     return torch.ones(1, 1, rows, keys, dtype=torch.bool, device=query.device).tril(keys - rows)
 
 
 def with_causal(valid: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    """`valid` and `causal_mask` in one."""
+    """`valid` combined with `causal_mask`."""
     before = causal_mask(query, key)
     return before if valid is None else valid & before
 
 
 def four_dims(valid: Tensor) -> Tensor:
-    """The mask with dimensions of size 1 put before its own, up to four."""
+    """The mask with leading dimensions of size 1 added, up to four."""
     return valid if valid.dim() == 4 else valid[(None,) * (4 - valid.dim())]
 
 
@@ -98,18 +98,18 @@ def check_values(
     cutoff: Tensor | None,
     scaling: float,
 ) -> None:
-    """Refuse scales, thresholds and factors that no calibration gives, and with which loops would not end.
+    """Check that scales, thresholds and factors are in the ranges that calibration gives.
 
-    Numbers are looked at where that costs nothing: on the CPU, and not while a model is traced or compiled.
+    Values are checked only where that is free: on the CPU, and not while a model is traced or compiled.
 
     Args:
-        query, key, value: as `check_tensors` takes them.
-        scales: of q, k and v by name, float32 [1, 1 or H, 1, 1], for v also [1, 1 or H, 1, D]; None has none to check.
+        query, key, value: as for `check_tensors`.
+        scales: of q, k and v by name, float32 [1, 1 or H, 1, 1], for v also [1, 1 or H, 1, D]; None is not checked.
         cutoff: float32 [Hq]: not negative, +inf keeps all pairs; None prunes nothing.
         scaling: factor of the scores.
 
     Raises:
-        ValueError: names what is wrong, the range it must be in, and what to do.
+        ValueError: names the argument, its range, and what to do.
     """
     heads = query.shape[1]
     for name, scale in scales.items():
@@ -123,7 +123,7 @@ def check_values(
 
 
 def check_cutoff(cutoff: Tensor, query: Tensor) -> None:
-    """Refuse thresholds with which not even the maximum of a row would be kept; see `check_values`."""
+    """Check that thresholds keep at least the maximum of a row; see `check_values`."""
     if cutoff.dtype != torch.float32 or cutoff.shape != (query.shape[1],) or cutoff.device != query.device:
         raise ValueError(f"cutoff: float32 [{query.shape[1]}] on {query.device} is needed, found {_described(cutoff)}")
     wrong = [x for x in _numbers(cutoff) if not x >= 0]
@@ -132,13 +132,13 @@ def check_cutoff(cutoff: Tensor, query: Tensor) -> None:
 
 
 def check_tail(tail: Tail, query: Tensor, key: Tensor, *, values: bool = True) -> None:
-    """Refuse what calibration does not give a tail, and what its sums would not fit; see `check_values`.
+    """Check that the tail's parameters are in the ranges that its sums need; see `check_values`.
 
     Args:
-        values: False looks at shapes, dtypes and devices alone.
+        values: False checks only shapes, dtypes and devices.
 
     Raises:
-        ValueError: names the part, what it must be, and what was found.
+        ValueError: names the parameter, its requirement, and what was found.
     """
     kv_heads, dim = key.shape[1], key.shape[3]
     _check_whole("lift", tail.lift, (query.shape[1],), (0, T_MAX), query.device, values)
@@ -194,12 +194,12 @@ def _described(x: Tensor) -> str:
 
 
 def is_real(x: Tensor) -> bool:
-    """True where numbers can be looked at for free: on the CPU, and not while a model is traced or compiled."""
+    """True if values can be read for free: on the CPU, and not while a model is traced or compiled."""
     return x.device.type == "cpu" and type(x) in (Tensor, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _numbers(x: Tensor) -> list[float]:
-    """The tensor as plain numbers, since comparing tensors takes longer; none where they cannot be had for free."""
+    """The tensor as plain numbers, since comparing tensors takes longer; empty if they cannot be read for free."""
     if not is_real(x):
         return []
     numbers: list[float] = x.detach().flatten().tolist()
@@ -207,7 +207,7 @@ def _numbers(x: Tensor) -> list[float]:
 
 
 def some_key(key: Tensor, value: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The call as it is, or, where there are no keys at all, with one that nobody may attend to: a maximum needs one.
+    """The call, or, if it has no keys, the call with one masked key, since a maximum needs one.
 
     Args:
         valid: from `pair_mask`.

@@ -1,7 +1,7 @@
-"""Attention three times, in the same order of lines: dense, and in integers (the oracle); see `fake_quantize` too.
+"""Attention in floating point (dense) and in integers (the reference), written alike; see also `fake_quantize`.
 
-Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid: bool broadcastable to
-[B, Hq, Sq, Sk], True where the query may attend to the key, None if everywhere.
+Shapes: query [B, Hq, Sq, D]; key, value [B, Hkv, Sk, D], Hq a multiple of Hkv; valid: bool broadcastable to [B, Hq, Sq,
+Sk], True where the query may attend to the key, None for all pairs.
 """
 
 from __future__ import annotations
@@ -26,33 +26,41 @@ from attnpress.core.arguments import (
 )
 from attnpress.core.call import AttentionCall, Scales
 from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_table, row_codes
+from attnpress.core.predictor import foretold_scores, foretold_step
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
 from attnpress.core.rules import Scored, rule_of
 from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
 
 FAR = 2**30
-"""Distance given to pairs that are not valid: their probability is 0 for any usable alpha."""
+"""Distance of pairs that are not valid; their probability is 0 for any legal alpha."""
 
 
 class NanWarning(UserWarning):
-    """Attention met NaN, which has code 0: the output hides it, and may look plausible."""
+    """Attention met NaN, which has code 0: the output hides it and may look plausible."""
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """What becomes of each pair of a query and a key.
+    """State of each pair of a query and a key.
 
     Attributes:
         valid, keep: bool [B, Hq, Sq, Sk].
-        exponent: int32, 1/1024 octaves below the row maximum; T_MAX where not valid.
+        scored: scores for the rule: the exact or the predicted ones.
+        row_max: of the scores, [B, Hq, Sq, 1]; 0 in a row without a valid key.
+        exponent: int32, 1/1024 octaves below the row maximum; T_MAX if not valid.
         probability: int32, p~ in units of 2^-16, before pruning.
-        distance: integers below the row maximum, FAR or inf where not valid.
+        distance: integers below the row maximum, FAR or inf if not valid.
         codes: P codes, float32 holding integers (or real weights if P is not quantized).
-        divisor: what the weighted sum of V is divided by, [B, Hq, Sq, 1].
+        divisor: of the weighted sum of V, [B, Hq, Sq, 1].
+
+    With a predicted mask, only kept pairs have scores: all fields but `valid` and `scored` treat the others as
+    not valid.
     """
 
     valid: Tensor
     keep: Tensor
+    scored: Scored
+    row_max: Tensor
     exponent: Tensor
     probability: Tensor
     distance: Tensor
@@ -62,7 +70,7 @@ class Pairs:
 
 @dataclass(frozen=True)
 class IntegerAttention:
-    """Every integer of one attention call: what kernels must equal bit for bit (numerics, section 6).
+    """All integers of one attention call, which kernels must equal bit for bit (numerics, section 6).
 
     Attributes:
         q_codes, k_codes, v_codes: int8 [B, Hq or Hkv, S, D].
@@ -87,7 +95,7 @@ class IntegerAttention:
 
 @dataclass(frozen=True)
 class TailedAttention(IntegerAttention):
-    """The same where rows have a tail (numerics, section 8).
+    """`IntegerAttention` with a tail (numerics, section 8).
 
     Attributes:
         tail_count: int32 [B, Hq, Sq, 1], g; tail_distance: int64, T; tail_exponent: int32, t; all of that shape.
@@ -104,7 +112,7 @@ class TailedAttention(IntegerAttention):
 
 @dataclass(frozen=True)
 class LinearTailedAttention(TailedAttention):
-    """The same with `linear`.
+    """`TailedAttention` with tail `linear`.
 
     Attributes:
         tail_score: int64 [B, Hq, Sq, 1], Y.
@@ -115,8 +123,19 @@ class LinearTailedAttention(TailedAttention):
     tail_slope: Tensor
 
 
+@dataclass(frozen=True)
+class ForetoldAttention(IntegerAttention):
+    """`IntegerAttention` with a predicted mask (numerics, section 4).
+
+    Attributes:
+        foretold: int32 [B, Hq, Sq, Sk], the predicted low-bit scores.
+    """
+
+    foretold: Tensor
+
+
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scaling: float) -> Tensor:
-    """softmax(Q K^T * scaling) V in floating point; rows without a valid key give zeros. [B, Hq, Sq, D]."""
+    """softmax(Q K^T * scaling) V in floating point, [B, Hq, Sq, D]; rows without a valid key give zeros."""
     key, value = repeat_heads(key, query.shape[1]), repeat_heads(value, query.shape[1])
     scores = query @ key.mT * scaling
     if valid is not None:
@@ -129,10 +148,10 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
     """Compressed attention in integers: the readable reference that defines correctness.
 
     Args:
-        call: all four matrices must be quantized; `dropout`, `bounds` and `causal` are not looked at.
+        call: all four matrices must be quantized; `dropout`, `bounds` and `causal` are ignored.
 
     Raises:
-        ValueError: a matrix is not quantized, or an argument is not as described; the message names it.
+        ValueError: a matrix is not quantized, or an argument is invalid. The message names it.
     """
     spec, scales, cutoff, query = call.spec, call.scales, call.cutoff, call.query
     if None in spec.bits.values():
@@ -149,7 +168,8 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
     # A float64 product of integers this small is exact in any order of summation.
     acc = (q_codes.double() @ repeat_heads(k_codes, heads).double().mT).to(torch.int32)
     alpha = score_step(q_scale, k_scale, call.scaling, heads)
-    pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
+    foretold = foretold_scores(q_codes, repeat_heads(k_codes, heads), spec)
+    pairs = prune_and_code(acc, valid, alpha, cutoff, spec, foretold)
     weighted = pairs.codes.double() @ repeat_heads(v_codes, heads).double()
     sums, numerator, divisor = None, weighted.float(), pairs.divisor
     tail = active_tail(spec, scales.tail, cutoff, query)
@@ -164,27 +184,32 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
         k_codes[:, :, keys].to(torch.int8),
         v_codes[:, :, keys].to(torch.int8),
         acc[..., keys],
-        row_maximum(acc, pairs.valid),
+        pairs.row_max,
         pairs.keep[..., keys],
         pairs.codes[..., keys].to(torch.uint8),
         pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
         weighted.long(),
         output,
     )
+    if foretold is not None:
+        return ForetoldAttention(**_fields(found), foretold=foretold[..., keys].int())
     return found if sums is None else _tailed(found, sums)
 
 
 def _tailed(found: IntegerAttention, sums: TailSums) -> TailedAttention:
-    whole: dict[str, Any] = {one.name: getattr(found, one.name) for one in fields(found)}
     kind = TailedAttention if sums.score is None else LinearTailedAttention
-    return kind(**whole, **sums.integers())
+    return kind(**_fields(found), **sums.integers())
+
+
+def _fields(found: IntegerAttention) -> dict[str, Any]:
+    return {one.name: getattr(found, one.name) for one in fields(found)}
 
 
 def checked_mask(call: AttentionCall) -> Tensor | None:
-    """Refuse what no call may be given; see `AttentionCall`. Returns `valid` as `arguments.pair_mask` does.
+    """Validate a call (see `AttentionCall`), and return `valid` like `arguments.pair_mask`.
 
     Raises:
-        ValueError: names the argument, what it must be, and what was found.
+        ValueError: names the argument, its requirement, and what was found.
     """
     query, key, value, scales = call.query, call.key, call.value, call.scales
     check_tensors(query, key, value)
@@ -196,9 +221,9 @@ def checked_mask(call: AttentionCall) -> Tensor | None:
 
 
 def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None) -> None:
-    """Say that there is NaN in a query, or in a key or value that some query may attend to: codes hide it.
+    """Warn of NaN in a query, or in a key or value that some query may attend to, since codes hide it.
 
-    Looks on the CPU only, and not while a model is traced: elsewhere each look would be waited for.
+    Checks only on the CPU, and not while a model is traced; on other devices, each check would wait for the device.
     """
     if not is_real(query) or math.isfinite(
         sum(float(x.detach().sum(dtype=torch.float32)) for x in (query, key, value))
@@ -216,30 +241,45 @@ def warn_of_nan(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None)
 
 
 def prune_and_code(
-    acc: Tensor, valid: Tensor | None, alpha: Tensor, cutoff: Tensor | None, spec: AttentionSpec
+    acc: Tensor,
+    valid: Tensor | None,
+    alpha: Tensor,
+    cutoff: Tensor | None,
+    spec: AttentionSpec,
+    foretold: Tensor | None = None,
 ) -> Pairs:
-    """From scores to P codes, any rule and mode (numerics, sections 3 and 4).
+    """From scores to P codes, for any rule and mode (numerics, sections 3 and 4).
 
     Args:
         acc: integer scores [B, Hq, Sq, Sk] (real ones if Q and K are not quantized).
         alpha: float32 broadcastable, from `score_step`.
         cutoff: float32 [Hq] or None.
+        foretold: from `foretold_scores`, scores for the rule instead of `acc`.
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
-    blocked = ~valid
-    distance = (row_maximum(acc, valid) - acc).masked_fill_(blocked, FAR)
-    rate = exponent_rate(alpha)
-    t = exponent(distance, rate).masked_fill_(blocked, T_MAX).contiguous()
-    probability = power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)
-    keep = rule_of(spec).keep(Scored(spec, distance, probability, valid, alpha, per_head))
+    looked, step = (acc, alpha) if foretold is None else (foretold, foretold_step(alpha, spec))
+    row_max, distance, t, probability = _below_maximum(looked, valid, step)
+    scored = Scored(spec, distance, probability, valid, step, per_head)
+    keep = rule_of(spec).keep(scored)
+    if foretold is not None:
+        row_max, distance, t, probability = _below_maximum(acc, keep, alpha)
     if spec.p.bits is None:
-        real = torch.exp2(-distance.float() * rate / 1024).masked_fill(~valid, 0.0)
+        real = torch.exp2(-distance.float() * exponent_rate(alpha) / 1024).masked_fill(~valid, 0.0)
         codes, divisor = real * keep, _real_divisor(real, keep, spec.p)
     else:
         codes = probs_codes(probability, spec.p) * keep
         divisor = code_divisor(codes, spec.p)
-    return Pairs(valid, keep, t, probability, distance, codes, divisor)
+    return Pairs(valid, keep, scored, row_max, t, probability, distance, codes, divisor)
+
+
+def _below_maximum(acc: Tensor, valid: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Row maximum, and of each pair the distance to it, its exponent and p~, as `Pairs` has them."""
+    blocked = ~valid
+    row_max = row_maximum(acc, valid)
+    distance = (row_max - acc).masked_fill_(blocked, FAR)
+    t = exponent(distance, exponent_rate(alpha)).masked_fill_(blocked, T_MAX).contiguous()
+    return row_max, distance, t, power_table(t.device).index_select(0, t.view(-1)).view(t.shape)
 
 
 def probs_codes(probability: Tensor, spec: ProbsSpec) -> Tensor:
@@ -269,14 +309,14 @@ def score_step(q_scale: Tensor, k_scale: Tensor, scaling: float, heads: int) -> 
 
 
 def query_scale(query: Tensor, scales: Scales, spec: TensorSpec) -> Tensor:
-    """The static scale of Q, or each row's own with granularity "token"."""
+    """The static scale of Q, or each row's own for granularity "token"."""
     if spec.granularity == "token":
         return token_scale(query, spec.qmax, power_of_two=spec.power_of_two)
     return _present(scales.q, "q")
 
 
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Give each query head its key/value head: [B, Hkv or 1, ...] -> [B, heads or 1, ...]."""
+    """Repeat key/value heads for their query heads: [B, Hkv or 1, ...] -> [B, heads or 1, ...]."""
     return x if x.shape[1] in (1, heads) else x.repeat_interleave(heads // x.shape[1], 1)
 
 
@@ -286,7 +326,7 @@ def key_validity(valid: Tensor | None) -> Tensor | None:
 
 
 def row_maximum(acc: Tensor, valid: Tensor) -> Tensor:
-    """The largest score of each row, [B, Hq, Sq, 1]; 0 where no key is valid."""
+    """The largest score of each row, [B, Hq, Sq, 1]; 0 if no key is valid."""
     lowest = -torch.inf if acc.is_floating_point() else -FAR
     return acc.masked_fill(~valid, lowest).amax(-1, keepdim=True).masked_fill(~valid.any(-1, keepdim=True), 0)
 

@@ -1,4 +1,4 @@
-"""One call of compressed attention: all that its result depends on, as one object."""
+"""One call of compressed attention: all inputs of its result, as one object."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from attnpress.core.tail import Tail
 
 @dataclass(frozen=True)
 class Scales:
-    """Static scales, float32, broadcastable to their tensors; None where not quantized or dynamic (Q by token).
+    """Static scales, float32, broadcastable to their tensors; None if not quantized or dynamic (Q by token).
 
-    `tail` holds what calibration fits for the tail; without it, a tail has no lift.
+    `tail` holds the fitted parameters of the tail; without them, a tail has no lift.
     """
 
     q: Tensor | None = None
@@ -26,7 +26,7 @@ class Scales:
 
 @dataclass(frozen=True)
 class AttentionCall:
-    """What compressed attention is given.
+    """Inputs of compressed attention.
 
     Attributes:
         query: float32, bfloat16 or float16 [B, Hq, Sq, D]; any strides.
@@ -36,11 +36,11 @@ class AttentionCall:
         cutoff: float32 [Hq], thresholds in the unit of the rule (`thresholds.fit_cutoff`); None prunes nothing.
         spec: bits, modes and rule.
         scaling: factor of the scores, usually 1 / sqrt(D).
-        real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are.
+        real: bool [B or 1, 1, Sq, 1], rows of real tokens, for statistics only; None if all are real.
         dropout: probability of dropping a P code, after quantization; for training.
-        bounds: int64 [sequences + 1], from 0 to Sq, never falling: sequences that lie end to end in one row of a
-            batch of 1, each attending to itself alone; for kernels. None if there is one in each row of the batch.
-        causal: also keep each query from the keys after it; the last query sees all. For kernels.
+        bounds: int64 [sequences + 1], nondecreasing from 0 to Sq: bounds of packed sequences in a batch of 1, each
+            attending only to itself; for kernels. None without packing.
+        causal: also mask each query from later keys; the last query sees all. For kernels.
     """
 
     query: Tensor
@@ -57,12 +57,12 @@ class AttentionCall:
     causal: bool = False
 
     def with_(self, **changes: Any) -> Self:
-        """The same call but for what is named."""
+        """A copy with the named fields replaced."""
         return replace(self, **changes)
 
 
 class Attend(Protocol):
-    """A way to compute a call; the output is float32 [B, Hq, Sq, D]."""
+    """A function that computes a call; the output is float32 [B, Hq, Sq, D]."""
 
     def __call__(self, call: AttentionCall) -> Tensor:
         """Compute it."""

@@ -1,4 +1,4 @@
-"""Counting pairs and work: sparsity by its four names, multiply-accumulates, bit operations, bytes."""
+"""Counts of pairs and work: sparsity by its four names, multiply-accumulates, bit operations, bytes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ FLOAT_BITS = 32
 
 @dataclass
 class PairCounts:
-    """Running counts of one attention module; float64 [H], whole numbers, so that sums over ranks are exact.
+    """Running counts of one attention module; float64 [H] holding integers, so sums over ranks are exact.
 
     Attributes:
-        pairs: valid pairs (query and key real tokens, mask allows).
+        pairs: valid pairs (query and key are real tokens and the mask allows them).
         zeros: valid pairs whose P code is zero.
         pruned: valid pairs removed by the rule.
         rows: real query rows.
@@ -50,7 +50,7 @@ class PairCounts:
         return PairCounts(*(a.to(b.device) + b for a, b in zip(self.tensors(), other.tensors(), strict=True)))
 
     def total(self) -> PairCounts:
-        """Summed over heads; [1] each."""
+        """Counts summed over heads; [1] each."""
         return PairCounts(*(count.sum(0, keepdim=True) for count in self.tensors()))
 
     def sparsity(self) -> Tensor:
@@ -62,7 +62,7 @@ class PairCounts:
         return self.pruned / self.pairs.clamp(min=1)
 
     def padded_sparsity(self, length: int) -> Tensor:
-        """Fraction of zeros if every sequence were padded to `length`, padding counted. Never quote it alone."""
+        """Fraction of zeros if every sequence were padded to `length`, counting padding. Never quote it alone."""
         return 1 - (self.pairs - self.zeros) / (self.sequences * length**2).clamp(min=1)
 
     def tile_sparsity(self) -> Tensor:
@@ -103,7 +103,7 @@ def _per_head(counts: Tensor) -> Tensor:
 
 
 def _strips(mask: Tensor) -> Tensor:
-    """How many pairs of each row lie in each tile: float32 [.., Sq, tiles]; a product, since reducing bool is slow."""
+    """Number of pairs of each row in each tile: float32 [.., Sq, tiles]. A product, since reducing bool is slow."""
     keys = torch.arange(mask.shape[-1], device=mask.device)
     tiles = torch.arange(-(-len(keys) // TILE_KEYS), device=mask.device)
     return mask @ (keys.unsqueeze(1) // TILE_KEYS == tiles).float()
@@ -117,12 +117,13 @@ def _tiles(strips: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Work:
-    """Work of Q K^T and P V over valid pairs, dense and remaining; what remains includes the tail (`tail_work`).
+    """Work of Q K^T and P V over valid pairs, dense and remaining; the latter includes the tail (`tail_work`).
 
     Attributes:
-        macs_dense, macs_remaining: multiply-accumulates; a pruned pair is skipped in P V, but its score was needed.
+        macs_dense, macs_remaining: multiply-accumulates; a pruned pair is skipped in P V, but its score is computed,
+            exactly or predicted.
         bit_operations_dense, bit_operations_remaining: each MAC weighted by the product of its operands' bits.
-        bytes_dense, bytes_remaining: P alone, at its own bits, survivors with a 16-bit index each.
+        bytes_dense, bytes_remaining: P alone, at its own bits; survivors with a 16-bit index each.
     """
 
     macs_dense: int
@@ -134,39 +135,54 @@ class Work:
 
 
 def total_work(parts: Iterable[Work]) -> Work:
-    """The work of several attention modules together."""
+    """Sum of the work of several attention modules."""
     listed = list(parts)
     return Work(*(sum(getattr(part, field.name) for part in listed) for field in fields(Work)))
 
 
-def attention_work(pairs: int, survivors: int, head_dim: int, bits: dict[str, int | None]) -> Work:
+def attention_work(
+    pairs: int,
+    survivors: int,
+    head_dim: int,
+    bits: dict[str, int | None],
+    kept: int | None = None,
+    predictor_bits: int | None = None,
+) -> Work:
     """Work of attention over `pairs` valid pairs of which `survivors` have a nonzero code.
 
     Args:
         bits: of q, k, v and p; None counts as 32.
+        kept: with a predicted mask, pairs whose exact scores are computed; None is all of them.
+        predictor_bits: of the predicting product over all pairs; matrices with fewer bits are used as they are.
     """
     wide = {name: FLOAT_BITS if value is None else value for name, value in bits.items()}
     dense, skipped = pairs * head_dim, survivors * head_dim
+    foretold = 0 if predictor_bits is None else dense
+    scored = dense if kept is None else kept * head_dim
+    narrow = [min(wide[name], predictor_bits or 0) for name in ("q", "k")]
     sparse_bytes = survivors * (wide["p"] + 16) // 8
     return Work(
         macs_dense=2 * dense,
-        macs_remaining=dense + skipped,
+        macs_remaining=foretold + scored + skipped,
         bit_operations_dense=2 * dense * FLOAT_BITS**2,
-        bit_operations_remaining=dense * wide["q"] * wide["k"] + skipped * wide["p"] * wide["v"],
+        bit_operations_remaining=foretold * narrow[0] * narrow[1]
+        + scored * wide["q"] * wide["k"]
+        + skipped * wide["p"] * wide["v"],
         bytes_dense=pairs * FLOAT_BITS // 8,
         bytes_remaining=min(sparse_bytes, pairs * wide["p"] // 8),
     )
 
 
 SUM_BITS, DIRECTION_BITS, PROJECTED_BITS = 32, 16, 8
-"""Operands of the tail: sums, directions, and codes of what they show."""
+"""Operand widths of the tail: sums, directions, and codes of projections."""
 
 
 def tail_work(rows: int, keys: int, survivors: int, sequences: int, spec: AttentionSpec, head_dim: int) -> Work:
-    """What the tail adds to the remaining work, an addition counted as a multiply-accumulate; nothing dense.
+    """Additional remaining work of the tail, with an addition counted as a multiply-accumulate; its dense work is zero.
 
-    A key adds to the sums of K and V, and with `linear` is projected and adds to the product of projections and V; a
-    row meets these sums; a survivor is taken out of them again. Bytes are those of the level of each row, and of sums.
+    Each key is added to the sums of K and V; with `linear` it is also projected and added to the product of projections
+    and V. Each row multiplies with these sums. Each survivor is subtracted again. Bytes are those of the level of each
+    row, and of the sums.
 
     Args:
         rows, keys, survivors: of all query heads; keys of all key heads.
@@ -175,7 +191,7 @@ def tail_work(rows: int, keys: int, survivors: int, sequences: int, spec: Attent
     bits = {name: FLOAT_BITS if value is None else value for name, value in spec.bits.items()}
     if spec.tail == "none" or (spec.sparsity == 0 and spec.threshold is None):
         return Work(0, 0, 0, 0, 0, 0)
-    # Kind of work: how many of a vector's D, each time, and the bits of both operands.
+    # Kind of work: number of vectors of D, and the bits of both operands.
     kinds = [(keys, bits["k"]), (keys, bits["v"]), (survivors, bits["v"])]
     kinds += [(rows, bits["q"] * SUM_BITS), (rows, FLOAT_BITS**2)]
     rank = 0 if spec.tail == "mean" else min(spec.tail_rank, head_dim)

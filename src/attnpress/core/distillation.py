@@ -1,4 +1,4 @@
-"""What the dense teacher adds to the loss: attention outputs and softened predictions, as in the student's own pass."""
+"""Distillation losses against the dense teacher: attention outputs and softened predictions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnpress.config import ConfigError, DistillationSpec
 def attention_loss(student: Sequence[Tensor], teacher: Sequence[Tensor], tokens: Tensor) -> Tensor:
     """Mean squared error of attention outputs over real tokens, relative to the teacher's power, averaged over layers.
 
-    A layer whose attention gives nothing but zeros in the teacher counts by its error alone.
+    A layer whose teacher output is all zeros counts by its absolute error.
 
     Args:
         student, teacher: per layer [B, S, H, D].
@@ -42,8 +42,8 @@ def states_loss(student: Tensor, teacher: Tensor, tokens: Tensor) -> Tensor:
 def logits_loss(student: Any, teacher: Any, temperature: float, tokens: Tensor) -> Tensor:
     """Divergence of the predictions, softened by `temperature` and scaled by its square (Hinton et al. 2015).
 
-    Classification compares classes, extractive question answering positions (start and end, averaged), regression the
-    squared difference.
+    Classification compares classes, extractive question answering positions (start and end, averaged). Regression uses
+    the squared difference.
     """
     if hasattr(student, "start_logits"):
         hidden = tokens == 0
@@ -63,10 +63,10 @@ def _divergence(student: Tensor, teacher: Tensor, temperature: float, hidden: Te
 
 
 def check_gradients(outputs: Sequence[Tensor], spec: DistillationSpec) -> None:
-    """Refuse to distil attention outputs that no gradient can reach: the term would do nothing, and not say so.
+    """Refuse to distil attention outputs that carry no gradient, since the loss term would silently have no effect.
 
     Raises:
-        ConfigError: gradient checkpointing of the reentrant kind, whose forward pass records no gradient.
+        ConfigError: reentrant gradient checkpointing, whose forward pass records no gradient.
     """
     if spec.attention > 0 and not any(output.requires_grad for output in outputs):
         raise ConfigError(

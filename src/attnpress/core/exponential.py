@@ -29,19 +29,19 @@ P = ParamSpec("P")
 STEPS_PER_OCTAVE = 1024
 ONE = 1 << 16
 T_MAX = 18 * STEPS_PER_OCTAVE
-"""First exponent that all implementations may saturate at: its power is 0, as is that of every t above 17 octaves."""
+"""Exponent at which implementations may saturate: its power is 0, like that of every t above 17 octaves."""
 
 _FAR = 1e30
-"""Lifts any positive float32 difference of distances above T_MAX."""
+"""Factor that raises any positive float32 difference of distances above T_MAX."""
 
 LOG2_E = 1.4426950408889634
-# Cubic coefficients of 1 - 2^-x on [0, 1) in units of 2^-16, found by search over integers for the least maximal
-# relative error (1.05e-4) of the integer evaluation itself.
+# Cubic coefficients of 1 - 2^-x on [0, 1) in units of 2^-16, from a search over integers for the smallest maximum
+# relative error (1.05e-4) of the integer evaluation.
 _C1, _C2, _C3 = 45324, 15148, 2596
 
 
 def exponent_rate(alpha: Tensor) -> Tensor:
-    """Octaves/1024 per unit of integer score distance; float32, shape of `alpha`."""
+    """Units of 1/1024 octave per unit of integer score distance; float32, shape of `alpha`."""
     return (alpha.float() * torch.tensor(LOG2_E, dtype=torch.float32)) * STEPS_PER_OCTAVE
 
 
@@ -49,9 +49,9 @@ def exponent(distance: Tensor, rate: Tensor, beyond: Tensor | None = None) -> Te
     """Quantized exponent t of each distance.
 
     Args:
-        distance: integers >= 0 (any dtype), or +inf in a float tensor for a pair that must vanish.
+        distance: integers >= 0 (any dtype), or +inf in a float tensor for a pair with probability 0.
         rate: from `exponent_rate`, broadcastable.
-        beyond: float, shape of `distance`; where it is positive the exponent is T_MAX.
+        beyond: float, shape of `distance`; where it is positive, the exponent is T_MAX.
 
     Returns:
         int32, 0 to T_MAX; T_MAX for a NaN, which only real (unquantized) scores can hold.
@@ -76,12 +76,12 @@ def _drop(fraction: Tensor) -> Tensor:
 
 
 def _high(left: Tensor, right: Tensor | int) -> Tensor:
-    # The high half of an unsigned 16 x 16 bit product: one instruction (pmulhuw) in a kernel; in 64 bits here.
+    # The high half of an unsigned 16 x 16 bit product: one instruction (pmulhuw) in a kernel, 64 bits here.
     return ((left.to(torch.int64) * right) >> 16).to(torch.int32)
 
 
 def _kept(make: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """Keep small tables. Not while torch traces: compile warns of caches, and what export makes is no real tensor."""
+    """Cache small tables, except while torch traces: compile warns of caches, and export creates fake tensors."""
     known: dict[tuple[object, ...], Tensor] = {}
 
     @functools.wraps(make)
@@ -109,5 +109,5 @@ def code_table(qmax: int, device: torch.device) -> Tensor:
 
 
 def row_codes(probability: Tensor, qmax: int) -> Tensor:
-    """Codes over the row maximum of 16-bit probabilities: int32 in [0, qmax]."""
+    """Codes relative to the row maximum, from 16-bit probabilities: int32 in [0, qmax]."""
     return (probability * qmax + ONE // 2) >> 16

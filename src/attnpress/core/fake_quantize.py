@@ -1,8 +1,8 @@
-"""The training forward: the integers of `attention.integer_attention`, produced by float products, with gradients.
+"""The training forward: the integers of `attention.integer_attention`, computed by float products, with gradients.
 
-Codes are small integers, so float32 products of them are exact and any hardware trains on the very integers that a
-kernel computes. What is kept for the backward pass is one byte a pair (the P code), not the float matrices of eager
-attention; batches are worked through in slices that fit a processor's cache.
+Codes are small integers, so their float32 products are exact, and any hardware trains on the integers of a kernel. The
+backward pass needs one byte per pair (the P code), not the float matrices of eager attention. Batches are processed in
+slices that fit a processor's cache.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from attnpress.core.attention import (
     prune_and_code,
     query_scale,
     repeat_heads,
-    row_maximum,
     score_step,
     warn_of_nan,
 )
 from attnpress.core.call import AttentionCall
 from attnpress.core.exponential import code_table, exponent, exponent_rate
+from attnpress.core.predictor import foretold_scores, foretold_step
 from attnpress.core.quantizer import EXACT as EXACT
 from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
 from attnpress.core.rules import rule_of
@@ -37,26 +37,26 @@ from attnpress.core.tail_training import TailRows, add_tail_gradients, sum_tail_
 FINITE = torch.finfo(torch.float32).max
 
 SATURATION = 2.0**56
-"""Where Q and K in floating point stop, so that their products stay finite."""
+"""Clamp of floating-point Q and K, so that their products stay finite."""
 
 SLICE = 2**18
-"""Pairs that a processor works on at a time: about a megabyte of float32, which stays in its cache."""
+"""Pairs processed at a time on a CPU: about a megabyte of float32, which fits its cache."""
 
 ACCELERATOR_SLICE = 2**24
-"""And an accelerator, where each pass costs a launch: 64 MiB of float32."""
+"""Pairs processed at a time on an accelerator, where each pass costs a launch: 64 MiB of float32."""
 
 
 def fake_quantize_attention(call: AttentionCall) -> Tensor:
     """Compressed attention with gradients to query, key, value and learned scales (numerics, section 7).
 
     Args:
-        call: as `attention.integer_attention` takes it; here any matrix may stay in floating point (bits None).
+        call: as for `attention.integer_attention`, but any matrix may stay in floating point (bits None).
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
 
     Raises:
-        ValueError: an argument is not as described; the message names it.
+        ValueError: an argument is invalid. The message names it.
     """
     valid = checked_mask(call)
     warn_of_nan(call.query, call.key, call.value, valid)
@@ -79,9 +79,9 @@ def fake_quantize_attention(call: AttentionCall) -> Tensor:
 
 
 def scores_operands(call: AttentionCall) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes of Q and K with straight-through gradients, and alpha; the values themselves where bits are None.
+    """Codes of Q and K with straight-through gradients, and alpha; the values themselves if bits are None.
 
-    Either way NaN counts as 0, and infinities saturate.
+    In both cases NaN counts as 0, and infinities saturate.
     """
     query, key, spec, heads = call.query, call.key, call.spec, call.query.shape[1]
     if spec.smooth_key:
@@ -212,7 +212,7 @@ class _Attend(torch.autograd.Function):
 
 
 class CodedPairs(NamedTuple):
-    """What `code_pairs` makes of a slice.
+    """Result of `code_pairs` for a slice.
 
     Attributes:
         codes: P codes, float32 [B, Hq, Sq, Sk].
@@ -236,20 +236,21 @@ def code_pairs(
     cutoff: Tensor | None,
     spec: AttentionSpec,
 ) -> CodedPairs:
-    """From codes of Q and K to those of P, as `attention.prune_and_code` gives them.
+    """P codes from codes of Q and K, equal to those of `attention.prune_and_code`.
 
     Args:
-        q, k, alpha: from `scores_operands`, each query head with its key head.
+        q, k, alpha: from `scores_operands`, with keys repeated for their query heads.
         valid: bool, broadcastable, and bias, its `additive_mask`; None allows all pairs.
         cutoff: float32 [Hq]; None prunes nothing.
     """
     acc = q @ k.mT
     rule = rule_of(spec)
-    if not rule.skips or spec.p.mode != "row" or None in spec.bits.values():
-        pairs = prune_and_code(acc, valid, alpha, cutoff, spec)
-        return CodedPairs(pairs.codes, pairs.divisor, (~pairs.keep).float(), row_maximum(acc, pairs.valid))
-    # Such a rule in sums and products alone, since comparisons and masked fills cost many times as much. A pair
-    # that is not valid is at infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
+    foretold = foretold_scores(q, k, spec)
+    if not rule.skips or spec.p.mode != "row" or None in spec.bits.values() or foretold is not None:
+        pairs = prune_and_code(acc, valid, alpha, cutoff, spec, foretold)
+        return CodedPairs(pairs.codes, pairs.divisor, (~pairs.keep).float(), pairs.row_max)
+    # Only sums and products, since comparisons and masked fills are many times slower. A pair that is not valid has
+    # infinite distance; one beyond the cut gets an exponent beyond T_MAX. Both have code 0.
     (distance, row_max), beyond = _distance(acc, bias), None
     if cutoff is not None:
         cut = rule.distance_cut(cutoff.view(1, -1, 1, 1), alpha).clamp(max=FINITE)
@@ -263,12 +264,16 @@ def code_pairs(
 def unpruned_bins(
     q: Tensor, k: Tensor, valid: Tensor | None, bias: Tensor | None, alpha: Tensor, spec: AttentionSpec
 ) -> Tensor:
-    """Histogram bins of the pairs, as `Rule.bins` gives them, while nothing is pruned; see `code_pairs`.
+    """Histogram bins of the unpruned pairs, like `Rule.bins`; see `code_pairs`.
 
     Returns:
-        Integers [B, Hq, Sq, Sk]; any where a pair is not valid.
+        Integers [B, Hq, Sq, Sk]; arbitrary where a pair is not valid.
     """
-    acc = q @ k.mT
+    foretold = foretold_scores(q, k, spec)
+    if foretold is None:
+        acc = q @ k.mT
+    else:
+        acc, alpha = foretold, foretold_step(alpha, spec)
     rule = rule_of(spec)
     if not rule.bins_by_exponent:
         pairs = prune_and_code(acc, valid, alpha, None, spec)
@@ -277,7 +282,7 @@ def unpruned_bins(
 
 
 def _distance(acc: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Scores below their row maximum, in place; infinite where `bias` forbids a pair. And that maximum."""
+    """Scores below their row maximum, in place, infinite where `bias` forbids a pair; and that maximum."""
     if bias is not None:
         acc.add_(bias)
     row_max = acc.amax(-1, keepdim=True)
@@ -297,10 +302,10 @@ def additive_mask(valid: Tensor) -> Tensor:
 
 
 def dropout_mask(codes: Tensor, dropout: float) -> tuple[Tensor | None, float]:
-    """Which codes dropout leaves (uint8, shape of `codes`), and the share that it leaves; None without dropout.
+    """Codes that dropout keeps (uint8, shape of `codes`), and the share that it keeps; None without dropout.
 
-    The probability is rounded to 1/256: one random byte a pair costs a fraction of a Bernoulli draw, and the returned
-    share is the exact one, so that expectations stay right.
+    The probability is rounded to 1/256: one random byte per pair is much cheaper than a Bernoulli draw. The returned
+    share is exact, so expectations are unbiased.
     """
     dropped = min(round(dropout * 256), 255)
     if dropped == 0:
@@ -318,7 +323,7 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
 
 
 def batch_slices(shape: Sequence[int], device: torch.device) -> list[slice]:
-    """Slices of the batch, of `shape` [B, H, Sq, Sk], with about as many pairs each as suit the device."""
+    """Slices of the batch, of `shape` [B, H, Sq, Sk], with a number of pairs suited to the device."""
     batch, heads, rows, keys = shape
     pairs = SLICE if device.type == "cpu" else ACCELERATOR_SLICE
     step = max(1, pairs // max(1, heads * rows * keys))
@@ -326,5 +331,5 @@ def batch_slices(shape: Sequence[int], device: torch.device) -> list[slice]:
 
 
 def batch_part(x: Tensor | None, part: slice) -> Any:
-    """The slice of a tensor that has a batch dimension of its own; others pass unchanged."""
+    """The slice of a tensor that has a batch dimension; others are returned unchanged."""
     return x if x is None or x.shape[0] == 1 else x[part]

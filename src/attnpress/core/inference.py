@@ -1,4 +1,4 @@
-"""Results that no gradient goes back through: asking for one is an error, not silence."""
+"""Outputs without gradients: requesting a gradient is an error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def without_gradient(output: Tensor, *inputs: Tensor | None) -> Tensor:
-    """The same output; where its inputs ask for a gradient, going back through it raises RuntimeError."""
+    """The same output. If its inputs require gradients, a backward pass through it raises RuntimeError."""
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return output
     if not any(x is not None and x.requires_grad for x in inputs):

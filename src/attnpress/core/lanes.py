@@ -1,7 +1,7 @@
-"""How evenly the survivors of P share out over parallel lanes: cycles of P V, from the survivors of each row.
+"""Load balance of the survivors of P over parallel lanes: cycles of P V, from the survivors of each row.
 
-A lane adds one survivor a cycle: its P code times the V codes of one key. All lanes work on one head and sequence,
-since they share its V; the next begins when the last lane has ended.
+A lane adds one survivor per cycle: its P code times the V codes of one key. All lanes work on one head and sequence,
+since they share its V; the next one starts when the last lane has finished.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from dataclasses import dataclass, fields
 LANES = (16, 32, 64, 128)
 
 PIECE = 8
-"""Survivors in a piece of a row that is split."""
+"""Survivors per piece of a split row."""
 
 
 @dataclass(frozen=True)
 class LaneCycles:
-    """Cycles of P V.
+    """Cycles of P V under different schedules.
 
     Attributes:
-        in_order: rows in their order, as many at a time as there are lanes; a group ends with its longest row.
-        packed: each row, longest first, to the lane that ends earliest (Graham, "Bounds on multiprocessing timing
-            anomalies", 1969: at most 4/3 of the best).
-        split: likewise, rows cut into pieces of PIECE survivors; a piece after the first takes a cycle more, in which
-            its sum is added to that of the row (cf. "pack and split" in Sanger, Lu et al., MICRO 2021).
+        in_order: rows in order, one per lane at a time; a group takes as long as its longest row.
+        packed: each row, longest first, goes to the lane that finishes earliest (Graham, "Bounds on multiprocessing
+            timing anomalies", 1969: at most 4/3 of the optimum).
+        split: like packed, with rows split into pieces of PIECE survivors; each piece after the first takes one more
+            cycle, to add its sum to that of the row (cf. "pack and split" in Sanger, Lu et al., MICRO 2021).
         ideal: survivors over lanes, rounded up.
     """
 
@@ -59,13 +59,13 @@ def lane_cycles(survivors: Iterable[int], lanes: int) -> LaneCycles:
 
 
 def pieces(row: int) -> list[int]:
-    """Cycles of each piece of a row that is split."""
+    """Cycles of each piece of a split row."""
     later = [min(PIECE, row - begin) + 1 for begin in range(PIECE, row, PIECE)]
     return [min(PIECE, row), *later]
 
 
 def makespan(jobs: Sequence[int], lanes: int) -> int:
-    """When the last lane ends, if each job, longest first, goes to the lane that ends earliest."""
+    """Finishing time of the last lane, if each job, longest first, goes to the lane that finishes earliest."""
     if len(jobs) <= lanes:
         return max(jobs, default=0)
     ends = [0] * lanes

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits: what their integers are, and the product in full view.
+"""Linear layers in 8 bits: their integers, and a readable product.
 
     levels = 2^bits - 1, 127 or 255                                                  of the codes of inputs
     scale = (high - low) / levels      zero = round(-low / scale)                    for each token; low <= 0 <= high
@@ -6,9 +6,9 @@
     w_codes = clamp(round_half_to_even(w * (1 / w_scale)), -127, 127)                int8, one scale for each output
     out = (codes . w_codes - zero * sum(w_codes)) * w_scale * scale + bias           the sums in int32, exact
 
-Inputs are unsigned with a zero point because what comes out of a GELU hardly goes below zero: symmetric codes would
-leave half of the range empty. Processors with VNNI multiply exactly such a pair, bytes without and with a sign. All
-others with AVX2 add pairs of such products in 16 bits, which 7-bit codes cannot overflow: 2 * 127 * 127 < 2^15.
+Inputs are unsigned with a zero point, since outputs of a GELU are rarely negative: symmetric codes would leave half of
+the range unused. Processors with VNNI multiply such pairs of unsigned and signed bytes exactly. Others with AVX2 add
+pairs of products in 16 bits, which 7-bit codes cannot overflow: 2 * 127 * 127 < 2^15.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ Bits = Literal[7, 8]
 """Of the codes of a product's input."""
 
 ACTIVATION_BITS: Bits = 7
-"""Unless a plan says otherwise: exact by the same instructions on every x86 with AVX2 (decision 25)."""
+"""Default width of input codes: exact with the same instructions on every x86 with AVX2 (decision 25)."""
 
 LEVELS = 255
-"""The largest code of 8 bits."""
+"""The largest 8-bit code."""
 
 WEIGHT_QMAX = 127
 
 
 class Coded(NamedTuple):
-    """Tokens as a product of codes takes them.
+    """Tokens as codes.
 
     Attributes:
         codes: uint8 [..., K].
-        scale, zero: float32 [...], of each token; the code of zero is a whole number.
+        scale, zero: float32 [...], of each token; the code of zero is an integer.
     """
 
     codes: Tensor
@@ -50,12 +50,12 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True)
 class ProductPlan:
-    """One product of an encoder layer, as `calibrate_linear` judged it.
+    """One product of an encoder layer, as `calibrate_linear` rated it.
 
     Attributes:
-        error: relative change of the model's output where this product alone is in 8 bits; None if nobody looked.
+        error: relative change of the model's output if only this product is in 8 bits; None if not measured.
         quantized: False if it stays in float.
-        bits: of the codes of its input, 7 or 8; weights always have 8. Says nothing of the word embedding.
+        bits: of its input codes, 7 or 8; weights always have 8. Unused for the word embedding.
     """
 
     error: float | None = None
@@ -64,7 +64,7 @@ class ProductPlan:
 
 
 def token_codes(x: Tensor, bits: int = 8) -> Coded:
-    """Codes of a layer's input [..., K]; each token's range is widened to hold zero. NaN becomes the code of zero."""
+    """Codes of a layer's input [..., K]; each token's range includes zero. NaN gets the code of zero."""
     x, levels = x.float(), float(2**bits - 1)
     seen = x.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
     low, high = (bound.unsqueeze(-1) for bound in (seen.amin(-1).clamp(max=0), seen.amax(-1).clamp(min=0)))
@@ -76,7 +76,7 @@ def token_codes(x: Tensor, bits: int = 8) -> Coded:
 
 
 def decode(coded: Coded) -> Tensor:
-    """What codes stand for: float32 [..., K]."""
+    """Values of codes: float32 [..., K]."""
     return (coded.codes.float() - coded.zero.unsqueeze(-1)) * coded.scale.unsqueeze(-1)
 
 
@@ -88,26 +88,26 @@ def weight_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def column_sums(weight: Tensor) -> Tensor:
     """Sums of a weight's codes [N, K] over the inputs: float32 [N], each rounded once from its integer."""
-    # Some rows at a time: torch adds bytes in a copy of them that is eight times as large.
+    # In blocks of rows, since torch adds bytes in a copy that is eight times as large.
     return torch.cat([rows.sum(1) for rows in weight.split(128)]).float()
 
 
 def finish(sums: Tensor, coded: Coded, column: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """Make sums of products of codes the layer's output, in two steps of `core.ordered.fma` and one product.
+    """Compute the layer's output from sums of products of codes, in two steps of `core.ordered.fma` and one product.
 
     Args:
         sums: float32 [..., N], each rounded once from its integer.
-        coded: the tokens; only scale and zero are read.
+        coded: the tokens; only scale and zero are used.
         column: from `column_sums`.
     """
     centred = fma(-coded.zero.unsqueeze(-1), column, sums)
-    # A missing bias is one of zeros: -0 + 0 is +0 wherever it is computed.
+    # A missing bias is a bias of zeros: -0 + 0 is +0 everywhere.
     shift = torch.zeros_like(weight_scale) if bias is None else bias
     return fma(centred * weight_scale, coded.scale.unsqueeze(-1), shift)
 
 
 def linear(coded: Coded, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """The product, readable: exact integers, then float32.
+    """The readable product: exact integers, then float32.
 
     Args:
         coded: tokens [..., K].
@@ -123,11 +123,11 @@ def linear(coded: Coded, weight: Tensor, weight_scale: Tensor, bias: Tensor | No
 
 
 def fake_quantize_linear(x: Tensor, weight: Tensor, bias: Tensor | None, bits: int = 8) -> Tensor:
-    """The same product in floating point, as fast as that of floats anywhere; in the dtype of `x`.
+    """The same product in floating point, at the speed of a float product, in the dtype of `x`.
 
     Args:
-        x: [..., K], not yet coded.
-        weight: [N, K], not yet coded.
+        x: [..., K], not quantized.
+        weight: [N, K], not quantized.
         bits: of the codes of `x`.
     """
     codes, scale = weight_codes(weight)

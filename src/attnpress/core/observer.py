@@ -1,7 +1,7 @@
-"""Observers: how a static scale is chosen from calibration data. Padding never enters a statistic.
+"""Observers choose a static scale from calibration data. Padding never enters a statistic.
 
-An observer sees one tensor of one attention module batch by batch, and gives its scale at the end. Statistics of
-several ranks merge exactly: maxima by maximum, histograms of whole counts by sum.
+An observer sees one tensor of one attention module batch by batch, and computes its scale at the end. Statistics of
+several ranks merge exactly: maxima by maximum, histograms of integer counts by sum.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ EMA_MOMENTUM = 0.9
 PERCENTILE = 99.99
 BINS_PER_OCTAVE = 128
 LOW_OCTAVE, HIGH_OCTAVE = -24, 16
-"""Range of the histograms, as float16 has it; magnitudes beyond count in the first or last bin."""
+"""Range of the histograms, that of float16; other magnitudes count in the first or last bin."""
 CANDIDATES = 100
 
 REDUCED = {"tensor": (0, 1, 2, 3), "head": (0, 2, 3), "channel": (0, 2)}
@@ -28,12 +28,12 @@ Reduce = Callable[[Tensor, str], Tensor]
 
 
 def alone(tensor: Tensor, _: str) -> Tensor:
-    """The reduction of a single process."""
+    """The reduction for a single process."""
     return tensor
 
 
 class Observer:
-    """Largest magnitude of each batch, or a logarithmic histogram of magnitudes, as the named rule needs.
+    """Largest magnitude of each batch, or a logarithmic histogram of magnitudes, depending on the method.
 
     Args:
         name: "absmax", "ema" (moving average of batch maxima), "percentile" (99.99) or "mse".
@@ -51,10 +51,10 @@ class Observer:
         """How many values of real tokens were NaN or infinite, and so left out; `scale` adds those of other ranks."""
 
     def update(self, x: Tensor, valid: Tensor | None) -> None:
-        """See one batch.
+        """Observe one batch.
 
         Args:
-            x: [B, H, S, D], B or S may be 0; values that are not finite are left out.
+            x: [B, H, S, D], B or S may be 0; non-finite values are left out.
             valid: bool broadcastable to x, True for real tokens.
         """
         magnitude = x.detach().float().abs()
@@ -73,7 +73,7 @@ class Observer:
         """The chosen scale, float32, broadcastable to x.
 
         Args:
-            reduce: merges statistics over ranks; every rank must have seen as many batches.
+            reduce: merges statistics over ranks; every rank must have seen the same number of batches.
 
         Raises:
             ValueError: no batch was seen, or none with a finite value.
@@ -94,7 +94,7 @@ class Observer:
         return positive_scale(largest / self.qmax, power_of_two=self.power_of_two)
 
     def _least_squares(self, histogram: Tensor) -> Tensor:
-        """The clipping magnitude of least squared quantization error; float32 [groups]."""
+        """The clipping magnitude with the least squared quantization error; float32 [groups]."""
         magnitude = _bin_centers(histogram.device)
         top = _percentile(histogram, 100.0).double()
         ratios = torch.linspace(1 / CANDIDATES, 1, CANDIDATES, device=histogram.device)
@@ -110,7 +110,7 @@ def _moving_average(maxima: Tensor) -> Tensor:
     average = maxima[0]
     for batch in maxima[1:]:
         mixed = torch.where(average > 0, EMA_MOMENTUM * average + (1 - EMA_MOMENTUM) * batch, batch)
-        average = torch.where(batch > 0, mixed, average)  # 0 is a batch without a real token: no statistic
+        average = torch.where(batch > 0, mixed, average)  # 0 marks a batch without real tokens
     return average
 
 
@@ -131,7 +131,7 @@ def _bin_centers(device: torch.device) -> Tensor:
 
 
 def _percentile(histogram: Tensor, percent: float = PERCENTILE) -> Tensor:
-    """Upper edge of the bin that holds the percentile of the magnitudes; float32 [groups]."""
+    """Upper edge of the bin that contains the percentile of the magnitudes; float32 [groups]."""
     running = histogram.cumsum(-1)
     wanted = running[:, -1:] * (percent / 100)
     index = (running < wanted).sum(-1).clamp(max=histogram.shape[-1] - 1).double()

@@ -50,11 +50,11 @@ TANH_ABOVE = (
 )
 TANH_BELOW = (1.19825839466702e-06, 1.18534705686654e-04, 2.26843463243900e-03, 4.89352518554385e-03)
 TANH_LIMIT = 7.90531110763549805
-"""Coefficients of the approximations that Eigen and XLA have, highest power of the squared argument first."""
+"""Coefficients of the approximations in Eigen and XLA, highest power of the squared argument first."""
 
 
 class Passes(NamedTuple):
-    """The functions of this module, or compiled ones that give the same bits."""
+    """The functions of this module, or compiled ones with the same results."""
 
     layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
     linear: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -63,10 +63,10 @@ class Passes(NamedTuple):
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of float32, rounded once.
+    """a * b + c in float32, rounded once.
 
-    The product is exact in float64. Their sum there is rounded to odd, the one rounding that may go before another:
-    where it is inexact and its last bit even, it moves to its neighbour on the side of what was lost.
+    The product is exact in float64. The sum is rounded to odd, which is safe before a second rounding: if it is inexact
+    and its last bit even, it moves to the neighbour on the side of the lost part.
     """
     product, addend = a.double() * b.double(), c.double()
     total = product + addend
@@ -78,7 +78,7 @@ def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def ordered_sum(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sum of float32 [..., K], or of its products with a weight [..., K], in the one order: float32 [...]."""
+    """Sum of float32 [..., K], or of its products with a weight [..., K], in the fixed order: float32 [...]."""
     padding = (0, -x.shape[-1] % LANES)
     blocks = torch.nn.functional.pad(x, padding).split(LANES, -1)
     shape = x.shape if weight is None else torch.broadcast_shapes(x.shape, weight.shape)
@@ -99,19 +99,19 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
     size = torch.tensor(float(x.shape[-1]))
     centred = x - (ordered_sum(x) / size).unsqueeze(-1)
     variance = ordered_sum(centred, centred) / size + torch.tensor(epsilon)
-    # By way of float64: torch's float32 root is a vector library's, and not always the nearest number.
+    # In float64, since torch's float32 root (of a vector library) is not always correctly rounded.
     factor = 1.0 / variance.double().sqrt().float()
     return fma(centred * factor.unsqueeze(-1), weight, bias)
 
 
 def gelu(x: Tensor) -> Tensor:
-    """x/2 (1 + erf(x / sqrt 2)) of float32, a few units in the last place from the true one."""
+    """x/2 (1 + erf(x / sqrt 2)) in float32, within a few units in the last place of the true value."""
     half = x * 0.5
     return fma(half, _quotient((x * 0.70710678).clamp(-ERF_LIMIT, ERF_LIMIT), ERF_ABOVE, ERF_BELOW), half)
 
 
 def tanh(x: Tensor) -> Tensor:
-    """tanh of float32, a few units in the last place from the true one."""
+    """tanh in float32, within a few units in the last place of the true value."""
     return _quotient(x.clamp(-TANH_LIMIT, TANH_LIMIT), TANH_ABOVE, TANH_BELOW)
 
 

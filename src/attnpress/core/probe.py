@@ -1,6 +1,6 @@
-"""A look inside one attention call: P before and after compression, what was lost on the way, how P is spread.
+"""Diagnostics of one attention call: P before and after compression, its error, and its distribution.
 
-Nothing here is on the path of training or of a prediction; a model shows its calls to a probe on a few examples.
+Neither training nor prediction uses this. A model passes its calls to a probe on a few examples.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from attnpress.core.attention import (
     repeat_heads,
 )
 from attnpress.core.call import AttentionCall, Scales
-from attnpress.core.exponential import exponent_rate
+from attnpress.core.exponential import exponent, exponent_rate
 from attnpress.core.fake_quantize import scores_operands
+from attnpress.core.predictor import foretold_scores
 from attnpress.core.quantizer import dequantize, quantize, smooth_key
 from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
@@ -29,20 +30,20 @@ from attnpress.core.tail import active_tail, mean_score, score_steps, scored_cod
 from attnpress.core.thresholds import pair_histogram
 
 COARSE = 32
-"""Fine bins in one bin of a probe's histogram: a quarter of an octave."""
+"""Fine bins per bin of a probe's histogram: a quarter of an octave."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What became of one call.
+    """Result for one call.
 
     Attributes:
-        before, after: P of the floating-point attention and of the compressed one, float32 [B, Hq, Sq, Sk].
-        codes: P codes of the compressed one, same shape.
+        before, after: P of floating-point and of compressed attention, float32 [B, Hq, Sq, Sk].
+        codes: P codes of compressed attention, same shape.
         counted: bool, same shape: valid pairs of real rows.
-        histogram: float64 [Hq, BINS / COARSE], pairs by how late the rule would keep them (see `Rule.bins`).
+        histogram: float64 [Hq, BINS / COARSE], pairs by the cutoff at which the rule would keep them (see `Rule.bins`).
         loss: float64 [2, Hq] for each of q, k, v, p and output: summed squares of the error, and of the exact values.
-        mass: float64 [2, Hq]: exact P summed over the pairs that have no P code, and over all.
+        mass: float64 [2, Hq]: exact P summed over the pairs without a P code, and over all.
     """
 
     before: Tensor
@@ -56,16 +57,18 @@ class Probe:
 
 @torch.no_grad()
 def probe(call: AttentionCall) -> Probe:
-    """Run the call twice, exactly and as its spec compresses it, on the same Q, K and V.
+    """Run the call exactly and compressed, on the same Q, K and V.
 
     Args:
-        call: as the model made it; any matrix may stay in floating point.
+        call: from the model; any matrix may stay in floating point.
     """
     call = call.with_(valid=pair_mask(call.valid, call.query, call.key))
     dense, pairs = _pairs(call.with_(scales=Scales(), cutoff=None, spec=DENSE)), _pairs(call)
     before, after = dense.codes / dense.divisor, _compressed(call, pairs)
     counted = pairs.valid if call.real is None else pairs.valid & call.real
-    bins = pair_histogram(rule_of(call.spec).bins(pairs.exponent, pairs.probability, pairs.distance), counted)
+    looked = pairs.scored
+    exponents = exponent(looked.distance, exponent_rate(looked.alpha))
+    bins = pair_histogram(rule_of(call.spec).bins(exponents, looked.probability, looked.distance), counted)
     loss = _loss(call, before, after, counted)
     exact = before.double() * counted
     mass = torch.stack([(exact * (pairs.codes == 0)).sum((0, 2, 3)), exact.sum((0, 2, 3))])
@@ -73,17 +76,19 @@ def probe(call: AttentionCall) -> Probe:
 
 
 def relative_error(loss: Tensor) -> Tensor:
-    """Root of the summed squared errors over the root of the summed squares, [2, H] -> [H]; 0 where all is zero."""
+    """Root of the summed squared errors over the root of the summed squares, [2, H] -> [H]; 0 if all are zero."""
     return (loss[0] / loss[1].clamp(min=torch.finfo(loss.dtype).tiny)).sqrt()
 
 
 def _pairs(call: AttentionCall) -> Pairs:
     q, k, alpha = scores_operands(call)
-    return prune_and_code(q @ repeat_heads(k, q.shape[1]).mT, call.valid, alpha, call.cutoff, call.spec)
+    k = repeat_heads(k, q.shape[1])
+    foretold = foretold_scores(q, k, call.spec)
+    return prune_and_code(q @ k.mT, call.valid, alpha, call.cutoff, call.spec, foretold)
 
 
 def _compressed(call: AttentionCall, pairs: Pairs) -> Tensor:
-    """P as the output has it: survivors by their codes, the pairs of the tail by its level."""
+    """P as the output uses it: survivors by their codes, pairs of the tail by its level."""
     spec = call.spec
     tail = active_tail(spec, call.scales.tail, call.cutoff, call.query)
     if tail is None:

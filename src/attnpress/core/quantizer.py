@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-40, 2.0**40
-"""Keep 1 / scale and products of scales well inside float32."""
+"""Range in which 1 / scale and products of scales stay well inside float32."""
 
 EXACT = 2**24
-"""Float32 holds every integer up to here."""
+"""float32 represents every integer up to this magnitude."""
 
 _EDGE = 1 + 2.0**-21
-"""Rounding of x * (1 / scale): the value that a scale was taken from counts as inside the range, not beyond it."""
+"""Tolerance for the rounding of x * (1 / scale), so that the value that defines the scale is not clipped."""
 
 MEAN_GRID, MEAN_LIMIT = 2.0**20, 2.0**36
 """K smoothing averages multiples of 2^-20 up to 2^16: float64 sums of up to 2^17 of them are exact in any order."""
@@ -23,12 +23,12 @@ _MANTISSA = 2**23 - 1
 
 
 def positive_scale(scale: Tensor, *, power_of_two: bool = False) -> Tensor:
-    """A usable float32 scale: SMALLEST_SCALE to LARGEST_SCALE, 1 where the data were all zero, up to 2^-f if asked."""
+    """A valid float32 scale: clamped to the legal range, 1 if all data are zero, rounded up to 2^-f if requested."""
     scale = scale.float()
     scale = torch.where(scale > 0, scale.clamp(SMALLEST_SCALE, LARGEST_SCALE), torch.ones_like(scale))
     if not power_of_two:
         return scale
-    # On the bits, since log2 in floating point takes the number just above a power for the power itself.
+    # On the bits, since floating-point log2 rounds numbers just above a power of two to that power.
     return ((scale.view(torch.int32) + _MANTISSA) & ~_MANTISSA).view(torch.float32)
 
 
@@ -42,7 +42,7 @@ def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
         float32 [..., S, 1].
     """
     magnitude = x.detach().float().abs().nan_to_num_(nan=0.0, posinf=0.0)
-    # By a tensor: on a GPU, PyTorch divides by a number as a product with its reciprocal, which rounds twice.
+    # Divide by a tensor: on a GPU, PyTorch multiplies by the reciprocal of a number, which rounds twice.
     divisor = torch.full((), float(qmax), device=x.device)
     return positive_scale(magnitude.amax(-1, keepdim=True) / divisor, power_of_two=power_of_two)
 
@@ -50,7 +50,7 @@ def token_scale(x: Tensor, qmax: int, *, power_of_two: bool = False) -> Tensor:
 def quantize(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
     """Codes of `x`: clamp(round_half_to_even(x * (1 / scale)), -qmax, +qmax).
 
-    NaN has no direction, so it becomes code 0; an infinity saturates like any other large value.
+    NaN becomes code 0. An infinity saturates like any other large value.
 
     Args:
         x: any shape and float dtype; converted to float32 first.
@@ -69,16 +69,16 @@ def dequantize(codes: Tensor, scale: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`quantize` whose gradient ignores the rounding and stops outside the clipping range (numerics, section 7).
+    """`quantize` with a gradient that ignores the rounding and is zero outside the clipping range.
 
-    The derivative with respect to the scale, joined with that of dequantization, is learned step size quantization
-    (Esser et al., ICLR 2020, equation 3).
+    The derivative with respect to the scale, combined with that of dequantization, is learned step size quantization
+    (Esser et al., ICLR 2020, equation 3); see numerics, section 7.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmax: int) -> Tensor:
         magnitude = (x.float() * (1.0 / scale)).abs_()
-        # A byte, not a bool: PyTorch's products with booleans are many times slower on a CPU.
+        # A byte instead of a bool: PyTorch's products with booleans are many times slower on a CPU.
         inside = torch.le(magnitude, qmax * _EDGE, out=torch.empty(x.shape, dtype=torch.uint8, device=x.device))
         ctx.save_for_backward(inside, scale, x if scale.requires_grad else None)
         ctx.dtype = x.dtype
@@ -88,14 +88,14 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         inside, scale, x = ctx.saved_tensors
         through = grads[0] * inside.float() / scale
-        # Outside the range x may be infinite or NaN, and zero times that would be NaN.
+        # Outside the range x may be infinite or NaN, and 0 * x would be NaN.
         steps = None if x is None else (x.float() / scale).masked_fill(inside == 0, 0.0)
         grad_scale = None if steps is None else -(through * steps).sum_to_size(scale.shape)
         return through.to(ctx.dtype), grad_scale, None
 
 
 def quantize_straight_through(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
-    """`quantize` with gradients: to `x` inside the clipping range, and to `scale` where it is learned."""
+    """`quantize` with gradients: to `x` inside the clipping range, and to `scale` if it is learned."""
     if not torch.is_grad_enabled():
         return quantize(x, scale, qmax)
     codes: Tensor = _StraightThrough.apply(x, scale, qmax)  # type: ignore[no-untyped-call]
@@ -118,18 +118,18 @@ def learned_step(scale: Tensor, count: int, qmax: int) -> Tensor:
 
     Args:
         scale: learned scale, kept positive by `positive_scale`.
-        count: how many values share one scale; 0 in an empty batch.
+        count: number of values that share one scale; 0 in an empty batch.
     """
     stepped: Tensor = _ScaleGradient.apply(scale, (max(count, 1) * qmax) ** -0.5)  # type: ignore[no-untyped-call]
     return stepped
 
 
 def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
-    """K less its mean over the valid keys of the same head (SageAttention's K smoothing; softmax does not change).
+    """K minus its mean over the valid keys of the same head (SageAttention's K smoothing; softmax does not change).
 
-    The mean is one that any order of summation gives: each value is rounded to a multiple of 2^-20, at most 2^16 in
-    magnitude (0 where it is not finite), summed and divided by the number of keys in float64, then rounded to float32.
-    What this loses is subtracted from all keys alike, so softmax does not see it.
+    The mean does not depend on the order of summation: each value is rounded to a multiple of 2^-20, at most 2^16 in
+    magnitude (0 if not finite), summed and divided by the number of keys in float64, then rounded to float32. What
+    rounding loses is subtracted from all keys alike, which softmax ignores.
 
     Args:
         key: [B, Hkv, Sk, D].
@@ -144,7 +144,7 @@ def smooth_key(key: Tensor, valid: Tensor | None) -> Tensor:
         if valid is None:
             count = torch.tensor(float(max(1, key.shape[-2])), dtype=torch.float64, device=key.device)
         else:
-            valid = valid.expand(*valid.shape[:-2], key.shape[-2], 1)  # each key counts, though one flag be for all
+            valid = valid.expand(*valid.shape[:-2], key.shape[-2], 1)  # each key counts, even with one flag for all
             steps = steps.masked_fill(~valid, 0.0)
             count = valid.double().sum(-2, keepdim=True).clamp(min=1)
         mean = (steps.sum(-2, keepdim=True, dtype=torch.float64) / count / MEAN_GRID).float()

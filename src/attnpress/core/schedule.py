@@ -1,4 +1,4 @@
-"""How much sparsity is asked for at each step: a pure, monotone function, exact at both ends."""
+"""The requested sparsity at each step: a pure, monotone function, exact at both ends."""
 
 from __future__ import annotations
 

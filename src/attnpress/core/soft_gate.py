@@ -1,11 +1,11 @@
-"""Trained thresholds: a soft gate in place of the cut while training, and a penalty for what it lets through.
+"""Trained thresholds: a soft gate in place of the cut during training, and a penalty on the pairs that it passes.
 
 After Li et al., "Accelerating Attention through Gradient-Based Learned Runtime Pruning" (LeOPArd, ISCA 2022, arXiv
-2204.03227): one threshold on the scores of each attention module, trained together with the weights; a differentiable
-stand-in for the count of surviving scores is added to the loss; inference cuts hard. Written from that description, and
-different from it in three points. Thresholds are measured from the row maximum (softmax does not see where scores
-begin), so that inference is that of rule "relative". The gate scales the exponential of a score, as a sigmoid, instead
-of the score. The penalty ends where the asked sparsity is reached, so that runs can be compared at equal sparsity.
+2204.03227): one threshold on the scores of each attention module is trained with the weights, a differentiable count of
+surviving scores is added to the loss, and inference uses a hard cut. Implemented from that description, with three
+differences. Thresholds are relative to the row maximum (softmax ignores an offset of scores), so inference is that of
+rule "relative". The gate scales the exponential of a score, as a sigmoid, instead of the score. The penalty ends at the
+requested sparsity, so that runs can be compared at equal sparsity.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from attnpress.core.fake_quantize import scores_operands, static_scale
 from attnpress.core.quantizer import quantize_straight_through
 
 SHARPNESS = 10.0
-"""Of the gate, per nat: within a quarter of a nat of the threshold it goes from a tenth to nine tenths."""
+"""Slope of the gate per nat: it rises from 0.1 to 0.9 within a quarter of a nat on either side of the threshold."""
 
 GAIN = 500.0
-"""Nats for one unit of the trained parameter: optimizers such as Adam move a parameter by about the learning rate."""
+"""Nats per unit of the trained parameter, since optimizers such as Adam move it by about the learning rate."""
 
 SLOWEST = 100.0
-"""Nats below the row maximum beyond which exponentials are zero; keeps those of pairs that are not valid finite."""
+"""Nats below the row maximum beyond which exponentials are zero; keeps those of invalid pairs finite."""
 
 
 def soft_gate_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
     """Attention of quantized Q, K, V and P whose pairs pass a soft gate; for training only.
 
     Args:
-        call: as `fake_quantize.fake_quantize_attention` takes it, but for `cutoff`: float32 [1], nats below the row
-            maximum; gradients reach it. Rows that are not `real` do not count for the density.
+        call: as for `fake_quantize.fake_quantize_attention`, except for `cutoff`: float32 [1], nats below the row
+            maximum, with gradient. Rows that are not `real` do not count for the density.
 
     Returns:
-        Output, float32 [B, Hq, Sq, D]; and the share of valid pairs that the gate lets through, a scalar with gradient.
+        Output, float32 [B, Hq, Sq, D]; and the share of valid pairs that the gate passes, a scalar with gradient.
     """
     key, value, valid = some_key(call.key, call.value, pair_mask(call.valid, call.query, call.key))
     call, heads, spec = call.with_(key=key, value=value, valid=valid), call.query.shape[1], call.spec
@@ -59,18 +59,18 @@ def soft_gate_attention(call: AttentionCall) -> tuple[Tensor, Tensor]:
 
 
 def density_penalty(densities: Sequence[Tensor], sparsity: Sequence[float]) -> Tensor:
-    """How far the mean density of the modules exceeds what is asked of them; 0 where it does not.
+    """Excess of the modules' mean density over the requested one; 0 if there is none.
 
     Args:
-        densities: of each module, as `soft_gate_attention` gives them.
-        sparsity: asked of each module.
+        densities: of each module, from `soft_gate_attention`.
+        sparsity: requested of each module.
     """
     allowed = 1 - sum(sparsity) / len(sparsity)
     return torch.relu(torch.stack(list(densities)).mean() - allowed)
 
 
 def _nats_below(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Distance of each score below its row's maximum, which takes no gradient, and a mask of what is valid."""
+    """Distance of each score below its row's maximum (without gradient), and a mask of valid pairs."""
     allowed = torch.ones_like(scores, dtype=torch.bool) if valid is None else valid.expand_as(scores)
     row_max = scores.detach().masked_fill(~allowed, -math.inf).amax(-1, keepdim=True)
     nats = row_max.masked_fill(row_max == -math.inf, 0.0) - scores

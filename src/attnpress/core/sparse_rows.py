@@ -1,4 +1,4 @@
-"""Survivors as compressed sparse rows: where each row begins, at which keys its P codes are, and the codes."""
+"""Survivors as compressed sparse rows: start of each row, keys of its P codes, and the codes."""
 
 from __future__ import annotations
 

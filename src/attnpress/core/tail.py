@@ -1,7 +1,7 @@
-"""The tail of a row: what its pairs without a P code still add to the output (numerics, section 8).
+"""The tail of a row: contribution of pairs without a P code to the output (numerics, section 8).
 
-Every such pair gets one common level, found from the mean of their distances without an exponential of any of them;
-with `linear`, also its share by score, to first order, as a few directions show it. All sums are of integers.
+Every such pair gets one common level, from the mean of their distances, without an exponential. With `linear`, a
+first-order term in their score, seen in a few directions, is added. All sums are over integers.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from attnpress.config.rules import RULES
 from attnpress.core.exponential import ONE, STEPS_PER_OCTAVE, T_MAX, power_table
 
 END = 64 * STEPS_PER_OCTAVE
-"""Exponent from which a level is 0."""
+"""Exponent from which the level is 0."""
 
 OFF = -(2.0**20)
-"""Lift of a head whose rule prunes nothing: its exponent passes END, so that its level is 0."""
+"""Lift of a head whose rule prunes nothing; its exponent exceeds END, so its level is 0."""
 
 SHIFT = 12
 """Projections are sums of codes times directions, in units of 2^-12."""
@@ -29,21 +29,21 @@ SHIFT = 12
 DIRECTION_MAX, PROJECTED_MAX, OFFSET_MAX = 2**15 - 1, 127, 2**20
 
 LARGEST_RANK = 256
-"""Directions up to which the sums of `linear` fit."""
+"""Maximum number of directions for which the sums of `linear` fit."""
 
 REACH = 6.0
-"""Standard deviations of a projection that its codes span."""
+"""Standard deviations of a projection covered by its codes."""
 
 MASS_GRID = 2.0**30
-"""Masses are summed as whole multiples of 2^-30 of a row: float64 sums of them are exact in any order."""
+"""Masses are summed as multiples of 2^-30 of a row; their float64 sums are exact in any order."""
 
 SMALLEST_VARIANCE = 1e-6
-"""Of the largest in Q: what hardly varies is not to be blown up."""
+"""Relative to the largest variance in Q; prevents the amplification of nearly constant directions."""
 
 
 @dataclass(frozen=True)
 class Directions:
-    """Where a key head's scores vary most; whole numbers in float32, but for `step`.
+    """Directions in which a key head's scores vary most; integers in float32, except `step`.
 
     Attributes:
         query, key: R_q and R_k, [Hkv, D, r].
@@ -59,18 +59,18 @@ class Directions:
 
 @dataclass(frozen=True)
 class Tail:
-    """What calibration fits for the tail.
+    """Fitted parameters of the tail.
 
     Attributes:
-        lift: float32 [Hq], whole 1/1024 octaves.
-        directions: None where the whole score is seen, or none of it.
+        lift: float32 [Hq], integers in 1/1024 octaves.
+        directions: None if the whole score is seen, or none of it.
     """
 
     lift: Tensor
     directions: Directions | None = None
 
     def tensors(self) -> dict[str, Tensor]:
-        """By name, as files hold them: "tail_lift", and "tail_query" and so on where there are directions."""
+        """Tensors by name, as stored in files: "tail_lift", and with directions "tail_query" and so on."""
         parts = {} if self.directions is None else vars(self.directions)
         return {"tail_lift": self.lift, **{f"tail_{name}": x for name, x in parts.items()}}
 
@@ -85,7 +85,7 @@ class Tail:
 
 @dataclass(frozen=True)
 class TailSums:
-    """The integers of the tails of some rows, and what follows from them.
+    """Integers of the tails of some rows, and values derived from them.
 
     Attributes:
         count: pairs in the tail, float32 [B, Hq, Sq, 1].
@@ -105,7 +105,7 @@ class TailSums:
     slope: Tensor | None = None
 
     def integers(self) -> dict[str, Tensor]:
-        """What traces and backends are compared by, with the level, by their names in `core.attention`."""
+        """The integers and the level that traces and backends compare, by their names in `core.attention`."""
         found = {
             "tail_count": self.count.int(),
             "tail_distance": self.distance.long(),
@@ -119,17 +119,17 @@ class TailSums:
 
 
 def sees_whole_score(spec: AttentionSpec, head_dim: int) -> bool:
-    """Whether `linear` works with Q and K themselves, so that it needs no directions."""
+    """True if `linear` works on Q and K directly and needs no directions."""
     return spec.tail == "linear" and spec.tail_rank >= head_dim
 
 
 def prunes(spec: AttentionSpec, cutoff: Tensor | None) -> bool:
-    """Whether the rule removes anything, so that there is a tail."""
+    """True if the rule removes anything, so that there is a tail."""
     return spec.sparsity > 0 if RULES[spec.rule].counts else cutoff is not None
 
 
 def active_tail(spec: AttentionSpec, tail: Tail | None, cutoff: Tensor | None, query: Tensor) -> Tail | None:
-    """The tail of one call, with heads that nothing is pruned from turned OFF; None where no head has one.
+    """The tail of one call, with lift OFF for heads without pruning; None if no head has a tail.
 
     Args:
         tail: from calibration; None has a lift of 0.
@@ -137,7 +137,7 @@ def active_tail(spec: AttentionSpec, tail: Tail | None, cutoff: Tensor | None, q
         query: [B, Hq, Sq, D].
 
     Raises:
-        ValueError: `linear` without directions.
+        ValueError: `linear` has no directions.
     """
     if spec.tail == "none" or not prunes(spec, cutoff):
         return None
@@ -181,7 +181,7 @@ class _Project(torch.autograd.Function):
 
 
 def project_straight_through(codes: Tensor, directions: Tensor, offset: Tensor | None = None) -> Tensor:
-    """`projected` whose gradient ignores the rounding, and is zero where a code is at its limit."""
+    """`projected` with a gradient that ignores the rounding and is zero where a code is at its limit."""
     if not torch.is_grad_enabled():
         return projected(codes, directions, offset)
     made: Tensor = _Project.apply(codes, directions, offset)  # type: ignore[no-untyped-call]
@@ -203,14 +203,14 @@ def level(distance: Tensor, count: Tensor, rate: Tensor, lift: Tensor, qmax: int
     count = count.float()
     mean = distance.float() / count.clamp(min=1)
     t = ((mean * rate).clamp(max=END).round_() - lift.view(1, -1, 1, 1)).clamp_(min=0).clamp_(max=END).to(torch.int32)
-    # Powers of the fraction alone: with no whole octave, nothing is shifted out.
+    # Powers of the fraction only: without whole octaves, nothing is shifted out.
     fraction = power_table(t.device).index_select(0, (t & (STEPS_PER_OCTAVE - 1)).view(-1)).view(t.shape)
     weight = (fraction * qmax).float() * _octaves(t.device).index_select(0, (t >> 10).view(-1)).view(t.shape)
     return t, weight.masked_fill((t >= END) | (count == 0), 0.0)
 
 
 def _octaves(device: torch.device) -> Tensor:
-    # A table, since powers of two by a library function need not be exact.
+    # A table, since a library's powers of two may be inexact.
     return torch.tensor([2.0**-octave / ONE for octave in range(END // STEPS_PER_OCTAVE + 1)], device=device)
 
 
@@ -223,13 +223,13 @@ def sum_tail(
     lift: Tensor,
     qmax: int,
 ) -> TailSums:
-    """The sums as they are defined, pair by pair: the readable reference.
+    """The sums by definition, pair by pair: the readable reference.
 
     Args:
         rest: bool [B, Hq, Sq, Sk], pairs of the tail.
-        distance: integers, same shape; anything elsewhere.
+        distance: integers, same shape; arbitrary elsewhere.
         value: codes of V, [B, Hq, Sk, D].
-        scored: codes of Q and K as `linear` sees them, [B, Hq, S, r] each; None with `mean`.
+        scored: codes of Q and K as seen by `linear`, [B, Hq, S, r] each; None with `mean`.
         rate, lift, qmax: see `level`.
     """
     mask, v = rest.double(), value.double()
@@ -246,7 +246,7 @@ def sum_tail(
 def scored_codes(
     q: Tensor, k: Tensor, spec: AttentionSpec, tail: Tail, project: Callable[..., Tensor] = projected
 ) -> tuple[Tensor, Tensor] | None:
-    """Codes of Q and K as `linear` sees them, each query head with its key head's; None with `mean`.
+    """Codes of Q and K as seen by `linear`, with keys repeated for their query heads; None with `mean`.
 
     Args:
         q, k: codes [B, Hq, Sq, D] and [B, Hkv, Sk, D].
@@ -262,30 +262,30 @@ def scored_codes(
 
 
 def slope_of(sums: TailSums) -> Tensor | None:
-    """X - sbar * V_G: the summed values of the tail, each by how far its score lies above the tail's mean.
+    """X - sbar * V_G: the summed values of the tail, weighted by the difference of their score from its mean.
 
-    0 where the level is 0, and the tail with it.
+    0 if the level is 0.
     """
     if sums.score is None or sums.slope is None:
         return None
     slope = sums.slope.float() - mean_score(sums) * sums.value
-    return slope.masked_fill(sums.level == 0, 0.0)  # 0 times what leaves float32 would be NaN
+    return slope.masked_fill(sums.level == 0, 0.0)  # 0 * inf would be NaN
 
 
 def mean_score(sums: TailSums) -> Tensor:
-    """sbar, float32 [B, Hq, Sq, 1]; 0 where the tail is empty."""
+    """sbar, float32 [B, Hq, Sq, 1]; 0 if the tail is empty."""
     assert sums.score is not None
     return sums.score.float() / sums.count.clamp(min=1)
 
 
 def with_tail(weighted: Tensor, code_sum: Tensor, sums: TailSums, step: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Numerator and divisor of the output: survivors and tail.
+    """Numerator and divisor of the output, from survivors and tail.
 
     Args:
         weighted: float32 [B, Hq, Sq, D], sum(code * v_code).
         code_sum: float32 [B, Hq, Sq, 1], sum(code), at least 1.
         sums: of the same rows.
-        step: lambda, float32 broadcastable, what a unit of s adds to a pair's weight; only for `linear`.
+        step: lambda, float32 broadcastable, change of a pair's weight per unit of s; only for `linear`.
     """
     slope, values = slope_of(sums), sums.value
     if slope is not None and step is not None:
@@ -301,7 +301,7 @@ def score_steps(alpha: Tensor, tail: Tail, heads: int) -> Tensor:
 
 
 def tail_masses(probability: Tensor, rest: Tensor, level_of_one: Tensor, counted: Tensor) -> Tensor:
-    """What tails hold and what levels without lift make of it, summed over rows.
+    """Probability of the tails, and the mass that levels without lift give them, summed over rows.
 
     Args:
         probability: p~ in units of 2^-16, 0 where not valid, [B, Hq, Sq, Sk].
@@ -310,7 +310,7 @@ def tail_masses(probability: Tensor, rest: Tensor, level_of_one: Tensor, counted
         counted: bool, broadcastable to [B, Hq, Sq, 1], rows that count.
 
     Returns:
-        float64 [Hq, 2], whole multiples of 2^-30 of a row's probability.
+        float64 [Hq, 2], multiples of 2^-30 of a row's probability.
     """
     whole = probability.sum(-1, keepdim=True, dtype=torch.float64).clamp(min=1)
     held = (probability * rest).sum(-1, keepdim=True, dtype=torch.float64)
@@ -320,7 +320,7 @@ def tail_masses(probability: Tensor, rest: Tensor, level_of_one: Tensor, counted
 
 
 def fit_lift(masses: Tensor) -> Tensor:
-    """lift [Hq], float32, from summed masses [Hq, 2]; 0 where no tail was seen."""
+    """lift [Hq], float32, from summed masses [Hq, 2]; 0 if no tail was seen."""
     held, estimated = masses.unbind(-1)
     seen = (held > 0) & (estimated > 0)
     octaves = torch.log2(torch.where(seen, held, 1.0) / torch.where(seen, estimated, 1.0))
@@ -329,7 +329,7 @@ def fit_lift(masses: Tensor) -> Tensor:
 
 @dataclass
 class Moments:
-    """Sums over the codes of real tokens, exact in float64 and so in any order.
+    """Sums over the codes of real tokens, exact in float64 in any order.
 
     Attributes:
         query: of q q^T, [Hkv, D, D], and their number, rows [1].
@@ -344,7 +344,7 @@ class Moments:
 
     @classmethod
     def none_yet(cls, heads: int, dim: int, device: torch.device) -> Moments:
-        """Nothing seen."""
+        """Empty sums."""
         square = torch.zeros(heads, dim, dim, dtype=torch.float64, device=device)
         one = square.new_zeros(1)
         return cls(square, one, square.clone(), square.new_zeros(heads, dim), one.clone())
@@ -354,7 +354,7 @@ class Moments:
         return [self.query, self.rows, self.key, self.mean, self.keys]
 
     def add(self, q: Tensor, k: Tensor, rows: Tensor, keys: Tensor) -> None:
-        """See one call.
+        """Add one call.
 
         Args:
             q, k: codes [B, Hq, Sq, D] and [B, Hkv, Sk, D].
@@ -394,14 +394,14 @@ def fit_directions(moments: Moments, rank: int) -> Directions:
 
 
 def _roots(square: Tensor) -> tuple[Tensor, Tensor]:
-    """C^1/2 and C^-1/2 of symmetric matrices, without directions that hardly occur."""
+    """C^1/2 and C^-1/2 of symmetric matrices, without directions that hardly vary."""
     values, vectors = torch.linalg.eigh(square)
     values = values.clamp(min=float(values.amax().clamp(min=1e-12)) * SMALLEST_VARIANCE)
     return vectors * values.sqrt().unsqueeze(-2) @ vectors.mT, vectors / values.sqrt().unsqueeze(-2) @ vectors.mT
 
 
 def _scaled(directions: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """Integer directions, and the factor [H, 1] that puts REACH deviations at the largest code."""
+    """Integer directions, and the factor [H, 1] that maps REACH deviations to the largest code."""
     wanted = PROJECTED_MAX / (REACH * deviation.clamp(min=1e-6))
     possible = DIRECTION_MAX / 2.0**SHIFT / directions.abs().amax((-2, -1)).unsqueeze(-1).clamp(min=1e-12)
     factor = torch.minimum(wanted, possible)

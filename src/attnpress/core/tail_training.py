@@ -1,7 +1,7 @@
-"""The tail of the training forward: the sums of `tail.sum_tail` by float products, and their gradients.
+"""The tail in the training forward: the sums of `tail.sum_tail` by float products, and their gradients.
 
-Float32 holds every sum of codes here exactly, and float64 takes over where it might not, so that training sees the
-integers of the reference. See `fake_quantize` for what goes on around it.
+All sums of codes are exact, in float32 or where necessary in float64, so training uses the integers of the reference.
+See `fake_quantize` for the caller.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ LARGEST = 127
 
 @dataclass
 class TailRows:
-    """What the backward pass needs of the tails of a call, filled slice by slice; float32.
+    """Values of the tails of a call for the backward pass, filled slice by slice; float32.
 
     Attributes:
         level: u over the divisor, [B, Hq, Sq, 1]; count: pairs in the tail, likewise.
@@ -36,7 +36,7 @@ class TailRows:
 
     @classmethod
     def empty(cls, q: Tensor, v: Tensor, *, linear: bool) -> TailRows:
-        """Room for the rows of q [B, Hq, Sq, D], with values as wide as v."""
+        """Uninitialized values for the rows of q [B, Hq, Sq, D], with values as wide as v."""
         rows = q.shape[:3]
         one, wide = q.new_empty(*rows, 1), q.new_empty(*rows, v.shape[-1])
         extra = (torch.empty_like(wide), torch.empty_like(one)) if linear else (None, None)
@@ -52,7 +52,7 @@ class TailRows:
         return [self.level, self.count, self.keys, self.values, self.slope, self.mean]
 
     def fill(self, part: slice, sums: TailSums, keys: Tensor, divisor: Tensor) -> None:
-        """Keep one slice of the batch."""
+        """Store one slice of the batch."""
         self.level[part], self.count[part] = sums.level / divisor, sums.count
         self.keys[part], self.values[part] = keys, sums.value
         slope = slope_of(sums)
@@ -61,7 +61,7 @@ class TailRows:
 
 
 def tail_pairs(codes: Tensor, allowed: Tensor | None) -> Tensor:
-    """1.0 where a valid pair has no code, else 0.0: in a subtraction, since comparisons cost many times as much.
+    """1.0 where a valid pair has no code, else 0.0. A subtraction, since comparisons are many times slower.
 
     Args:
         codes: P codes, float32 [B, Hq, Sq, Sk].
@@ -86,8 +86,8 @@ def sum_tail_by_products(
 
     Args:
         rest: from `tail_pairs`.
-        row_max: of the scores, whole numbers [B, Hq, Sq, 1]; any in a row without a valid key.
-        q, k, v: codes, each query head with its key head.
+        row_max: of the scores, integers [B, Hq, Sq, 1]; arbitrary in a row without a valid key.
+        q, k, v: codes, with keys and values repeated for their query heads.
         scored, rate, tail, qmax: see `tail.sum_tail`.
     """
     dim = k.shape[-1]
@@ -118,10 +118,10 @@ def add_tail_gradients(
     own: Tensor,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """Add what comes through the tail to the gradients of the codes of Q, K and V, in place.
+    """Add the gradients through the tail to those of the codes of Q, K and V, in place.
 
     Args:
-        rows: of this slice, as are all others.
+        rows: of this slice, like all other arguments.
         q: codes of Q; scored: see `tail.scored_codes`.
         steps: alpha and lambda, broadcastable to [B, Hq, Sq, 1].
         scaled: gradient of the output times the scale of V, [B, Hq, Sq, D].
@@ -134,7 +134,7 @@ def add_tail_gradients(
     (grad_q, grad_k, grad_v), (alpha, step) = grads, steps
     values = rows.values if rows.slope is None else rows.values + step * rows.slope
     some = rows.count.clamp(min=1)
-    # Each pair of the tail moves the level by 1 / g of what its own score moves.
+    # Each pair of the tail changes the level by 1 / g of the change of its score.
     common = alpha * rows.level * ((scaled * values).sum(-1, keepdim=True) / some - own)
     common = common * (rows.count > 0)
     grad_q += common * rows.keys
@@ -152,7 +152,7 @@ def add_tail_gradients(
 
 
 def _dot(q: Tensor, keys: Tensor) -> Tensor:
-    """q . keys row by row, float64 [.., 1]."""
+    """Dot products of q and keys by row, float64 [.., 1]."""
     return (q.double() * keys.double()).sum(-1, keepdim=True)
 
 

@@ -1,4 +1,4 @@
-"""Thresholds fitted to a target sparsity, on histograms of how late a rule would keep pairs (numerics, section 4)."""
+"""Thresholds fitted to a target sparsity, on histograms of pairs (numerics, section 4)."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BINS
 
 LEAST, MOST = 0.4, 6.0
-"""Bounds of a head's budget: what one batch says of a head is noisy, and rows need a key or two."""
+"""Bounds of a head's budget: sensitivities from one batch are noisy, and rows need a key or two."""
 
 WIDE = 1e9
-"""Heads whose changes differ by more are treated as if they did not, so that every sum can be reached."""
+"""Larger ratios between heads are clamped, so that every sum can be reached."""
 
 HALVINGS = 80
-"""More than a float64 has bits: the search for a common factor ends at the last one."""
+"""Bisection steps, more than a float64 has bits."""
 
 
 def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
@@ -33,20 +33,20 @@ def pair_histogram(bins: Tensor, valid: Tensor) -> Tensor:
     """
     heads = bins.shape[1]
     offset = torch.arange(heads, dtype=bins.dtype, device=bins.device).view(1, heads, 1, 1) * (BINS + 1)
-    # What does not count goes to a bin of its own, which is cheaper than to pick out what does.
+    # Pairs that do not count go to a separate bin, which is cheaper than selecting the others.
     placed = torch.where(valid, bins, BINS) + offset
     return torch.bincount(placed.flatten(), minlength=heads * (BINS + 1)).view(heads, BINS + 1)[:, :BINS].double()
 
 
 def fit_cutoff(spec: AttentionSpec, histogram: Tensor, sparsity: float | Tensor) -> Tensor:
-    """Per-head cutoff that removes the asked fraction of the pairs pooled in `histogram`.
+    """Per-head cutoff that removes the requested fraction of the pairs pooled in `histogram`.
 
     Args:
         histogram: float64 [H, BINS].
-        sparsity: fraction to remove, in [0, 1), of every head or float64 [H]; 0 removes nothing.
+        sparsity: fraction to remove, in [0, 1), one for all heads or float64 [H]; 0 removes nothing.
 
     Returns:
-        float32 [H]: in the unit of `spec.rule`; +inf keeps everything.
+        float32 [H] in the unit of `spec.rule`; +inf keeps everything.
 
     Raises:
         ValueError: a head has no pair to fit on.
@@ -73,17 +73,17 @@ def fixed_cutoff(spec: AttentionSpec, heads: int) -> Tensor:
 
 
 def head_budgets(change: Tensor, keep: Tensor) -> Tensor:
-    """Which fraction of its pairs each head keeps, in proportion to what pruning it changes.
+    """Fraction of its pairs that each head keeps, in proportion to its sensitivity.
 
     Args:
-        change: float64 [H], how much the model's output moves when this head alone is pruned; not negative.
-        keep: float64 [H], in (0, 1], what each head keeps without a budget.
+        change: float64 [H], change of the model's output if only this head is pruned; not negative.
+        keep: float64 [H], in (0, 1], fraction that each head keeps without a budget.
 
     Returns:
-        float64 [H], each at least LEAST and at most MOST of `keep` and never above 1, with the sum of `keep`.
+        float64 [H], each between LEAST and MOST times `keep` and never above 1, with the sum of `keep`.
     """
     least, most = keep * LEAST, (keep * MOST).clamp(max=1.0)
-    # Where all change alike, or nothing does, every head keeps what it had.
+    # If all changes are equal or zero, the fractions stay as they are.
     asked = keep * (change / change.mean()).nan_to_num(1.0).clamp(min=1 / WIDE)
     low, high = asked.new_zeros(()), asked.new_full((), MOST * WIDE)
     for _ in range(HALVINGS):

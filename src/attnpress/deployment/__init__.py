@@ -1,4 +1,4 @@
-"""From a calibrated or trained model to one that runs on integer kernels."""
+"""Deployment: run a calibrated or trained model on integer kernels."""
 
 from attnpress.deployment.attention import AUTO, deploy, place_on, undeploy
 

@@ -1,6 +1,6 @@
-"""deploy: run a compressed model on real kernels; undeploy goes back.
+"""deploy: run a compressed model on integer kernels; undeploy reverses it.
 
-Attention gives bit for bit what was trained. Linear layers in 8 bits, and leaving padding out, are asked for by name.
+Attention gives the bits of training. 8-bit linear layers and execution without padding are optional.
 """
 
 from __future__ import annotations
@@ -31,29 +31,28 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", padding: Padding | None = None) -> Model:
-    """Swap the attention of a calibrated or trained model for a backend of `attnpress.kernels`, for inference.
+    """Replace the attention of a calibrated or trained model by a backend of `attnpress.kernels`, for inference.
 
     Args:
-        model: after `bind` and `calibrate`, or loaded from a compressed checkpoint; put into evaluation mode.
-        backend: "cpu" (the compiled kernel), "gpu" (the Triton kernel) or "reference"; "auto" takes the kernel of the
-            device that the model is on, for each module that it can run, and says once, as a warning, where the
-            reference takes its place: the kernel cannot run here, or is not made for the spec.
-        linear: "int8" also puts the encoder's linear layers into 8 bits and its word embedding into 16, but for what
-            `calibrate_linear` left in float. Their float32 weights are let go, so such a model cannot be undeployed.
-            `save_pretrained` stores it as it is; loaded again, it has int8 layers whatever is said here. The small
-            float layers around the encoder are computed in one order, so that with no product left in float the
-            output of a text is the same bits in any company, on any processor (docs/never_changes.md). DistilBERT
-            and ModernBERT have int8 layers without that promise; other families keep float layers, said once in a
-            warning.
-        padding: "skip" runs an encoder of the BERT family on the real tokens of a batch alone; hidden states of
-            padding are then 0. "keep" runs it on the whole rectangle. "skip" unless linear layers are in float.
+        model: after `bind` and `calibrate`, or loaded from a compressed checkpoint. It is put into evaluation mode.
+        backend: "cpu" (the compiled kernel), "gpu" (the Triton kernel) or "reference". "auto" selects the kernel of the
+            model's device for each module that it supports. It warns once if the reference is used instead, because the
+            kernel cannot run here or does not support the spec.
+        linear: "int8" also converts the encoder's linear layers to 8 bits and its word embedding to 16, except for
+            those that `calibrate_linear` left in float. Their float32 weights are freed, so the model cannot be
+            undeployed. `save_pretrained` stores the int8 form, and loading restores it whatever `linear` is. Small
+            float layers around the encoder are computed in one order of summation. If no product stays in float, a text
+            has the same output bits in any batch, on any processor (docs/never_changes.md). DistilBERT and ModernBERT
+            have int8 layers without this guarantee. Other families keep float layers, with a warning.
+        padding: "skip" runs an encoder of the BERT family only on the real tokens of a batch; hidden states of padding
+            are then 0. "keep" runs it on the padded batch. Default: "skip", or "keep" for float linear layers.
 
     Returns:
         The same model. Modules that compress nothing keep the framework's own attention.
 
     Raises:
-        ValueError: the model is not bound, or the backend cannot run its spec.
-        BackendUnavailableError: the backend named is not built, or cannot run here.
+        ValueError: the model is not bound, or the backend does not support its spec.
+        BackendUnavailableError: the requested backend is not built, or cannot run here.
     """
     modules = attentions(model)
     if not modules:
@@ -76,10 +75,10 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
 
 
 def place_on(backend: str, model: nn.Module) -> None:
-    """Move a model to where a backend that is asked for by name runs; only "gpu" asks for a place of its own.
+    """Move a model to the device of a backend requested by name; only "gpu" requires one.
 
     Raises:
-        BackendUnavailableError: it cannot run here.
+        BackendUnavailableError: the backend cannot run here.
     """
     if backend == "gpu":
         gpu.load()
@@ -87,12 +86,12 @@ def place_on(backend: str, model: nn.Module) -> None:
 
 
 def undeploy(model: Model) -> Model:
-    """Give the model back its training forward; returns it. Does nothing to a model that was not deployed.
+    """Restore the training forward of a model, and return it. A model that is not deployed is left unchanged.
 
-    The model stays in evaluation mode, into which `deploy` put it: call `model.train()` to train on.
+    The model stays in evaluation mode; call `model.train()` to train it.
 
     Raises:
-        ValueError: its linear layers are int8, so their float32 weights are gone.
+        ValueError: its linear layers are int8, so their float32 weights are not available.
     """
     if is_int8(model):
         raise ValueError("the linear layers are int8, and their float32 weights gone: load the model again")
@@ -103,7 +102,7 @@ def undeploy(model: Model) -> Model:
 
 
 def _deploy_linear(model: nn.Module, linear: Linear) -> None:
-    """Put linear layers into 8 bits if that is asked for, and have those that are run as fast as they can."""
+    """Convert linear layers to 8 bits if requested, and pack existing int8 layers for speed."""
     if linear == "int8" and not is_int8(model):
         encoder = int8_encoder(model)
         if encoder is not None:
@@ -113,7 +112,7 @@ def _deploy_linear(model: nn.Module, linear: Linear) -> None:
 
 
 def _pack(model: nn.Module) -> None:
-    """Leave padding out from now on, where the encoder allows it."""
+    """Remove padding from now on, if the encoder supports it."""
     encoder = find_encoder(model)
     if encoder is None or any(state.spec.is_dense for state in attentions(model).values()):
         _say_padding(type(model).__name__)
@@ -138,7 +137,7 @@ def _say_padding(name: str) -> None:
 
 
 def _choose(module: CompressedAttention) -> str:
-    """The fastest backend that can run a module's spec where the module is."""
+    """The fastest backend for a module's spec on its device."""
     backend = "gpu" if module.cutoff.is_cuda else "cpu"
     if backend == "cpu" and not cpu.is_built():
         _say_once()
@@ -166,7 +165,8 @@ def _say_once() -> None:
 @functools.cache
 def _say_reference(reason: str) -> None:
     warnings.warn(
-        f"attention runs through the slow reference, since {reason}; pass backend='reference' to mean it", stacklevel=5
+        f"attention runs through the slow reference, since {reason}; pass backend='reference' to choose it",
+        stacklevel=5,
     )
 
 
@@ -179,7 +179,7 @@ def _check(name: str, module: CompressedAttention, backend: str) -> None:
 
 
 def _attend(backend: str, call: AttentionCall) -> Tensor:
-    """`fake_quantize_attention` without its gradients."""
+    """`fake_quantize_attention` without gradients."""
     if call.dropout > 0:
         raise RuntimeError("a deployed model does not train: call undeploy(model), or model.eval()")
     return without_gradient(ops.attention(call, backend=backend), call.query, call.key, call.value)

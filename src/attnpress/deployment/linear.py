@@ -1,4 +1,4 @@
-"""Int8 linear layers of a deployed encoder: calibrated, judged by what they cost, and put in place."""
+"""Int8 linear layers of a deployed encoder: calibration, selection and installation."""
 
 from __future__ import annotations
 
@@ -24,24 +24,25 @@ from attnpress.tasks import TaskData
 from attnpress.tasks.batches import training_batches
 
 TOLERANCE = 0.25
-"""Largest relative change of the model's output that int8 linear layers may make together.
+"""Largest relative change of the model's output by all int8 linear layers together.
 
-Rounding moves attention's codes across their borders, so even a change of weights by a hundred-thousandth moves the
-logits of MiniLM on MRPC by 0.04, one by a thousandth by 0.08, and int8 layers, which predict as well, by 0.10 to 0.15.
+Rounding moves attention's codes across their borders, so even a relative change of weights by 1e-5 changes the logits
+of MiniLM on MRPC by 0.04, one by 1e-3 changes them by 0.08, and int8 layers, which predict equally well, by 0.10 to
+0.15.
 """
 
 JUDGED = 2
-"""Batches on which each product is judged alone: one pass over them for each product."""
+"""Batches on which each product is measured; each product costs one pass over them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LinearLayers:
-    """How many of a model's linear layers are computed in which way; Q, K and V of a layer count as one.
+    """Number of a model's linear layers by implementation; Q, K and V of a layer count as one.
 
     Attributes:
-        int8: as integer products.
-        ordered: in float32 in one order, around the encoder.
-        library: in floating point by torch.
+        int8: integer products.
+        ordered: float32 in one order of summation, around the encoder.
+        library: floating point by torch.
     """
 
     int8: int
@@ -50,7 +51,7 @@ class LinearLayers:
 
 
 def linear_layers(model: nn.Module) -> LinearLayers:
-    """What a model's linear layers compute, as they are now: so that nothing says int8 where it was float."""
+    """Count a model's linear layers by their current implementation."""
     kinds = [type(module) for module in model.modules()]
     return LinearLayers(*(kinds.count(kind) for kind in (Int8Linear, OrderedLinear, nn.Linear)))
 
@@ -58,26 +59,26 @@ def linear_layers(model: nn.Module) -> LinearLayers:
 def calibrate_linear(
     model: nn.Module, batches: Iterable[Batch], *, tolerance: float = TOLERANCE, bits: Bits = ACTIVATION_BITS
 ) -> dict[str, ProductPlan]:
-    """Find what has to stay in float under `deploy(model, linear="int8")`; `save_pretrained` stores what was found.
+    """Select the products that stay in float under `deploy(model, linear="int8")`; `save_pretrained` stores the plan.
 
-    Each product of the encoder is put into 8 bits alone, and the word embedding into 16, which shows what it changes.
-    As long as all of them together change the output by more than `tolerance`, the worst goes back to float. Padding
-    is never counted.
+    Each product of the encoder is quantized alone, and the word embedding converted to 16 bits, to measure its effect.
+    While all together change the output by more than `tolerance`, the worst one goes back to float. Padding is
+    excluded.
 
     Args:
-        model: after `calibrate`, not deployed with int8 layers. Unchanged but for its plan.
-        batches: as `calibrate` takes them. The first two serve.
-        tolerance: of the relative change, in norm, of the model's first output: logits, or hidden states.
-        bits: of the codes of the products' inputs. 7 are as fast on every processor; 8 take twice the
-            multiplications where there is no VNNI. The results of either are the same everywhere.
+        model: after `calibrate`, without int8 layers. Only its plan is changed.
+        batches: as for `calibrate`; the first two are used.
+        tolerance: maximum relative change, in norm, of the model's first output (logits or hidden states).
+        bits: of the products' input codes. 7 are as fast on every processor; 8 need twice the multiplications without
+            VNNI. Results of each are the same everywhere.
 
     Returns:
-        The plan, by product: "0.qkv", "0.attention", "0.up", "0.down" for layer 0, "embedding" for that of words,
-        unless its weight serves another layer too. Empty, with a warning, where all have to stay in float: another
-        family than BERT's, or weights that are not float32.
+        The plan, by product: "0.qkv", "0.attention", "0.up", "0.down" for layer 0, and "embedding" for that of words,
+            unless another layer shares its weight. Empty, with a warning, if all stay in float: an unsupported family,
+            or weights that are not float32.
 
     Raises:
-        ValueError: no batches, other bits, or a model with int8 layers already.
+        ValueError: there are no batches, other bits, or a model that already has int8 layers.
     """
     if bits not in (7, 8):
         raise ValueError(f"bits {bits!r}: the inputs of int8 linear layers have 7 or 8")
@@ -91,10 +92,10 @@ def calibrate_linear(
 
 
 def int8_encoder(model: nn.Module) -> nn.Module | None:
-    """The encoder whose linear layers may become int8; None, said once in a warning, where they have to stay in float.
+    """The encoder whose linear layers can become int8; None, with a warning, if there is none.
 
     Raises:
-        ValueError: they are int8 already.
+        ValueError: they are already int8.
     """
     encoder = find_layers(model)
     if encoder is None:
@@ -109,7 +110,7 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
 
 
 def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPlan]) -> None:
-    """Put int8 layers where the plan has them, all of them if it is empty; float32 weights of those are let go."""
+    """Install int8 layers according to the plan, all of them if it is empty; their float32 weights are freed."""
     entire = dict(plan) or {name: ProductPlan() for name in entries(model, encoder)}
     for layer, replaced in place_int8(model, encoder, entire):
         layer.take(replaced)
@@ -117,7 +118,7 @@ def use_int8(model: nn.Module, encoder: nn.Module, plan: Mapping[str, ProductPla
 
 
 def pack_int8(model: nn.Module) -> None:
-    """Let compiled code compute the int8 layers that a model has, and the float layers around their encoder."""
+    """Use compiled code for a model's int8 layers, and for the float layers around their encoder."""
     for module in model.modules():
         if isinstance(module, Int8Linear):
             module.use(PackedProduct)
@@ -128,12 +129,12 @@ def pack_int8(model: nn.Module) -> None:
 
 @functools.cache
 def say_float(name: str, reason: str) -> None:
-    """Warn, once, that a model's linear layers stay as they are."""
+    """Warn, once, that a model's linear layers stay in float."""
     warnings.warn(f"{name}: linear layers stay in float, since {reason}", stacklevel=4)
 
 
 def real_tokens(batch: Batch) -> Tensor | None:
-    """Which tokens of a batch are real, bool [B, S]; None if all are."""
+    """The real tokens of a batch, bool [B, S]; None if all are real."""
     mask = batch.get("attention_mask")
     return None if mask is None or mask.dim() != 2 else mask.bool()
 
@@ -141,7 +142,7 @@ def real_tokens(batch: Batch) -> Tensor | None:
 def _judge(
     model: nn.Module, encoder: nn.Module, batches: Sequence[Batch], tolerance: float, bits: Bits
 ) -> dict[str, ProductPlan]:
-    """The plan with the error of each product alone, and without those that together would change too much."""
+    """The plan with the error of each product alone; the worst are removed until the total is within the tolerance."""
     layers = entries(model, encoder)
     expected = _answer(model, batches)
 
@@ -160,7 +161,7 @@ def _judge(
 
 @contextlib.contextmanager
 def _fake_quantized(layers: Iterable[nn.Module], bits: Bits) -> Iterator[None]:
-    """Inside the `with` block, these layers give what they would in few bits."""
+    """Inside the `with` block, these layers compute as if quantized."""
     with contextlib.ExitStack() as stack:
         for layer in layers:
             stack.callback(layer.register_forward_hook(functools.partial(_in_few_bits, bits)).remove)
@@ -174,7 +175,7 @@ def _in_few_bits(bits: Bits, layer: Any, args: tuple[Tensor], output: Tensor) ->
 
 
 def _answer(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
-    """The model's first output for all batches, as one row of numbers; only real tokens where it has tokens."""
+    """The model's first output for all batches as one vector; only real tokens, if it has tokens."""
     parts = []
     for batch in batches:
         real = real_tokens(batch)
@@ -186,9 +187,9 @@ def _answer(model: nn.Module, batches: Iterable[Batch]) -> Tensor:
 
 
 def plan_linear(model: nn.Module, data: Callable[[], TaskData], config: RunConfig) -> dict[str, ProductPlan]:
-    """What of the linear layers is to be in 8 bits.
+    """The plan of int8 linear layers.
 
     Args:
-        data: of the run; asked for only if the model has no plan, which is then made from its calibration batches.
+        data: of the run; used only if the model has no plan, to make one from its calibration batches.
     """
     return plan_of(model) or calibrate_linear(model, training_batches(data(), config.calibration, config.seed))

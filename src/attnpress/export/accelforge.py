@@ -1,7 +1,7 @@
 """`--to accelforge`: attention as a workload of AccelForge, with the survivors of each layer.
 
-AccelForge 1.0 has no sparse tensors, so the sizes of ranks say what pruning leaves: P V runs over R keys per query
-in place of all P, R the mean number of survivors, as if all rows of a head kept the same keys.
+AccelForge 1.0 has no sparse tensors, so pruning is expressed by the sizes of ranks: P V runs over R keys per query, R
+the mean number of survivors, as if all rows of a head kept the same keys.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def write_accelforge(
         tokens, and kept by layer.
 
     Raises:
-        ExportError: layers differ in heads or bits, which one workload cannot say.
+        ExportError: layers differ in heads or bits, which one workload cannot express.
     """
     layers = by_layer(sequences)
     shapes = {(found[0].codes.shape[0], found[0].v_codes.shape[-1]) for found in layers.values()}
@@ -90,7 +90,7 @@ def write_accelforge(
 
 
 def _kept(layer: Sequence[AttendedSequence]) -> int:
-    """Mean survivors of a row, rounded up."""
+    """Mean number of survivors per row, rounded up."""
     return max(
         1, -(-sum(int(one.survivors.sum()) for one in layer) // max(1, sum(one.survivors.numel() for one in layer)))
     )

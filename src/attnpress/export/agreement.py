@@ -1,4 +1,4 @@
-"""Does the exported file give what the deployed model gives? Both see the whole evaluation set."""
+"""Comparison of the exported file with the deployed model on the whole evaluation set."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from attnpress.core.rules import rule_of
+from attnpress.core.rules import runs_on
 from attnpress.deployment.attention import deploy, undeploy
 from attnpress.export.errors import ExportError
 from attnpress.kernels import cpu, head_size
@@ -27,14 +27,14 @@ Infer = Callable[[Mapping[str, np.ndarray[Any, Any]]], Sequence[np.ndarray[Any, 
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """A runtime against the deployed model, on the same rows.
+    """A runtime compared with the deployed model, on the same rows.
 
     Attributes:
         metric: name of the headline metric; deployed, exported: its value in points.
         rows: of the evaluation set.
-        same_decisions: fraction of rows (in qa: of windows and ends) whose largest logit is in the same place.
+        same_decisions: fraction of rows (in qa: of windows and ends) whose largest logit is at the same index.
         largest_logit_difference: over all logits.
-        backend: what ran the deployed model's attention.
+        backend: backend of the deployed model's attention.
     """
 
     metric: str
@@ -47,21 +47,21 @@ class Agreement:
 
     @property
     def difference(self) -> float:
-        """Points by which the metrics differ."""
+        """Difference of the metrics, in points."""
         return abs(self.deployed - self.exported)
 
 
 class Served(nn.Module):
-    """An exported file behind the face of a model: inputs by name in, outputs by name out."""
+    """An exported file with the interface of a model: inputs by name in, outputs by name out."""
 
     def __init__(self, infer: Infer, outputs: Sequence[str]) -> None:
         super().__init__()
         self.infer, self.outputs = infer, tuple(outputs)
-        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # callers ask a model's parameters for a device
+        self.anchor = nn.Parameter(torch.empty(0), requires_grad=False)  # read by callers to find the device
 
     @property
     def device(self) -> torch.device:
-        """Where inputs are expected."""
+        """The device of the inputs."""
         return self.anchor.device
 
     def forward(self, **batch: Tensor) -> dict[str, Tensor]:
@@ -103,13 +103,13 @@ def compare(model: Any, served: Served, data: TaskData, batch_size: int = 32) ->
 
 
 def usable_backend(modules: Any) -> str:
-    """The compiled kernel where it is built and knows the rule, else the reference."""
+    """The compiled kernel if it is built and supports the rule, else the reference."""
     compressed = [module for module in modules if not module.spec.is_dense]
-    native = all("cpu" in rule_of(module.spec).kernels and head_size.fits(module.head_dim) for module in compressed)
+    native = all(runs_on("cpu", module.spec) and head_size.fits(module.head_dim) for module in compressed)
     return "cpu" if native and cpu.is_built() else "reference"
 
 
 def _same_decisions(ours: Tensor, theirs: Tensor) -> float:
-    if ours.shape[-1] == 1:  # regression decides nothing: its one output is compared as it stands
+    if ours.shape[-1] == 1:  # regression has a single output, which is compared directly
         return float((ours - theirs).abs().le(1e-3).double().mean())
     return float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())

@@ -1,4 +1,4 @@
-"""`--to csr`: the survivors of each layer as compressed sparse rows, with the V codes that they weigh, and the sums."""
+"""`--to csr`: survivors of each layer as compressed sparse rows, with their V codes and the weighted sums."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NOTES = (
 
 
 def write_csr(sequences: Iterable[AttendedSequence], folder: Path) -> dict[str, float]:
-    """Write `csr.safetensors`, and check it.
+    """Write `csr.safetensors`, and verify it.
 
     Returns:
         tokens (of all sequences, once), bytes, and bytes_a_token.
 
     Raises:
-        ExportError: the file does not give the sums of the reference.
+        ExportError: the file does not reproduce the sums of the reference.
     """
     layers = by_layer(sequences)
     tensors = {f"{name}.{part}": x for name, found in layers.items() for part, x in packed_rows(found).items()}
@@ -57,7 +57,7 @@ def _check(file: Path, heads: dict[str, list[int]]) -> None:
 
 
 def _first_keys(tensors: Tensors, layer: str, query_heads: int, key_heads: int) -> Tensor:
-    """For each row, which row of v_codes is its first key's; int64 [rows]."""
+    """Row of v_codes that holds each row's first key; int64 [rows]."""
     found, before = [], 0
     for rows, keys in zip(tensors[f"{layer}.lengths"].tolist(), tensors[f"{layer}.key_lengths"].tolist(), strict=True):
         head = torch.arange(query_heads) * key_heads // query_heads
@@ -67,7 +67,7 @@ def _first_keys(tensors: Tensors, layer: str, query_heads: int, key_heads: int) 
 
 
 def packed_rows(sequences: Sequence[AttendedSequence]) -> Tensors:
-    """One layer's survivors over many sequences, nothing of padding in between.
+    """Survivors of one layer over many sequences, without padding.
 
     Args:
         sequences: of one layer, in order.
@@ -75,7 +75,7 @@ def packed_rows(sequences: Sequence[AttendedSequence]) -> Tensors:
     Returns:
         lengths, key_lengths int32 [sequences]; start int64 [rows + 1], key int32 and code uint8 [survivors]; v_codes
         int8 [keys, D] and weighted int32 [rows, D], which holds sums of up to 66,311 keys. Rows are ordered by
-        sequence, query head, query; keys by sequence, key head, key; `key` counts from the first key of its sequence.
+        sequence, query head, query; keys by sequence, key head, key. `key` counts from the first key of its sequence.
     """
     parts = [csr_of(one.codes.unsqueeze(0)) for one in sequences]
     counts = torch.cat([part["csr_start"].diff() for part in parts])

@@ -1,7 +1,7 @@
-"""`--to density`: how survivors fill tiles, and how far the density models of simulators are from it.
+"""`--to density`: occupancy of tiles by survivors, and the fit of the density models of simulators.
 
-The models are those of Sparseloop (Wu et al., MICRO 2022): "fixed", every tile as full as the mean; "hypergeometric",
-survivors placed at random; and what was measured, as a histogram.
+The models are those of Sparseloop (Wu et al., MICRO 2022): "fixed" (every tile has the mean density) and
+"hypergeometric" (survivors at random), compared with the measured histogram.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOTES = (
 
 
 def write_density(sequences: Iterable[AttendedSequence], folder: Path) -> dict[str, Any]:
-    """Write `density.json`; returns what it holds."""
+    """Write `density.json`; returns its content."""
     layers = {name: layer_density(found) for name, found in by_layer(sequences).items()}
     found = {"format": FORMAT, "layers": layers}
     write_text(folder / FILE, json.dumps(found, indent=1, allow_nan=False) + "\n")
@@ -39,11 +39,11 @@ def write_density(sequences: Iterable[AttendedSequence], folder: Path) -> dict[s
 
 
 def layer_density(sequences: Sequence[AttendedSequence]) -> dict[str, Any]:
-    """Density of one layer, and by tile the histogram with the fit of each model.
+    """Density of one layer, with the histogram per tile shape and the fit of each model.
 
     Returns:
-        pairs, survivors (of all heads), density, and tiles: by "ROWSxKEYS" what `fits` gives; a shape that no sequence
-        has room for is left out.
+        pairs, survivors (of all heads), density, and tiles: by "ROWSxKEYS" the result of `fits`. A shape larger than
+        every sequence is left out.
     """
     pairs, survivors = (sum(int(getattr(one, name).sum()) for one in sequences) for name in ("pairs", "survivors"))
     matrices = sum(one.codes.shape[0] for one in sequences)
@@ -57,7 +57,7 @@ def layer_density(sequences: Sequence[AttendedSequence]) -> dict[str, Any]:
 
 
 def tile_histogram(sequence: AttendedSequence, rows: int, keys: int) -> Tensor:
-    """How many whole tiles of valid pairs have 0, 1, ... rows * keys survivors; int64 [rows * keys + 1]."""
+    """Number of whole tiles of valid pairs with 0, 1, ... rows * keys survivors; int64 [rows * keys + 1]."""
     filled, valid = (
         _tile_sums(mask, rows, keys) for mask in (sequence.codes > 0, sequence.valid.expand_as(sequence.codes))
     )
@@ -71,11 +71,11 @@ def _tile_sums(mask: Tensor, rows: int, keys: int) -> Tensor:
 
 
 def fits(histogram: Sequence[int], population: int, density: float) -> dict[str, Any]:
-    """A measured histogram beside the models.
+    """Compare a measured histogram with the models.
 
     Args:
-        histogram: tiles by their survivors, 0 to the size of a tile.
-        population: pairs of one head on one sequence, in the mean.
+        histogram: tiles by their survivors, from 0 to the size of a tile.
+        population: mean number of pairs of one head on one sequence.
         density: share of pairs that survive.
     """
     size, total = len(histogram) - 1, sum(histogram)
@@ -102,14 +102,14 @@ def fits(histogram: Sequence[int], population: int, density: float) -> dict[str,
 
 
 def fixed(size: int, density: float) -> list[float]:
-    """Every tile has the mean number of survivors; where that is no whole number, the two next to it in proportion."""
+    """Every tile has the mean number of survivors; a fractional mean is split between its two neighbours."""
     low = min(size - 1, math.floor(size * density))
     share = size * density - low
     return [1 - share if k == low else share if k == low + 1 else 0.0 for k in range(size + 1)]
 
 
 def hypergeometric(size: int, population: int, marked: int) -> list[float]:
-    """Survivors in a tile of `size` pairs, if `marked` of `population` pairs survive, any as likely as others."""
+    """Distribution of survivors in a tile of `size` pairs if `marked` of `population` pairs survive at random."""
     every = _log_choose(population, size)
     return [
         math.exp(_log_choose(marked, k) + _log_choose(population - marked, size - k) - every)
@@ -124,7 +124,7 @@ def _log_choose(n: int, k: int) -> float:
 
 
 def distances(measured: Sequence[float], model: Sequence[float]) -> dict[str, float]:
-    """Goodness of fit of two distributions over 0, 1, ...; both figures are 0 for the same, 1 for disjoint ones."""
+    """Distances between two distributions over 0, 1, ...; 0 if they are equal, 1 if they are disjoint."""
     gaps = [a - b for a, b in zip(measured, model, strict=True)]
     return {
         "total_variation": sum(map(abs, gaps)) / 2,

@@ -1,4 +1,4 @@
-"""What an export refuses, and the packages it asks for."""
+"""Errors of exports, and checks for their packages."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import importlib.util
 
 
 class ExportError(ValueError):
-    """An export that cannot be made, or that did not give what the model gives; the message says what to do."""
+    """An export cannot be made, or does not reproduce the model. The message says what to do."""
 
 
 def require(extra: str, *packages: str) -> None:
-    """Ask for the packages of an extra before any work is done.
+    """Check that the packages of an extra are installed, before any work is done.
 
     Raises:
-        ExportError: one is not installed.
+        ExportError: a package is not installed.
     """
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:

@@ -1,9 +1,8 @@
-"""The model as an ONNX graph, with compressed attention in operators that every runtime knows.
+"""The model as an ONNX graph, with compressed attention in standard operators.
 
-The graph is traced from `core` itself (scores, integer exponential, pruning rule), so it has the reference's own
-lines; only the step from real numbers to codes and back is written in the runtime's words, a `Coder`. Codes are made
-at scale 1 from x * inv_scale, as numerics section 1 has it: sums of codes then leave the product as whole numbers,
-exact in float32, whatever scales the heads have.
+The graph is traced from `core` (scores, integer exponential, pruning rule), so it follows the reference. Only
+quantization and dequantization use operators of the runtime, a `Coder`. Codes are computed at scale 1 from x *
+inv_scale (numerics, section 1). Sums of codes are then integers, exact in float32, for any scales.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ if TYPE_CHECKING:
 OPSET = 21
 
 Coder = Callable[[Tensor, torch.dtype, int], Tensor]
-"""From real numbers, in units of their scale and within the range of codes, to the nearest codes, as float32.
+"""Function that rounds real numbers, in units of their scale and within the range of codes, to codes, as float32.
 
-It is told the integer type that holds the codes, and the largest code.
+Its arguments include the integer type that holds the codes, and the largest code.
 """
 
 
@@ -48,11 +47,11 @@ def quantize_dequantize(x: Tensor, dtype: torch.dtype, _: int) -> Tensor:
 
 
 def openvino_fake_quantize(x: Tensor, dtype: torch.dtype, _: int) -> Tensor:
-    """Codes by Round, then OpenVINO's FakeQuantize, which changes no whole number: its mark for an int8 product.
+    """Codes by Round, followed by OpenVINO's FakeQuantize, which marks an int8 product and does not change integers.
 
-    Left to round by itself it adds an offset first, which moves values near the edge between two codes. And in a small
-    test with dynamic shapes and a scale a head, OpenVINO 2026.4 then gave right outputs for head 0 alone; it was not
-    traced why: it may merge the scales into its bounds, and take those of the first head for all.
+    If FakeQuantize rounds itself, it adds an offset first, which moves values near the border between two codes. In a
+    small test with dynamic shapes and one scale per head, OpenVINO 2026.4 then gave correct outputs for head 0 only.
+    The cause was not traced; possibly it merges the scales into its bounds and uses those of the first head for all.
     """
     limits = torch.iinfo(dtype)
     low, high = -float(limits.max) if dtype.is_signed else 0.0, float(limits.max)
@@ -68,8 +67,8 @@ def openvino_fake_quantize(x: Tensor, dtype: torch.dtype, _: int) -> Tensor:
 
 
 def graph_attention(coder: Coder) -> Attend:
-    """A strategy for `CompressedAttention.attend` that traces into the runtime's operators; it cannot be run itself."""
-    power_table(torch.device("cpu"))  # made now, it is a constant of the graph; made while tracing, it would be steps
+    """A strategy for `CompressedAttention.attend` that is traced into the runtime's operators."""
+    power_table(torch.device("cpu"))  # computed now, it becomes a constant of the graph instead of operators
 
     def attend(call: AttentionCall) -> Tensor:
         query, key, valid, scales, spec = call.query, call.key, call.valid, call.scales, call.spec
@@ -78,7 +77,7 @@ def graph_attention(coder: Coder) -> Attend:
         assert scales.v is not None
         if spec.smooth_key:
             key = smooth_key(key, key_validity(valid))
-        # Each tensor is coded last of all, right before its product: runtimes look for codes there.
+        # Each tensor is quantized right before its product, where runtimes look for codes.
         q = coder(_in_steps(query, q_scale, spec.q.qmax), torch.int8, spec.q.qmax)
         keys = repeat_heads(_in_steps(key, scales.k, spec.k.qmax), heads)
         k = coder(keys.mT, torch.int8, spec.k.qmax)
@@ -90,7 +89,7 @@ def graph_attention(coder: Coder) -> Attend:
         tail = active_tail(spec, scales.tail, call.cutoff, query)
         if tail is not None:
             tail = _for_each_query_head(tail, heads)
-            # Codes of K again: ONNX Runtime 1.32 gives a transpose of those that leave DequantizeLinear the wrong type.
+            # Quantize K again: ONNX Runtime 1.32 assigns the wrong type to a transpose after DequantizeLinear.
             scored = scored_codes(q, keys.round(), spec, tail)
             sums = sum_tail(
                 pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax
@@ -102,7 +101,7 @@ def graph_attention(coder: Coder) -> Attend:
 
 
 def _for_each_query_head(tail: Tail, heads: int) -> Tail:
-    """The tail with the directions of key heads repeated, as K and V are."""
+    """The tail with the directions of key heads repeated, like K and V."""
     found = tail.directions
     if found is None:
         return tail
@@ -116,13 +115,13 @@ def _in_steps(x: Tensor, scale: Tensor, qmax: int) -> Tensor:
 
 
 def _probabilities(pairs: Pairs, spec: ProbsSpec) -> Tensor:
-    """P in units of one code, before rounding; exact in mode "row", the reference's own float32 line in mode "unit".
+    """P in units of one code before rounding: exact in mode "row", the reference's float32 steps in mode "unit".
 
-    In mode "row" the reference rounds half up and runtimes half to even. A half occurs at p~ = 1/2 only, since qmax is
-    odd; qmax / 2 rounds to the same code either way, but for qmax 1, which `check_exportable` refuses.
+    In mode "row" the reference rounds half up, runtimes half to even. A tie occurs only at p~ = 1/2, since qmax is odd;
+    qmax / 2 rounds to the same code either way, except for qmax 1, which `check_exportable` refuses.
     """
     if spec.mode == "row":
-        # A table of its own, in floating point: OpenVINO 2026.4 cannot compile one of integers that is then converted.
+        # A floating-point table, since OpenVINO 2026.4 cannot compile an integer table with a conversion.
         steps = power_table(pairs.exponent.device).float() * (spec.qmax / ONE)
         return steps.index_select(0, pairs.exponent.view(-1)).view(pairs.exponent.shape) * pairs.keep
     total = pairs.probability.sum(-1, keepdim=True, dtype=torch.int64).clamp(min=1)
@@ -136,14 +135,14 @@ def _divisor(p: Tensor, spec: ProbsSpec) -> Tensor:
 
 
 LONGEST = EXACT // 255
-"""Keys up to which float32 sums of P codes are exact: 65,793."""
+"""Maximum number of keys for which float32 sums of P codes are exact: 65,793."""
 
 
 def check_exportable(model: nn.Module, runtime: str = "onnx") -> None:
-    """Refuse what the operators cannot say; layers that compress nothing stay as the framework has them.
+    """Refuse options that the operators cannot express. Layers that compress nothing keep the framework's attention.
 
     Args:
-        runtime: "onnx" or "openvino", which get different rules right.
+        runtime: "onnx" or "openvino"; they support different rules.
 
     Raises:
         ExportError: names the module and the option.
@@ -165,6 +164,8 @@ def _refusal(module: CompressedAttention, runtime: str) -> str | None:
         return f"a graph of codes needs bits for all of q, k, v and p; found {spec.bits}"
     if runtime not in rule_of(spec).kernels and (spec.sparsity > 0 or spec.threshold is not None):
         return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules_of(runtime))}"
+    if spec.predictor_bits is not None and (spec.sparsity > 0 or spec.threshold is not None):
+        return f"a predicted mask (predictor_bits {spec.predictor_bits}) cannot be exported here"
     if spec.q.granularity == "token" and spec.q.power_of_two:
         return "q.granularity 'token' with power_of_two reads the bits of a float, which ONNX has no operator for"
     if spec.p.qmax == 1:
@@ -180,7 +181,7 @@ def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, run
         batch: an example: inputs [B, S] by name, at least two rows and two tokens, with padding.
 
     Raises:
-        ExportError: `check_exportable`'s reasons, or the exporter could not follow the model.
+        ExportError: for the reasons of `check_exportable`, or if the exporter could not trace the model.
     """
     check_exportable(model, runtime)
     with (
@@ -189,7 +190,7 @@ def trace_graph(model: nn.Module, batch: Mapping[str, Tensor], coder: Coder, run
         torch.no_grad(),
         warnings.catch_warnings(),
     ):
-        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         try:
             program = torch.onnx.export(
                 model,

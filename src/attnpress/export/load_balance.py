@@ -15,7 +15,7 @@ def load_balance(sequences: Iterable[AttendedSequence], task: str) -> LaneRecord
 
     Args:
         sequences: of all layers.
-        task: where they are from.
+        task: source of the sequences.
     """
     layers = by_layer(sequences)
     first = next(iter(layers.values()))

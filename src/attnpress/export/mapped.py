@@ -1,4 +1,4 @@
-"""Read a safetensors file without loading it: each tensor as a view of the file, mapped into memory."""
+"""Memory-map a safetensors file: each tensor is a view of the file."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ TYPES = {
     "F64": "<f8",
 }
 LENGTH = 8
-"""Bytes in front of the header that say how long it is."""
+"""Size in bytes of the header's length field."""
 
 
 def map_tensors(file: Path) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
-    """The tensors of a file by name, read from the disk only where they are looked at; and its metadata.
+    """Memory-map the tensors of a file; returns them by name, and the file's metadata.
 
     Args:
-        file: what `attnpress export --to trace` or `--to csr` wrote, or any other safetensors file.
+        file: written by `attnpress export --to trace` or `--to csr`, or any other safetensors file.
 
     Raises:
-        ExportError: not such a file, or a type that NumPy does not have.
+        ExportError: not a safetensors file, or a dtype that NumPy does not support.
     """
     try:
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""ONNX: QuantizeLinear and DequantizeLinear on Q, K, V and P, the pruning rule in the graph, run by ONNX Runtime."""
+"""ONNX: QuantizeLinear and DequantizeLinear on Q, K, V and P, with the pruning rule in the graph, for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTES = (
 
 
 def write_onnx(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `model.onnx`, which takes any batch size and length.
+    """Write `model.onnx` for any batch size and length.
 
     Args:
         model: bound and calibrated.
@@ -40,10 +40,10 @@ def write_onnx(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> N
 
 
 def serve_onnx(file: Path, threads: int = 0) -> Served:
-    """The file in ONNX Runtime on the CPU.
+    """Load the file in ONNX Runtime on the CPU.
 
     Args:
-        threads: of the runtime; 0 leaves it the choice.
+        threads: of the runtime; 0 uses its default.
 
     Raises:
         ExportError: ONNX Runtime is not installed.

@@ -1,4 +1,4 @@
-"""OpenVINO: an IR whose attention products run in int8 on its CPU plugin, and the execution graph that shows it."""
+"""OpenVINO: an IR whose attention products run in int8 on the CPU plugin, and its execution graph."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from attnpress.export.graph import LONGEST, openvino_fake_quantize, trace_graph
 
 FILE = "model.xml"
 SETTINGS = {"INFERENCE_PRECISION_HINT": "f32"}
-"""On processors with bf16 the plugin would otherwise round the integer scores to 8 bits."""
+"""On processors with bf16, the plugin would round the integer scores to 8 bits by default."""
 
 INT8 = ("i8", "u8")
 
@@ -34,7 +34,7 @@ NOTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Product:
-    """A product of two activations in the plugin's execution graph: what it runs as on this machine."""
+    """A product of two activations in the plugin's execution graph, with its precision on this machine."""
 
     name: str
     layer_type: str
@@ -44,12 +44,12 @@ class Product:
 
     @property
     def is_int8(self) -> bool:
-        """Both operands are bytes."""
+        """True if both operands are bytes."""
         return all(kind in INT8 for kind in self.inputs[:2]) and self.precision in INT8
 
 
 def write_openvino(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> None:
-    """Write `model.xml` and `model.bin`, which take any batch size and length.
+    """Write `model.xml` and `model.bin` for any batch size and length.
 
     Args:
         model: bound and calibrated.
@@ -65,11 +65,11 @@ def write_openvino(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) 
     with tempfile.TemporaryDirectory() as scratch:
         program.save(Path(scratch) / "model.onnx")
         converted = openvino.Core().read_model(Path(scratch) / "model.onnx")
-        openvino.save_model(converted, folder / FILE, compress_to_fp16=False)  # scales keep every bit
+        openvino.save_model(converted, folder / FILE, compress_to_fp16=False)  # scales keep full precision
 
 
 def serve_openvino(file: Path, threads: int = 0) -> tuple[Served, Any]:
-    """The IR compiled for the CPU, and the compiled model for `products`, which knows its kernels once it has run.
+    """Compile the IR for the CPU. Also returns the compiled model for `products`, complete after its first run.
 
     Raises:
         ExportError: OpenVINO is not installed.
@@ -88,7 +88,7 @@ def serve_openvino(file: Path, threads: int = 0) -> tuple[Served, Any]:
 
 
 def products(compiled: Any) -> list[Product]:
-    """Products of two activations in the execution graph; those with constant weights are layers of another type."""
+    """Products of two activations in the execution graph; products with constant weights have another layer type."""
     found = []
     for node in compiled.get_runtime_model().get_ordered_ops():
         facts = node.get_rt_info()

@@ -1,7 +1,7 @@
-"""`--to qonnx`: the attention block of each layer as a QONNX graph with static scales, run by qonnx and compared.
+"""`--to qonnx`: the attention block of each layer as a QONNX graph with static scales, run by qonnx and verified.
 
-Its lines are those of the reference, as in `graph`; Q, K, V and P pass through QONNX's Quant nodes, at scale 1 after a
-product with the stored 1 / scale, as the contract has it. Shapes are fixed: those of the batch it was made with.
+It follows the reference, like `graph`. Q, K, V and P pass through QONNX's Quant nodes at scale 1, after a product with
+the stored 1 / scale, as the contract requires. Shapes are fixed to those of the example batch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def quant_node(x: Tensor, dtype: torch.dtype, qmax: int) -> Tensor:
 
 
 class _Block(nn.Module):
-    """Attention of one call, its scales and thresholds constants."""
+    """Attention of one call, with its scales and thresholds as constants."""
 
     def __init__(self, call: AttentionCall) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class _Block(nn.Module):
 
 
 def write_qonnx(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> dict[str, int]:
-    """Write the block of each layer and what it was checked with.
+    """Write the block of each layer, with the data that it was verified with.
 
     Args:
         model: bound and calibrated, on the CPU.
@@ -74,8 +74,8 @@ def write_qonnx(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
         Quant nodes of each layer, by name.
 
     Raises:
-        ExportError: packages are missing, an option that graphs cannot say (`graph.check_exportable`), or qonnx gives
-            something else than the reference.
+        ExportError: packages are missing, an option is not supported (`graph.check_exportable`), or qonnx does not
+            reproduce the reference.
     """
     require("qonnx", "qonnx", "onnx", "onnxscript")
     check_exportable(model)
@@ -91,7 +91,7 @@ def write_qonnx(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
 
 
 def run_qonnx(file: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[str, Any]:
-    """Every tensor of a graph by name, as qonnx computes them; the output's name is "output".
+    """Every tensor of a graph by name, computed by qonnx; the output is named "output".
 
     Args:
         file: a graph that `write_qonnx` wrote.
@@ -105,7 +105,7 @@ def run_qonnx(file: Path, inputs: Mapping[str, np.ndarray[Any, Any]]) -> dict[st
     from qonnx.core.onnx_exec import execute_onnx
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own, and those of what it imports
+        warnings.simplefilter("ignore")  # warnings of qonnx and its imports
         wrapped = ModelWrapper(str(file))
         context = execute_onnx(wrapped, dict(inputs), return_full_exec_context=True)
     quants = [context[node.output[0]] for node in wrapped.graph.node if node.op_type == "Quant"]
@@ -121,7 +121,7 @@ def _inputs(call: AttentionCall) -> dict[str, Tensor]:
 
 def _write_block(name: str, call: AttentionCall, inputs: dict[str, Tensor], file: Path) -> None:
     with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, about itself
+        warnings.simplefilter("ignore")  # the exporter warns about itself
         try:
             program = torch.onnx.export(
                 _Block(call).eval(),
@@ -140,7 +140,7 @@ def _write_block(name: str, call: AttentionCall, inputs: dict[str, Tensor], file
 
 
 def _compare(name: str, context: Mapping[str, Any], t: Mapping[str, Tensor]) -> int:
-    """Codes and output against the reference, on rows of real tokens; returns how many Quant nodes there are."""
+    """Compare codes and output with the reference on rows of real tokens; returns the number of Quant nodes."""
     heads, rows = t["q_codes"].shape[1], t["valid"].any(-1).expand(-1, t["q_codes"].shape[1], -1)
     k, v = (repeat_heads(t[part], heads) for part in ("k_codes", "v_codes"))
     expected = {"Q codes": t["q_codes"], "K codes": k.mT, "V codes": v, "P codes": t["p_codes"], "output": t["output"]}

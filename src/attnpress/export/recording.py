@@ -1,4 +1,4 @@
-"""The exact integers of one batch, layer by layer, after what runs in training and in deployment gave the same."""
+"""Record the exact integers of one batch, layer by layer, verified against training and deployment."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from attnpress.core.attention import (
     prune_and_code,
     query_scale,
     repeat_heads,
-    row_maximum,
     score_step,
 )
 from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import exponent_rate
-from attnpress.core.rules import Scored, rule_of
+from attnpress.core.predictor import foretold_scores
+from attnpress.core.rules import rule_of
 from attnpress.core.sparse_rows import csr_of
 from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
 from attnpress.export.agreement import usable_backend
@@ -35,7 +35,7 @@ Tensors = dict[str, Tensor]
 
 CODES = ("q_codes", "k_codes", "v_codes")
 GIVEN = (*CODES, "valid", "alpha", "v_scale")
-"""What all else follows from, with the thresholds and the tail's parameters where there are any."""
+"""Tensors that determine all others, with thresholds and the tail's parameters if there are any."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Recorded:
     """One batch.
 
     Attributes:
-        layers: by name of the module, the tensors that docs/trace.md lists.
-        calls: by name, what the module was given: query, key and value in floating point, mask, scales, thresholds.
-        answers: what the model returned, by name.
+        layers: by name of the module, the tensors listed in docs/trace.md.
+        calls: by name, the module's inputs: query, key and value in floating point, mask, scales, thresholds.
+        answers: outputs of the model, by name.
         compared: what the integers were compared with, in words.
     """
 
@@ -56,14 +56,14 @@ class Recorded:
 
 
 def record_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Recorded:
-    """Pass one batch through the model and keep the integers of its attention.
+    """Pass one batch through the model and record the integers of its attention.
 
     Args:
         model: bound and calibrated, on the CPU.
         batch: keyword arguments of its forward.
 
     Raises:
-        ExportError: a matrix is not quantized, a module is called more than once, or integers disagree.
+        ExportError: a matrix is not quantized, a module is called more than once, or integers differ.
     """
     modules = attentions(model)
     for name, module in modules.items():
@@ -86,7 +86,7 @@ def record_batch(model: nn.Module, batch: Mapping[str, Tensor]) -> Recorded:
 
 
 def _recorder(name: str, attend: Attend, calls: list[tuple[Tensors, AttentionCall]], backend: str) -> Attend:
-    """`attend`, with each call checked and kept."""
+    """`attend`, with each call verified and recorded."""
 
     def record(call: AttentionCall) -> Tensor:
         found, trained = integer_attention(call), attend(call)
@@ -127,33 +127,33 @@ def _tensors(name: str, found: IntegerAttention, call: AttentionCall) -> Tensors
         tensors["cutoff"] = cutoff
     tensors |= derived(tensors, spec)
     rows = pairs.any(-1).expand(-1, query.shape[1], -1)
-    for field in dataclasses.fields(found):  # rows of padding are empty here, and only there may the two differ
+    for field in dataclasses.fields(found):  # rows of padding are empty here; elsewhere both must agree
         if field.name not in CODES:
             _expect(name, field.name, getattr(found, field.name)[rows], tensors[field.name][rows])
     return {part: tensor.detach().clone() for part, tensor in tensors.items()}
 
 
 def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
-    """All that follows from a layer's codes, scales, thresholds and valid pairs, by the reference.
+    """Everything that follows from a layer's codes, scales, thresholds and valid pairs, computed by the reference.
 
     Args:
-        t: q_codes, k_codes, v_codes, valid, alpha, v_scale, and where there are any cutoff and the tail's parameters.
+        t: q_codes, k_codes, v_codes, valid, alpha, v_scale, and if present cutoff and the tail's parameters.
     """
     heads = t["q_codes"].shape[1]
     k, v = (repeat_heads(t[name], heads).double() for name in ("k_codes", "v_codes"))
     acc = (t["q_codes"].double() @ k.mT).to(torch.int32)
-    pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec)
+    foretold = foretold_scores(t["q_codes"], repeat_heads(t["k_codes"], heads), spec)
+    pairs = prune_and_code(acc, t["valid"], t["alpha"], t.get("cutoff"), spec, foretold)
     weighted = pairs.codes.double() @ v
     numerator, divisor, tail = weighted.float(), pairs.divisor, Tensors()
     if (fitted := Tail.of_tensors(t)) is not None:
         numerator, divisor, tail = _tailed(t, fitted, spec, pairs, v, numerator)
     codes = pairs.codes.to(torch.uint8)
-    cutoff = None if "cutoff" not in t else t["cutoff"].view(1, -1, 1, 1)
-    scored = Scored(spec, pairs.distance, pairs.probability, pairs.valid, t["alpha"], cutoff)
-    cut = rule_of(spec).integer_cut(scored)
+    cut = rule_of(spec).integer_cut(pairs.scored)
     return {
         "acc": acc,
-        "row_max": row_maximum(acc, pairs.valid),
+        **({} if foretold is None else {"foretold": foretold.int()}),
+        "row_max": pairs.row_max,
         "keep": pairs.keep,
         "p_codes": codes,
         "code_sum": pairs.codes.sum(-1, keepdim=True, dtype=torch.float64).long(),
@@ -169,7 +169,7 @@ def derived(t: Mapping[str, Tensor], spec: AttentionSpec) -> Tensors:
 
 
 def _lengths(valid: Tensor, over: int) -> Tensor:
-    """Real tokens of each sequence: rows (or columns) of a mask that hold a valid pair; int32 [B]."""
+    """Real tokens of each sequence: rows (or columns) of a mask with a valid pair; int32 [B]."""
     return valid.any(over).any(1).sum(-1, dtype=torch.int32)
 
 
@@ -193,10 +193,10 @@ def check_layer(layer: str, t: Mapping[str, Tensor], spec: AttentionSpec, names:
     """Recompute a recorded layer from its own codes.
 
     Args:
-        names: of what is compared; None is all that follows from the codes.
+        names: tensors to compare; None compares all that follow from the codes.
 
     Raises:
-        ExportError: a tensor is missing, or not what the reference gives.
+        ExportError: a tensor is missing, or differs from the reference.
     """
     lacking = [name for name in GIVEN if name not in t]
     if lacking:

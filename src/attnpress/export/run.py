@@ -1,4 +1,4 @@
-"""The journey: a finished run -> a folder with the exported file, and a record of how it was checked."""
+"""Export a finished run to a folder with the files and a record of their verification."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from attnpress.tasks import TaskData
 FORMAT = 2
 RECORD = "export.json"
 BATCH = 16
-"""Rows of the evaluation set that are padded together, at most."""
+"""Maximum number of evaluation rows padded together."""
 
 Record = dict[str, Any]
 Batch = dict[str, Tensor]
@@ -39,14 +39,14 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Something that a run can be exported to.
+    """A format that a run can be exported to.
 
     Attributes:
-        make: writes the files into a folder, checks them, and says how.
-        notes: what is to be known about them.
-        packages: what they need.
-        rows: of the evaluation set, unless told otherwise.
-        together: whether they have to be one batch.
+        make: writes the files into a folder, verifies them, and returns the result.
+        notes: notes for users.
+        packages: required packages.
+        rows: default number of rows of the evaluation set.
+        together: True if they must be one batch.
     """
 
     make: Callable[[PreTrainedModel, TaskData, list[Batch], Path], Record]
@@ -64,25 +64,25 @@ def export_run(
     rows: int | None = None,
     batch: int = BATCH,
 ) -> Record:
-    """Export the compressed model of a finished run, check it, and record both.
+    """Export the compressed model of a finished run, verify the export, and record both.
 
     Args:
         run_folder: written by `compress`, or by `save_pretrained` of a compressed model.
-        config: of the run; its data serve the check.
+        config: of the run; its data are used for verification.
         kind: one of KINDS.
-        output: folder for the files and `export.json`; None is `run_folder/export/KIND`. It appears whole, once the
-            check has passed. An earlier export there is replaced, and nothing else.
-        rows: of the evaluation set that are looked at, or in the example that a graph is traced with; at least 2. None
-            is what suits the kind.
-        batch: rows that are padded together, at most, where there are more; a trace has a file for each batch.
+        output: folder for the files and `export.json`; None is `run_folder/export/KIND`. It is created only after the
+            verification has passed. It replaces only an earlier export.
+        rows: rows of the evaluation set to record, or rows in the example that a graph is traced with; at least 2. None
+            uses the default of the kind.
+        batch: maximum number of rows padded together; a trace has one file per batch.
 
     Returns:
         The record.
 
     Raises:
         ConfigError: the run is not finished.
-        OutputError: the output folder holds something else than an export, or cannot be replaced.
-        ExportError: an unknown kind, a missing package, a model that this kind cannot say, or a failed check.
+        OutputError: the output folder contains something other than an export, or cannot be replaced.
+        ExportError: an unknown kind, a missing package, a model that the format does not support, or a failed check.
     """
     if kind not in KINDS:
         raise ExportError(f"--to {kind}: unknown; use one of {', '.join(KINDS)}")
@@ -102,12 +102,12 @@ def export_run(
 
 
 def example_batch(data: TaskData, rows: int = 4) -> Batch:
-    """The first rows of the evaluation set, padded together, without labels; a single row is taken twice."""
+    """The first rows of the evaluation set, padded together, without labels. A single row is duplicated."""
     return example_batches(data, rows, rows)[0]
 
 
 def example_batches(data: TaskData, rows: int, batch: int) -> list[Batch]:
-    """The first rows of the evaluation set, so many padded together, without labels; a single row is taken twice."""
+    """The first rows of the evaluation set in batches, without labels. A single row is duplicated."""
     chosen = list(islice(data.eval, rows))
     parts = [chosen[begin : begin + batch] for begin in range(0, len(chosen), batch)]
     if len(chosen) == 1:
@@ -185,7 +185,7 @@ KINDS: dict[str, Kind] = {
     "qonnx": Kind(_qonnx, qonnx.NOTES, ("qonnx", "onnx", "onnxscript"), rows=2, together=True),
     "accelforge": Kind(_accelforge, accelforge.NOTES, rows=64),
 }
-"""What can be asked for."""
+"""Supported formats."""
 
 
 def _as_record(agreement: Agreement) -> Record:

@@ -1,7 +1,7 @@
-"""Load balance in the words of Sanger (Lu et al., MICRO 2021), as the file that its public benchmark script reads.
+"""Load balance as defined by Sanger (Lu et al., MICRO 2021), in the file format of its public benchmark script.
 
-The script, bench_sanger.py of github.com/hatsu3/Sanger, takes the mean of each column of `load_balance.csv`. Its name
-for the share of pairs that are kept is "overall-sparsity"; this is the density.
+The script, bench_sanger.py of github.com/hatsu3/Sanger, averages each column of `load_balance.csv`. It calls the share
+of kept pairs "overall-sparsity"; this is the density.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from attnpress.export.sequences import AttendedSequence
 
 FILE = "load_balance.csv"
 PORTS = 64
-"""Keys of a vector, the width of Sanger's array."""
+"""Keys per vector, the width of Sanger's array."""
 
 HALF, QUARTER = 32, 16
-"""Multipliers of a row of the array: 50 % and 25 % of the ports."""
+"""Multipliers per row of the array: 50 % and 25 % of the ports."""
 
 HEADER = (
     "50%-no-skip",
@@ -38,8 +38,9 @@ HEADER = (
 class SangerRow:
     """One line, in the order of HEADER: utilization of the multipliers, 0 to 1, after vectors were split.
 
-    With skip, vectors without a survivor take no slot. Without, Sanger's own code adds one slot for each vector that
-    has some; so its figures do, and so do these. The last two columns add one for each vector that has none instead.
+    With skip, vectors without a survivor use no slot. Without it, Sanger's own code adds one slot for each vector that
+    has survivors; its published figures follow that, and so do these. The last two columns add one for each vector
+    without survivors instead.
     """
 
     half_no_skip: float
@@ -52,7 +53,7 @@ class SangerRow:
 
 
 def sanger_row(sequence: AttendedSequence) -> SangerRow:
-    """The line of one sequence in one layer."""
+    """The line for one sequence in one layer."""
     survivors, valid = (_vectors(mask) for mask in (sequence.codes > 0, sequence.valid.expand_as(sequence.codes)))
     counts = survivors[valid > 0]
     full, some = float(counts.sum()), int((counts > 0).sum())
@@ -81,7 +82,7 @@ def _vectors(mask: torch.Tensor) -> torch.Tensor:
 
 
 def write_sanger(sequences: Iterable[AttendedSequence], folder: Path) -> None:
-    """Write `load_balance.csv`: a line for each sequence in each layer."""
+    """Write `load_balance.csv`: one line for each sequence in each layer."""
     with (folder / FILE).open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(HEADER)

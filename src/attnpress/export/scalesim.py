@@ -1,8 +1,8 @@
-"""`--to scalesim`: the matrix products of attention as topologies of SCALE-Sim, dense and with what pruning leaves.
+"""`--to scalesim`: the matrix products of attention as SCALE-Sim topologies, dense and pruned.
 
-The array is weight stationary, the only dataflow in which SCALE-Sim 3 knows sparsity, and its sparse operand is the
-stationary one. Q K^T is as usual: K^T stays, rows of Q stream. P V is transposed, V^T P^T, so that P^T stays and is the
-sparse operand; its ratio N:M says that a row keeps N of its M keys.
+The array is weight stationary, the only dataflow in which SCALE-Sim 3 supports sparsity; the stationary operand is
+sparse. In Q K^T, K^T is stationary and rows of Q stream. P V is transposed to V^T P^T, so that P^T is stationary and
+sparse; its ratio N:M means that a row keeps N of its M keys.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ UseRamulatorTrace = False
 
 @dataclass(frozen=True)
 class Gemm:
-    """One product [m, k] [k, n]; in each column of the second matrix `kept` of k numbers are not zero."""
+    """One product [m, k] [k, n]; each column of the second matrix has `kept` of k nonzero numbers."""
 
     product: str
     m: int
@@ -90,17 +90,17 @@ class Gemm:
 
     @property
     def name(self) -> str:
-        """Such as "PV.32x55x55.3"; the number kept stands where some are left out."""
+        """Such as "PV.32x55x55.3"; the number of kept keys is included if some are pruned."""
         return f"{self.product}.{self.m}x{self.n}x{self.k}" + (f".{self.kept}" if self.kept < self.k else "")
 
     @property
     def line(self) -> str:
-        """Of a topology."""
+        """Line of a topology file."""
         return f"{self.name}, {self.m}, {self.n}, {self.k}, {self.kept}:{self.k},\n"
 
 
 def gemms(sequence: AttendedSequence) -> Mapping[str, Counter[Gemm]]:
-    """The products of one layer on one sequence, by kind: how many heads run each."""
+    """The products of one layer on one sequence, by kind, with the number of heads that run each."""
     heads, rows, keys = sequence.codes.shape
     dim = sequence.v_codes.shape[-1]
     if not rows or not keys:
@@ -120,7 +120,7 @@ def write_scalesim(sequences: Iterable[AttendedSequence], folder: Path, array: i
         Cycles of all heads, sequences and layers, by kind.
 
     Raises:
-        ExportError: scalesim is not installed, or did not run a file to its end.
+        ExportError: scalesim is not installed, or did not finish a file.
     """
     layers: dict[str, dict[str, dict[str, int]]] = {}
     seen: dict[str, dict[str, Gemm]] = {kind: {} for kind in KINDS}
@@ -130,7 +130,7 @@ def write_scalesim(sequences: Iterable[AttendedSequence], folder: Path, array: i
         layers[name] = {kind: {gemm.name: count for gemm, count in total.items()} for kind, total in totals.items()}
         for kind, total in totals.items():
             seen[kind] |= {gemm.name: gemm for gemm in total}
-    write_text(folder / LAYOUT, "Layer name,\n")  # a file has to be there; without a layout of its own none is read
+    write_text(folder / LAYOUT, "Layer name,\n")  # the file must exist, but is not read without a custom layout
     for kind in KINDS:
         write_text(folder / f"{kind}.csv", "".join([HEADER, *(gemm.line for gemm in seen[kind].values())]))
         write_text(folder / f"{kind}.cfg", CONFIG.format(kind=kind, array=array, sparse=kind == "remaining"))
@@ -142,7 +142,7 @@ def write_scalesim(sequences: Iterable[AttendedSequence], folder: Path, array: i
 def total_cycles(
     layers: Mapping[str, Mapping[str, Mapping[str, int]]], cycles: Mapping[str, Mapping[str, int]], kind: str
 ) -> int:
-    """Cycles of all products one after the other, from what `gemms.json` holds."""
+    """Cycles of all products in sequence, from the content of `gemms.json`."""
     return sum(cycles[kind][name] * count for layer in layers.values() for name, count in layer[kind].items())
 
 
@@ -150,21 +150,21 @@ def simulate(folder: Path, kind: str) -> dict[str, dict[str, float]]:
     """Run one topology of an export.
 
     Args:
-        folder: what `write_scalesim` wrote.
+        folder: written by `write_scalesim`.
         kind: one of KINDS.
 
     Returns:
         By name of the GEMM, the columns of SCALE-Sim's COMPUTE_REPORT.csv.
 
     Raises:
-        ExportError: scalesim is not installed, or did not run the file to its end.
+        ExportError: scalesim is not installed, or did not finish the file.
     """
     require("scalesim", "scalesim")
     from scalesim.scale_sim import scalesim
 
     with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()) as said:
         with warnings.catch_warnings(), _arrays_of_one():
-            warnings.simplefilter("ignore")  # its own, about files that it leaves open
+            warnings.simplefilter("ignore")  # scalesim leaves files open
             simulator = scalesim(
                 save_disk_space=True,
                 verbose=False,
@@ -184,10 +184,10 @@ def simulate(folder: Path, kind: str) -> dict[str, dict[str, float]]:
 
 @contextlib.contextmanager
 def _arrays_of_one() -> Iterator[None]:
-    """SCALE-Sim 3.0.0 makes an int of the largest of some arrays of one number, which NumPy refuses since 2.4."""
+    """Work around SCALE-Sim 3.0.0: it converts arrays of one number to int, which NumPy refuses since 2.4."""
     from scalesim.memory import double_buffered_scratchpad_mem as memory
 
-    memory.max = lambda *values: np.asarray(max(*values)).item()  # stands before the built-in one
+    memory.max = lambda *values: np.asarray(max(*values)).item()  # shadows the built-in function
     try:
         yield
     finally:

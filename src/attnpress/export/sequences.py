@@ -1,4 +1,4 @@
-"""Recorded attention, sequence by sequence and without padding: what the formats of simulators are made from."""
+"""Recorded attention by sequence, without padding; the input of the simulator formats."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ class AttendedSequence:
 
     @property
     def survivors(self) -> Tensor:
-        """Pairs with a P code, of each row; int64 [Hq, nq]."""
+        """Number of pairs with a P code in each row; int64 [Hq, nq]."""
         return (self.codes > 0).sum(-1)
 
     @property
     def pairs(self) -> Tensor:
-        """Valid pairs of each row; int64 [Hq, nq]."""
+        """Number of valid pairs in each row; int64 [Hq, nq]."""
         return self.valid.sum(-1).expand(self.codes.shape[:2])
 
 
 def sequences_of(recorded: Iterable[Recorded]) -> Iterator[AttendedSequence]:
-    """Each sequence of recorded batches, layer by layer, rows and keys of padding left out."""
+    """Each sequence of recorded batches, layer by layer, without rows and keys of padding."""
     first = 0
     for batch in recorded:
         size = 0
@@ -65,7 +65,7 @@ def _sequence(layer: str, number: int, t: dict[str, Tensor]) -> AttendedSequence
 
 
 def by_layer(sequences: Iterable[AttendedSequence]) -> dict[str, list[AttendedSequence]]:
-    """The same, by name of the layer, in order."""
+    """The sequences by name of the layer, in order."""
     found: dict[str, list[AttendedSequence]] = {}
     for one in sequences:
         found.setdefault(one.layer, []).append(one)

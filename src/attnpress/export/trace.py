@@ -1,4 +1,4 @@
-"""The exact integers of real data, layer by layer, for whoever builds an accelerator: docs/trace.md has the layout."""
+"""The exact integers of real data, layer by layer, for accelerator designers. The layout is in docs/trace.md."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ FILE = "trace.safetensors"
 INDEX = "trace.safetensors.index.json"
 SHARD = "trace-{number:05d}-of-{count:05d}.safetensors"
 FORMAT = "3"
-"""Since 3, a pair is valid only if its query is a real token, too."""
+"""Since format 3, a pair is valid only if its query is a real token."""
 
 COMPARED = {
     "2": {"acc", "keep", "p_codes", "weighted", "code_sum", "output"},
     "3": None,
 }
-"""Formats that can be checked, and the tensors that each has beside its codes; None is all of `recording.derived`."""
+"""Readable formats, and the tensors that each has besides its codes; None is all of `recording.derived`."""
 
 NOTES = ("Every integer is that of the reference, core/attention.py; the layout is described in docs/trace.md.",)
 
@@ -44,7 +44,7 @@ def write_trace(model: nn.Module, batch: Mapping[str, Tensor], folder: Path) -> 
 
 
 def write_shards(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], folder: Path) -> dict[str, Any]:
-    """Run batches through the reference; write a file for each, and an index where there are several.
+    """Run batches through the reference; write a file for each, and an index if there are several.
 
     Args:
         model: bound and calibrated, on the CPU.
@@ -55,7 +55,7 @@ def write_shards(model: nn.Module, batches: Sequence[Mapping[str, Tensor]], fold
         and shards.
 
     Raises:
-        ExportError: see `recording.record_batch`; or what was written is not what the reference gives.
+        ExportError: see `recording.record_batch`; or the written file differs from the reference.
     """
     compared, shards = "", []
     for number, batch in enumerate(batches, start=1):
@@ -75,11 +75,11 @@ def check_trace(place: Path) -> None:
     """Recompute a trace from its own Q, K and V codes with the reference.
 
     Args:
-        place: a file, or the folder of an export, of which all files that its index names are checked.
+        place: a file, or the folder of an export, of which all files in its index are checked.
 
     Raises:
-        ExportError: another format, a file or tensor that is missing, or one that is not what the reference gives;
-            names the layer and the tensor.
+        ExportError: unsupported format, a missing file or tensor, or a tensor that differs from the reference. The
+            message names the layer and the tensor.
     """
     for file in trace_files(place):
         with safe_open(file, "pt") as trace:
@@ -98,10 +98,10 @@ def check_trace(place: Path) -> None:
 
 
 def trace_files(place: Path) -> list[Path]:
-    """The files of a trace, in order: those that the index of a folder names, or the one file given.
+    """The files of a trace, in order: those in the index of a folder, or the given file.
 
     Raises:
-        ExportError: a folder without a trace, a damaged index, or a file that the index names and that is not there.
+        ExportError: a folder without a trace, a damaged index, or a missing file of the index.
     """
     if not place.is_dir():
         return [place]
@@ -129,7 +129,7 @@ def _write_shard(model: nn.Module, batch: Mapping[str, Tensor], recorded: Record
 
 
 def _described(file: Path, recorded: Recorded) -> dict[str, Any]:
-    """A shard's row of the index: its size, and the shape of what is in it."""
+    """A shard's entry in the index: its size, and the shape of its content."""
     first = next(iter(recorded.layers.values()))
     lengths = first["lengths"].tolist()
     return {

@@ -1,1 +1,1 @@
-"""Compressed attention as one operation with several backends; `ops` is the only module that others import."""
+"""Compressed attention as one operation with several backends. Other folders import only `ops`."""

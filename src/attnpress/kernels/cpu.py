@@ -1,7 +1,7 @@
-"""The compiled CPU kernel: loads the library that csrc/ builds, and names the targets of this machine.
+"""The compiled CPU kernel: loads the library built from csrc/, and selects the target of this machine.
 
-A target is the instruction set a kernel is written for: "amx", "avx512vnni", "avx2" or "scalar". The best one that the
-processor supports runs; the environment variable ATTNPRESS_CPU_TARGET forces another by name, and is read at each call.
+A target is the instruction set that a kernel is compiled for: "amx", "avx512vnni", "avx2" or "scalar". The best
+supported one is used. The environment variable ATTNPRESS_CPU_TARGET forces another one; it is read at each call.
 """
 
 from __future__ import annotations
@@ -17,45 +17,45 @@ from torch import Tensor
 TARGET_VARIABLE = "ATTNPRESS_CPU_TARGET"
 
 ONEDNN_VARIABLES = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-"""What hold oneDNN to an instruction set; it ignores case."""
+"""Environment variables that limit oneDNN to an instruction set; values ignore case."""
 
 BELOW_AVX2 = ("scalar", "sse41", "avx")
 BELOW_VNNI = (*BELOW_AVX2, "avx2", "avx512_core")
-"""Values of these variables, and of ours, in lower case, that keep a process from an instruction set."""
+"""Values of these variables and of TARGET_VARIABLE, in lower case, that exclude an instruction set."""
 
 
 OLDEST_TORCH = (2, 10)
-"""The release of torch whose stable ABI the kernel is compiled for: the binary runs with this and every later one."""
+"""The kernel is compiled for the stable ABI of this torch release, and runs with it and every later one."""
 
 HOW_TO_GET = (
     "install the wheel of attnpress for Linux on x86-64; or, with a C++17 compiler, run `make kernel` in a checkout or "
     "`pip install .` in an unpacked source distribution"
 )
-"""The ways to a package with its kernel, for messages."""
+"""How to get a package with its kernel, for messages."""
 
 NOT_BUILT = f"the CPU kernel is not built: {HOW_TO_GET}; or use backend 'reference'"
 
 
 class BackendUnavailableError(RuntimeError):
-    """A backend that was asked for by name cannot run here; the message says why and what to do."""
+    """The requested backend cannot run here. The message gives the reason and says what to do."""
 
 
 def library_path() -> Path | None:
-    """The compiled library beside this file, or None if the package was installed without it."""
+    """The compiled library beside this file; None if the package was installed without it."""
     return next(iter(sorted(Path(__file__).parent.glob("_attention*.so"))), None)
 
 
 def is_built() -> bool:
-    """True if the compiled library is there; it is not loaded."""
+    """True if the compiled library exists; it is not loaded."""
     return library_path() is not None
 
 
 @functools.cache
 def load() -> None:
-    """Load the library, once: it defines torch.ops.attnpress.*, and this adds the functions for tracing.
+    """Load the library once. It defines torch.ops.attnpress.*; the functions for tracing are registered here.
 
     Raises:
-        BackendUnavailableError: it was never built, or does not load.
+        BackendUnavailableError: the library was not built, or cannot be loaded.
     """
     path = library_path()
     if path is None:
@@ -70,7 +70,7 @@ def load() -> None:
 
 
 def _how_to_load() -> str:
-    """What to do about a library that this torch cannot load."""
+    """Advice for a library that this torch cannot load."""
     oldest = ".".join(map(str, OLDEST_TORCH))
     if torch.torch_version.TorchVersion(torch.__version__) < oldest:
         return f"it needs torch {oldest} or newer, and torch {torch.__version__} is installed"
@@ -78,7 +78,7 @@ def _how_to_load() -> str:
 
 
 def why_unavailable() -> str | None:
-    """What is missing for the kernel to run here; None if nothing is. Loads the library."""
+    """The reason why the kernel cannot run here; None if it can. Loads the library."""
     if not is_built():
         return NOT_BUILT
     try:
@@ -96,10 +96,11 @@ def supported_targets() -> list[str]:
 
 
 def active_target() -> str:
-    """The target in force.
+    """The target to use.
 
     Raises:
-        BackendUnavailableError: ATTNPRESS_CPU_TARGET names one that is unknown, or that this processor lacks.
+        BackendUnavailableError: ATTNPRESS_CPU_TARGET names an unknown target, or one that this processor does not
+            support.
     """
     load()
     try:
@@ -109,31 +110,31 @@ def active_target() -> str:
 
 
 def has_avx2() -> bool:
-    """True where oneDNN's sums of products of 7-bit codes with signed bytes are exact.
+    """True if oneDNN's sums of products of 7-bit codes and signed bytes are exact.
 
-    That is on x86 with AVX2, and not held below it: ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA count, so that one
-    machine can be held to what another has. Read at each call.
+    That requires x86 with AVX2. ATTNPRESS_CPU_TARGET and ONEDNN_MAX_CPU_ISA can disable it, to emulate other
+    processors; they are read at each call.
     """
     return _onednn_above(BELOW_AVX2) and bool(torch.cpu._is_avx2_supported())
 
 
 def has_vnni() -> bool:
-    """True where those of 8-bit codes are exact too: with AVX-512 VNNI, and not held below it.
+    """True if such sums are exact for 8-bit codes too, which requires AVX-512 VNNI.
 
-    Without VNNI pairs of products are added in 16 bits, which two of 8-bit codes can pass.
+    Without VNNI, pairs of products are summed in 16 bits, which two products of 8-bit codes can overflow.
     """
     return _onednn_above(BELOW_VNNI) and bool(torch.cpu._is_vnni_supported())
 
 
 def _onednn_above(below: tuple[str, ...]) -> bool:
-    """True if oneDNN is there and nothing holds it below."""
+    """True if oneDNN is available and not restricted below this instruction set."""
     held = [os.environ.get(name, "").lower() for name in (TARGET_VARIABLE, *ONEDNN_VARIABLES)]
     return torch.backends.mkldnn.is_available() and not any(value in below for value in held)
 
 
 def fake_attention(query: Tensor, *others: Any) -> Tensor:
-    """What an attention operator returns, without data: float32 [B, Hq, Sq, D]."""
-    # One tensor without data brings a call here; the result would then be memory that nobody wrote.
+    """The result of an attention operator without data: float32 [B, Hq, Sq, D]."""
+    # A single tensor on the meta device selects this function; a result on the CPU would be uninitialized memory.
     for other in others:
         if isinstance(other, Tensor) and other.device != query.device:
             raise ValueError(f"attnpress: tensors on {query.device} and {other.device} cannot meet in one call")

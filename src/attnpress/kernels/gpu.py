@@ -1,7 +1,7 @@
-"""The GPU kernel: whether it can run here, and `torch.ops.attnpress.attention_gpu`, which Triton compiles at first use.
+"""The GPU kernel: `torch.ops.attnpress.attention_gpu`, compiled by Triton at first use, and whether it can run here.
 
-The operator is known wherever torch is, so that programs that call it can be loaded, traced and exported anywhere. With
-TRITON_INTERPRET=1 Triton runs kernels in Python, on tensors on the CPU: slow, for tests.
+The operator is registered on all machines, so that programs with it can be loaded, traced and exported anywhere. With
+TRITON_INTERPRET=1, Triton runs kernels in Python on CPU tensors: slow, for tests.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from attnpress.kernels.cpu import BackendUnavailableError, fake_attention
 INTERPRETER_VARIABLE = "TRITON_INTERPRET"
 
 INTERPRETED = os.environ.get(INTERPRETER_VARIABLE, "").lower() in ("1", "true", "on", "y", "yes")
-"""Whether Triton runs its kernels in its interpreter; it reads this, too, when it is first imported."""
+"""True if Triton runs kernels in its interpreter; Triton also reads the variable when first imported."""
 
 LEAST_CAPABILITY = (8, 0)
-"""The first GPUs whose tensor cores Triton gives products of bytes."""
+"""Lowest compute capability for which Triton supports products of bytes on tensor cores."""
 
 MOST_KEYS = (2**31 - 1) // (255 * 127)
-"""Keys of a row up to which sums of code * v_code fit 32 bits."""
+"""Maximum number of keys for which sums of code * v_code fit 32 bits."""
 
 SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? valid, bool causal, float scaling, Tensor? q_scale, "
@@ -34,7 +34,7 @@ SCHEMA = (
 
 
 def why_unavailable() -> str | None:
-    """What is missing for the kernel to run here; None if nothing is."""
+    """The reason why the kernel cannot run here; None if it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed (pip install 'attnpress[gpu]')"
     if INTERPRETED:
@@ -51,7 +51,7 @@ def why_unavailable() -> str | None:
 
 
 def load() -> None:
-    """Refuse where the kernel cannot run.
+    """Check that the kernel can run.
 
     Raises:
         BackendUnavailableError: with the reason.
@@ -62,7 +62,7 @@ def load() -> None:
 
 
 def device_name() -> str:
-    """What runs the kernel, for people."""
+    """Name of the device, for messages."""
     if INTERPRETED:
         return f"Triton's interpreter ({INTERPRETER_VARIABLE} is set): in Python, for tests"
     return (
@@ -71,7 +71,7 @@ def device_name() -> str:
 
 
 def check_keys(keys: int) -> None:
-    """Refuse rows whose sums could pass 32 bits.
+    """Refuse rows whose sums could exceed 32 bits.
 
     Raises:
         ValueError: there are more keys than MOST_KEYS.
@@ -84,7 +84,7 @@ def check_keys(keys: int) -> None:
 
 
 def device() -> torch.device:
-    """Where tensors must lie."""
+    """The device that tensors must be on."""
     return torch.device("cpu" if INTERPRETED else "cuda")
 
 

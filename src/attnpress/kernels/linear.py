@@ -1,9 +1,9 @@
-"""Linear layers in 8 bits on the CPU: an exact product of codes, and what stands around it in one pass each.
+"""8-bit linear layers on the CPU: an exact product of codes, with the surrounding operations fused into one pass.
 
-The numbers are those of `core.linear` and `core.ordered`, bit for bit, whichever multiplication is in force:
-    oneDNN           as torch carries it, on x86 with AVX2; 8-bit codes only where the processor has VNNI
-    oneDNN, halves   8-bit codes elsewhere: the weight as a sum of two, so that no pair of products passes 16 bits
-    float32 blocks   any other processor: sums of so few products that float32 holds each
+Results equal `core.linear` and `core.ordered` bit for bit, with any of the multiplications:
+    oneDNN           part of torch, on x86 with AVX2; 8-bit codes need VNNI
+    oneDNN, halves   8-bit codes without VNNI: the weight as a sum of two, so that pairs of products fit 16 bits
+    float32 blocks   other processors: sums of so few products that float32 is exact
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from attnpress.core.linear import Coded
 from attnpress.kernels import cpu
 
 ROWS = 512
-"""Tokens multiplied at once, for each thread: enough for oneDNN's full speed, without sums that take much memory."""
+"""Tokens multiplied at once per thread: enough for oneDNN's full speed with small intermediate sums."""
 
 
 class Multiplication(Protocol):
     """Exact products of codes with one weight."""
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """Sums of products of uint8 [rows, K] with the weight: float32 [rows, N], rounded once from the integers."""
+        """Sums of products of uint8 [rows, K] with the weight: float32 [rows, N], rounded once from integers."""
 
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
 
 
 class OneDnn:
-    """oneDNN's product of bytes.
+    """Product of bytes by oneDNN.
 
     Args:
-        weight: int8 [N, K], such that products of two neighbours and codes add up to less than 2^15, but for VNNI.
+        weight: int8 [N, K]. Without VNNI, two neighbouring products must sum to less than 2^15.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -59,14 +59,14 @@ class OneDnn:
 
 
 class OneDnnHalves:
-    """The same with the weight as two of half the size, one below the other: 2 * 255 * 64 < 2^15."""
+    """Like `OneDnn`, with the weight split into two halves, one below the other: 2 * 255 * 64 < 2^15."""
 
     def __init__(self, weight: Tensor) -> None:
         half = weight >> 1
         self._halves = OneDnn(torch.cat([half, weight - half], 1))
 
     def __call__(self, codes: Tensor) -> Tensor:
-        """See `Multiplication`; both halves meet in the integer sums."""
+        """See `Multiplication`; the integer sums include both halves."""
         return self._halves(torch.cat([codes, codes], 1))
 
     def weight(self) -> Tensor:
@@ -76,11 +76,11 @@ class OneDnnHalves:
 
 
 class FloatBlocks:
-    """Float32 products of so many inputs at a time that their sums stay below 2^24, where float32 holds each integer.
+    """Float32 products over blocks of inputs so small that their sums stay below 2^24, the limit of exact integers.
 
     Args:
         weight: int8 [N, K].
-        bits: of the codes of inputs.
+        bits: of the input codes.
     """
 
     def __init__(self, weight: Tensor, bits: int) -> None:
@@ -99,11 +99,11 @@ class FloatBlocks:
 
 
 def multiplication(weight: Tensor, bits: int) -> Multiplication:
-    """The fastest exact one that this processor has.
+    """The fastest exact multiplication on this processor.
 
     Args:
         weight: int8 [N, K].
-        bits: of the codes of inputs, 7 or 8.
+        bits: of the input codes, 7 or 8.
     """
     if not cpu.has_avx2() or not weight.numel():
         return FloatBlocks(weight, bits)
@@ -111,12 +111,12 @@ def multiplication(weight: Tensor, bits: int) -> Multiplication:
 
 
 class PackedProduct:
-    """A linear layer's product, with its weight as the multiplication wants it. Copied and pickled by its codes.
+    """A linear layer's product, with its weight packed for the multiplication. It is copied and pickled by its codes.
 
     Args:
         codes, weight_scale: int8 [N, K] and float32 [N], from `core.linear.weight_codes`.
         bias: float32 [N], or None.
-        bits: of the codes of its inputs.
+        bits: of the input codes.
     """
 
     def __init__(self, codes: Tensor, weight_scale: Tensor, bias: Tensor | None, bits: int = 8) -> None:
@@ -125,21 +125,21 @@ class PackedProduct:
         self._column = reference.column_sums(codes)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # No tensor that lives for the pickle alone: torch hands tensors to other processes as descriptors of files, and
-        # that of one which is gone by then is somebody else's.
+        # No temporary tensors: torch passes tensors to other processes as file descriptors, and the descriptor of a
+        # freed tensor may already belong to another file.
         return _unpickled, (self.weight().numpy(), self._scale, self._bias, self._bits)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, x: Tensor | Coded, activated: bool, next_bits: int = 8) -> Tensor | Coded:
-        """The layer.
+        """Compute the layer.
 
         Args:
-            x: float [..., K], or codes of such.
-            activated: apply GELU and hand out codes.
+            x: float [..., K], or its codes.
+            activated: apply GELU and output codes.
             next_bits: of those codes.
 
         Returns:
-            float32 [..., N], or codes of such if `activated`.
+            float32 [..., N], or its codes if `activated`.
         """
         coded = self._coded(x)
         outer, width = coded.scale.shape, len(self._scale)
@@ -160,7 +160,7 @@ class PackedProduct:
         return x if isinstance(x, Coded) else token_codes(x, self._bits)
 
     def _floats(self, coded: Coded, finish: Callable[..., None], *rows: Tensor) -> Tensor:
-        """What `finish` makes of the product, float32 [tokens, N]: in its own memory, where there is one product."""
+        """The product after `finish`, float32 [tokens, N]."""
         flat = _flat(coded)
         if len(flat.codes) <= _rows_at_once():
             sums = self._multiply(flat.codes)
@@ -197,7 +197,7 @@ def _rows_at_once() -> int:
 
 
 def token_codes(x: Tensor, bits: int = 8) -> Coded:
-    """`core.linear.token_codes`: the compiled one where it is built."""
+    """`core.linear.token_codes`, by compiled code if it is built."""
     if not _is_compiled():
         return reference.token_codes(x, bits)
     return Coded(*torch.ops.attnpress.token_codes(x.float().contiguous(), bits))
@@ -213,7 +213,7 @@ def finish_product(
         scale, zero: float32 [rows], of the tokens.
         column, weight_scale: float32 [N].
         bias: float32 [N], or None.
-        out: float32 [rows, N], filled; may be `sums`.
+        out: float32 [rows, N]; may be `sums`.
     """
     if _is_compiled():
         torch.ops.attnpress.finish_product(sums, scale, zero, column, weight_scale, bias, out)
@@ -267,7 +267,7 @@ def finish_codes(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tensor:
-    """`core.ordered.layer_norm`: the compiled one where it is built."""
+    """`core.ordered.layer_norm`, by compiled code if it is built."""
     if not _is_compiled():
         return ordered.layer_norm(x.float(), weight, bias, epsilon)
     normed: Tensor = torch.ops.attnpress.layer_norm(x.float().contiguous(), weight, bias, epsilon)
@@ -275,7 +275,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, epsilon: float) -> Tenso
 
 
 def gelu(x: Tensor) -> Tensor:
-    """`core.ordered.gelu`: the compiled one where it is built."""
+    """`core.ordered.gelu`, by compiled code if it is built."""
     if not _is_compiled():
         return ordered.gelu(x.float())
     activated: Tensor = torch.ops.attnpress.gelu(x.float().contiguous())
@@ -283,7 +283,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def tanh(x: Tensor) -> Tensor:
-    """`core.ordered.tanh`: the compiled one where it is built."""
+    """`core.ordered.tanh`, by compiled code if it is built."""
     if not _is_compiled():
         return ordered.tanh(x.float())
     activated: Tensor = torch.ops.attnpress.tanh(x.float().contiguous())
@@ -291,7 +291,7 @@ def tanh(x: Tensor) -> Tensor:
 
 
 def ordered_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`core.ordered.ordered_linear`: the compiled one where it is built."""
+    """`core.ordered.ordered_linear`, by compiled code if it is built."""
     if not _is_compiled():
         return ordered.ordered_linear(x.float(), weight, bias)
     out: Tensor = torch.ops.attnpress.ordered_linear(x.float().contiguous(), weight, bias)

@@ -1,8 +1,8 @@
-"""Compressed attention as one operation: validation, and an explicit choice of backend.
+"""Compressed attention as one operation, with validation and an explicit choice of backend.
 
-Backends compute the same integers (numerics, section 6):
-    "cpu"        the compiled kernel, `torch.ops.attnpress.attention`: never holds an S x S matrix
-    "gpu"        the Triton kernel, `torch.ops.attnpress.attention_gpu`: for NVIDIA GPUs, nor does it
+All backends compute the same integers (numerics, section 6):
+    "cpu"        the compiled kernel, `torch.ops.attnpress.attention`, without S x S matrices
+    "gpu"        the Triton kernel for NVIDIA GPUs, `torch.ops.attnpress.attention_gpu`, without S x S matrices
     "reference"  `core.attention.integer_attention`: readable, any device, every rule, memory of S x S
 """
 
@@ -26,7 +26,7 @@ from attnpress.core.attention import (
 )
 from attnpress.core.call import Attend, AttentionCall, Scales
 from attnpress.core.fake_quantize import fake_quantize_attention
-from attnpress.core.rules import rule_of, rules_of
+from attnpress.core.rules import rule_of, rules_of, runs_on
 from attnpress.core.tail import active_tail
 from attnpress.kernels import cpu, gpu, head_size
 from attnpress.kernels.cpu import BackendUnavailableError
@@ -37,13 +37,13 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Backend:
-    """One way to run attention here.
+    """An implementation of attention, and whether it can run here.
 
     Attributes:
-        name: what `backend=` takes.
-        available: whether it can run now.
-        targets: of the CPU kernel, those that this processor supports, best first.
-        active_target: what runs it: a target, or a GPU.
+        name: value of `backend=`.
+        available: True if it can run now.
+        targets: for the CPU kernel, the targets that this processor supports, best first.
+        active_target: the target or GPU to use.
         reason: why it cannot run.
     """
 
@@ -54,7 +54,7 @@ class Backend:
     reason: str | None = None
 
     def describe(self) -> str:
-        """One line for people."""
+        """One line for users."""
         if self.name == "reference":
             return "readable Python: any device, every rule, slow"
         if self.name == "gpu":
@@ -66,7 +66,7 @@ class Backend:
 
 
 def backends() -> list[Backend]:
-    """All backends, for listings; nothing is built or chosen by asking."""
+    """All backends, for listings. Nothing is built or selected."""
     reason = cpu.why_unavailable()
     compiled = Backend("cpu", available=False, reason=reason)
     if reason is None:
@@ -77,20 +77,20 @@ def backends() -> list[Backend]:
 
 
 def attention(call: AttentionCall, *, backend: str = "cpu") -> Tensor:
-    """Compressed attention on the backend asked for, for inference.
+    """Compute compressed attention on the requested backend, for inference.
 
     Args:
-        call: all four matrices quantized; D as `head_size` has it for "cpu" and "gpu". Tensors are on the CPU, or
-            for "gpu" on an NVIDIA GPU. With `bounds`, B is 1 and each sequence attends to itself alone: a batch without
-            padding, bit for bit what each sequence gives alone.
+        call: with all four matrices quantized; for "cpu" and "gpu", D must satisfy `head_size.fits`. Tensors are on the
+            CPU, or for "gpu" on an NVIDIA GPU. With `bounds`, B is 1 and each sequence attends only to itself; the
+            result equals that of each sequence alone, bit for bit.
         backend: "cpu", "gpu" or "reference".
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
 
     Raises:
-        ValueError: shapes, dtypes or options that the backend cannot take; the message names them.
-        BackendUnavailableError: the backend cannot run here. Nothing falls back silently.
+        ValueError: the backend does not support a shape, dtype or option. The message names it.
+        BackendUnavailableError: the backend cannot run here. There is no silent fallback.
     """
     run = _BACKENDS.get(backend)
     if run is None:
@@ -99,7 +99,7 @@ def attention(call: AttentionCall, *, backend: str = "cpu") -> Tensor:
 
 
 def check(spec: AttentionSpec, scales: Scales, head_dim: int, backend: str) -> None:
-    """Raise now what `attention` would raise at its first call; see there."""
+    """Raise now the errors that `attention` would raise at its first call."""
     if backend not in _BACKENDS:
         raise ValueError(f"backend {backend!r} does not exist; use one of {', '.join(_BACKENDS)}")
     if backend != "reference":
@@ -113,7 +113,7 @@ def _reference(call: AttentionCall) -> Tensor:
         return _reference_packed(call, _check_packed(call, call.bounds))
     valid = checked_mask(call)
     call = call.with_(valid=with_causal(valid, call.query, call.key) if call.causal else valid)
-    if None in call.spec.bits.values():  # no integers then: what is computed is the forward of training
+    if None in call.spec.bits.values():  # without integers, the training forward is computed
         output = fake_quantize_attention(call).float()
     else:
         output = integer_attention(call).output
@@ -130,7 +130,7 @@ def _reference_packed(call: AttentionCall, places: list[int]) -> Tensor:
 
 
 def _tokens(call: AttentionCall, at: slice, bounds: Tensor | None = None) -> AttentionCall:
-    """The call of some of the tokens that lie end to end."""
+    """The call of some of the packed tokens."""
     return call.with_(query=call.query[:, :, at], key=call.key[:, :, at], value=call.value[:, :, at], bounds=bounds)
 
 
@@ -180,17 +180,17 @@ def _is_short(work: int) -> bool:
 
 
 def _most() -> int:
-    """Products that an operator may make before Python looks at signals."""
+    """Number of products that an operator may compute before Python checks for signals."""
     return SECOND.get(cpu.active_target(), SHORT) * torch.get_num_threads()
 
 
 def _room(query: Tensor) -> Tensor:
-    """Float32 of the shape of the query, stored so that its transpose is contiguous."""
+    """Float32 tensor of the shape of the query, stored so that its transpose is contiguous."""
     return query.new_empty(query.transpose(1, 2).shape, dtype=torch.float32).transpose(1, 2)
 
 
 def _run(operator: Callable[..., Any], arguments: tuple[Any, ...], call: AttentionCall) -> Any:
-    """The operator, which checks its arguments; what it refuses is said in the words of the reference."""
+    """Run the operator, which checks its arguments; its errors have the wording of the reference."""
     if torch.compiler.is_compiling():
         return operator(*arguments)
     try:
@@ -223,17 +223,17 @@ INTEGERS = (
     "tail_score",
     "tail_slope",
 )
-"""What `attention_integers` returns, in order."""
+"""Results of `attention_integers`, in order."""
 
 TAIL_AT = 19
-"""Where among the arguments of the operators the tail's name is."""
+"""Position of the tail's name among the operators' arguments."""
 
 
 def compiled_integers(call: AttentionCall) -> dict[str, Tensor]:
-    """The integers that the compiled kernel works with, by their names in `IntegerAttention`; holds S x S P codes.
+    """The integers of the compiled kernel by their names in `IntegerAttention`. Materializes S x S P codes; for tests.
 
-    With a tail also those of `TailedAttention`. For tests, and to look into a kernel. Codes of keys that no query may
-    attend to are 0: they are never made.
+    With a tail, those of `TailedAttention` are included. Codes of keys that no query may attend to are 0, since the
+    kernel does not compute them.
     """
     arguments = compiled_arguments(call)
     found = zip(INTEGERS, _run(torch.ops.attnpress.attention_integers, arguments, call), strict=True)
@@ -243,10 +243,10 @@ def compiled_integers(call: AttentionCall) -> dict[str, Tensor]:
 
 
 def compiled_arguments(call: AttentionCall) -> tuple[Any, ...]:
-    """Arguments of `torch.ops.attnpress.attention`, checked.
+    """Validated arguments of `torch.ops.attnpress.attention`.
 
     Raises:
-        ValueError: what the compiled kernel cannot take.
+        ValueError: the compiled kernel does not support an argument.
         BackendUnavailableError: it is not built.
     """
     arguments = _arguments(call, "cpu")
@@ -255,19 +255,19 @@ def compiled_arguments(call: AttentionCall) -> tuple[Any, ...]:
 
 
 def gpu_arguments(call: AttentionCall) -> tuple[Any, ...]:
-    """Arguments of `torch.ops.attnpress.attention_gpu`, checked.
+    """Validated arguments of `torch.ops.attnpress.attention_gpu`.
 
     Raises:
-        ValueError: what the Triton kernel cannot take.
+        ValueError: the Triton kernel does not support an argument.
         BackendUnavailableError: it cannot run here.
     """
     return (*_arguments(call, "gpu"), call.bounds)
 
 
 def _arguments(call: AttentionCall, backend: str) -> tuple[Any, ...]:
-    """What the operators of both kernels take, in their order."""
+    """Arguments of the operators of both kernels, in order."""
     query, key, value, scales, cutoff, spec = call.query, call.key, call.value, call.scales, call.cutoff, call.spec
-    if not torch.compiler.is_compiling():  # what is being compiled was loaded by deploy
+    if not torch.compiler.is_compiling():  # under torch.compile, deploy has loaded the kernel
         {"cpu": cpu, "gpu": gpu}[backend].load()
     _check_spec(spec, backend)
     _check_scales(spec, scales)
@@ -281,7 +281,7 @@ def _arguments(call: AttentionCall, backend: str) -> tuple[Any, ...]:
     if cutoff is not None:
         shown = rule_of(spec).kernel_cutoff(cutoff)
         if shown is not cutoff or not cutoff.is_contiguous():
-            check_cutoff(cutoff, query)  # the operator does not see this tensor, whose -1e-30 may be 0 in the other
+            check_cutoff(cutoff, query)  # the operator does not see this tensor: -1e-30 may become 0 there
         cutoff = shown.contiguous()
     mode = "unit_renormalized" if spec.p.mode == "unit" and spec.p.renormalize else spec.p.mode
     q_scale = None if spec.q.granularity == "token" else scales.q
@@ -310,11 +310,11 @@ def _arguments(call: AttentionCall, backend: str) -> tuple[Any, ...]:
 
 
 def _tail_arguments(call: AttentionCall) -> tuple[Any, ...]:
-    """What the operators take last; nothing where no row has a tail."""
+    """The last arguments of the operators; empty if no row has a tail."""
     query, key, cutoff, spec, tail = call.query, call.key, call.cutoff, call.spec, call.scales.tail
     if spec.tail == "none":
         return ()
-    if not torch.compiler.is_compiling():  # what follows would stumble over shapes that do not fit
+    if not torch.compiler.is_compiling():  # the code below requires matching shapes
         if tail is not None:
             check_tail(tail, query, key, values=False)
         if cutoff is not None:
@@ -328,7 +328,7 @@ def _tail_arguments(call: AttentionCall) -> tuple[Any, ...]:
 
 
 def check_native(spec: AttentionSpec, head_dim: int, backend: str = "cpu") -> None:
-    """Raise ValueError, with the reason, if a kernel, "cpu" or "gpu", is not made for a spec or a head size."""
+    """Raise ValueError if a kernel, "cpu" or "gpu", does not support a spec or a head size."""
     _check_spec(spec, backend)
     _check_head(head_dim, backend)
 
@@ -342,6 +342,11 @@ def _check_spec(spec: AttentionSpec, backend: str) -> None:
         raise ValueError(
             f"backend {backend!r} has no kernel for rule {spec.rule!r}, only for {', '.join(rules_of(backend))}; "
             "use backend 'reference'"
+        )
+    if not runs_on(backend, spec):
+        raise ValueError(
+            f"backend {backend!r} computes every score and does not support predicted masks (predictor_bits "
+            f"{spec.predictor_bits}); use backend 'reference'"
         )
     if backend == "gpu" and spec.tail != "none":
         raise ValueError(f"backend 'gpu' cannot run tail {spec.tail!r}; use backend 'cpu' or 'reference'")
@@ -386,13 +391,13 @@ def _check_packed(call: AttentionCall, bounds: Tensor) -> list[int]:
             f"key {list(key.shape)}"
         )
     if call.valid is not None:
-        raise ValueError("valid: sequences that lie end to end have no mask; leave it None, or give no bounds")
+        raise ValueError("valid: packed sequences have no mask; leave it None, or give no bounds")
     tokens = query.shape[2]
-    # As plain numbers: comparing tensors takes longer than the attention of a few short sequences.
+    # As plain numbers, since comparing tensors takes longer than attention over a few short sequences.
     is_list = bounds.dtype == torch.int64 and bounds.dim() == 1 and not bounds.is_meta
     places = bounds.tolist() if is_list else []
     if not places or places != sorted(places) or (places[0], places[-1]) != (0, tokens):
-        raise ValueError(f"bounds: int64 that rise from 0 to the number of tokens, {tokens}; found {bounds}")
+        raise ValueError(f"bounds: int64, rising from 0 to the number of tokens, {tokens}, is needed; found {bounds}")
     return places
 
 

@@ -1,7 +1,7 @@
-"""Long calls in slices, so that Ctrl-C is heard between two of them: Python looks at signals when an operator returns.
+"""Split long calls into slices, so that Ctrl-C works: Python checks for signals only when an operator returns.
 
-Slices give the same integers: batch elements, key heads with their query heads, and query rows do not see each other,
-and the mean that K smoothing subtracts is taken from the whole call first.
+Slices give the same integers. Batch elements, key heads with their query heads, and query rows are independent, and the
+mean of K smoothing is taken over the whole call first.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from attnpress.core.quantizer import smooth_key
 from attnpress.core.tail import Directions, Tail
 
 SECOND = {"scalar": 2**30, "avx2": 2**34, "avx512vnni": 2**35, "amx": 2**36}
-"""Products that one thread of a target makes in a good second or less, whatever the rule."""
+"""Products that one thread of a target computes in about a second, with any rule."""
 
 SHORT = min(SECOND.values())
-"""Products up to which nobody waits, on any target."""
+"""Calls with at most this many products are not split, on any target."""
 
 
 def products(query: Tensor, key: Tensor) -> int:
@@ -32,13 +32,13 @@ def products(query: Tensor, key: Tensor) -> int:
 
 
 def slices(call: AttentionCall, most: int) -> Iterator[tuple[tuple[slice, ...], AttentionCall]]:
-    """The call in parts of about `most` products each.
+    """Split the call into parts of about `most` products each.
 
     Args:
-        call: checked; parts keep `causal`, with the keys that their last row sees.
+        call: validated. Parts keep `causal`, with the keys that their last row sees.
 
     Yields:
-        Where in the output [B, Hq, Sq, D] a part belongs, and the part.
+        The place of a part in the output [B, Hq, Sq, D], and the part.
     """
     call = _smoothed(call)
     query, key = call.query, call.key
@@ -54,14 +54,14 @@ def slices(call: AttentionCall, most: int) -> Iterator[tuple[tuple[slice, ...], 
 
 
 def sequences(places: Sequence[int], products_of_pair: int, most: int) -> Iterator[tuple[int, int]]:
-    """Ranges of sequences that lie end to end, with about `most` products each, or one sequence.
+    """Ranges of packed sequences with about `most` products each, or of one sequence.
 
     Args:
-        places: where each begins, and where the last ends.
-        products_of_pair: how many products a query and a key cost.
+        places: start of each sequence, and the end of the last.
+        products_of_pair: products per pair of a query and a key.
 
     Yields:
-        First sequence, and the one after the last.
+        The first sequence, and the one after the last.
     """
     first, held = 0, 0
     for i, (begin, end) in enumerate(pairwise(places)):
@@ -79,7 +79,7 @@ def _steps(size: int, step: int) -> Iterator[slice]:
 
 
 def _smoothed(call: AttentionCall) -> AttentionCall:
-    """The call with smoothed keys, as float32: their mean is over all keys that some row of the whole call sees."""
+    """The call with smoothed keys, as float32; their mean is over all keys that some row of the whole call sees."""
     call = call.with_(valid=pair_mask(call.valid, call.query, call.key))
     if not call.spec.smooth_key:
         return call
@@ -88,7 +88,7 @@ def _smoothed(call: AttentionCall) -> AttentionCall:
 
 
 def smoothed_key(query: Tensor, key: Tensor, valid: Tensor | None, causal: bool) -> Tensor:
-    """K less its mean over the keys that some row sees; float32 [B, Hkv, Sk, D].
+    """K minus its mean over the keys that some row sees; float32 [B, Hkv, Sk, D].
 
     Args:
         query: [B, Hq, Sq, D].
@@ -96,7 +96,7 @@ def smoothed_key(query: Tensor, key: Tensor, valid: Tensor | None, causal: bool)
         valid: from `pair_mask`.
         causal: as in `AttentionCall`.
     """
-    if valid is not None and causal and valid.shape[2] > 1:  # else the last row sees all that any row does
+    if valid is not None and causal and valid.shape[2] > 1:  # otherwise the last row sees every key that some row sees
         valid = with_causal(valid, query, key)
     return smooth_key(key, key_validity(valid))
 
@@ -126,5 +126,5 @@ def _scales(scales: Scales, heads: slice, kv_heads: slice) -> Scales:
 
 
 def _of(x: Any, dim: int, part: slice) -> Any:
-    """The part of a tensor along a dimension that is not broadcast."""
+    """Slice a tensor along a dimension that is not broadcast."""
     return x if x is None or x.shape[dim] == 1 else x.narrow(dim, part.start, part.stop - part.start)

@@ -1,1 +1,1 @@
-"""Binding to Transformers: the only place that knows its internals."""
+"""Binding to Transformers. Only this folder depends on its internals."""

@@ -1,4 +1,4 @@
-"""What attnpress keeps on a module of a user's model, besides its compressed attention: one object, one attribute."""
+"""State that attnpress keeps on a module besides compressed attention: one object in one attribute."""
 
 from __future__ import annotations
 
@@ -16,12 +16,13 @@ ATTRIBUTE = "_attnpress"
 
 @dataclass(frozen=True)
 class Attached:
-    """It is replaced, never changed, so that a copy of a module's attributes undoes it.
+    """Immutable state of a module, replaced as a whole: restoring the module's old attributes undoes changes.
 
     Attributes:
-        implementation: of a Transformers model that is bound: the attention implementation before that.
-        plan: of an encoder: what its int8 layers are, or are to be, by product; None where nothing was planned.
-        packing: of an encoder: what has it run without padding (`models.encoder.Packing`); None if nothing does.
+        implementation: for a bound Transformers model, its previous attention implementation.
+        plan: for an encoder, the plan of its int8 layers, by product; None if there is no plan.
+        packing: for an encoder, the hooks that run it without padding (`models.encoder.Packing`); None if there are
+            none.
     """
 
     implementation: str | None = None
@@ -30,13 +31,13 @@ class Attached:
 
 
 def attached_to(module: nn.Module | None) -> Attached:
-    """What is kept on a module; all None where nothing is."""
+    """The state kept on a module; all fields are None if there is none."""
     found: Attached = Attached() if module is None else vars(module).get(ATTRIBUTE, Attached())
     return found
 
 
 def attach(module: nn.Module, **changes: Any) -> None:
-    """Keep what is named on a module; where all is None, nothing is left on it."""
+    """Set fields of the state kept on a module; if all are None, remove the state."""
     kept = dataclasses.replace(attached_to(module), **changes)
     if kept == Attached():
         vars(module).pop(ATTRIBUTE, None)

@@ -1,4 +1,4 @@
-"""CompressedAttention: the state of one attention module (scales, thresholds, histogram), and what a call does."""
+"""CompressedAttention: the state of one attention module (scales, thresholds, histogram), and its computation."""
 
 from __future__ import annotations
 
@@ -43,56 +43,59 @@ from attnpress.models.state import (
 )
 
 NAME = "attnpress"
-"""Of the attention implementation, the quantization method, and the child module that holds the state."""
+"""Name of the attention implementation, the quantization method, and the child module with the state."""
 
 ROW_STRIDE = 8
-"""While training, one query row in eight feeds the running histogram; its offset moves on with each step."""
+"""In training, every eighth query row feeds the running histogram, with an offset that changes each step."""
 
 HISTOGRAM_DECAY = 0.95
-"""What a step leaves of the histogram: thresholds follow the last 20 or so steps of the model being trained."""
+"""Decay of the histogram per step: thresholds follow about the last 20 steps."""
 
 EXTRA = "_extra_state"
-"""How torch ends the names of extra states in a state dict."""
+"""Suffix of extra states in a state dict of torch."""
 
 
 class Watcher:
-    """Looks at the calls of attention modules while it is on their lists; see `models.watchers`.
+    """Base class of objects that observe the calls of attention modules; see `models.watchers`.
 
     Attributes:
-        uncompressed: a module that it watches runs as its framework has it.
-        before_thresholds: it needs no fitted thresholds, and has modules that compress nothing run as if they did.
+        uncompressed: modules run uncompressed while it watches them.
+        before_thresholds: it works without fitted thresholds, and also watches modules that compress nothing.
     """
 
     uncompressed = False
     before_thresholds = False
 
     def see(self, module: CompressedAttention, call: AttentionCall) -> None:
-        """Is shown each call before it is computed, without gradients."""
+        """Called before each call is computed, without gradients."""
 
     def hear(self, output: Tensor) -> None:
-        """Is shown each output [B, S, H, D] as the model gets it, with gradients."""
+        """Called with each output [B, S, H, D] as the model receives it, with gradients."""
 
 
 class CompressedAttention(nn.Module):
-    """Compression of one attention module of a Transformers model; attached to it as the child `attnpress`.
+    """Compression of one attention module of a Transformers model, attached to it as the child `attnpress`.
 
-    Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), cutoff [Hq]
-    in the unit of the rule (see `core.rules`), and float64 histogram [Hq, BINS] of the pairs that thresholds are fitted
-    to.
-    With `spec.budget` sensitivity, float64 budget [Hq] times the sparsity in force is what is asked of each head.
-    With `spec.threshold_penalty`, the parameter trained_cutoff [1], in GAIN nats, is in force instead of cutoff, and
-    each training call leaves the share of pairs that its soft gate lets through in `density`.
-    With `spec.tail`, lift [Hq] and float64 masses [Hq, 2] are fitted with cutoff, and run as the histogram does; with
-    "linear", what `core.tail.Directions` holds is fitted in calibration, unless the whole score is seen.
-    `watchers` are shown each call. One of them adds to `seen`; `take_seen` moves that into the histogram.
+    Buffers are float32 whatever the model's dtype: q_scale, k_scale, v_scale (parameters if learned), and cutoff [Hq]
+    in the unit of the rule (see `core.rules`). The float64 histogram [Hq, BINS] holds the pairs that thresholds are
+    fitted to. Some options add state:
 
-    `unset` names what nothing has set yet of scales and thresholds; `calibrate` sets them, `set_scales` by hand. A
-    state dict holds the spec, the sparsity in force and `unset` as extra state: see `models.state`.
+    - `spec.budget` "sensitivity": float64 budget [Hq]. Budget times current sparsity is the sparsity asked of each
+    head.
+    - `spec.threshold_penalty`: the parameter trained_cutoff [1], in GAIN nats, replaces cutoff. Each training call
+    stores in `density` the share of pairs that the soft gate passes.
+    - `spec.tail`: lift [Hq] and float64 masses [Hq, 2] are fitted with cutoff; masses run like the histogram. "linear"
+    also stores `core.tail.Directions`, fitted in calibration, unless it sees the whole score.
+
+    Each call is passed to the `watchers`. One of them adds to `seen`; `take_seen` moves that into the histogram.
+
+    `unset` names scales and thresholds without a value. `calibrate` sets them, and `set_scales` sets scales by hand. A
+    state dict holds the spec, the current sparsity and `unset` as extra state; see `models.state`.
 
     Args:
-        spec: what to do; `spec.sparsity` is the sparsity in force and changes with `set_sparsity`.
+        spec: what to compress; `spec.sparsity` is the current sparsity and changes with `set_sparsity`.
         heads, kv_heads, head_dim: Hq, Hkv, D.
-        is_cross: whether its queries are of other tokens than its keys.
+        is_cross: True for cross-attention.
     """
 
     q_scale: Tensor
@@ -138,7 +141,7 @@ class CompressedAttention(nn.Module):
             self.unset.add("cutoff")
 
     def _make_tail(self) -> None:
-        """Buffers of the tail; none where the spec has none, so that checkpoints stay what they were."""
+        """Create the buffers of the tail. Without a tail there are none, which keeps checkpoints unchanged."""
         if self.spec.tail == "none":
             return
         self.register_buffer("lift", torch.zeros(self.heads, dtype=torch.float32))
@@ -153,11 +156,11 @@ class CompressedAttention(nn.Module):
 
     @property
     def has_directions(self) -> bool:
-        """Whether the tail sees the score in fitted directions."""
+        """True if the tail sees the score in fitted directions."""
         return self.spec.tail == "linear" and not sees_whole_score(self.spec, self.head_dim)
 
     def tail(self) -> Tail | None:
-        """What was fitted for the tail; None without one."""
+        """The fitted parameters of the tail; None without a tail."""
         if self.spec.tail == "none":
             return None
         if not self.has_directions:
@@ -166,10 +169,10 @@ class CompressedAttention(nn.Module):
         return Tail(self.lift, Directions(*found))
 
     def fit_directions(self, moments: Moments, reduce: Reduce = alone) -> None:
-        """Put the directions where the codes of all ranks vary most.
+        """Fit the directions in which the codes of all ranks vary most.
 
         Raises:
-            ValueError: none was of a real token.
+            ValueError: no real token was seen.
         """
         found = fit_directions(Moments(*(reduce(x, "sum") for x in moments.tensors())), self.spec.tail_rank)
         self.query_directions.copy_(found.query)
@@ -178,7 +181,7 @@ class CompressedAttention(nn.Module):
         self.direction_step.copy_(found.step)
 
     def quantized(self) -> dict[str, TensorSpec]:
-        """Specs of those of q, k, v that have a static scale."""
+        """Specs of the matrices among q, k, v that have a static scale."""
         specs = {"q": self.spec.q, "k": self.spec.k, "v": self.spec.v}
         return {name: spec for name, spec in specs.items() if spec.bits is not None and spec.granularity != "token"}
 
@@ -187,14 +190,14 @@ class CompressedAttention(nn.Module):
         return (1, heads, 1, self.head_dim if spec.granularity == "channel" else 1)
 
     def fits_thresholds(self) -> bool:
-        """Whether the rule has thresholds that are fitted to the sparsity asked for, or trained."""
+        """True if the rule has thresholds that are fitted to the requested sparsity, or trained."""
         return self.spec.threshold is None and not RULES[self.spec.rule].counts
 
     def set_scales(self, scales: Mapping[str, Tensor]) -> None:
-        """Give static scales their values: by "q", "k", "v", float32 of the buffer's shape or broadcastable to it.
+        """Set static scales by "q", "k", "v": float32 of the buffer's shape, or broadcastable to it.
 
         Raises:
-            ValueError: there is no such scale, or a value that none can have; nothing is changed.
+            ValueError: a scale does not exist, or a value is not allowed. Nothing is changed.
         """
         for name, scale in scales.items():
             wrong = fault(f"{name}_scale", scale, self.spec) if name in self.quantized() else "does not exist"
@@ -206,17 +209,17 @@ class CompressedAttention(nn.Module):
                 self.unset.discard(f"{name}_scale")
 
     def require_calibrated(self, name: str, *, thresholds: bool = True) -> None:
-        """Refuse to go on with scales and thresholds that nothing has set.
+        """Raise an error if scales or thresholds are not set.
 
         Args:
             name: of the module, for the message.
-            thresholds: whether they are needed too; not while pairs are only looked at, to fit them.
+            thresholds: whether thresholds are needed; False while pairs are only observed to fit them.
 
         Raises:
-            NotCalibratedError: with the mend.
+            NotCalibratedError: says what is missing and what to do.
         """
         for part in [part for part in self.unset if not self._is_untouched(part)]:
-            self.unset.discard(part)  # somebody wrote values of their own there
+            self.unset.discard(part)  # the user has written values there
         lacking = sorted(self.unset if thresholds else self.unset - {"cutoff"})
         if lacking:
             raise NotCalibratedError(
@@ -233,26 +236,26 @@ class CompressedAttention(nn.Module):
 
     @property
     def runs_uncompressed(self) -> bool:
-        """Whether calls are computed as the framework has them, for the spec's sake or for that of a watcher."""
+        """True if calls are computed by the framework, because of the spec or of a watcher."""
         if any(watcher.uncompressed for watcher in self.watchers):
             return True
         return self.spec.is_dense and not any(watcher.before_thresholds for watcher in self.watchers)
 
     def show(self, call: AttentionCall) -> None:
-        """Show a call to the watchers; not the second time, inside the backward pass of gradient checkpointing."""
+        """Pass a call to the watchers, except for the recomputation of gradient checkpointing in the backward pass."""
         if self.watchers and not _recomputing():
             with torch.no_grad():
                 for watcher in self.watchers:
                     watcher.see(self, call)
 
     def scales(self) -> Scales:
-        """The scales in force; learned ones by magnitude, so that one that training drives past zero comes back."""
+        """The current scales. Learned ones count by magnitude, so that negative ones recover in training."""
         values = {name: getattr(self, f"{name}_scale") for name in self.quantized()}
         learned = {name: positive_scale(values[name].abs()) for name, spec in self.quantized().items() if spec.learned}
         return Scales(**(values | learned), tail=self.tail())
 
     def active_cutoff(self) -> Tensor | None:
-        """The thresholds [Hq], or None while nothing is to be pruned."""
+        """The current thresholds [Hq]; None if nothing is pruned."""
         if self.spec.sparsity == 0 and self.spec.threshold is None:
             return None
         if self.spec.threshold_penalty is None:
@@ -261,23 +264,23 @@ class CompressedAttention(nn.Module):
         return (self.trained_cutoff.detach() * GAIN).clamp(min=0).repeat(self.heads)
 
     def threshold(self) -> Tensor:
-        """tau, theta or gamma of each head as the rule's definition has it, [Hq]; 0 (gamma: 1) prunes nothing."""
+        """tau, theta or gamma of each head, [Hq]; 0 (gamma: 1) prunes nothing."""
         cutoff = self.active_cutoff()
         return torch.zeros_like(self.cutoff) if cutoff is None else rule_of(self.spec).to_threshold(cutoff)
 
     def set_sparsity(self, sparsity: float) -> None:
-        """Ask for a sparsity from now on; thresholds are refitted to the pairs seen so far, unless they are trained."""
+        """Set the requested sparsity. Thresholds are refitted to the pairs seen so far, unless they are trained."""
         self.spec = dataclasses.replace(self.spec, sparsity=sparsity)
         if self.spec.threshold_penalty is None:
             if sparsity > 0 and self.fits_thresholds():
-                self.unset.add("cutoff")  # until they are fitted: where that fails, old ones must not go on unseen
+                self.unset.add("cutoff")  # until fitted: if that fails, old ones must not stay in use
             self.fit()
 
     def fit(self) -> None:
-        """Put the thresholds where they give the sparsity in force on the pairs seen so far, and the lift with them."""
+        """Fit thresholds (and lift) to the current sparsity on the pairs seen so far."""
         if self.spec.tail != "none":
             self.lift.copy_(fit_lift(self.masses))
-        # Where nothing is taken, there may be no histogram to fit to, and no threshold is in force.
+        # Without pruning there may be no histogram to fit to, and no threshold is used.
         if not self.fits_thresholds() or self.spec.is_dense:
             return
         if self.spec.threshold_penalty is None:
@@ -289,10 +292,10 @@ class CompressedAttention(nn.Module):
         self.unset.discard("cutoff")
 
     def take_seen(self, decay: float, reduce: Reduce = alone) -> Tensor:
-        """histogram = decay * histogram + what all ranks have seen since the last time.
+        """Update histogram = decay * histogram + the pairs seen by all ranks since the last call.
 
         Returns:
-            Of the pairs seen, how many the thresholds in force prune, and how many there are; float64 [2].
+            float64 [2]: how many of the pairs seen the current thresholds prune, and how many there are.
         """
         seen = reduce(self.seen, "sum").clone()
         self.histogram.mul_(decay).add_(seen)
@@ -303,10 +306,10 @@ class CompressedAttention(nn.Module):
         return torch.stack([rule_of(self.spec).pruned(self.spec, seen, self.active_cutoff()).sum(), seen.sum()])
 
     def forward(self, call: AttentionCall) -> Tensor:
-        """Compressed attention; float32 [B, Hq, Sq, D].
+        """Compute compressed attention; float32 [B, Hq, Sq, D].
 
         Args:
-            call: from `call`; its `bounds` only where the module is deployed.
+            call: from `call`; it has `bounds` only in a deployed module.
         """
         self.show(call)
         if self.training and self.spec.threshold_penalty is not None and call.cutoff is not None:
@@ -325,21 +328,21 @@ class CompressedAttention(nn.Module):
         dropout: float = 0.0,
         bounds: Tensor | None = None,
     ) -> AttentionCall:
-        """The call of these tensors with the scales, thresholds and spec in force; see `AttentionCall`."""
+        """The call of these tensors with the current scales, thresholds and spec; see `AttentionCall`."""
         key, value, valid = some_key(key, value, pair_mask(valid, query, key))
         scales, cutoff = self.scales(), self.active_cutoff()
         return AttentionCall(query, key, value, valid, scales, cutoff, self.spec, scaling, real, dropout, bounds)
 
     def get_extra_state(self) -> Tensor:
-        """The spec with the sparsity in force, and what is not set yet; uint8, see `models.state.pack_extra`."""
+        """The spec with the current sparsity, and what is not set yet; uint8, see `models.state.pack_extra`."""
         refuse_part()
         return pack_extra(self.spec, self.unset)
 
     def set_extra_state(self, state: Any) -> None:
-        """Take over the sparsity in force; the rest of the spec has to be this module's own.
+        """Restore the current sparsity. The rest of the spec must match this module's own.
 
         Raises:
-            StateError: damaged, of another version, or of another spec; names the fields.
+            StateError: the state is damaged, of another version, or of another spec. The message names the fields.
         """
         if _is_empty(state):
             return
@@ -351,7 +354,7 @@ class CompressedAttention(nn.Module):
         self.spec = dataclasses.replace(self.spec, sparsity=extra.spec.sparsity)
         self.unset = set(extra.unset)
         if other_thresholds and self.spec.sparsity > 0 and self.fits_thresholds():
-            self.unset.add("cutoff")  # those of the state are trained, and these are not, or the other way round
+            self.unset.add("cutoff")  # only one of state and module has trained thresholds
 
     def _load_from_state_dict(
         self,
@@ -379,12 +382,12 @@ class CompressedAttention(nn.Module):
             self.unset -= own.keys()
             warnings.warn(
                 "the state of compressed attention is from an older version of attnpress, which did not store the "
-                "spec: the spec and the sparsity in force stay those that the model was bound with",
+                "spec: the spec and the current sparsity stay those that the model was bound with",
                 stacklevel=2,
             )
 
     def _wrong_with(self, own: Mapping[str, Any]) -> list[str]:
-        """What keeps the tensors of a state dict from being loaded, before any of them is."""
+        """The reason why the tensors of a state dict cannot be loaded; checked before any is loaded."""
         if EXTRA in own and not _is_empty(own[EXTRA]):
             try:
                 wrong = differences(unpack_extra(own[EXTRA]).spec, self.spec)
@@ -407,10 +410,10 @@ class CompressedAttention(nn.Module):
 
 
 def _is_empty(state: Any) -> bool:
-    """True of a tensor without data, which stands for what another process holds."""
+    """True for a tensor without data, a placeholder for data of another process."""
     return isinstance(state, Tensor) and state.device.type == "meta"
 
 
 def _recomputing() -> bool:
-    """True in the second forward of gradient checkpointing, inside the backward pass: its pairs were seen before."""
+    """True in the second forward of gradient checkpointing, inside the backward pass; its pairs were counted before."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

@@ -1,8 +1,8 @@
-"""bind and unbind: give a Transformers model compressed attention, without touching its code.
+"""bind and unbind: give a Transformers model compressed attention without changing its code.
 
-All attention of a model that uses Transformers' AttentionInterface passes through one registered function; the module
-it is called for carries its own `CompressedAttention`. Modules are found by one small forward pass, which shows what
-really calls the interface, with its true shapes; no list of architectures is kept.
+All attention of a model that uses Transformers' AttentionInterface passes through one registered function. Each
+attention module carries its own `CompressedAttention`. A small forward pass finds the modules that call the interface
+and their shapes, so no list of architectures is needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from attnpress.models.watchers import Capturing, Looking, watched
 Model = TypeVar("Model", bound=nn.Module)
 
 OTHER_TOKENS = ("key_value_states", "encoder_hidden_states")
-"""Arguments by which attention modules of Transformers are given the tokens to attend to, if not their own."""
+"""Arguments of Transformers' attention modules for cross-attention."""
 
 
 def bind(
@@ -44,24 +44,25 @@ def bind(
     *,
     example: Mapping[str, Any] | None = None,
 ) -> Model:
-    """Attach a `CompressedAttention` to each attention module; a model already bound is bound anew.
+    """Attach a `CompressedAttention` to each attention module. A bound model is bound again.
 
     Args:
-        model: any Transformers model on the AttentionInterface, or a module that holds some, such as a
-            SentenceTransformer or an adapted model of PEFT; changed in place, with a configuration of its own (other
-            models that shared its configuration object keep theirs).
-        spec: what to compress. Nothing is calibrated yet: see `attnpress.calibrate`.
-        layers: specs of single attention modules, by index from 0 or by a pattern of their names; the last one counts.
-        example: keyword arguments of the Transformers model's forward, for a small pass that shows which modules
-            attend. Made up where none is given; modules that it does not reach are not bound.
+        model: any Transformers model that uses the AttentionInterface, or a module that contains some, such as a
+            SentenceTransformer or a PEFT model. It is changed in place and gets its own copy of its configuration;
+            other models that shared the configuration object are not affected.
+        spec: what to compress. Call `attnpress.calibrate` next.
+        layers: specs of single attention modules, by index from 0 or by a pattern of their names. If several patterns
+            match a module, the last one applies.
+        example: keyword arguments of the model's forward, for the small pass that finds its attention modules. By
+            default they are generated. Modules that the pass does not reach are not bound.
 
     Returns:
         The same model.
 
     Raises:
-        UnsupportedModelError: the model's attention cannot be reached, or needs what the method lacks; or no example
-            could be made for it. Like every failure, this leaves the model exactly as it was.
-        ConfigError: a key of `layers` names no attention module; likewise.
+        UnsupportedModelError: the model's attention cannot be reached or is not supported, or no example could be
+            generated. The model is left unchanged.
+        ConfigError: a key of `layers` matches no attention module. The model is left unchanged.
     """
     roots = transformers_models(model)
     names = {id(module): name for name, module in model.named_modules()}
@@ -113,7 +114,7 @@ def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
-    """Undo whatever was done to the model's modules, but for values of tensors, if the `with` block fails."""
+    """Undo all changes to the model's modules, except values of tensors, if the `with` block fails."""
     held = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
     try:
         yield
@@ -133,11 +134,11 @@ def layer_specs(
 
     Args:
         names: of the attention modules, in the order of the layers.
-        spec: of modules that `layers` does not name.
+        spec: default for modules that `layers` does not match.
         layers: see `bind`.
 
     Raises:
-        ConfigError: a key names no module.
+        ConfigError: a key matches no module.
     """
     found = dict.fromkeys(names, spec)
     for key, own in layers.items():
@@ -152,7 +153,7 @@ def layer_specs(
 
 
 def unbind(model: Model) -> Model:
-    """Remove what `bind` attached and restore the attention implementation that was in force; returns the model."""
+    """Remove what `bind` attached, and restore the previous attention implementation. Returns the model."""
     for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
@@ -167,7 +168,7 @@ def unbind(model: Model) -> Model:
 
 
 def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
-    """The compressed attention modules by the name of the module that carries them, in the order of the layers."""
+    """Compressed attention modules by the name of their parent module, in the order of the layers."""
     ending = "." + NAME
     return {
         name.removesuffix(ending): module
@@ -177,16 +178,16 @@ def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
 
 
 def threshold_penalty(model: nn.Module) -> Tensor | None:
-    """What trained thresholds add to the loss, after a training forward pass; None where none is trained.
+    """The loss term of trained thresholds after a training forward pass; None if no threshold is trained.
 
-    It is the share of pairs that is kept beyond what is asked for, times `spec.threshold_penalty`.
+    It is the share of pairs kept beyond the requested one, times `spec.threshold_penalty`.
     """
     densities, specs = [], []
     for module in attentions(model).values():
         if module.density is not None:
             densities.append(module.density)
             specs.append(module.spec)
-            module.density = None  # its graph is used up with the loss, and no copy of the model could hold it
+            module.density = None  # its graph is freed with the loss, and prevents copies of the model
     if not densities:
         return None
     penalty = density_penalty(densities, [spec.sparsity for spec in specs])
@@ -195,7 +196,7 @@ def threshold_penalty(model: nn.Module) -> Tensor | None:
 
 @contextmanager
 def probed(model: nn.Module, look: Callable[[str, CompressedAttention, AttentionCall], None]) -> Iterator[None]:
-    """Inside the `with` block, `look` is shown each attention call: the module's name, its state, the tensors."""
+    """Inside the `with` block, `look` receives each attention call: the module's name, its state, the tensors."""
 
     def looking(name: str) -> Looking:
         return Looking(lambda module, call: look(name, module, call))
@@ -206,7 +207,7 @@ def probed(model: nn.Module, look: Callable[[str, CompressedAttention, Attention
 
 @contextmanager
 def attending(strategies: Mapping[CompressedAttention, Attend]) -> Iterator[None]:
-    """Inside the `with` block each module computes its calls by the strategy given; then by its own again."""
+    """Inside the `with` block, modules compute their calls by the given strategy."""
     own = {module: module.attend for module in strategies}
     for module, attend in strategies.items():
         module.attend = attend
@@ -230,8 +231,8 @@ class Found:
     """An attention module, with the shapes of its first call [B, Hq or Hkv, S, D].
 
     Attributes:
-        is_cross: whether it attends to other tokens than those of its queries.
-        is_biased: whether it adds something to its scores by way of the mask.
+        is_cross: True for cross-attention.
+        is_biased: True if its mask adds a bias to the scores.
     """
 
     module: nn.Module
@@ -244,14 +245,14 @@ class Found:
 
 
 def find_attention(model: PreTrainedModel, example: Mapping[str, Any] | None = None) -> list[Found]:
-    """Each attention module once (shared ones too), as a small example shows them.
+    """Find each attention module once (shared ones too) by passing a small example through the model.
 
     Args:
-        model: switched to the attention implementation NAME.
-        example: keyword arguments of its forward; None to make some.
+        model: with the attention implementation NAME.
+        example: keyword arguments of its forward; None generates some.
 
     Raises:
-        UnsupportedModelError: no module called the interface, or the example does not pass through the model.
+        UnsupportedModelError: no module called the interface, or the model rejects the example.
     """
     failures: list[Exception] = []
     for inputs in example_inputs(model) if example is None else [example]:
@@ -259,7 +260,7 @@ def find_attention(model: PreTrainedModel, example: Mapping[str, Any] | None = N
             found = _pass_through(model, inputs)
         except UnsupportedModelError:
             raise
-        except Exception as error:  # whatever a model may say of an input that does not suit it
+        except Exception as error:  # models raise errors of any type for unsuitable inputs
             failures.append(error)
             continue
         if not found:
@@ -305,7 +306,7 @@ def _pass_through(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[Fou
 
 @contextmanager
 def _learnable(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block gradients reach every parameter, so that what is learned shows as `requires_grad`."""
+    """Inside the `with` block every parameter requires gradients, so that learned biases show as `requires_grad`."""
     frozen = [p for p in model.parameters() if p.is_floating_point() and not (p.requires_grad or p.is_inference())]
     try:
         for parameter in frozen:
@@ -343,7 +344,7 @@ def _check_calls(names: Mapping[int, str], found: Sequence[Found]) -> None:
 
 
 def own_config(model: PreTrainedModel) -> None:
-    """Give the model copies of its configurations, so that switching attention does not leak to models sharing them."""
+    """Copy the model's configurations, so that switching attention does not affect models that share them."""
     copies: dict[int, Any] = {}
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -352,7 +353,7 @@ def own_config(model: PreTrainedModel) -> None:
 
 
 def _give_quantizer(model: PreTrainedModel, spec: AttentionSpec) -> None:
-    """Let `save_pretrained` store the state: the quantizer of `models.hub`, as Transformers' registry knows it."""
+    """Attach the quantizer of `models.hub`, through which `save_pretrained` stores the state."""
     method = weight_quantization(model)
     if method is None:
         config = AUTO_QUANTIZATION_CONFIG_MAPPING[NAME](attention=spec)
@@ -360,7 +361,7 @@ def _give_quantizer(model: PreTrainedModel, spec: AttentionSpec) -> None:
     else:
         warnings.warn(
             f"the weights are quantized by {method}, whose checkpoints hold no compressed attention: save_pretrained "
-            "will not store it. Save before quantizing the weights, and bind and calibrate anew after loading",
+            "will not store it. Save before quantizing the weights, and bind and calibrate again after loading",
             stacklevel=3,
         )
 
@@ -373,7 +374,7 @@ def _take_quantizer(model: PreTrainedModel) -> None:
 
 
 def weight_quantization(model: PreTrainedModel) -> str | None:
-    """The method by which Transformers has quantized the model's weights; None if it has not."""
+    """The method by which Transformers quantized the model's weights; None if it did not."""
     quantizer = getattr(model, "hf_quantizer", None)
     method = None if quantizer is None else quantizer.quantization_config.quant_method
     return None if method in (None, NAME) else str(getattr(method, "value", method))
@@ -402,7 +403,7 @@ def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
 
 
 def bound_modules(model: nn.Module) -> dict[str, CompressedAttention]:
-    """`attentions` of a model that has some.
+    """Like `attentions`, but requires a bound model.
 
     Raises:
         ConfigError: the model is not bound.

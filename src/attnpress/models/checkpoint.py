@@ -1,4 +1,4 @@
-"""Checking the files of a compressed model before anything of them is believed: names, shapes, dtypes and values."""
+"""Validation of the files of a compressed model before they are used: names, shapes, dtypes and values."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from attnpress.models.attention import EXTRA, NAME, CompressedAttention
 from attnpress.models.state import StateError, differences, fault, unpack_extra
 
 HEAD_SIZES = ("head_dim", "attention_head_size", "dim_per_head")
-"""Attributes by which attention modules of Transformers say how large their heads are."""
+"""Attributes of Transformers' attention modules that hold the head size."""
 
 
 class ModelError(ValueError):
-    """A model that cannot be found or loaded; the message says which, and what to do."""
+    """A model cannot be found or loaded. The message says which, and what to do."""
 
 
 def check_readable(files: Iterable[str]) -> None:
-    """Refuse weights that are not whole safetensors files.
+    """Check that weights are complete safetensors files.
 
     Raises:
         ModelError: names the file.
@@ -39,18 +39,19 @@ def check_readable(files: Iterable[str]) -> None:
 
 
 def check_tensors(files: Iterable[str], states: Mapping[str, CompressedAttention]) -> None:
-    """Compare the tensors of compressed attention in the files with what config.json says of each module.
+    """Compare the tensors of compressed attention in the files with the description in config.json.
 
     Args:
-        states: as config.json describes them, empty, by the name of the attention module.
+        states: empty states as config.json describes them, by the name of the attention module.
 
     Raises:
-        ModelError: one is missing or too many, or has a shape, dtype or value that it cannot have; names the file.
+        ModelError: a tensor is missing or unexpected, or has an invalid shape, dtype or value. The message names the
+            file.
     """
     found = {name: file for file in files for name in _names(file) if f".{NAME}." in name}
     held = {name.rpartition(f".{NAME}.")[0] for name in found}
     if held and held.isdisjoint(states) and len(held) == len(states):
-        return  # files with names of their own, as some families have; what they hold is checked where it ends up
+        return  # some families rename tensors in files; these are checked after loading
     for name, file in found.items():
         module, _, part = name.rpartition(f".{NAME}.")
         if module not in states:
@@ -61,15 +62,15 @@ def check_tensors(files: Iterable[str], states: Mapping[str, CompressedAttention
         for part in shapes_of(state):
             if f"{module}.{NAME}.{part}" not in found and part not in ("histogram", EXTRA):
                 raise ModelError(f"{_all(files)}: damaged: the weights lack {module}.{NAME}.{part}")
-        with torch.device("cpu"):  # models are made without data while they are loaded
+        with torch.device("cpu"):  # models have no data while they are loaded
             _check_state(module, state, found)
 
 
 def check_geometry(model: Any, states: Mapping[nn.Module, CompressedAttention]) -> None:
-    """Refuse heads of another size than the model's own, and layers left out of a row of layers.
+    """Check that head sizes match the model's, and that no layer is left out.
 
     Args:
-        states: by the attention module that they belong to.
+        states: by the name of the attention module.
 
     Raises:
         ModelError: names the module.
@@ -91,21 +92,21 @@ def check_geometry(model: Any, states: Mapping[nn.Module, CompressedAttention]) 
 
 
 def shapes_of(state: CompressedAttention) -> dict[str, Tensor]:
-    """The tensors that such a state has, without data."""
+    """The tensors of such a state, without data."""
     with torch.device("meta"):
         empty = CompressedAttention(state.spec, state.heads, state.kv_heads, state.head_dim)
         return dict(empty.state_dict(keep_vars=True))
 
 
 def wrong_with(part: str, tensor: Tensor, expected: Tensor, spec: AttentionSpec) -> str | None:
-    """What is wrong with a tensor of a state: its shape, dtype or values; None if nothing is."""
+    """The reason why a tensor of a state is invalid (shape, dtype or values); None if it is valid."""
     if part != EXTRA and tensor.shape != expected.shape:
         return f"has shape {list(tensor.shape)} where {list(expected.shape)} fits its spec"
     return fault_of(part, tensor, spec)
 
 
 def fault_of(part: str, tensor: Tensor, spec: AttentionSpec) -> str | None:
-    """What is wrong with the values of a tensor of a state, the extra state among them."""
+    """The reason why the values of a tensor of a state are invalid, including the extra state."""
     if part != EXTRA:
         return fault(part, tensor, spec)
     try:

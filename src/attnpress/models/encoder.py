@@ -1,8 +1,8 @@
-"""Encoders as a deployment changes them: their linear layers, and running them without padding.
+"""Encoders in deployment: their linear layers, and execution without padding.
 
-BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA build their layers alike, from the same submodules under the same
-names: their products are joined with what stands around them, and they run without padding. `find_encoder` finds only
-those. Of DistilBERT and ModernBERT, which `find_layers` finds as well, linear layers are replaced one by one.
+BERT, RoBERTa, XLM-RoBERTa, CamemBERT and ELECTRA share the structure and names of their layers. `find_encoder` finds
+only these: their products are fused with the surrounding operations, and they run without padding. `find_layers` also
+finds DistilBERT and ModernBERT, whose linear layers are replaced one by one.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "up": ("intermediate.dense",),
     "down": ("output.dense",),
 }
-"""The linear layers of an encoder layer, by the product that computes them: those with one input are one product."""
+"""Linear layers of an encoder layer by product; those with the same input are one product."""
 
 FLOAT = ProductPlan(quantized=False)
 
 
 @dataclass(frozen=True)
 class Family:
-    """Where encoders that are built alike have their linear layers.
+    """Encoders of the same structure, and where their linear layers are.
 
     Attributes:
         layers: classes of an encoder's layers, by module of Transformers and name.
@@ -54,7 +54,7 @@ class Family:
     products: Mapping[str, tuple[str, ...]]
 
     def has(self, module: nn.Module) -> bool:
-        """Whether a module is such an encoder, and no decoder."""
+        """True if a module is an encoder of this family, and not a decoder."""
         layers = getattr(module, self.row, None)
         return isinstance(layers, nn.ModuleList) and len(layers) > 0 and all(map(self._is_layer, layers))
 
@@ -83,47 +83,47 @@ ONE_BY_ONE = (
         {"qkv": ("attn.Wqkv",), "attention": ("attn.Wo",), "up": ("mlp.Wi",), "down": ("mlp.Wo",)},
     ),
 )
-"""DistilBERT and ModernBERT: each product is one linear layer, and what stands around it stays Transformers' own."""
+"""DistilBERT and ModernBERT: each product is one linear layer; everything else stays Transformers' own."""
 
 EMBEDDING = "embedding"
-"""The word embedding, in plans: not a product, but it goes to half precision with them."""
+"""Name of the word embedding in plans. It is converted to half precision along with the products."""
 
 
 def find_encoder(model: nn.Module) -> nn.Module | None:
-    """The module whose `layer` list holds encoder layers of the BERT family; None if the model has no such encoder."""
+    """The module whose `layer` list holds encoder layers of the BERT family; None if there is none."""
     return next((module for module in model.modules() if BERT.has(module)), None)
 
 
 def find_layers(model: nn.Module) -> nn.Module | None:
-    """The module that lists encoder layers of any family here, whose linear layers can be int8; None if none does."""
+    """The module that lists encoder layers of a known family; None if there is none."""
     return next((module for module in model.modules() if family_of(module) is not None), None)
 
 
 def family_of(encoder: nn.Module) -> Family | None:
-    """The family of an encoder; None if it is none, or of another."""
+    """The family of an encoder; None if it is unknown."""
     return next((family for family in (BERT, *ONE_BY_ONE) if family.has(encoder)), None)
 
 
 def plan_of(model: nn.Module) -> dict[str, ProductPlan] | None:
-    """The plan of a model's int8 layers; None where none was made."""
+    """The plan of a model's int8 layers; None if there is none."""
     plan = attached_to(find_layers(model)).plan
     return None if plan is None else dict(plan)
 
 
 def set_plan(model: nn.Module, plan: Mapping[str, ProductPlan] | None) -> None:
-    """Keep a plan on the encoder, so that a model and what wraps it know the same one; None forgets it."""
+    """Store a plan on the encoder, where a model and its wrappers share it; None removes it."""
     encoder = find_layers(model)
     if encoder is not None:
         attach(encoder, plan=None if plan is None else dict(plan))
 
 
 def is_int8(model: nn.Module) -> bool:
-    """Whether int8 layers were put in place."""
+    """True if the model has int8 layers."""
     return any(isinstance(module, Int8Linear | HalfEmbedding) for module in model.modules())
 
 
 def find_embedding(model: nn.Module, encoder: nn.Module) -> nn.Embedding | None:
-    """The word embedding that feeds the encoder; None where another layer shares its weight."""
+    """The word embedding that feeds the encoder; None if another layer shares its weight."""
     parents = [module for module in model.modules() if module is encoder or encoder in module.children()]
     embeddings = next((found for parent in parents if (found := getattr(parent, "embeddings", None)) is not None), None)
     words = getattr(embeddings, "word_embeddings", getattr(embeddings, "tok_embeddings", None))
@@ -142,7 +142,7 @@ def states(encoder: Any) -> Iterator[CompressedAttention]:
 
 
 def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
-    """Every product of the encoder by its name, "0.qkv" for instance, with the linear layers it computes."""
+    """Every product of the encoder by name, such as "0.qkv", with the linear layers that it computes."""
     family = family_of(encoder) or BERT
     for index, layer in enumerate(getattr(encoder, family.row)):
         for name, places in family.products.items():
@@ -150,7 +150,7 @@ def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
 
 
 def entries(model: nn.Module, encoder: nn.Module) -> dict[str, list[Any]]:
-    """All that a plan has a word on, by its name: the word embedding, where it is nobody else's, and every product."""
+    """All possible entries of a plan, by name: every product, and the word embedding unless its weight is shared."""
     words = find_embedding(model, encoder)
     return ({} if words is None else {EMBEDDING: [words]}) | dict(products(encoder))
 
@@ -158,10 +158,10 @@ def entries(model: nn.Module, encoder: nn.Module) -> dict[str, list[Any]]:
 def place_int8(
     model: nn.Module, encoder: Any, plan: Mapping[str, ProductPlan]
 ) -> Iterator[tuple[Int8Linear | HalfEmbedding, list[Any]]]:
-    """Put empty int8 layers where the plan has them; each comes with the layers that it replaces.
+    """Put empty int8 layers where the plan has them; yields each with the layers that it replaces.
 
-    Where both products around a GELU are int8, the first applies it, and hands out codes. Plans from before word
-    embeddings were in them leave that one in float.
+    If both products around a GELU are int8, the first applies it and outputs codes. Plans of older versions have no
+    entry for word embeddings, which then stay in float.
     """
     for name, layers in entries(model, encoder).items():
         if name not in plan or not plan[name].quantized:
@@ -198,10 +198,10 @@ def _has_gelu(layer: Any) -> bool:
 
 
 class MergedSelfAttention(nn.Module):
-    """Stands where a self-attention stood: one product for Q, K and V, and the attention that is in force.
+    """Replacement for a self-attention: one product for Q, K and V, followed by the current attention.
 
     Args:
-        replaced: the module whose place this takes; its compressed attention moves over.
+        replaced: the module to replace; its compressed attention moves over.
         product: [B, S, width] -> [B, S, 3 * width], Q, K and V side by side.
     """
 
@@ -217,7 +217,7 @@ class MergedSelfAttention(nn.Module):
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> tuple[Tensor, Tensor | None]:
-        """Attention of the hidden states [B, S, width] to themselves: the output of the same shape, and weights."""
+        """Self-attention of hidden states [B, S, width]; returns the output of the same shape, and the weights."""
         merged = self.product(hidden_states)
         each = merged.view(*hidden_states.shape[:2], 3, self.heads, self.head_dim).permute(2, 0, 3, 1, 4)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, attention_forward)
@@ -227,11 +227,11 @@ class MergedSelfAttention(nn.Module):
 
 @dataclass(frozen=True)
 class Packed:
-    """How one call of an encoder was packed. It travels with the call's arguments: a model serves several at once.
+    """How one call of an encoder was packed; passed with its arguments, so a model can serve several calls at once.
 
     Attributes:
-        real: bool [B, S], which tokens are.
-        bounds: int64 [B + 1], where sequences begin and end among them, from 0 to the number of real tokens.
+        real: bool [B, S], True for real tokens.
+        bounds: int64 [B + 1], the bounds of the sequences in the packed row, from 0 to the number of real tokens.
     """
 
     real: Tensor
@@ -239,16 +239,16 @@ class Packed:
 
     @classmethod
     def of(cls, real: Tensor) -> Packed:
-        """Of these real tokens."""
+        """Pack the given real tokens."""
         return cls(real, torch.cat([real.new_zeros(1, dtype=torch.int64), real.sum(1).cumsum(0)]))
 
 
 PACKED = "attnpress_packed"
-"""Name of the encoder's argument that holds it."""
+"""Name of the encoder's argument for `Packed`."""
 
 
 class Packing:
-    """Lets an encoder run on the real tokens of a batch, end to end in one row. Holds nothing of any call."""
+    """Runs an encoder on the real tokens of a batch, packed into one row. Holds no state of any call."""
 
     def __init__(self, encoder: nn.Module) -> None:
         self._handles: list[RemovableHandle] = [
@@ -257,7 +257,7 @@ class Packing:
         ]
 
     def remove(self) -> None:
-        """Give the encoder its padding back."""
+        """Run the encoder with padding again."""
         for handle in self._handles:
             handle.remove()
 
@@ -294,20 +294,20 @@ def _signature(forward: Callable[..., Any]) -> inspect.Signature:
 
 
 def _real_tokens(encoder: nn.Module, hidden: Tensor, mask: Tensor | None) -> Tensor | None:
-    """Which tokens are real, bool [B, S]; None where nothing is gained, or somebody looks at the padded batch."""
+    """The real tokens, bool [B, S]; None if packing gains nothing, or if a watcher needs the padded batch."""
     if mask is None or torch.compiler.is_compiling() or any(state.watchers for state in states(encoder)):
         return None
     return padding_alone(mask, *hidden.shape[:2])
 
 
 def padding_alone(mask: Tensor, batch: int, length: int) -> Tensor | None:
-    """The real tokens that a framework's mask tells of; None if all are, or if it says more than that.
+    """The real tokens according to a framework's mask; None if all are real, or if the mask is not plain padding.
 
     Args:
         mask: bool (True = may attend), or float of 0 and "very negative", [B or 1, 1, S, S].
 
     Returns:
-        bool [B, S]: each may attend to all the others of its row of the batch.
+        bool [B, S]; each real token may attend to all the others of its row of the batch.
     """
     if mask.shape[1:] != (1, length, length):
         return None

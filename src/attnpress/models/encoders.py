@@ -1,7 +1,7 @@
-"""Encoders of any class as one thing: an embedder, a classifier or a reranker that is asked about texts.
+"""A common interface to encoders of any class: embedders, classifiers and rerankers of texts.
 
-A model is loaded by its own class: a SentenceTransformer or CrossEncoder where the folder says so, else one of
-Transformers. What attnpress cannot compress is refused before any weight is read.
+A model is loaded by its own class: SentenceTransformer or CrossEncoder if the folder says so, else a class of
+Transformers. Unsupported models are refused before any weight is read.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ Kind = Literal["embedder", "classifier", "reranker"]
 PACKAGE = "sentence-transformers"
 CLASSIFIES = "ForSequenceClassification"
 UNBOUNDED = 2**20
-"""Tokenizers that know no limit say a number beyond this."""
+"""Tokenizers without a limit report a number beyond this."""
 
 LONGEST = 512
-"""Tokens of an input for a model that knows no limit, or a far larger one: texts for calibration are short."""
+"""Maximum input length for models without a limit or with a far larger one, since calibration texts are short."""
 
 Rows = Sequence[Sequence[str]]
-"""Texts, each alone or with the other one of its pair."""
+"""Texts, or pairs of texts."""
 
 
 @dataclass
 class Encoder:
-    """A model with what turns texts into its inputs.
+    """A model together with its tokenizer.
 
     Attributes:
         model: a Transformers model, or a pipeline of sentence-transformers.
         tokenizer: of a Transformers model; a pipeline has its own.
-        kind: "embedder" gives a vector, "classifier" logits of classes, "reranker" one score.
-        longest: longer inputs are cut to so many tokens.
+        kind: "embedder" outputs a vector, "classifier" class logits, "reranker" one score.
+        longest: maximum input length in tokens; longer inputs are truncated.
     """
 
     model: Any
@@ -62,21 +62,21 @@ class Encoder:
     longest: int
 
     def lengths(self, rows: Rows) -> list[int]:
-        """Tokens of each text, uncut."""
+        """Number of tokens of each text, without truncation."""
         tokenizer = self.model.tokenizer if is_pipeline(self.model) else self.tokenizer
         columns = [list(column) for column in zip(*rows, strict=True)]
         found = tokenizer(*columns, truncation=False, verbose=False)["input_ids"]
         return [len(ids) for ids in found]
 
     def batches(self, rows: Rows, size: int) -> Iterator[Batch]:
-        """Inputs of the model in batches of so many texts, as they come."""
+        """Inputs of the model in batches of this many texts, in order."""
         for begin in range(0, len(rows), size):
             yield self.inputs(rows[begin : begin + size])
 
     def answer(self, rows: Rows, batch_size: int = 32) -> Tensor:
-        """What the model says of texts: float32 [rows, dimensions or classes or 1], on the CPU.
+        """Outputs of the model for texts: float32 [rows, dimensions or classes or 1], on the CPU.
 
-        Batches are made of texts of like length. Scores and classes are logits, before any sigmoid or softmax.
+        Batches contain texts of similar length. Scores and classes are logits, before any sigmoid or softmax.
         """
         if is_pipeline(self.model):
             return self._ask_pipeline(rows, batch_size).float().cpu().reshape(len(rows), -1)
@@ -93,7 +93,7 @@ class Encoder:
         return torch.stack(said)
 
     def save(self, folder: Path) -> None:
-        """Write the model into a folder, with its tokenizer."""
+        """Save the model with its tokenizer into a folder."""
         if is_pipeline(self.model):
             self.model.save(str(folder), create_model_card=False)
         else:
@@ -121,10 +121,10 @@ class Encoder:
 
 
 def load_encoder(name: str) -> Encoder:
-    """A dense model by a Hub name, a folder or "package:NAME", in float32, by the class that it was saved with.
+    """Load a dense model by Hub name, folder or "package:NAME", in float32, with the class that it was saved with.
 
     Raises:
-        ModelError: none there, one that cannot be compressed, or a library is missing.
+        ModelError: there is no such model, it is not supported, or a library is missing.
     """
     resolved = resolve_model(name)
     plain = _plain_config(resolved)
@@ -142,7 +142,7 @@ def load_encoder(name: str) -> Encoder:
 
 
 def saved_encoder(folder: Path) -> Encoder:
-    """A model that `Encoder.save` wrote, compressed or not.
+    """Load a model that `Encoder.save` wrote, compressed or not.
 
     Raises:
         ModelError: a library is missing.
@@ -157,10 +157,10 @@ def saved_encoder(folder: Path) -> Encoder:
 
 
 def check_compressible(model: Any) -> None:
-    """Refuse a model that Python holds, as `load_encoder` refuses one by its configuration.
+    """Check a model in memory as `load_encoder` checks one by its configuration.
 
     Raises:
-        ModelError: see there.
+        ModelError: see `load_encoder`.
     """
     inner = getattr(model, "transformers_model", None) if is_pipeline(model) else model
     if isinstance(inner, PreTrainedModel):
@@ -168,14 +168,14 @@ def check_compressible(model: Any) -> None:
 
 
 def encoder_of(model: Any, tokenizer: Any = None) -> Encoder:
-    """A model that Python holds, put into evaluation mode.
+    """Wrap a model in memory, and put it into evaluation mode.
 
     Args:
         tokenizer: of a Transformers model.
 
     Raises:
-        ModelError: neither a Transformers model with its tokenizer nor a pipeline of one, or one of a kind that is not
-            compressed here.
+        ModelError: not a Transformers model with its tokenizer nor a pipeline with one, or an unsupported kind of
+            model.
     """
     if is_pipeline(model):
         kind: Kind = "embedder" if hasattr(model, "encode") else _kind(getattr(model, "num_labels", 1))
@@ -203,7 +203,7 @@ def _kind(labels: int) -> Kind:
 
 
 def _mean(states: Tensor, mask: Tensor) -> Tensor:
-    """Mean over real tokens, [B, S, K] -> [B, K]: how sentence-transformers pools an encoder that does not say how."""
+    """Mean over real tokens, [B, S, K] -> [B, K]: the default pooling of sentence-transformers."""
     real = mask.unsqueeze(-1).to(states)
     return (states * real).sum(1) / real.sum(1).clamp(min=1e-9)
 
@@ -221,20 +221,20 @@ def _plain_config(resolved: str) -> dict[str, Any]:
 
 
 def _check(name: str, plain: dict[str, Any]) -> None:
-    """Refuse what cannot be compressed, by its configuration."""
+    """Refuse unsupported models by their configuration."""
     family, made = plain.get("model_type", ""), plain.get("quantization_config")
     if isinstance(made, dict) and made.get("quant_method") == NAME:
-        raise ModelError(f"model: {name} is compressed by attnpress already; give the model that it was made from")
+        raise ModelError(f"model: {name} is already compressed by attnpress; pass the original model")
     if made:
         method = made.get("quant_method", "another tool") if isinstance(made, dict) else "another tool"
         raise ModelError(
-            f"model: the weights of {name} are quantized by {method}, for other kernels; give the model in float that "
-            "they were made from"
+            f"model: the weights of {name} are quantized by {method} for other kernels; pass the float model that they "
+            "were made from"
         )
     if plain.get("auto_map") and family not in CONFIG_MAPPING:
         raise ModelError(
-            f"model: {name} runs code of its own, which is not run here; load it yourself with trust_remote_code=True, "
-            "and give the model to attnpress.quantize"
+            f"model: {name} needs code of its own, which is not run here; load it with trust_remote_code=True and "
+            "pass the model to attnpress.quantize"
         )
     if plain.get("is_encoder_decoder"):
         raise ModelError(
@@ -260,7 +260,7 @@ def _pipeline_class(resolved: str, plain: dict[str, Any]) -> str | None:
 
 
 def _read(resolved: str, file: str) -> dict[str, Any] | None:
-    """A JSON file of a folder or of the Hub; None if there is none."""
+    """A JSON file from a folder or the Hub; None if there is none."""
     found = cached_file(
         resolved, file, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False
     )

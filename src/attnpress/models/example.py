@@ -1,4 +1,4 @@
-"""Example inputs that `bind` passes through a model to see which modules call the AttentionInterface, and how."""
+"""Example inputs with which `bind` finds the modules that call the AttentionInterface, and their shapes."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 TOKENS, TARGETS = 5, 3
-"""Tokens of an example, and of its target in an encoder-decoder: different, so that cross-attention shows."""
+"""Tokens of an example, and of its target in an encoder-decoder. They differ, so that cross-attention is recognized."""
 
 SIDE, FRAMES, SAMPLES, STEPS = 64, 2, 4000, 64
-"""Where a configuration does not say: pixels of an image, frames of a video, samples and steps of a sound."""
+"""Defaults where a configuration has none: pixels of an image, frames of a video, samples and steps of audio."""
 
 
 def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
-    """Small inputs that the model may take, the likeliest first; batches of one, which need no padding token."""
+    """Small inputs that the model may accept, the likeliest first. Batches of one need no padding token."""
     names, config, main = set(inspect.signature(model.forward).parameters), model.config, model.main_input_name
     tokens = {"input_ids": _tokens(config, TOKENS)} if "input_ids" in names else {}
     if type(model).__name__.endswith("MultipleChoice"):
@@ -26,7 +26,7 @@ def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
     found = [{name: value} for name, value in _signals(config) if name in names or name == main]
     both = [tokens | signal for signal in found] if tokens else []
     forms = [tokens, *both, *found] if main == "input_ids" else [*both, *found, tokens]
-    # Heads that shift their input to make the target want none; different lengths come first, for what they show.
+    # Heads that derive the target from their input accept none. Different lengths come first, since they show more.
     for target in [_target(config, names), {}]:
         for inputs in forms:
             if inputs:
@@ -34,7 +34,7 @@ def example_inputs(model: PreTrainedModel) -> Iterator[dict[str, Tensor]]:
 
 
 def _target(config: Any, names: set[str]) -> dict[str, Tensor]:
-    """What the decoder of an encoder-decoder reads, or what a decoder alone has to attend to beside its own tokens."""
+    """The input of a decoder in an encoder-decoder, or the extra sequence that a lone decoder cross-attends to."""
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
         return {"decoder_input_ids": _tokens(config, TARGETS)}
     if getattr(config, "add_cross_attention", False) and "encoder_hidden_states" in names:
@@ -47,7 +47,7 @@ def _placed(value: Tensor, model: PreTrainedModel) -> Tensor:
 
 
 def _tokens(config: Any, count: int) -> Tensor:
-    """Ordinary tokens and, at the end, the one that ends a text, which some heads look for; int64 [1, count]."""
+    """Ordinary tokens followed by an end-of-text token, which some heads look for; int64 [1, count]."""
     text = config.get_text_config()
     size = getattr(text, "vocab_size", None) or 2
     end = _token(getattr(text, "eos_token_id", None), size)
@@ -63,7 +63,7 @@ def _token(number: Any, size: int) -> int | None:
 
 
 def _signals(config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Images, videos and sounds in the shapes that the configuration, or a tower's own, asks for."""
+    """Images, videos and audio in the shapes that the configuration, or that of a tower, requires."""
     vision, audio = _tower(config, "vision_config"), _tower(config, "audio_config")
     image = (_first(vision, "num_channels", "in_channels", "in_chans", default=3), *_image_size(vision))
     frames = _first(vision, "num_frames", "frames_per_clip", default=None)

@@ -1,4 +1,4 @@
-"""The function through which all attention of a bound model passes, as registered with Transformers."""
+"""The attention function that bound models call, as registered with Transformers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.models.attention import NAME, CompressedAttention
 
 SCORE_TERMS = ("position_bias", "softcap", "s_aux", "sinks")
-"""Arguments by which some models change their scores beyond a mask: biases, soft caps, attention sinks."""
+"""Arguments for score terms besides a mask: biases, soft caps, attention sinks."""
 
 BOUNDS = "attnpress_bounds"
-"""Argument with the bounds of sequences that lie end to end in one row, int64 [sequences + 1]."""
+"""Argument with the bounds of packed sequences, int64 [sequences + 1]."""
 
 
 @dataclass(frozen=True)
 class NotedCall:
-    """How a module called its attention while an example passed through the model.
+    """Shapes of an attention call of a module while an example passes through the model.
 
     Attributes:
         query, key, value: shapes [B, Hq or Hkv, S, D].
-        is_biased: whether the mask is more than one: it adds something to scores, or could learn to.
+        is_biased: True if the mask adds something to scores, or could learn to.
     """
 
     module: nn.Module
@@ -47,11 +47,11 @@ class NotedCall:
 
 
 noted: ContextVar[list[NotedCall] | None] = ContextVar("attention_calls", default=None)
-"""While an example passes through a model that is not bound yet: where each module notes its call."""
+"""Where modules of an unbound model record their calls while an example passes through it."""
 
 
 class UnsupportedModelError(ValueError):
-    """A model whose attention does not go through Transformers' AttentionInterface, or needs what the method lacks."""
+    """The model's attention does not use Transformers' AttentionInterface, or has features that are not supported."""
 
 
 def attention_forward(
@@ -67,11 +67,11 @@ def attention_forward(
     """The function registered with Transformers' AttentionInterface under the name "attnpress".
 
     Returns:
-        Output [B, S, H, D] in the query's dtype, and the attention weights [B, H, Sq, Sk] where they are asked for.
+        Output [B, S, H, D] in the query's dtype, and the attention weights [B, H, Sq, Sk] if requested.
 
     Raises:
-        UnsupportedModelError: scores with a position bias, soft cap or sink, which the integer ones cannot carry.
-        NotCalibratedError: scales or thresholds were never set.
+        UnsupportedModelError: scores have a position bias, soft cap or sink, which integer scores cannot represent.
+        NotCalibratedError: scales or thresholds are not set.
         RuntimeError: the module was never bound, for example because a configuration was copied from a bound model.
     """
     state: CompressedAttention | None = getattr(module, NAME, None)
@@ -107,9 +107,9 @@ def attention_forward(
 
 
 def _wants_weights(module: nn.Module, kwargs: dict[str, Any]) -> bool:
-    """Whether the caller asks for attention weights: by an argument, by the configuration, or from the whole model.
+    """True if the caller asks for attention weights: by an argument, by the configuration, or for the whole model.
 
-    Some models, GPT-2 for one, do not pass the argument on; Transformers then has a collector wait for the weights.
+    Some models, such as GPT-2, do not pass the argument on; Transformers then collects the weights with a hook.
     """
     asked = kwargs.get("output_attentions")
     if asked is None:
@@ -126,9 +126,9 @@ def _is_collecting() -> bool:
 
 @torch.no_grad()
 def compressed_probs(call: AttentionCall) -> Tensor:
-    """P as the compressed attention uses it, tails included; float32 [B, Hq, Sq, Sk].
+    """P as the compressed attention uses it, with tails; float32 [B, Hq, Sq, Sk].
 
-    Row i of P is what attention makes of values that are the unit vectors, which two bits at scale 1 hold exactly.
+    Row i of P is the attention output for values that are unit vectors, which two bits at scale 1 represent exactly.
     """
     key, keys = call.key, call.key.shape[2]
     units = torch.eye(keys, device=key.device).expand(*key.shape[:2], keys, keys)
@@ -143,10 +143,10 @@ def usual_scaling(query: Tensor) -> float:
 
 
 def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor | None:
-    """The framework's mask as bool [B or 1, 1 or H, Sq, Sk], True = may attend; None if all pairs may.
+    """The framework's mask as bool [B or 1, 1 or H, Sq, Sk], True = may attend; None if all pairs are valid.
 
     Raises:
-        ValueError: the mask holds values other than 0 and "very negative": it is a bias, not a mask.
+        ValueError: the mask holds values other than 0 and "very negative", and is thus a bias.
     """
     if mask is None:
         may_attend_to_all = not getattr(module, "is_causal", False) or query.shape[2] == 1
@@ -161,14 +161,14 @@ def valid_pairs(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | No
 
 
 def adds_bias(mask: Tensor) -> bool:
-    """Whether a mask in floating point holds values other than 0 and "very negative"."""
+    """True if a floating-point mask holds values other than 0 and "very negative"."""
     return bool(((mask != 0) & (mask > torch.finfo(mask.dtype).min / 2)).any())
 
 
 def real_rows(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
-    """Rows of real tokens, bool [B or 1, 1, Sq, 1], or None if all are: a real token may attend to itself.
+    """Rows of real tokens, bool [B or 1, 1, Sq, 1], or None if all are real. A real token may attend to itself.
 
-    In cross-attention the mask says nothing of the rows, however long they are: all count.
+    In cross-attention the mask says nothing about query rows, so all count.
     """
     if getattr(getattr(module, NAME, None), "is_cross", False):
         return None
@@ -189,7 +189,7 @@ def _without_state(
             f"{type(module).__name__} asks for attention {NAME!r} but was never bound: call bind(model), with an "
             "`example` that passes through this module if bind's own does not"
         )
-    # Zeros that come from a parameter are a bias too: one that is still to be learned.
+    # Zeros from a parameter are a bias that is still to be learned.
     biased = mask is not None and mask.is_floating_point() and (mask.requires_grad or adds_bias(mask))
     seen.append(NotedCall(module, query.shape, key.shape, value.shape, query.device, biased))
     scaling, dropout = args
@@ -197,10 +197,10 @@ def _without_state(
 
 
 def eager_function(module: nn.Module) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The eager attention that belongs to a module: of the file of its class, or of the nearest class it derives from.
+    """The eager attention of a module: from the file of its class, or of its nearest base class in Transformers.
 
-    Each model file of Transformers has its own eager function; calling that one makes "nothing compressed" exact. A
-    class of the user's own, derived from none of Transformers, gets the usual formula.
+    Each model file of Transformers has its own eager function. Using it makes an uncompressed model exact. A class that
+    derives from none of Transformers gets the usual formula.
     """
     for kind in type(module).__mro__:
         function = getattr(sys.modules.get(kind.__module__), "eager_attention_forward", None)
@@ -220,7 +220,7 @@ def usual_attention(
     dropout: float = 0.0,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """softmax(Q K^T * scaling + mask) V as most model files have it, with keys and values repeated for their queries.
+    """softmax(Q K^T * scaling + mask) V as in most model files, with keys and values repeated for their query heads.
 
     Returns:
         Output [B, Sq, Hq, D], and the weights [B, Hq, Sq, Sk].

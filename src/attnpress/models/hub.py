@@ -1,8 +1,9 @@
-"""Compressed models as Transformers checkpoints: saved by `save_pretrained`, restored by `from_pretrained`.
+"""Compressed models as Transformers checkpoints, for `save_pretrained` and `from_pretrained`.
 
-Transformers' own registry of quantizers does both. Specs go to config.json under `quantization_config`, scales and
-thresholds to the safetensors files, beside the weights. `attnpress.models.registration` imports this module from inside
-the import of `transformers.quantizers`, so it may import nothing of Transformers at its top but the two base classes.
+Both go through Transformers' registry of quantizers. Specs are stored in config.json under `quantization_config`;
+scales and thresholds are stored in the safetensors files, beside the weights. `attnpress.models.registration` imports
+this module during the import of `transformers.quantizers`, so at top level it may import only the two base classes from
+Transformers.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from attnpress.models.mapping import leave_files
 from attnpress.models.state import parse_whole_spec, saving_call, unpack_extra
 
 FORMAT = 1
-"""Version of what is stored. A reader refuses every other one by its number."""
+"""Version of the stored format. Other versions are refused."""
 
 BEFORE_BITS = {"bits": 8}
-"""What products of checkpoints had that were saved before their plans said so."""
+"""Input bits of products in checkpoints that do not store them."""
 
 
 Size = Annotated[int, Field(ge=1, le=2**16)]
@@ -51,12 +52,12 @@ HeadSize = Annotated[int, Field(ge=1, le=LARGEST_HEAD)]
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class ModuleSpec:
-    """Where a checkpoint has compressed attention.
+    """One compressed attention module of a checkpoint.
 
     Attributes:
         heads, kv_heads, head_dim: Hq, Hkv, D.
         attention: the module's own spec; None for that of the whole model.
-        is_cross: whether its queries are of other tokens than its keys.
+        is_cross: True for cross-attention.
     """
 
     heads: Size
@@ -66,27 +67,27 @@ class ModuleSpec:
     is_cross: bool = False
 
     def make(self, common: AttentionSpec) -> CompressedAttention:
-        """The state of such a module, empty; `common` is the spec of the whole model."""
+        """An empty state for such a module; `common` is the spec of the whole model."""
         return CompressedAttention(self.attention or common, self.heads, self.kv_heads, self.head_dim, self.is_cross)
 
 
 @register_quantization_config(NAME)
 class AttnPressConfig(QuantizationConfigMixin):
-    """What to compress, as Transformers' `quantization_config`.
+    """What to compress, as a `quantization_config` of Transformers.
 
-    `from_pretrained(name, quantization_config=AttnPressConfig(bits=8, sparsity=0.95))` binds the model on loading;
-    `attnpress.calibrate(model, batches)` is next.
+    `from_pretrained(name, quantization_config=AttnPressConfig(bits=8, sparsity=0.95))` binds the model on loading. Call
+    `attnpress.calibrate(model, batches)` next.
 
     Args:
-        bits: of Q, K, V and P alike; 8 unless given.
-        sparsity: fraction of valid pairs to prune; 0 unless given.
-        attention: a whole spec, instead of these two.
-        modules: by the name of the attention module; only checkpoints have them.
-        linear: what `attnpress.calibrate_linear` found, by product; likewise.
-        int8: whether the linear layers that `linear` says so of are stored in 8 bits.
+        bits: of Q, K, V and P; 8 by default.
+        sparsity: fraction of valid pairs to prune; 0 by default.
+        attention: a whole spec, instead of `bits` and `sparsity`.
+        modules: by the name of the attention module; only in checkpoints.
+        linear: result of `attnpress.calibrate_linear`, by product; only in checkpoints.
+        int8: True if the linear layers selected by `linear` are stored in 8 bits.
 
     Raises:
-        ConfigError: `attention` together with `bits` or `sparsity`.
+        ConfigError: `attention` is given together with `bits` or `sparsity`.
     """
 
     def __init__(
@@ -101,12 +102,12 @@ class AttnPressConfig(QuantizationConfigMixin):
     ) -> None:
         if attention is not None and (bits, sparsity) != (None, None):
             raise ConfigError("AttnPressConfig: give either attention, or bits and sparsity")
-        self.quant_method: Any = NAME  # Transformers declares its enumeration of built-in methods
+        self.quant_method: Any = NAME  # Transformers declares an enumeration of its own methods
         self.attention = attention or _uniform(8 if bits is None else bits, sparsity or 0.0)
         self.modules, self.linear, self.int8 = dict(modules or {}), dict(linear or {}), int8
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as config.json holds it."""
+        """Plain data, as stored in config.json."""
         modules = {name: spec_to_dict(module) for name, module in self.modules.items()}
         linear = {name: dataclasses.asdict(plan) for name, plan in self.linear.items()}
         attention = spec_to_dict(self.attention)
@@ -121,10 +122,10 @@ class AttnPressConfig(QuantizationConfigMixin):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
-        """Read what `to_dict` gave.
+        """Read the result of `to_dict`.
 
         Raises:
-            ModelError: damaged, or of a format that this version does not know.
+            ModelError: the data are damaged, or of a format that this version does not support.
         """
         found = config_dict.get("format")
         if found != FORMAT:
@@ -163,7 +164,7 @@ def _uniform(bits: int, sparsity: float) -> AttentionSpec:
 
 @register_quantizer(NAME)
 class AttnPressQuantizer(HfQuantizer):
-    """Saves and restores bound models; `bind` gives each model one. Called by Transformers, not by users."""
+    """Saves and restores bound models. `bind` gives each model one; only Transformers calls it."""
 
     quantization_config: AttnPressConfig
     is_trainable = True
@@ -175,14 +176,14 @@ class AttnPressQuantizer(HfQuantizer):
         return True
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """A checkpoint with compressed attention starts with it, whatever was asked for."""
+        """A checkpoint with compressed attention always uses it, whatever implementation was requested."""
         importlib.import_module("attnpress.models.binding")  # registers the implementation
         if self.pre_quantized:
             config._attn_implementation = NAME
         return config
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        """True for what is ours: Transformers then leaves judging its shape to `_check_state`."""
+        """True for tensors of attnpress, so that Transformers leaves the check of their shape to `_check_state`."""
         return f".{NAME}." in param_name
 
     def _process_model_before_weight_loading(
@@ -204,8 +205,8 @@ class AttnPressQuantizer(HfQuantizer):
         check_tensors(files, states)
         for name, state in states.items():
             carriers[name].add_module(NAME, state)
-        # What is ours was just checked: neither a histogram that was left out, nor the extra state of an older version
-        # is to be reported as something that should be trained.
+        # Tensors of attnpress were just checked. A missing histogram, or extra state of an older version, must not be
+        # reported as weights that need training.
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), rf"\.{NAME}\."}
         if self.quantization_config.int8:
             self._place_int8(model)
@@ -222,7 +223,7 @@ class AttnPressQuantizer(HfQuantizer):
         for module in model.modules():
             holds_int8 = any(isinstance(child, Int8Linear | HalfEmbedding) for child in module.children())
             if holds_int8 and not module._parameters and not module._buffers:
-                # It has nothing of its own to initialize, but in ModernBERT it would reach for its children's weights.
+                # It has nothing to initialize, but ModernBERT would initialize its children's weights.
                 module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
@@ -232,7 +233,7 @@ class AttnPressQuantizer(HfQuantizer):
 
         if self.quantization_config.linear:
             set_plan(model, self.quantization_config.linear)
-        model.is_quantized = False  # its weights are not: half() and training are as open to it as to any other model
+        model.is_quantized = False  # its weights are not quantized: half() and training work as for any other model
         if not self.pre_quantized:
             bind(model, self.quantization_config.attention)
             return
@@ -245,15 +246,15 @@ class AttnPressQuantizer(HfQuantizer):
             leave_files(model)
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Called first by `save_pretrained`: brings the configuration up to date with the modules.
+        """Called first by `save_pretrained`: updates the configuration from the modules.
 
-        Histograms go with the weights, so that training can go on from them, unless there is nothing in them. Weights
-        given to `save_pretrained` as `state_dict` are the ones that are stored, with the model's own scales and
-        thresholds where they hold none.
+        Histograms are saved with the weights, unless they are empty, so that training can continue from them. If
+        `save_pretrained` receives weights as `state_dict`, those are stored, with the model's own scales and thresholds
+        where they have none.
 
         Raises:
-            NotCalibratedError: scales or thresholds were never set.
-            ModelError: the weights given hold scales that none can have, or of another spec.
+            NotCalibratedError: scales or thresholds are not set.
+            ModelError: the given weights hold invalid scales, or are of another spec.
         """
         from attnpress.models.binding import attentions
 
@@ -265,14 +266,14 @@ class AttnPressQuantizer(HfQuantizer):
             ours = {name: x for name, x in state.items() if f".{NAME}." in name and name not in given}
             state = {**given, **ours}
         model.config.quantization_config = self.quantization_config = config_of(model, state)
-        # A loader that does not know attnpress stops at this name, rather than run the model dense.
+        # A loader without attnpress stops at this name instead of running the model dense.
         model.config.attn_implementation = NAME
         ending = f".{NAME}.histogram"
         return {name: x for name, x in state.items() if not name.endswith(ending) or bool(x.any())}, {}
 
 
 def config_of(model: nn.Module, stored: Mapping[str, Tensor] | None = None) -> AttnPressConfig:
-    """The configuration of a bound model, with the specs now in force, or those of the weights to be `stored`.
+    """The configuration of a bound model, with the current specs, or with those of the weights to be `stored`.
 
     Raises:
         ModelError: the weights are of another spec.
@@ -305,10 +306,10 @@ def _stored_spec(name: str, state: CompressedAttention, stored: Mapping[str, Ten
 
 
 def check_compressed(folder: Path) -> None:
-    """Refuse a folder without a compressed model, before anything is loaded from it.
+    """Check that a folder contains a compressed model, before anything is loaded from it.
 
     Raises:
-        ModelError: no config.json, or one that does not name attnpress.
+        ModelError: there is no config.json, or it does not name attnpress.
     """
     try:
         saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -320,7 +321,7 @@ def check_compressed(folder: Path) -> None:
 
 
 def _find(model: Any, name: str) -> nn.Module:
-    """The module of that name, also where a head was put onto the saved model, or taken off."""
+    """The module of that name, also if a head was added to the saved model or removed from it."""
     prefix = f"{model.base_model_prefix}."
     for candidate in (name, prefix + name, name.removeprefix(prefix)):
         try:
@@ -332,13 +333,13 @@ def _find(model: Any, name: str) -> nn.Module:
 
 
 def _check_loaded(name: str, module: CompressedAttention) -> None:
-    """Once more where the tensors ended up, since files may have other names for them."""
-    vars(module).pop(EXTRA, None)  # where the file has none, Transformers leaves a tensor of that name
+    """Check the tensors after loading, since files may use other names."""
+    vars(module).pop(EXTRA, None)  # if the file has none, Transformers leaves a tensor of that name
     expected = shapes_of(module)
     for part, tensor in module.state_dict(keep_vars=True).items():
-        # The mark that Transformers leaves on tensors it has loaded; without it, this one is uninitialized memory.
+        # Transformers marks the tensors that it has loaded; a tensor without the mark is uninitialized memory.
         if part != EXTRA and not getattr(tensor, "_is_hf_initialized", False):
-            if part != "histogram":  # needed only to train on, and then gathered anew
+            if part != "histogram":  # needed only for further training, and then collected again
                 raise ModelError(f"damaged: the weights lack {name}.{NAME}.{part}")
             tensor.zero_()
         wrong = wrong_with(part, tensor, expected[part], module.spec)
@@ -351,7 +352,7 @@ def _check_loaded(name: str, module: CompressedAttention) -> None:
 
 
 def _check_ordinary(model: Any) -> None:
-    """A model of the very class that was saved lacks nothing; another one may have a head of its own, to be trained."""
+    """Check that a model of the saved class lacks no weights. Another class may have its own head, to be trained."""
     if type(model).__name__ not in (model.config.architectures or ()):
         return
     lost = [name for name, tensor in model.named_parameters() if not getattr(tensor, "_is_hf_initialized", False)]

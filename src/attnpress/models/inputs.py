@@ -1,4 +1,4 @@
-"""What a model's forward is given of a batch: tensors on its device, without labels, and errors that name the key."""
+"""Inputs of a model's forward from a batch: tensors on its device, without labels. Errors name the key."""
 
 from __future__ import annotations
 
@@ -16,54 +16,54 @@ from attnpress.models.pipeline import called_with_batches, is_pipeline
 Batch = Mapping[str, Any]
 
 LABELS = frozenset({"labels", "label", "label_ids", "start_positions", "end_positions"})
-"""Names under which data sets and collators hand labels over; a model needs none to be looked at."""
+"""Names of labels in datasets and collators; a forward pass without loss needs none."""
 
 WRAPPED = ("_orig_mod", "module", "base_model", "model")
-"""Where torch.compile, DataParallel and PEFT keep the model that they wrap."""
+"""Attributes under which torch.compile, DataParallel and PEFT store the wrapped model."""
 
 
 class BatchError(ValueError):
-    """A batch that a model cannot be called with; the message names the batch, the key and what to do."""
+    """A model cannot be called with a batch. The message names the batch and the key, and says what to do."""
 
 
 def listed(batches: Iterable[Batch], needed_by: str) -> list[Batch]:
     """The batches as a list, so that they can be passed through a model several times.
 
     Args:
-        needed_by: the function that needs them, for the message.
+        needed_by: the calling function, for the message.
 
     Raises:
-        BatchError: none, or a single batch instead of several.
+        BatchError: there are none, or a single batch instead of several.
     """
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise BatchError(f"{needed_by} takes several batches, found one {type(batches).__name__}: put it into a list")
     kept = list(batches)
     if not kept:
         raise BatchError(
-            f"{needed_by} needs at least one batch of real data; an iterator that was read before has none left"
+            f"{needed_by} needs at least one batch of real data; an iterator that was already read is empty"
         )
     return kept
 
 
 def forward_inputs(model: nn.Module, batch: Batch, number: int = 0) -> dict[str, Any]:
-    """Arguments of the model's forward from a batch as a data loader gives it.
+    """Arguments of the model's forward from a batch of a data loader.
 
-    Tensors go to the model's device; lists of numbers and NumPy arrays become tensors. Labels are left out, but for
-    those from which an encoder-decoder makes its decoder's inputs; so are texts, and other values that are no tensors
-    under names that forward does not know. None and flags are handed on.
+    Tensors are moved to the model's device. Lists of numbers and NumPy arrays become tensors. Labels are left out,
+    except where an encoder-decoder derives its decoder inputs from them. Texts and other values that are not tensors
+    are left out if forward does not accept their names. None and flags are kept.
 
     Args:
         number: of the batch, for messages.
 
     Raises:
-        BatchError: not a mapping, no input in it, no rows, or a value that forward cannot take.
+        BatchError: the batch is not a mapping, has no inputs or no rows, or has a value that forward cannot accept.
     """
     if not isinstance(batch, Mapping):
         raise BatchError(
             f"batch {number} is a {type(batch).__name__}; a batch is a mapping from the names of forward's arguments "
             "to tensors, such as {'input_ids': ..., 'attention_mask': ...}"
         )
-    if is_pipeline(model):  # whose preprocessing adds notes of its own to the tensors
+    if is_pipeline(model):  # whose preprocessing adds further keys to the tensors
         batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor | list | np.ndarray)}
         model = called_with_batches(model)
     device, (names, takes_others) = next(model.parameters()).device, _arguments(model)
@@ -85,7 +85,7 @@ def forward_inputs(model: nn.Module, batch: Batch, number: int = 0) -> dict[str,
 
 
 def _arguments(model: nn.Module) -> tuple[set[str], bool]:
-    """Names of forward's arguments, and whether it takes others as well; of a wrapper, those of what it wraps."""
+    """Names of forward's arguments, and whether it accepts others; of a wrapper, those of the wrapped model."""
     parameters = inspect.signature(model.forward).parameters.values()
     variable = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
     names = {parameter.name for parameter in parameters if parameter.kind not in variable}
@@ -102,7 +102,7 @@ def _makes_decoder_inputs(model: nn.Module, name: str, batch: Batch) -> bool:
 
 
 def _as_input(value: Any, where: str) -> Any:
-    """Numbers in lists or arrays as a tensor; whatever else forward may know what to do with, as it is."""
+    """Convert lists and arrays of numbers to a tensor; keep other values as they are."""
     if not isinstance(value, list | np.ndarray):
         if isinstance(value, str | bytes):
             raise BatchError(f"{where}: is a text; give the tensors that a tokenizer makes of it")

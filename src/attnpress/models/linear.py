@@ -1,4 +1,4 @@
-"""The small layers of a deployed model: codes and scales as buffers, and the product that is in force."""
+"""Small layers of a deployed model: codes and scales as buffers, and the current product."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from attnpress.core.ordered import gelu, layer_norm
 
 
 class Product(Protocol):
-    """What may compute the layer in place of the readable product; the codes of the weight are then its own."""
+    """An implementation that computes the layer in place of the readable product, with its own codes of the weight."""
 
     def __call__(self, x: Tensor | Coded, activated: bool, next_bits: int) -> Tensor | Coded:
         """The layer's output; see `Int8Linear`."""
 
     def normed(self, x: Tensor | Coded, residual: Tensor, norm: nn.LayerNorm) -> Tensor:
-        """The layer's output added to `residual` and normalized; see `Int8Output`."""
+        """The layer's output, added to `residual` and normalized; see `Int8Output`."""
 
     def weight(self) -> Tensor:
         """Codes of the weight: int8 [N, K]."""
@@ -31,13 +31,13 @@ MakeProduct = Callable[[Tensor, Tensor, Tensor | None, int], Product]
 
 
 class Int8Linear(nn.Module):
-    """Stands where an `nn.Linear` stood, for inference, or where several did that have one input.
+    """Int8 replacement for one `nn.Linear`, or for several with the same input, for inference.
 
     Args:
         in_features, out_features: K, N.
         bias: whether there is one.
-        activated: apply GELU, and hand out codes for the next layer instead of floats.
-        bits, next_bits: of the codes of its own input, and of those handed out.
+        activated: apply GELU, and output codes for the next layer instead of floats.
+        bits, next_bits: of the codes of its input, and of its output codes.
     """
 
     def __init__(
@@ -69,31 +69,31 @@ class Int8Linear(nn.Module):
         bits: Bits = ACTIVATION_BITS,
         next_bits: Bits = ACTIVATION_BITS,
     ) -> Int8Linear:
-        """A layer with the outputs of all these side by side, and nothing in it yet."""
+        """An empty layer with the outputs of all these layers side by side."""
         bias = all(layer.bias is not None for layer in layers)
         outputs = sum(layer.out_features for layer in layers)
         return cls(layers[0].in_features, outputs, bias, activated, bits, next_bits)
 
     def take(self, layers: Sequence[nn.Linear]) -> None:
-        """Take over what these layers hold, in 8 bits."""
+        """Quantize the weights of these layers to 8 bits."""
         self.codes, self.weight_scale = weight_codes(torch.cat([layer.weight.detach() for layer in layers]))
         if self.bias is not None:
             self.bias = torch.cat([layer.bias.detach().float() for layer in layers])
 
     def use(self, make: MakeProduct) -> None:
-        """Have another product compute the layer from now on, made of codes, scales and bias; its codes are let go."""
+        """Compute the layer by another product, made from codes, scales and bias. Its own codes are freed."""
         if self.codes is not None:
             self._make, self.product = make, make(self.codes, self.weight_scale, self.bias, self.bits)
             self.codes = None
 
     def forward(self, x: Tensor | Coded) -> Tensor | Coded:
-        """The layer.
+        """Compute the layer.
 
         Args:
-            x: float [..., K], or codes of such.
+            x: float [..., K], or its codes.
 
         Returns:
-            float32 [..., N], or codes of such if `activated`.
+            float32 [..., N], or its codes if `activated`.
         """
         if self.product is not None:
             found = self.product(x, self.activated, self.next_bits)
@@ -126,7 +126,7 @@ class Int8Linear(nn.Module):
 
 
 class HalfEmbedding(nn.Module):
-    """Stands where a word embedding stood, for inference: its float16 values, kept as int16 lest anybody cast them.
+    """Word embedding in half precision, for inference. Values are stored as int16, safe from dtype conversions.
 
     Args:
         num_embeddings, embedding_dim: N, K.
@@ -139,12 +139,12 @@ class HalfEmbedding(nn.Module):
         self.register_buffer("halves", torch.zeros(num_embeddings, embedding_dim, dtype=torch.int16))
 
     def take(self, embeddings: Sequence[nn.Embedding]) -> None:
-        """Take over what this one embedding holds, in half precision."""
+        """Store the weights of an embedding in half precision."""
         (embedding,) = embeddings
         self.halves = embedding.weight.detach().half().view(torch.int16)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """float32 [..., K] of tokens [...]."""
+        """Look up tokens [...]; float32 [..., K]."""
         return self.halves[ids].view(torch.float16).float()
 
     def extra_repr(self) -> str:
@@ -153,10 +153,10 @@ class HalfEmbedding(nn.Module):
 
 
 class Int8Output(nn.Module):
-    """Stands where an encoder layer's output module stood: product, residual and layer norm in one pass.
+    """Replacement for an encoder layer's output module: product, residual and layer norm in one pass.
 
     Args:
-        replaced: with `dense`, a dropout that has nothing to do in inference, and `LayerNorm` over the last dimension.
+        replaced: with `dense`, a dropout without effect in inference, and `LayerNorm` over the last dimension.
         product: for `dense`.
     """
 

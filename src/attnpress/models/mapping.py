@@ -1,4 +1,4 @@
-"""What a loaded model keeps of its files. Weights are mapped when read: what was read stays while any of it does."""
+"""Memory-mapped weights of a loaded model. A mapping stays in memory while any tensor in it is used."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from attnpress.models.linear import Int8Linear
 
 
 def leave_files(model: nn.Module) -> None:
-    """Take a model with int8 layers out of the files it was loaded from, but for the codes, which are packed soon.
+    """Detach a model with int8 layers from its files, except for the codes, which are packed soon.
 
     Args:
-        model: just loaded; what is not on the CPU stays as it is.
+        model: just loaded; tensors that are not on the CPU stay as they are.
     """
     packed_soon = {id(module.codes) for module in model.modules() if isinstance(module, Int8Linear)}
-    found: dict[int, tuple[Tensor, Tensor]] = {}  # the old one too: its number must not be given to another meanwhile
+    found: dict[int, tuple[Tensor, Tensor]] = {}  # keep the old one alive, so that its id is not reused
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
         for held in tables:
@@ -29,6 +29,6 @@ def leave_files(model: nn.Module) -> None:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    # With new data alone, a parameter that is a view would still hold on to the tensor that it looks at.
+    # Setting only `data` would keep the base tensor of a view alive.
     data = tensor.detach().clone()
     return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data

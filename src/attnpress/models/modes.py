@@ -1,4 +1,4 @@
-"""The training and evaluation modes of a model's modules, kept through a look at the model."""
+"""Training and evaluation modes of a model's modules, preserved while the model is evaluated."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the `with` block the model is in evaluation mode; after it, each module is in the mode that it had.
+    """Put the model into evaluation mode inside the `with` block; afterwards restore the mode of each module.
 
-    `model.train(flag)` would put all modules into one mode, and so undo what a user has frozen: dropout or batch
-    normalization that stays in evaluation mode while the rest is trained.
+    `model.train(flag)` would set all modules to one mode, and undo frozen ones, such as dropout or batch normalization
+    that stays in evaluation mode while the rest is trained.
     """
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -1,4 +1,4 @@
-"""The small float layers around a deployed encoder, computed in one order: embeddings' norm, pooler, and heads."""
+"""Float layers around a deployed encoder, computed in one order of summation: embedding norm, pooler, and heads."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from attnpress.core.ordered import Passes
 from attnpress.models.pipeline import after_encoder, place_hook, place_ordered_sums
 
 TANH_HEADS = ("RobertaClassificationHead", "XLMRobertaClassificationHead", "CamembertClassificationHead")
-"""Heads that call tanh as a function: dense, tanh, out_proj of the first token."""
+"""Heads that call tanh as a function: dense, tanh, out_proj on the first token."""
 
 
 class OrderedLayerNorm(nn.LayerNorm):
-    """A layer norm as `core.ordered` defines it."""
+    """Layer norm as defined in `core.ordered`."""
 
     compute: Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -29,7 +29,7 @@ class OrderedLayerNorm(nn.LayerNorm):
 
 
 class OrderedLinear(nn.Linear):
-    """A float32 linear layer as `core.ordered` defines it."""
+    """Float32 linear layer as defined in `core.ordered`."""
 
     compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -39,7 +39,7 @@ class OrderedLinear(nn.Linear):
 
 
 class OrderedActivation(nn.Module):
-    """GELU or tanh as `core.ordered` defines it."""
+    """GELU or tanh as defined in `core.ordered`."""
 
     compute: Callable[[Tensor], Tensor]
 
@@ -49,24 +49,25 @@ class OrderedActivation(nn.Module):
 
 
 class OrderedTanhHead(nn.Module):
-    """A classification head of the RoBERTa kind."""
+    """Classification head of RoBERTa models."""
 
     dense: nn.Module
     out_proj: nn.Module
     compute: Callable[[Tensor], Tensor]
 
     def forward(self, features: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states [B, S, K] -> logits [B, N], of the first tokens."""
+        """Hidden states [B, S, K] -> logits [B, N] of the first tokens."""
         first = self.dense(features[:, 0])
         logits: Tensor = self.out_proj(without_gradient(self.compute(first), first))
         return logits
 
 
 def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
-    """Have the float layers around the encoder computed in one order; they stay the modules that they are.
+    """Compute the float layers around the encoder in one order of summation. They remain the same module objects.
 
-    That is what belongs to the encoder's own model, every head beside it but one that predicts words (its product is
-    as large as the vocabulary, and stays a library's), and what a pipeline of sentence-transformers does behind it.
+    These are the layers of the encoder's own model, every head except one that predicts words (its product is as large
+    as the vocabulary and is left to the library), and the modules behind the encoder in a sentence-transformers
+    pipeline.
     """
     place_ordered_sums(model)
     layers: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., Tensor]]] = {
@@ -85,15 +86,15 @@ def place_ordered(model: nn.Module, encoder: nn.Module, passes: Passes) -> None:
         elif activation is not None and all(module is not other for other in behind):
             found = OrderedActivation, activation
         elif activation is not None:
-            # By a hook: the class of this one is written down when the pipeline is saved.
+            # By a hook, since saving the pipeline stores the class of this module.
             place_hook(_owned(module, behind), functools.partial(_activated, activation))
         if found is not None and not (isinstance(module, nn.LayerNorm) and module.bias is None):
-            # The same object: hooks, names and ties of its weights stay.
+            # The same object keeps hooks, names and tied weights.
             module.__class__, vars(module)["compute"] = found
 
 
 def _owned(module: nn.Module, parents: Iterable[nn.Module]) -> nn.Module:
-    """A copy of a module, in its place: sentence-transformers gives all its models the same default activation."""
+    """Replace a module by its own copy: all models of sentence-transformers share one default activation."""
     own = copy.copy(module)
     own._forward_hooks = module._forward_hooks.copy()
     for parent in parents:
@@ -112,7 +113,7 @@ def _base_of(model: nn.Module, encoder: nn.Module) -> nn.Module | None:
 
 
 def _around(model: nn.Module, base: Any, encoder: nn.Module) -> Iterator[nn.Module]:
-    """Modules of the encoder's model that are not in the encoder, and those of heads."""
+    """Modules of the encoder's model outside the encoder, and those of heads."""
     beside = [child for child in base.children() if child is not encoder]
     owner: Any = next((module for module in model.modules() if getattr(module, "base_model", None) is base), base)
     if owner is not base:

@@ -1,4 +1,4 @@
-"""Outputs of a model for batches: evaluation mode, on its own device, without gradients."""
+"""Outputs of a model for batches, in evaluation mode, on its own device, without gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnpress.models.pipeline import called_with_batches
 
 
 def first_output(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's first output for one batch, float32; where it has a row for each token, those of real tokens."""
+    """The model's first output for one batch, float32; if it has a row per token, only rows of real tokens."""
     inputs = forward_inputs(model, batch)
     (output,) = outputs(model, [inputs])
     first: Tensor = output[0].float()
@@ -23,7 +23,7 @@ def first_output(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
-    """The model's output for each batch: in evaluation mode, on its own device, without labels and gradients.
+    """The model's output for each batch, in evaluation mode, on its own device, without labels or gradients.
 
     Raises:
         BatchError: see `forward_inputs`.

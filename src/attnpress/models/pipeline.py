@@ -1,7 +1,7 @@
-"""Pipelines of sentence-transformers: how they take a batch, and the sums that they compute after the encoder.
+"""Pipelines of sentence-transformers: their batches, and the sums that they compute after the encoder.
 
-Such a model is an `nn.Sequential` of modules that hand one dictionary of features on; one of them holds a Transformers
-model. The library is an extra and is not imported here: its modules are known by their names.
+Such a model is an `nn.Sequential` of modules that pass on one dictionary of features; one of them contains a
+Transformers model. The library is optional and not imported here, so its modules are recognized by name.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from attnpress.core.ordered import ordered_sum
 LIBRARY = "sentence_transformers"
 
 SUMMED = ("mean", "mean_sqrt_len_tokens", "weightedmean")
-"""Ways of pooling that add tokens up; all others pick values, which no order of summation changes."""
+"""Poolings that sum over tokens; all others select values, independent of the order of summation."""
 
 Features = dict[str, Any]
 
 
 def is_pipeline(model: nn.Module) -> bool:
-    """Whether a model is a SentenceTransformer, a CrossEncoder or the like."""
+    """True if a model is a SentenceTransformer, a CrossEncoder or similar."""
     return isinstance(model, nn.Sequential) and _is_of_library(type(model))
 
 
 def called_with_batches(model: nn.Module) -> nn.Module:
-    """The module whose forward takes a batch: the model itself, or the Transformers model inside a pipeline."""
+    """The module whose forward accepts a batch: the model itself, or the Transformers model inside a pipeline."""
     if not is_pipeline(model):
         return model
     return next((module for module in model.modules() if isinstance(module, PreTrainedModel)), model)
 
 
 def after_encoder(model: nn.Module, base: nn.Module) -> Iterator[nn.Module]:
-    """Every module of a pipeline behind the one that holds the encoder's model; nothing of any other model."""
+    """Every module of a pipeline behind the one with the encoder's model; none for other models."""
     if is_pipeline(model):
         for part in model.children():
             modules = list(part.modules())
@@ -46,9 +46,9 @@ def after_encoder(model: nn.Module, base: nn.Module) -> Iterator[nn.Module]:
 
 
 def place_ordered_sums(model: nn.Module) -> None:
-    """Have a pipeline's means over tokens and its norms computed in one order, from now on.
+    """Compute a pipeline's means over tokens and its norms in one order of summation from now on.
 
-    By hooks, since the class of a module is what its library writes down when the pipeline is saved.
+    Hooks are used, since saving a pipeline stores the classes of its modules.
     """
     for module in model.modules():
         hook = _HOOKS.get(type(module).__name__) if _is_of_library(type(module)) else None
@@ -57,7 +57,7 @@ def place_ordered_sums(model: nn.Module) -> None:
 
 
 def place_hook(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Register a forward hook, unless the module has one of attnpress already."""
+    """Register a forward hook, unless attnpress has already registered one on the module."""
     if not any(_function(held) is _function(hook) for held in module._forward_hooks.values()):
         module.register_forward_hook(hook)
 
@@ -67,7 +67,7 @@ def _function(hook: Any) -> Any:
 
 
 def ordered_pooling(module: Any, _: Any, features: Features) -> Features:
-    """Pool the hidden states [B, S, K] once more, with the sums over tokens in one order.
+    """Repeat the pooling of hidden states [B, S, K], with the sums over tokens in one order.
 
     Weights of words, if another module has set some, are left to the library.
     """
@@ -86,7 +86,7 @@ def ordered_pooling(module: Any, _: Any, features: Features) -> Features:
 
 
 def ordered_norm(module: Any, _: Any, features: Features) -> Features:
-    """Normalize once more, with the sum of squares in one order."""
+    """Repeat the normalization, with the sum of squares in one order."""
     found = features.get(module.module_output_name)
     if found is not None and found.dtype == torch.float32:
         features[module.module_output_name] = found / _root(ordered_sum(found, found)).clamp(min=1e-12).unsqueeze(-1)
@@ -97,7 +97,7 @@ _HOOKS: dict[str, Callable[..., Any]] = {"Pooling": ordered_pooling, "Normalize"
 
 
 def _tokens(module: Any, features: Features, states: Tensor) -> tuple[Tensor, Tensor]:
-    """Which tokens count, float32 [B, S], and their positions from the first real one, from 1."""
+    """The tokens that count, float32 [B, S], and their positions from the first real one, from 1."""
     mask = features.get("attention_mask")
     if mask is None or mask.shape[-1] != states.shape[1]:
         mask = torch.ones(states.shape[:2], dtype=torch.int64, device=states.device)
@@ -110,14 +110,14 @@ def _tokens(module: Any, features: Features, states: Tensor) -> tuple[Tensor, Te
 
 def _pooled(mode: str, states: Tensor, real: Tensor, positions: Tensor) -> Tensor:
     weights = real * positions if mode == "weightedmean" else real
-    # Weights are whole numbers, so their sum is exact in any order; padding adds zeros, which change no sum.
+    # Weights are integers, so their sum is exact in any order; padding adds zeros.
     count = weights.sum(1, keepdim=True).clamp(min=1e-9)
     total = ordered_sum((states * weights.unsqueeze(-1)).mT)
     return total / (_root(count) if mode == "mean_sqrt_len_tokens" else count)
 
 
 def _root(x: Tensor) -> Tensor:
-    # By way of float64: torch's float32 root is a vector library's, and not always the nearest number.
+    # In float64, since torch's float32 root (of a vector library) is not always correctly rounded.
     return x.double().sqrt().float()
 
 

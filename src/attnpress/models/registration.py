@@ -1,7 +1,7 @@
-"""Makes `from_pretrained` know attnpress after a plain `import attnpress`, without importing Transformers for it.
+"""Let `from_pretrained` recognize attnpress after `import attnpress`, without importing Transformers.
 
-The registry is a module of Transformers, and importing that takes seconds which `attnpress --help` must not wait for.
-So `models.hub`, which registers itself, is imported as soon as that module is: at once if it already was.
+Importing Transformers' registry takes seconds, which `attnpress --help` must not wait for. So `models.hub`, which
+registers itself, is imported right after the registry, or at once if the registry is already imported.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ REGISTRY = "transformers.quantizers.auto"
 
 
 def register_when_needed() -> None:
-    """Register with Transformers now if its registry is there, else right after its import."""
+    """Register with Transformers now if its registry is imported, else right after its import."""
     if REGISTRY in sys.modules:
         _register()
     elif not any(isinstance(finder, _RegistryFinder) for finder in sys.meta_path):
@@ -30,7 +30,7 @@ def _register() -> None:
 
 
 class _RegistryFinder(MetaPathFinder):
-    """Finds the registry as the other finders do, once, with a loader that registers afterwards."""
+    """Finds the registry like the other finders, once, with a loader that registers afterwards."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

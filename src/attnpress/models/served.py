@@ -1,4 +1,4 @@
-"""A Transformers model that another runtime computes, in its place inside a pipeline."""
+"""Replacement for the Transformers model inside a pipeline, computed by another runtime."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from transformers.utils.generic import ModelOutput
 
 
 class Served(nn.Module):
-    """Stands where the Transformers model stood, and has another runtime compute it.
+    """Replacement for the Transformers model, computed by another runtime.
 
     Args:
-        replaced: for its configuration.
-        run: from arrays by name to the outputs.
+        replaced: provides the configuration.
+        run: function from arrays by name to the outputs.
     """
 
     def __init__(self, replaced: Any, run: Callable[[Mapping[str, Tensor]], Any]) -> None:
@@ -29,7 +29,7 @@ class Served(nn.Module):
         return torch.device("cpu")
 
     def forward(self, **inputs: Any) -> Any:
-        """Hidden states [B, S, K], or logits [B, classes], under the name that the model gives them."""
+        """Hidden states [B, S, K], or logits [B, classes], under the name that the model uses."""
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         name = "logits" if "ForSequenceClassification" in str(self.config.architectures) else "last_hidden_state"
         return ModelOutput({name: torch.as_tensor(self.run(tensors)[0]).float()})

@@ -1,4 +1,4 @@
-"""What the state of compressed attention may hold: legal ranges of its tensors, and its spec as a tensor of bytes."""
+"""Validation of the state of compressed attention: legal ranges of its tensors, and its spec as a tensor of bytes."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from attnpress.core.tail import DIRECTION_MAX, OFFSET_MAX
 from attnpress.core.thresholds import fixed_cutoff
 
 VERSION = 1
-"""Of the extra state. A reader refuses every other one by its number."""
+"""Version of the extra state. Other versions are refused."""
 
 EXTRA_SIZE = 2048
-"""Bytes of the extra state, padded with spaces: loaders that load in place need one size for all."""
+"""Size of the extra state in bytes, padded with spaces, since in-place loading needs a fixed size."""
 
 WIDEST = BINS * NATS_PER_BIN
-"""Nats; the widest threshold that the histogram can give. It prunes nothing that has a P code."""
+"""The largest threshold of the histogram, in nats. It prunes no pair with a P code."""
 
 WHOLE = {
     "lift": (0, T_MAX),
@@ -36,31 +36,31 @@ WHOLE = {
     "key_directions": (-DIRECTION_MAX, DIRECTION_MAX),
     "key_offset": (-OFFSET_MAX, OFFSET_MAX),
 }
-"""Whole numbers of the tail, and the bounds within which its sums fit."""
+"""Integers of the tail, with the bounds that their sums require."""
 
 UNSET = ("q_scale", "k_scale", "v_scale", "cutoff")
-"""What calibration sets."""
+"""The names that calibration sets."""
 
 FREE = ("sparsity", "budget", "threshold_penalty", "observer", "learned", "power_of_two")
-"""Keys of a spec that may differ between a state and the module it is loaded into: they do not change what scales and
-thresholds mean. The sparsity is taken from the state."""
+"""Keys of a spec that may differ between a state and its module, since scales and thresholds do not depend on them. The
+sparsity is taken from the state."""
 
 
 class NotCalibratedError(ValueError, RuntimeError):
-    """Compressed attention is asked to compute, to be deployed or saved before it has its scales and thresholds."""
+    """Compressed attention was called, deployed or saved before its scales and thresholds were set."""
 
 
 class StateError(ValueError):
-    """State of compressed attention that is damaged, of another version, or of another spec."""
+    """State of compressed attention is damaged, of another version, or of another spec."""
 
 
 @dataclass(frozen=True)
 class Extra:
-    """What a state dict holds of one module beside its tensors.
+    """State of one module in a state dict besides its tensors.
 
     Attributes:
-        spec: with the sparsity in force.
-        unset: the scales and thresholds that nothing had set yet.
+        spec: with the current sparsity.
+        unset: scales and thresholds that are not set.
     """
 
     spec: AttentionSpec
@@ -68,17 +68,20 @@ class Extra:
 
 
 def pack_extra(spec: AttentionSpec, unset: Iterable[str]) -> Tensor:
-    """The extra state as JSON text in uint8 [EXTRA_SIZE]: a tensor, since safetensors hold nothing else."""
-    plain = {"version": VERSION, "attention": spec_to_dict(spec), "unset": sorted(unset)}
+    """The extra state as JSON text in uint8 [EXTRA_SIZE]; a tensor, since safetensors store only tensors."""
+    attention = spec_to_dict(spec)
+    if spec.predictor_bits is None:  # a state without it stays one that earlier versions read
+        del attention["predictor_bits"]
+    plain = {"version": VERSION, "attention": attention, "unset": sorted(unset)}
     text = json.dumps(plain, separators=(",", ":")).encode()
     return torch.frombuffer(bytearray(text.ljust(EXTRA_SIZE)), dtype=torch.uint8)
 
 
 def unpack_extra(stored: Any) -> Extra:
-    """Read what `pack_extra` gave.
+    """Read the result of `pack_extra`.
 
     Raises:
-        StateError: damaged, or of another version.
+        StateError: the state is damaged, or of another version.
     """
     if not isinstance(stored, Tensor) or stored.dtype != torch.uint8 or stored.dim() != 1:
         raise StateError(f"damaged: uint8 [{EXTRA_SIZE}] expected")
@@ -99,10 +102,10 @@ def unpack_extra(stored: Any) -> Extra:
 
 
 def parse_whole_spec(plain: Any) -> AttentionSpec:
-    """A stored spec: unlike a recipe's, it says every key that decides what is computed, none is left to a default.
+    """Parse a stored spec. Unlike in a recipe, every key that affects the computation must be present.
 
     Raises:
-        ConfigError: a key is missing, unknown, or has an impossible value.
+        ConfigError: a key is missing, unknown, or has an invalid value.
     """
     if not isinstance(plain, Mapping):
         raise ConfigError(f"attention: an object is expected, found {type(plain).__name__}")
@@ -115,7 +118,7 @@ def parse_whole_spec(plain: Any) -> AttentionSpec:
 
 
 def differences(stored: AttentionSpec, own: AttentionSpec) -> list[str]:
-    """Each field that gives scales and thresholds another meaning, with both values; see FREE."""
+    """The fields that change the meaning of scales and thresholds, with both values; see FREE."""
     theirs, ours = dict(_flat(spec_to_dict(stored))), dict(_flat(spec_to_dict(own)))
     return [
         f"{key} is {theirs.get(key)} in the state and {ours.get(key)} in the model"
@@ -125,11 +128,11 @@ def differences(stored: AttentionSpec, own: AttentionSpec) -> list[str]:
 
 
 def fault(part: str, tensor: Tensor, spec: AttentionSpec) -> str | None:
-    """What is wrong with the values of a scale, threshold, budget or histogram; None if they are legal.
+    """The reason why the values of a scale, threshold, budget or histogram are invalid; None if they are valid.
 
     Args:
         part: the tensor's name in `CompressedAttention`.
-        tensor: its values; those of a meta tensor cannot be judged.
+        tensor: its values. Values of a meta tensor are not checked.
     """
     if tensor.device.type == "meta":
         return None
@@ -174,10 +177,11 @@ def _flat(plain: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def saving_call() -> Mapping[str, Any] | None:
-    """The local variables of the `PreTrainedModel.save_pretrained` in progress, `self` and its arguments among them.
+    """Local variables of the `PreTrainedModel.save_pretrained` in progress, such as `self` and its arguments.
 
-    Transformers tells quantizers neither which weights were given to be saved, nor that a part is saved with a whole
-    that has no quantizer: https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py
+    Transformers does not pass quantizers the weights given for saving, and does not tell them that a bound part is
+    saved within an unbound model:
+    https://github.com/huggingface/transformers/blob/main/src/transformers/modeling_utils.py
     """
     frame = inspect.currentframe()
     while frame is not None:
@@ -188,10 +192,10 @@ def saving_call() -> Mapping[str, Any] | None:
 
 
 def refuse_part() -> None:
-    """Refuse that a Transformers model is saved of which only a part is bound: its config.json would not say so.
+    """Refuse to save a Transformers model of which only a part is bound, since its config.json would not record that.
 
     Raises:
-        StateError: with the mend.
+        StateError: says what to do.
     """
     saving = saving_call()
     whole = None if saving is None else saving["self"]

@@ -1,4 +1,4 @@
-"""Watchers: what looks at the calls of attention modules for a while, to calibrate, to count or to keep them."""
+"""Watchers observe the calls of attention modules, to calibrate, count or record them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Kind = TypeVar("Kind", bound=Watcher)
 
 @contextmanager
 def watched(watchers: Iterable[tuple[CompressedAttention, Watcher]]) -> Iterator[None]:
-    """Inside the `with` block each module has its watcher."""
+    """Attach its watcher to each module inside the `with` block."""
     placed = list(watchers)
     for module, watcher in placed:
         start(module, watcher)
@@ -45,19 +45,19 @@ def watched(watchers: Iterable[tuple[CompressedAttention, Watcher]]) -> Iterator
 
 
 def start(module: CompressedAttention, watcher: Kind) -> Kind:
-    """Put a watcher on a module's list, in place of one of its kind; returns it."""
+    """Put a watcher on a module's list, replacing one of the same class; returns it."""
     stop(module, type(watcher))
     module.watchers.append(watcher)
     return watcher
 
 
 def stop(module: CompressedAttention, kind: type[Watcher]) -> None:
-    """Take the watcher of a kind off a module's list, if there is one."""
+    """Remove the watcher of a class from a module's list, if there is one."""
     module.watchers = [watcher for watcher in module.watchers if type(watcher) is not kind]
 
 
 class Observing(Watcher):
-    """Shows Q, K and V to an observer for each static scale; meanwhile the module runs uncompressed."""
+    """Passes Q, K and V to an observer for each static scale; meanwhile the module runs uncompressed."""
 
     uncompressed = True
 
@@ -68,7 +68,7 @@ class Observing(Watcher):
         }
 
     def see(self, module: CompressedAttention, call: AttentionCall) -> None:
-        """Update the observers; padding is left out."""
+        """Update the observers; padding is excluded."""
         key, keys = call.key, _real_keys(call)
         if module.spec.smooth_key:
             key = smooth_key(key, key_validity(call.valid))
@@ -78,7 +78,7 @@ class Observing(Watcher):
 
 
 class Fitting(Watcher):
-    """Adds the pairs of some query rows, as they are before pruning, to what thresholds and lifts are fitted on.
+    """Collects the unpruned pairs of some query rows, to fit thresholds and lifts.
 
     Args:
         rows: of the queries.
@@ -105,7 +105,7 @@ class Fitting(Watcher):
 
 
 class Counting(Watcher):
-    """Counts the pairs of each head: valid ones, those pruned, those of code zero.
+    """Counts the pairs of each head: valid, pruned, and with code zero.
 
     Attributes:
         counts: so far.
@@ -116,7 +116,7 @@ class Counting(Watcher):
         self.counts = PairCounts(*(none.to(device) for none in PairCounts.none_yet(module.heads).tensors()))
 
     def see(self, module: CompressedAttention, call: AttentionCall) -> None:
-        """Add the pairs of a call; of one that nothing is taken from, all are kept."""
+        """Add the pairs of a call; without pruning, all are kept."""
         shape = (*call.query.shape[:3], call.key.shape[2])
         counted = _counted(shape, call.valid, call.real, call.query.device)
         if module.runs_uncompressed:
@@ -131,7 +131,7 @@ class Counting(Watcher):
 
 
 class Gathering(Watcher):
-    """Gathers the moments of the codes of Q and K, from which the directions of a tail follow.
+    """Collects the moments of the codes of Q and K, from which the directions of a tail are fitted.
 
     Attributes:
         moments: so far.
@@ -150,54 +150,54 @@ class Gathering(Watcher):
 
 
 class Looking(Watcher):
-    """Shows each call to a function.
+    """Passes each call to a function.
 
     Args:
-        look: is given the module and the call.
+        look: receives the module and the call.
     """
 
     def __init__(self, look: Callable[[CompressedAttention, AttentionCall], None]) -> None:
         self.look = look
 
     def see(self, module: CompressedAttention, call: AttentionCall) -> None:
-        """Show it."""
+        """Pass the call on."""
         self.look(module, call)
 
 
 class Capturing(Watcher):
-    """Collects the outputs [B, S, H, D] that a module gives back to its model, in order.
+    """Collects the outputs [B, S, H, D] of a module, in order.
 
     Args:
-        outputs: where they go.
+        outputs: list to append to.
     """
 
     def __init__(self, outputs: list[Tensor]) -> None:
         self.outputs = outputs
 
     def hear(self, output: Tensor) -> None:
-        """Keep it, gradients included."""
+        """Append the output, with its gradient."""
         self.outputs.append(output)
 
 
 def _masses(module: CompressedAttention, pairs: Pairs, alpha: Tensor, counted: Tensor) -> Tensor:
-    """Of the rows that count, what tails hold and what levels without lift make of it."""
+    """The mass that tails hold in the counted rows, and the mass that levels without lift give them."""
     rest = pairs.valid & (pairs.codes == 0)
     distance = torch.where(rest, pairs.distance, 0).sum(-1, keepdim=True, dtype=torch.float64)
     bare, qmax = torch.zeros_like(module.lift), module.spec.p.qmax
     _, one = level(distance, rest.sum(-1, keepdim=True), exponent_rate(alpha), bare, qmax)
     masses = tail_masses(pairs.probability, rest, one / qmax, counted.any(-1, keepdim=True))
-    # A head that nothing is pruned from has no tail.
+    # A head without pruning has no tail.
     return masses if RULES[module.spec.rule].counts else masses * (module.cutoff != torch.inf).unsqueeze(-1)
 
 
 def _real_keys(call: AttentionCall) -> Tensor | None:
-    """Keys of real tokens, bool [B or 1, 1, Sk or 1, 1]; None if all are."""
+    """Keys of real tokens, bool [B or 1, 1, Sk or 1, 1]; None if all are real."""
     valid, real = call.valid, call.real
     return key_validity(valid if real is None or valid is None else valid & real)
 
 
 def _counted(shape: Sequence[int], valid: Tensor | None, real: Tensor | None, device: torch.device) -> Tensor:
-    """Pairs of real rows with keys that they may attend to: bool [B, 1 or Hq, Sq, Sk]; `shape` is [B, Hq, Sq, Sk]."""
+    """Valid pairs of real rows: bool [B, 1 or Hq, Sq, Sk]; `shape` is [B, Hq, Sq, Sk]."""
     pairs = torch.ones(shape[0], 1, *shape[2:], dtype=torch.bool, device=device)
     for mask in (valid, real):
         pairs = pairs if mask is None else pairs & mask

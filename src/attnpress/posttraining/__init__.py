@@ -1,4 +1,4 @@
-"""Post-training quantization: from a model and some texts to a compressed model, without labels and training."""
+"""Post-training quantization: compress a model with texts alone, without labels or training."""
 
 from attnpress.posttraining.run import Quantized, QuantizeSpec, quantize
 

@@ -1,4 +1,4 @@
-"""How close a compressed encoder's answers are to the dense one's: of vectors, of classes, of scores."""
+"""Agreement of a compressed encoder with the dense one: of vectors, classes or scores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.nn.functional import cosine_similarity
 from attnpress.models.encoders import Kind
 
 HEADLINE: dict[Kind, str] = {"embedder": "cosine", "classifier": "same_decisions", "reranker": "same_order"}
-"""The figure that `--max-loss` is about: its loss is 1 minus it."""
+"""The metric for `--max-loss`, whose loss is 1 minus it."""
 
 
 def agreement(kind: Kind, dense: Tensor, compressed: Tensor, groups: Sequence[Hashable] = ()) -> dict[str, float]:
-    """Figures of agreement, the headline first; 1 is perfect for it.
+    """Metrics of agreement, the headline first; 1 is perfect.
 
     Args:
-        dense, compressed: what `Encoder.answer` gave for the same texts, [rows, ...].
-        groups: of a reranker's rows, their queries: rows of one query are ordered among themselves.
+        dense, compressed: results of `Encoder.answer` for the same texts, [rows, ...].
+        groups: for a reranker, the query of each row; rows of one query are ranked among themselves.
     """
     if kind == "embedder":
         cosines = cosine_similarity(dense.double(), compressed.double(), dim=-1)
@@ -37,9 +37,9 @@ def loss_of(kind: Kind, found: dict[str, float]) -> float:
 
 
 def same_order(dense: Tensor, compressed: Tensor, groups: Sequence[Hashable] = ()) -> float:
-    """Of the pairs of rows that the dense scores [rows] put into an order, the share that the others order alike.
+    """Share of pairs of rows that both models rank alike, among those that the dense scores [rows] rank.
 
-    Only pairs of one group count, where a group has several rows; all pairs where none has.
+    Only pairs within a group count, if any group has several rows; otherwise all pairs.
     """
     numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
     own = torch.tensor([numbers[group] for group in groups]) if len(numbers) < len(dense) else torch.zeros(len(dense))

@@ -1,4 +1,4 @@
-"""The model card of a quantized encoder: the table, what it rests on, and how to load it."""
+"""The model card of a quantized encoder: results, data, and how to load it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def quantized_rows(record: QuantizedRecord) -> list[tuple[str, ...]]:
 
 
 def quantized_caption(record: QuantizedRecord) -> str:
-    """What the figures rest on."""
+    """Data and settings of the table."""
     texts, float_products = record.texts, len(record.float_products)
     threads = f"{record.threads} thread" + ("s" if record.threads > 1 else "")
     stayed = f"; {float_products} products stayed in float" if record.linear == "int8" and float_products else ""
@@ -122,5 +122,5 @@ def _header(record: QuantizedRecord, is_pipeline: bool) -> str:
         "base_model": public_name(record.model),
         "tags": ["attnpress", "attention", "quantization", "pruning"],
     }
-    # JSON is YAML, and its quoting is safe for whatever a path may hold.
+    # JSON is YAML, and its quoting is safe for any path.
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())

@@ -1,4 +1,4 @@
-"""A compressed form of an encoder: made from calibration texts, judged on others."""
+"""A compressed form of an encoder: calibrated on some texts, evaluated on others."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from attnpress.training.calibration import calibrate
 from attnpress.training.unlabelled import train_unlabelled
 
 BATCH = 8
-"""Texts that go through the model together while it is calibrated: its intermediate results are large."""
+"""Texts per batch in calibration, whose intermediate results are large."""
 
 RATE = 1e-4
-"""Learning rate at its peak, of a form that is trained."""
+"""Peak learning rate for a form that is trained."""
 
 COUNTED = 16
-"""Texts on which survivors are counted."""
+"""Number of texts on which survivors are counted."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """What to make of a model.
+    """A compressed form of a model.
 
     Attributes:
         bits: of Q, K, V and P.
         sparsity: fraction of valid pairs to prune.
-        tail: of what is pruned; without pruning there is none.
-        linear: "int8" for linear layers in 8 bits and no padding.
+        tail: of the pruned pairs; unused without pruning.
+        linear: "int8" for 8-bit linear layers without padding.
     """
 
     bits: int
@@ -51,7 +51,7 @@ class Form:
 
     @property
     def attention(self) -> AttentionSpec:
-        """Its spec; K is smoothed at 4 bits or less."""
+        """The form's attention spec; K is smoothed at 4 bits or less."""
         tensor, tail = TensorSpec(bits=self.bits), self.tail if self.sparsity else "none"
         few = self.bits <= 4
         return AttentionSpec(
@@ -61,12 +61,12 @@ class Form:
 
 @dataclass(frozen=True)
 class Survivors:
-    """What attention leaves, over valid pairs.
+    """Remaining attention, over valid pairs.
 
     Attributes:
         sparsity: fraction of pairs whose probability is zero.
-        keys, dense_keys: of a query, that are left and that there were.
-        work: share of attention's bit operations that is left, the tail's included.
+        keys, dense_keys: keys per query with and without pruning.
+        work: remaining share of attention's bit operations, including the tail's.
     """
 
     sparsity: float
@@ -77,12 +77,12 @@ class Survivors:
 
 @dataclass(frozen=True)
 class Made:
-    """A form as it was made.
+    """A compressed encoder.
 
     Attributes:
         encoder: deployed on the CPU.
-        form: with "float" linear layers where all stayed so.
-        float_products: of the encoder, that stayed in float because they lost too much.
+        form: with "float" linear layers if all stayed in float.
+        float_products: products that stayed in float because they lost too much.
     """
 
     encoder: Encoder
@@ -93,11 +93,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a form is trained on before it is deployed.
+    """Training of a form before it is deployed.
 
     Attributes:
         rows: texts.
-        epochs: how often each is seen.
+        epochs: passes over them.
         folder: of checkpoints, from which interrupted training resumes; None keeps none.
     """
 
@@ -107,12 +107,12 @@ class Lesson:
 
 
 def make(dense: Encoder, form: Form, rows: Rows, lesson: Lesson | None = None) -> Made:
-    """A copy of an encoder in a form.
+    """A compressed copy of an encoder.
 
     Args:
-        dense: left as it is.
+        dense: not changed.
         rows: texts for calibration.
-        lesson: teach the copy to answer as the dense encoder does, while its sparsity rises.
+        lesson: train the copy to answer like the dense encoder, while its sparsity rises.
 
     Raises:
         UnsupportedModelError: see `bind`.
@@ -124,7 +124,7 @@ def make(dense: Encoder, form: Form, rows: Rows, lesson: Lesson | None = None) -
     calibrate(model, encoder.batches(by_length(rows), BATCH))
     if lesson is not None:
         _teach(dense, encoder, lesson, form.sparsity)
-    deploy(model, "cpu", padding="skip")  # what follows asks for outputs alone, and these are the same
+    deploy(model, "cpu", padding="skip")  # the code below needs outputs only, which are the same
     survivors = _survivors(encoder, rows[:COUNTED])
     plan = calibrate_linear(model, _judging_batches(encoder, rows)) if form.linear == "int8" else {}
     deploy(model, "cpu", linear=form.linear, padding="skip")
@@ -166,11 +166,11 @@ def _survivors(encoder: Encoder, rows: Rows) -> Survivors:
 
 
 def _judging_batches(encoder: Encoder, rows: Rows) -> list[Batch]:
-    """Few texts of all lengths: each product of the encoder costs a pass over them."""
+    """Few texts of all lengths, since each product of the encoder costs a pass over them."""
     ordered = by_length(rows)
     return list(encoder.batches(ordered[:: max(1, len(ordered) // BATCH)][:BATCH], BATCH // 2))
 
 
 def by_length(rows: Rows) -> list[Sequence[str]]:
-    """Texts of like length beside each other, so that little padding goes through the model."""
+    """Texts ordered by length, which reduces padding."""
     return sorted(rows, key=lambda row: sum(map(len, row)))

@@ -1,4 +1,4 @@
-"""What an encoder costs on this machine: texts a second and peak memory, each side in its own process, in turns."""
+"""Cost of an encoder on this machine: texts per second and peak memory, each side in its own process, in turns."""
 
 from __future__ import annotations
 
@@ -22,17 +22,16 @@ from attnpress.models.loading import quiet
 
 ROUNDS = 3
 TIMED = 64
-"""Texts of one call that is timed."""
+"""Texts per timed call."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one side took.
+    """Cost of one side.
 
     Attributes:
-        texts_per_second: the median call.
-        peak_mb: largest resident memory while answering, of the model alone: what the process held before it was
-            loaded is taken off.
+        texts_per_second: of the median call.
+        peak_mb: largest resident memory while answering, of the model only: minus the memory before it was loaded.
         file_mb: of its folder.
     """
 
@@ -42,12 +41,12 @@ class Cost:
 
 
 def costs(dense: Path, compressed: Path, rows: Rows, threads: int, seconds: float = 6.0) -> tuple[Cost, Cost, str]:
-    """Of both sides, and the target of the kernel.
+    """Costs of both sides, and the kernel's target.
 
     Args:
-        dense, compressed: folders that `Encoder.save` wrote; the second is deployed.
-        rows: texts; the first TIMED of them are answered in each call.
-        seconds: for which each side is timed, at least ROUNDS calls.
+        dense, compressed: folders written by `Encoder.save`; the second is deployed.
+        rows: texts; each call answers the first TIMED of them.
+        seconds: timing of each side, at least ROUNDS calls.
 
     Raises:
         SideError: a side could not be loaded or run.
@@ -71,7 +70,7 @@ def costs(dense: Path, compressed: Path, rows: Rows, threads: int, seconds: floa
 
 
 def prepare(folder: str, rows: str, threads: int, deployed: bool) -> Prepared:
-    """One side, in its own process."""
+    """Prepare one side, in its own process."""
     quiet()
     torch.set_num_threads(threads)
     texts = json.loads(Path(rows).read_text(encoding="utf-8"))
@@ -85,7 +84,7 @@ def prepare(folder: str, rows: str, threads: int, deployed: bool) -> Prepared:
 
 
 def megabytes(folder: Path) -> float:
-    """Of all the files in a folder."""
+    """Total size of the files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 1e6
 
 

@@ -37,33 +37,32 @@ from attnpress.records.quantized import FILE, CostRecord, QuantizedRecord, Texts
 from attnpress.tasks.texts import Text, Texts, read_texts, texts_of
 
 WHAT = "quantized model"
-"""What the marker of an output folder says."""
+"""Kind of the output folder, in its marker."""
 
 CALIBRATION, JUDGED = 32, 200
-"""Texts that thresholds and scales are fitted to, and others that are compared, at most."""
+"""Maximum numbers of texts for calibration and for evaluation."""
 
 FEW = 100
-"""Texts, below which figures say little."""
+"""Below this number of texts, figures are unreliable."""
 
 USUAL = Form(bits=8, sparsity=0.5, tail="mean", linear="int8")
-"""What is made if nothing is asked for."""
+"""The default form."""
 
 Say = Callable[[str], None]
 
 
 @checked_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class QuantizeSpec:
-    """What to make of an encoder; None leaves the choice to attnpress, or to the search for `max_loss`.
+    """How to quantize an encoder. None selects a default, or is searched for `max_loss`.
 
     Attributes:
         sparsity: fraction of the valid pairs of a query and a key to prune.
         bits: of Q, K, V and P.
-        tail: what pruned pairs still add: "none", "mean" or "linear".
-        linear: "int8" for linear layers in 8 bits and no padding, "float" to leave them.
-        max_loss: how much agreement may fall below 1; the most compressed form that holds it is made.
-        distill: epochs in which the compressed model learns from the dense one's answers, on the texts that are not
-            judged, while its sparsity rises.
-        threads: with which speed is measured; torch's own number unless given.
+        tail: contribution of pruned pairs: "none", "mean" or "linear".
+        linear: "int8" for 8-bit linear layers without padding, "float" to keep them.
+        max_loss: maximum decrease of the agreement from 1; the most compressed form within it is made.
+        distill: epochs of training on the dense model's answers to texts that are not judged, with rising sparsity.
+        threads: for timing; torch's own number by default.
     """
 
     sparsity: Sparsity | None = None
@@ -80,8 +79,8 @@ class Quantized:
     """A compressed model.
 
     Attributes:
-        model: of the class that the dense one has, deployed on this CPU.
-        record: what was done, and what it cost.
+        model: of the same class as the dense one, deployed on this CPU.
+        record: what was done, with its cost.
     """
 
     model: Any
@@ -102,25 +101,25 @@ def quantize(
     """Compress an encoder after training, with texts alone.
 
     Args:
-        model: a Hub name, a folder or "package:NAME"; or a Transformers model, a SentenceTransformer or a
-            CrossEncoder, which is left as it is.
-        texts: a few hundred such as the model will see, or pairs of them for a model of pairs; or a path, see
+        model: a Hub name, a folder or "package:NAME"; or a Transformers model, a SentenceTransformer or a CrossEncoder,
+            which is not changed.
+        texts: a few hundred texts that resemble the data, or pairs for a model of pairs; or a path, see
             `tasks.texts.read_texts`.
         output: folder for the compressed model, its record and its card; None writes nothing.
         tokenizer: of a Transformers model that is not given by name.
-        columns: of the texts in a file, one or two.
-        spec: what to make; or its fields as keyword arguments.
-        notify: is told what goes on, in a line each time.
+        columns: one or two text columns of a file.
+        spec: how to quantize; or its fields as keyword arguments.
+        notify: receives progress messages.
 
     Returns:
-        The compressed model, deployed, and its record. What a user should know is also a warning.
+        The compressed model, deployed, and its record. Problems are also reported as warnings.
 
     Raises:
-        ModelError, UnsupportedModelError: no such model, or one that is not compressed here.
-        TaskError: no usable texts.
-        ConfigError: linear layers were asked for in int8, and this family's stay in float.
+        ModelError, UnsupportedModelError: there is no such model, or it is not supported.
+        TaskError: there are no usable texts.
+        ConfigError: int8 linear layers were requested, but this model's stay in float.
         LossError: no form loses as little as `max_loss`.
-        OutputError: the folder holds something that attnpress did not write.
+        OutputError: the folder contains something that attnpress did not write.
         BackendUnavailableError: the CPU kernel is not built.
     """
     asked = spec or QuantizeSpec(**options)

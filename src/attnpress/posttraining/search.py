@@ -1,7 +1,7 @@
-"""The most compressed form of an encoder that keeps its answers: what `--max-loss` looks for.
+"""Search for the most compressed form of an encoder that keeps its answers (`--max-loss`).
 
-More bits, less sparsity and float linear layers never lose more, up to noise: so at each number of bits the greatest
-sparsity that holds is found by halving, and fewer bits need not be tried beyond it.
+More bits, less sparsity and float linear layers never lose more, up to noise. So bisection finds the greatest valid
+sparsity at each width, and fewer bits are not tried beyond it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ Judge = Callable[[Form], TrialRecord]
 
 
 class LossError(ValueError):
-    """No form loses as little as asked for; the message says which is the nearest."""
+    """No form loses as little as requested. The message names the nearest one."""
 
 
 class Trials:
-    """Forms that were judged, kept in a file, so that an interrupted search resumes.
+    """Results of trials, stored in a file so that an interrupted search resumes.
 
     Args:
-        file: where; None keeps them in memory alone.
-        made_from: what they depend on; those of something else are forgotten.
+        file: where; None keeps them in memory.
+        made_from: what they depend on; results for anything else are discarded.
     """
 
     def __init__(self, file: Path | None, made_from: Mapping[str, Any]) -> None:
@@ -43,7 +43,7 @@ class Trials:
             self.done[trial.bits, trial.sparsity, trial.linear] = trial
 
     def judged(self, form: Form, judge: Judge) -> TrialRecord:
-        """What is known of a form, or is found out now."""
+        """The result for a form, evaluated if it is not known yet."""
         key = form.bits, form.sparsity, form.linear
         if key not in self.done:
             self.done[key] = judge(form)
@@ -53,7 +53,7 @@ class Trials:
         return self.done[key]
 
     def forget(self) -> None:
-        """Remove the file: the search is over."""
+        """Delete the file after the search."""
         if self.file is not None:
             self.file.unlink(missing_ok=True)
 
@@ -64,20 +64,20 @@ class Trials:
                 return []
             return [build_record(TrialRecord, each, str(self.file), "damaged") for each in plain["trials"]]
         except (FileNotFoundError, UnicodeDecodeError, JsonError, RecordError, AttributeError, KeyError, TypeError):
-            return []  # none yet, or damaged by something else: begin anew
+            return []  # missing or damaged: start over
 
 
 def most_compressed(
     begin: Form, max_loss: float, judge: Judge, trials: Trials, *, bits: Sequence[int], sparsities: Sequence[float]
 ) -> TrialRecord:
-    """The trial that leaves the fewest bit operations of those that lose no more than `max_loss`.
+    """The trial with the fewest bit operations among those that lose no more than `max_loss`.
 
     Args:
         begin: tail and linear layers of all forms.
-        bits, sparsities: to choose among, the least compressed first.
+        bits, sparsities: choices, the least compressed first.
 
     Raises:
-        LossError: none does.
+        LossError: there is none.
     """
     room = len(sparsities)
     for few in bits:
@@ -90,7 +90,7 @@ def most_compressed(
     if not held:
         nearest = min(tried, key=lambda trial: trial.loss)
         raise LossError(
-            f"--max-loss {max_loss:g}: no form holds it; the nearest loses {nearest.loss:.3g} ({nearest.bits} bits, "
+            f"--max-loss {max_loss:g}: no form meets it; the nearest loses {nearest.loss:.3g} ({nearest.bits} bits, "
             f"sparsity {nearest.sparsity:g}, linear layers in {nearest.linear}); allow that much, or more of --linear "
             "float, --bits 8, --sparsity 0"
         )
@@ -98,7 +98,7 @@ def most_compressed(
 
 
 def _greatest(forms: Sequence[Form], holds: Callable[[Form], bool]) -> int:
-    """How many of the first forms hold, if none holds behind one that does not; found by halving."""
+    """Number of leading forms that meet the limit, by bisection."""
     low, high = 0, len(forms)
     while low < high:
         middle = (low + high) // 2

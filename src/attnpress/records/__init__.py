@@ -1,1 +1,1 @@
-"""Records of what was measured, as plain JSON: reports and tests read them with no model at hand."""
+"""Records of measurements as plain JSON. Reports and tests read them without a model."""

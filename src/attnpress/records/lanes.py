@@ -1,4 +1,4 @@
-"""The record of a load balance: cycles of P V by layer, number of lanes and schedule. Plain JSON, `lanes.json`."""
+"""Record of a load balance: cycles of P V by layer, number of lanes and schedule. Plain JSON, `lanes.json`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from attnpress.records.reading import RecordError, Some, Whole, read_json
 FORMAT = 1
 FILE = "lanes.json"
 SCHEDULES = ("in_order", "packed", "split", "ideal")
-"""What `core.lanes.LaneCycles` says of each."""
+"""Fields of `core.lanes.LaneCycles`."""
 
 
 @dataclass(frozen=True)
 class LayerLanes:
-    """One layer.
+    """Load balance of one layer.
 
     Attributes:
         name: of the module.
@@ -31,13 +31,13 @@ class LayerLanes:
 
 @dataclass(frozen=True)
 class LaneRecord:
-    """What was counted.
+    """Load balance of a model.
 
     Attributes:
-        task: whose texts.
-        sequences, tokens: how many.
-        piece: survivors in a piece of a row that is split.
-        layers: in order of the model.
+        task: source of the texts.
+        sequences, tokens: their numbers.
+        piece: survivors per piece of a split row.
+        layers: in the order of the model.
     """
 
     task: str
@@ -53,7 +53,7 @@ class LaneRecord:
         return sorted(map(int, self.layers[0].cycles)) if self.layers else []
 
     def total(self, lanes: int, schedule: str) -> int:
-        """Cycles of all layers."""
+        """Sum of the cycles of all layers."""
         return sum(layer.cycles[str(lanes)][schedule] for layer in self.layers)
 
 
@@ -61,13 +61,13 @@ def read_lanes(file: Path) -> LaneRecord:
     """Read the record.
 
     Raises:
-        RecordError: no such file, of another format, or damaged.
+        RecordError: the file is missing, damaged or of another format.
     """
     found = read_json(file, FORMAT, LaneRecord)
     for layer in found.layers:
         for lanes in layer.cycles:
             if not re.fullmatch(r"[1-9]\d{0,8}", lanes):
-                raise RecordError(f"{file}: damaged (layer {layer.name!r}): {lanes!r:.40} is no number of lanes")
+                raise RecordError(f"{file}: damaged (layer {layer.name!r}): {lanes!r:.40} is not a number of lanes")
     wanted = {(lanes, schedule) for lanes in found.lanes for schedule in SCHEDULES}
     for layer in found.layers:
         if {(int(lanes), each) for lanes, cycles in layer.cycles.items() for each in cycles} != wanted or not wanted:

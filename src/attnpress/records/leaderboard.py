@@ -1,4 +1,4 @@
-"""The record of a leaderboard: its baselines and its cells, those not run yet among them. Plain JSON, `board.json`."""
+"""Record of a leaderboard: its baselines and its cells, including those not run yet. Plain JSON, `board.json`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BaselineRecord:
     Attributes:
         headline: name of the metric that is compared.
         dense: its score in points.
-        control: score of the dense model trained on, as long as the compressed ones; None where that was not asked for.
+        control: score of the dense model trained equally long; None if it was not requested.
         majority: score of always predicting the most frequent class; None outside classification.
         provenance: of its run: versions, data, weights, rows, machine.
     """
@@ -36,7 +36,7 @@ class BaselineRecord:
 
     @property
     def reference(self) -> float:
-        """The baseline of compressed models: the dense model that was trained equally long, where there is one."""
+        """The score that compressed models are compared with: the control if there is one, else `dense`."""
         return self.dense if self.control is None else self.control
 
 
@@ -45,9 +45,9 @@ class CellRecord:
     """One rule at one sparsity, on one task, with one seed.
 
     Attributes:
-        asked: sparsity.
-        measured: the `StageRecord` as plain data, without its layers; None where the cell is still to be run.
-        weights: hash of the dense weights from which it began.
+        asked: requested sparsity.
+        measured: the `StageRecord` as plain data, without its layers; None if the cell was not run yet.
+        weights: hash of the initial dense weights.
     """
 
     task: str
@@ -65,7 +65,7 @@ class BoardRecord:
     Attributes:
         board: the BoardSpec as plain data.
         baselines: those that were run.
-        cells: all that the board asks for.
+        cells: all cells of the board.
     """
 
     board: dict[str, Any]
@@ -74,7 +74,7 @@ class BoardRecord:
     format: int = FORMAT
 
     def baseline(self, task: str, seed: int) -> BaselineRecord | None:
-        """The dense model of a task and seed, if it was run."""
+        """The dense model of a task and seed; None if it was not run."""
         return next((one for one in self.baselines if (one.task, one.seed) == (task, seed)), None)
 
 
@@ -82,7 +82,7 @@ def read_board(folder: Path) -> BoardRecord:
     """Read `board.json` of a leaderboard's folder.
 
     Raises:
-        RecordError: no such file, of a newer format, or damaged.
+        RecordError: the file is missing, damaged or of a newer format.
     """
     file = folder / FILE
     record = read_json(file, FORMAT, BoardRecord)
@@ -109,7 +109,7 @@ def _check_known(file: Path, name: str, known: Collection[str]) -> None:
 
 @dataclass(frozen=True)
 class EntryPart:
-    """What a page shows of a rule."""
+    """Fields of a rule that a page shows."""
 
     attention: dict[str, Any]
     predictor_bits: int | None
@@ -117,7 +117,7 @@ class EntryPart:
 
 @dataclass(frozen=True)
 class BoardPart:
-    """What a page shows of what was asked."""
+    """Fields of the specification that a page shows."""
 
     tasks: dict[str, Any]
     rules: dict[str, EntryPart]
@@ -126,7 +126,7 @@ class BoardPart:
 
 @dataclass(frozen=True)
 class ProductPart:
-    """Bits of the two matrices whose product a mask is made from."""
+    """Bits of the two matrices whose product the mask is computed from."""
 
     q: int | float | None
     k: int | float | None
@@ -134,7 +134,7 @@ class ProductPart:
 
 @dataclass(frozen=True)
 class MeasuredPart:
-    """What a page shows of a cell."""
+    """Fields of a cell that a page shows."""
 
     metrics: dict[str, float]
     sparsity: Share
@@ -145,6 +145,6 @@ class MeasuredPart:
 
 @dataclass(frozen=True)
 class ProvenancePart:
-    """What a page shows of where figures came from."""
+    """Fields of the provenance that a page shows."""
 
     rows: RowsPart

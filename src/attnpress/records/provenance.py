@@ -1,4 +1,4 @@
-"""What a figure rests on that every record says: versions of packages, and the machine."""
+"""Provenance that every record holds: versions of packages, and the machine."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Of Python and the packages, by name.
+    """Versions of Python and the packages, by name.
 
     Raises:
-        PackageNotFoundError: one is not installed.
+        PackageNotFoundError: a package is not installed.
     """
     return {"python": platform.python_version(), **{name: version(name) for name in packages}}
 
 
 def machine(**more: Any) -> dict[str, Any]:
-    """The operating system and the number of cores; `more` is what a kind of record says besides."""
+    """The operating system and the number of cores, with `more` fields of the record."""
     return {"system": platform.platform(terse=True), "cores": os.cpu_count(), **more}

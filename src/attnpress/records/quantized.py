@@ -1,4 +1,4 @@
-"""The record of `quantize`: a model before and after, on texts without labels. Plain JSON, beside the model."""
+"""Record of `quantize`: a model before and after, on texts without labels. Plain JSON, beside the model."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ FILE = "quantize.json"
 
 @dataclass(frozen=True)
 class TextsRecord:
-    """The texts that it rests on.
+    """The texts used.
 
     Attributes:
-        calibration, judged: how many thresholds and scales were fitted to, and how many of the others were compared.
-        shortest, median, longest: of all these, in tokens, uncut.
-        cut: longer than the model takes.
-        skipped, repeated: rows of the source that were left out.
+        calibration, judged: number of texts for calibration, and number of other texts for comparison.
+        shortest, median, longest: lengths of all these in tokens, without truncation.
+        cut: number of texts longer than the model accepts.
+        skipped, repeated: number of rows of the source that were left out.
         sha256: of the texts.
-        training: how many the compressed model was trained on, those for calibration among them.
+        training: number of texts the compressed model was trained on, including those for calibration.
     """
 
     calibration: Some
@@ -39,11 +39,11 @@ class TextsRecord:
 
 @dataclass(frozen=True)
 class CostRecord:
-    """What a model costs on one machine.
+    """Cost of a model on one machine.
 
     Attributes:
-        texts_per_second: at the median of a few calls.
-        peak_mb: memory that the model and its largest call take.
+        texts_per_second: median over a few calls.
+        peak_mb: memory of the model and its largest call.
         file_mb: of its folder.
     """
 
@@ -54,7 +54,7 @@ class CostRecord:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """A form that was tried: its bits, sparsity and linear layers, what it lost, and the bit operations it leaves."""
+    """A form that was tried: bits, sparsity, linear layers, loss, and remaining bit operations."""
 
     bits: Whole
     sparsity: Share
@@ -65,19 +65,19 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class QuantizedRecord:
-    """What `quantize` did to a model, and what that cost.
+    """Result of `quantize`, with its cost.
 
     Attributes:
-        model: as it was named.
-        kind: decides which figures of agreement there are; the first is the one that `max_loss` is about.
-        agreement: with the dense model, on the texts judged.
+        model: the name given by the user.
+        kind: determines the metrics of agreement; `max_loss` applies to the first one.
+        agreement: with the dense model, on the judged texts.
         attention: the AttentionSpec as plain data.
-        linear: "int8" where a linear layer is, else "float"; `linear_layers` counts them.
-        float_products: what `calibrate_linear` left in float.
-        sparsity, keys_per_query: over valid pairs; `dense_keys` is how many keys per query had.
-        work: share of attention's bit operations that is left.
-        dense, compressed: what each costs with `threads` threads; the kernel ran its code for `target`.
-        distill: epochs of training on the texts alone; None where nothing was trained.
+        linear: "int8" if there is an int8 layer, else "float"; `linear_layers` counts them.
+        float_products: products that `calibrate_linear` left in float.
+        sparsity, keys_per_query: over valid pairs; `dense_keys` is the number of keys per query without pruning.
+        work: remaining share of attention's bit operations.
+        dense, compressed: cost of each with `threads` threads; the kernel used `target`.
+        distill: epochs of training on the texts; None without training.
         max_loss, trials: of a search for the most compressed form.
     """
 
@@ -105,7 +105,7 @@ class QuantizedRecord:
 
     @property
     def speedup(self) -> float:
-        """How many times as many texts a second."""
+        """Ratio of texts per second, compressed over dense."""
         return self.compressed.texts_per_second / max(self.dense.texts_per_second, 1e-9)
 
 
@@ -113,6 +113,6 @@ def read_quantized(file: Path) -> QuantizedRecord:
     """Read such a record.
 
     Raises:
-        RecordError: no such file, of a newer format, or damaged.
+        RecordError: the file is missing, damaged or of a newer format.
     """
     return read_json(file, FORMAT, QuantizedRecord)

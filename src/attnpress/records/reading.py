@@ -1,4 +1,4 @@
-"""Reading and writing of records: JSON of a known format, each field checked by its type."""
+"""Read and write records: JSON of a known format, with each field checked by type."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ Some = Annotated[int, Range(1)]
 
 
 class RecordError(ValueError):
-    """A record that cannot be read; the message names the file and what is wrong with it."""
+    """A record cannot be read. The message names the file and the reason."""
 
 
 def to_json(record: Any) -> str:
-    """A record, of a run or of anything else here, as indented JSON; refuses NaN and infinity."""
+    """A record as indented JSON; NaN and infinity are refused."""
     return json.dumps(dataclasses.asdict(record), indent=1, allow_nan=False) + "\n"
 
 
 def read_json(file: Path, newest: int, kind: type[Built]) -> Built:
-    """A JSON file of a known format as a dataclass.
+    """Read a JSON file of a known format as a dataclass.
 
     Raises:
-        RecordError: no such file, of a newer format, or damaged.
+        RecordError: the file is missing, damaged or of a newer format.
     """
     try:
         data = parse_json(read_text(file))
@@ -45,13 +45,13 @@ def read_json(file: Path, newest: int, kind: type[Built]) -> Built:
 
 
 def build_record(kind: type[Built], data: Any, where: str, damaged: str = "damaged", *, extra: bool = False) -> Built:
-    """Plain data of a file as a dataclass; see `typed_json.build`.
+    """Convert plain data of a file to a dataclass; see `typed_json.build`.
 
     Raises:
-        RecordError: names the file and the field that does not fit.
+        RecordError: names the file and the invalid field.
     """
     if not _is_unicode(data):
-        raise RecordError(f"{where}: {damaged}: it holds half of a surrogate pair, which no text can")
+        raise RecordError(f"{where}: {damaged}: it holds an unpaired surrogate, which UTF-8 cannot encode")
     try:
         return build(kind, data, extra=extra)
     except FieldError as error:
@@ -59,10 +59,10 @@ def build_record(kind: type[Built], data: Any, where: str, damaged: str = "damag
 
 
 def read_text(file: Path) -> str:
-    """The text of a file.
+    """The text of a UTF-8 file.
 
     Raises:
-        RecordError: it cannot be read, or is not UTF-8.
+        RecordError: the file cannot be read or is not UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8")

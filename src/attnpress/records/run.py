@@ -1,4 +1,4 @@
-"""The record of a run: what was measured, on what, with what. Plain JSON; figures and tables are made from it alone."""
+"""Record of a run: measurements, data and provenance. Plain JSON; figures and tables are made from it alone."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.records.reading import Amount, RecordError, Share, Some, Whole, build_record, read_text
+from attnpress.records.row_scores import RowScores
 from attnpress.records.strict_json import JsonError, parse_json
 
 FORMAT = 1
@@ -18,13 +19,12 @@ STAGES = ("dense", "dense_control", "quantized", "one_shot", "progressive")
 
 @dataclass(frozen=True)
 class HeadRecord:
-    """One head: sparsity by its names (fractions of its valid pairs), keys kept per query, and its threshold.
+    """One head: its sparsity figures (fractions of its valid pairs), keys per query, and threshold.
 
-    `threshold` is tau, theta or gamma of the rule; 0 where nothing is pruned by a threshold. `errors` are relative
-    root-mean-square errors on a few evaluation rows: of q, k and v from quantizing them, of p and output from all that
-    the stage does. Empty in a stage that compresses nothing, and in records made before errors were measured.
-    `pruned_mass` is how much of exact P lies on pairs without a P code, on the same rows; None where `errors` is empty,
-    and in older records.
+    `threshold` is tau, theta or gamma of the rule; 0 if no threshold is used. `errors` are relative root-mean-square
+    errors on a few evaluation rows: of q, k and v from quantization, of p and output from the whole stage. It is empty
+    in a stage that compresses nothing, and in old records. `pruned_mass` is the exact P on pairs without a P code, on
+    the same rows; None if `errors` is empty, and in old records.
     """
 
     sparsity: Share
@@ -38,9 +38,9 @@ class HeadRecord:
 
 @dataclass(frozen=True)
 class LayerRecord:
-    """One attention module: its name in the model, pooled figures, its static scales, its heads and its bits.
+    """One attention module: its name, pooled figures, static scales, heads and bits.
 
-    `bits` is empty in records made before layers could differ: there, they are those of the stage.
+    `bits` is empty in records from before layers could differ; the bits of the stage then apply.
     """
 
     name: str
@@ -56,22 +56,23 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class StageRecord:
-    """One stage of a run, evaluated.
+    """One evaluated stage of a run.
 
     Attributes:
         name: one of STAGES.
         metrics: in points; the first key is the task's headline.
-        sparsity, pruned, padded_sparsity, tile_sparsity: fractions, as numerics section 5 defines them.
-        padded_length: the length to which `padded_sparsity` pads every sequence.
+        sparsity, pruned, padded_sparsity, tile_sparsity: fractions, see numerics section 5.
+        padded_length: length to which `padded_sparsity` pads every sequence.
         keys_per_row: mean number of surviving keys of a real query row.
-        bits: of q, k, v, p; None is floating point. Where layers differ, their mean, floating point counted as 32.
+        bits: of q, k, v, p; None is floating point. If layers differ, their mean, with floating point as 32.
         macs_dense, macs_remaining: multiply-accumulates of Q K^T and P V over valid pairs of the evaluation set.
-        work: bit operations and bytes, dense and remaining; where there is a tail, also what it has of the remaining
-            ones, and its macs_tail of macs_remaining.
+        work: bit operations and bytes, dense and remaining; with a tail, also its share of the remaining ones, and
+            macs_tail as part of macs_remaining.
         layers: per attention module and head.
-        seconds: wall time of the stage, training included.
-        output_errors: of each layer, the mean over its heads of the error of the output, in a brief record, which has
-            no layers; see `attnpress.records.table`.
+        seconds: wall time of the stage, including training.
+        output_errors: relative error of each layer's output, mean over heads; in a brief record, which has no layers
+            (see `attnpress.records.table`).
+        row_scores: score of each evaluation row, for paired tests; None in older records.
     """
 
     name: str
@@ -89,9 +90,10 @@ class StageRecord:
     layers: list[LayerRecord]
     seconds: Amount
     output_errors: list[float] = field(default_factory=list)
+    row_scores: RowScores | None = None
 
     def errors_by_layer(self) -> list[float]:
-        """How far the output of each layer moved, mean over heads; empty where that was not measured."""
+        """Relative error of each layer's output, mean over heads; empty if it was not measured."""
         heads = [[head.errors for head in layer.heads] for layer in self.layers]
         if not heads or not all(errors and all("output" in head for head in errors) for errors in heads):
             return self.output_errors
@@ -100,14 +102,14 @@ class StageRecord:
 
 @dataclass(frozen=True)
 class TensorPart:
-    """What is read of a matrix."""
+    """Fields of a matrix that are read."""
 
     bits: int | None
 
 
 @dataclass(frozen=True)
 class AttentionPart:
-    """What is read of a spec."""
+    """Fields of a spec that are read."""
 
     q: TensorPart
     k: TensorPart
@@ -118,21 +120,21 @@ class AttentionPart:
 
 @dataclass(frozen=True)
 class DataPart:
-    """What is read of a task."""
+    """Fields of a task that are read."""
 
     task: str
 
 
 @dataclass(frozen=True)
 class TrainPart:
-    """What is read of a stage's training."""
+    """Fields of a stage's training that are read."""
 
     epochs: Amount
 
 
 @dataclass(frozen=True)
 class RecipePart:
-    """What is read of a recipe; it has more, and older ones had less."""
+    """Fields of a recipe that are read; older recipes have fewer keys."""
 
     model: str
     data: DataPart
@@ -143,7 +145,7 @@ class RecipePart:
 
 @dataclass(frozen=True)
 class RowsPart:
-    """How many rows there were."""
+    """Number of rows."""
 
     train: Whole
     eval: Whole
@@ -151,7 +153,7 @@ class RowsPart:
 
 @dataclass(frozen=True)
 class ProvenancePart:
-    """What is read of where figures came from."""
+    """Fields of the provenance that are read."""
 
     rows: RowsPart
     weights: dict[str, str | None]
@@ -161,14 +163,14 @@ class ProvenancePart:
 
 @dataclass(frozen=True)
 class LogPart:
-    """An entry of a log of training."""
+    """An entry of a training log."""
 
     step: Whole
 
 
 @dataclass(frozen=True)
 class WorkPart:
-    """What is read of a stage's work."""
+    """Fields of a stage's work that are read."""
 
     bit_operations_dense: Some
     bit_operations_remaining: Whole
@@ -178,7 +180,7 @@ class WorkPart:
 
 @dataclass(frozen=True)
 class PlainPart:
-    """What is read of the plain data of a record; `work` is by stage."""
+    """Fields of a record's plain data that are read; `work` is by stage."""
 
     work: dict[str, WorkPart]
     recipe: RecipePart
@@ -195,8 +197,9 @@ class Record:
         headline: name of the metric that is compared.
         majority: headline of always predicting the most frequent class, in points; None outside classification.
         provenance: versions, hashes of data and weights, machine, row counts.
-        stages: in the order they were run.
+        stages: in the order in which they were run.
         training: log history of each trained stage.
+        targets: of a regression, what each evaluation row was to be; None elsewhere, and in older records.
     """
 
     recipe: dict[str, Any]
@@ -206,13 +209,14 @@ class Record:
     stages: list[StageRecord] = field(default_factory=list)
     training: dict[str, list[dict[str, float]]] = field(default_factory=dict)
     format: int = FORMAT
+    targets: RowScores | None = None
 
     def stage(self, name: str) -> StageRecord | None:
-        """The stage of that name, if it was run."""
+        """The stage of that name; None if it was not run."""
         return next((stage for stage in self.stages if stage.name == name), None)
 
     def with_stage(self, stage: StageRecord) -> Record:
-        """A copy in which the stage is added, or replaces its namesake."""
+        """A copy with the stage added, or replacing one of the same name."""
         others = [known for known in self.stages if known.name != stage.name]
         ordered = sorted([*others, stage], key=lambda known: STAGES.index(known.name))
         return dataclasses.replace(self, stages=ordered)
@@ -232,7 +236,7 @@ def from_json(text: str, where: str = "record") -> Record:
     """Read a record.
 
     Raises:
-        RecordError: not JSON, of a newer format, or with a field that is missing, unknown or not of its type.
+        RecordError: not JSON, of a newer format, or a field is missing, unknown or of the wrong type.
     """
     try:
         return from_plain(parse_json(text), where)
@@ -244,7 +248,7 @@ def from_plain(data: Any, where: str = "record") -> Record:
     """Read a record from its plain data.
 
     Raises:
-        RecordError: of a newer format, or with a field that is missing, unknown or not of its type.
+        RecordError: of a newer format, or a field is missing, unknown or of the wrong type.
     """
     try:
         found = data["format"]
@@ -252,7 +256,7 @@ def from_plain(data: Any, where: str = "record") -> Record:
         raise RecordError(f"{where}: not a record of a run ({error!r})") from None
     if found != FORMAT:
         raise RecordError(f"{where}: format {found!r:.40}; this version reads format {FORMAT}: update attnpress")
-    if "stages" not in data:  # it has a default in Python, but a file without it was cut
+    if "stages" not in data:  # it has a default in Python, but a file without it is truncated
         raise RecordError(f"{where}: damaged record ('stages'): this key is missing")
     return _checked(build_record(Record, data, where, "damaged record"), where)
 
@@ -261,7 +265,7 @@ def read_record(path: Path) -> Record:
     """Read `record.json` of a run folder, or the file itself.
 
     Raises:
-        RecordError: no such file, one that cannot be read, or `from_json`'s reasons.
+        RecordError: the file is missing or unreadable, or for the reasons of `from_json`.
     """
     file = path / "record.json" if path.is_dir() else path
     if not file.is_file():
@@ -270,7 +274,7 @@ def read_record(path: Path) -> Record:
 
 
 def _checked(record: Record, where: str) -> Record:
-    """Returns `record`: each stage is there once, has the headline and layers alike, and its plain data have parts."""
+    """Validate a record and return it: unique stages with the headline and matching layers, complete plain data."""
     names = [stage.name for stage in record.stages]
     if twice := [name for name in names if names.count(name) > 1]:
         raise RecordError(f"{where}: damaged record (stages): {twice[0]!r} is there twice")
@@ -281,6 +285,12 @@ def _checked(record: Record, where: str) -> Record:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): no metric {record.headline!r}")
         if len({len(layer.heads) for layer in stage.layers} - {0}) > 1:
             raise RecordError(f"{where}: damaged record (stage {stage.name!r}): layers differ in their heads")
+    rows = {f"stage {stage.name!r}, row_scores": stage.row_scores for stage in record.stages}
+    for place, packed in (rows | {"targets": record.targets}).items():
+        try:
+            _ = packed and packed.values()
+        except ValueError as error:
+            raise RecordError(f"{where}: damaged record ({place}): {error}") from None
     plain = {name: getattr(record, name) for name in ("recipe", "provenance", "training")}
     plain["work"] = {stage.name: stage.work for stage in record.stages}
     found = build_record(PlainPart, plain, where, "damaged record", extra=True)

@@ -1,7 +1,7 @@
-"""What attention looked like on a few inputs at the end of a stage: `samples/STAGE.safetensors` of a run folder.
+"""Samples of attention on a few inputs at the end of a stage: `samples/STAGE.safetensors` of a run folder.
 
-Too big for the record, and not needed to read it: P as maps over a few short inputs, and the histogram that thresholds
-cut. Arrays only, tokens in the header; written and read without torch, so that a report needs no model.
+They are too large for the record: P as maps over a few short inputs, and the histogram that thresholds are fitted to.
+Arrays only, with the tokens in the header. They are written and read without torch, so a report needs no model.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ class Samples:
     """A few inputs of one stage.
 
     Attributes:
-        rule: of pruning; the histograms count pairs in the unit that it compares.
+        rule: pruning rule; the histograms count pairs in the unit that it compares.
         tokens: of each input.
         maps: by layer name, for each input: P, float16 [heads, queries, keys].
-        histograms: by layer name: pairs by how late the rule would keep them, int64 [heads, bins]. A bin spans a
-            quarter of an octave of P over its row maximum (rule "threshold": of P), beginning at 1; with rule "mass",
-            one of equal shares of the row's mass.
+        histograms: by layer name: int64 [heads, bins]. A bin spans a quarter of an octave of P over its row maximum
+            (rule "threshold": of P), from 1 downwards; for rule "mass", an equal share of the row's mass.
     """
 
     rule: str
@@ -56,19 +55,19 @@ def samples_bytes(samples: Samples) -> bytes:
     arrays: dict[str, NDArray[np.generic]] = {f"{name}|histogram": found for name, found in samples.histograms.items()}
     for name, maps in samples.maps.items():
         arrays |= {f"{name}|{index}": found for index, found in enumerate(maps)}
-    whole = {name: np.ascontiguousarray(found) for name, found in arrays.items()}  # a view would be saved as its buffer
+    whole = {name: np.ascontiguousarray(found) for name, found in arrays.items()}  # not views of larger buffers
     about = {"format": FORMAT, "rule": samples.rule, "tokens": samples.tokens, "layers": list(samples.histograms)}
-    # One entry, since a file with several has them in any order: the same samples have to be the same bytes.
+    # A single entry, since several are written in any order, and equal samples must give equal bytes.
     return bytes(save(whole, metadata={HEADER: json.dumps(about)}))
 
 
 def samples_file(run_folder: Path, stage: str) -> Path:
-    """Where a run folder keeps them."""
+    """Path of the samples in a run folder."""
     return run_folder / "samples" / f"{stage}.safetensors"
 
 
 def read_samples(run_folder: Path, stage: str) -> Samples | None:
-    """The samples of a stage; None where the run recorded none, or in a format that this version does not know."""
+    """The samples of a stage; None if there are none, or if this version does not know their format."""
     file = samples_file(run_folder, stage)
     try:
         with safe_open(file, framework="np") as opened:
@@ -78,14 +77,14 @@ def read_samples(run_folder: Path, stage: str) -> Samples | None:
             tokens, layers = about.tokens, about.layers
             maps = {name: [opened.get_tensor(f"{name}|{index}") for index in range(len(tokens))] for name in layers}
             histograms = {name: opened.get_tensor(f"{name}|histogram") for name in layers}
-    except (OSError, SafetensorError, KeyError, ValueError):  # FieldError and JsonError are ValueErrors
+    except (OSError, SafetensorError, KeyError, ValueError):  # includes FieldError and JsonError
         return None
     samples = Samples(about.rule, tokens, maps, histograms)
     return samples if _is_whole(samples) else None
 
 
 def _is_whole(samples: Samples) -> bool:
-    """Whether maps and histograms have the shapes that their tokens ask for, and no number is NaN."""
+    """True if maps and histograms have the shapes that their tokens require, without NaN."""
     lengths = [len(tokens) for tokens in samples.tokens]
     for name, maps in samples.maps.items():
         histogram = samples.histograms[name]

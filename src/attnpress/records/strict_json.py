@@ -1,4 +1,4 @@
-"""JSON as RFC 8259 defines it: Python's own reader also takes NaN, repeated keys and halves of surrogate pairs."""
+"""JSON according to RFC 8259. Python's reader also accepts NaN, repeated keys and unpaired surrogates."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 
 class JsonError(ValueError):
-    """A text that is not JSON; the message says why.
+    """A text is not valid JSON. The message gives the reason.
 
     Attributes:
-        line: of the text, from 1, where it is known.
+        line: line number from 1, if known.
     """
 
     def __init__(self, reason: str, line: int = 1) -> None:
@@ -21,11 +21,11 @@ class JsonError(ValueError):
 
 
 def parse_json(text: str) -> Any:
-    """The value of a JSON text; a byte-order mark before it is dropped.
+    """Parse a JSON text; a leading byte-order mark is dropped.
 
     Raises:
-        JsonError: also for NaN, infinity and numbers beyond float64, for a key that an object holds twice, and for
-            nesting or integers too long for Python.
+        JsonError: invalid JSON, including NaN, infinity, numbers beyond float64, duplicate keys, and nesting or
+            integers too long for Python.
     """
     try:
         return json.loads(
@@ -42,22 +42,22 @@ def parse_json(text: str) -> Any:
 
 
 def dump_json(value: Any) -> str:
-    """One line of JSON, in Unicode.
+    """One line of JSON in Unicode.
 
     Raises:
-        ValueError: NaN, infinity, a lone surrogate, or nesting too deep.
+        ValueError: NaN, infinity, an unpaired surrogate, or nesting that is too deep.
     """
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not is_unicode(text):
-        raise ValueError("half of a surrogate pair")
+        raise ValueError("an unpaired surrogate")
     return text
 
 
 def is_unicode(text: str) -> bool:
-    """False for a string with half of a surrogate pair, which no encoding of Unicode can hold."""
+    """False for a string with an unpaired surrogate, which no Unicode encoding can represent."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -70,7 +70,7 @@ def _object(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)
-        raise JsonError(f"the key {twice[:40]!r} stands in it twice")
+        raise JsonError(f"duplicate key {twice[:40]!r}")
     return found
 
 
@@ -82,4 +82,4 @@ def _finite(text: str) -> float:
 
 
 def _refuse(name: str) -> float:
-    raise JsonError(f"{name} is no JSON value")
+    raise JsonError(f"{name} is not a JSON value")

@@ -1,4 +1,4 @@
-"""The record of a sweep: its trials and its front. Plain JSON, `sweep.json`; figures are made from it alone."""
+"""Record of a sweep: its trials and its front. Plain JSON, `sweep.json`; figures are made from it alone."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class TrialRecord:
 
     Attributes:
         number: in the study, from 0.
-        state: "complete", "pruned" (given up early) or "failed".
+        state: "complete", "pruned" (stopped early) or "failed".
         chosen: in words.
-        params: what was drawn, by name.
+        params: sampled parameters, by name.
         metric: headline in points; None unless complete.
-        work: bit operations left of the dense ones, as measured; None unless complete.
-        sparsity: fraction of valid pairs, as measured; None unless complete.
-        watched: metric on a few rows by step while training.
+        work: measured share of bit operations that remain; None unless complete.
+        sparsity: measured fraction of valid pairs; None unless complete.
+        watched: metric on a few rows by training step.
         recipe: the RunConfig as plain data.
-        folder: of the run, below the sweep's own, where it was run on this machine.
+        folder: of the run, relative to the sweep's folder, if it was run on this machine.
         error: why it failed.
     """
 
@@ -50,13 +50,13 @@ class SweepRecord:
     """A whole sweep.
 
     Attributes:
-        task, headline: what was measured.
+        task, headline: task and its metric.
         dense: headline of the dense teacher, in points.
         majority: headline of always predicting the most frequent class; None outside classification.
         provenance: of the teacher's record.
         sweep: the SweepSpec as plain data, without its storage.
         trials: by number.
-        front: numbers of the trials that no other beats in both metric and work, least work first.
+        front: numbers of the Pareto-optimal trials in metric and work, least work first.
     """
 
     task: str
@@ -76,9 +76,9 @@ class SweepRecord:
 
 
 def pareto_front(trials: Sequence[TrialRecord]) -> list[int]:
-    """Numbers of the complete trials that no other one beats, least work first; of equal ones, the first.
+    """Numbers of the Pareto-optimal complete trials, least work first; of equal ones, the first.
 
-    A trial beats another if it is at least as good in metric and in work, and better in one of them.
+    A trial dominates another if it is at least as good in metric and work, and better in one of them.
     """
     done = [
         (trial.work, -trial.metric, trial.number)
@@ -97,7 +97,7 @@ def read_sweep(folder: Path) -> SweepRecord:
     """Read `sweep.json` of a sweep's folder.
 
     Raises:
-        RecordError: no such file, of a newer format, or damaged.
+        RecordError: the file is missing, damaged or of a newer format.
     """
     record, where = read_json(folder / FILE, FORMAT, SweepRecord), f"{folder / FILE}: damaged"
     by_number = {trial.number: trial for trial in record.trials}

@@ -1,7 +1,8 @@
-"""A table of records: the brief form of many runs in one file, what tables and figures of evidence are made from.
+"""Table of records: many runs in brief form in one file, the source of the tables and figures of evidence.
 
-`NAME.json` holds the runs of one table, a line each, by cell and seed. A brief record has all that its run recorded but
-the figures of layers and heads and the logs of training, which are nine tenths of the long one in the run's folder.
+`NAME.json` holds the runs of one table, one line each, by cell and seed. A brief record lacks the figures of layers and
+heads and the training logs, which are nine tenths of the full record in the run folder.
+It has the scores of rows of the compared stages only.
 """
 
 from __future__ import annotations
@@ -18,37 +19,47 @@ from attnpress.records.strict_json import JsonError, parse_json
 
 FORMAT = 1
 RUN_NAME = re.compile(r".+-seed[0-9]{1,18}")
-"""Of a run in a table: its cell and its seed."""
+"""Pattern of a run's name in a table: cell and seed."""
 
 HEADER = re.compile(r'\s*\{\s*"format"\s*:')
-"""How a table begins, and no record of another kind."""
+"""How a table starts; records of other kinds start differently."""
 
 
 def brief(record: Record) -> Record:
-    """The record without layers, heads and logs of training; of the layers, the errors of their outputs are left."""
-    return dataclasses.replace(record, stages=[_brief_stage(stage) for stage in record.stages], training={})
+    """The record without layers, heads and training logs; it keeps the errors of the layers' outputs.
+
+    Scores of rows are kept for the dense model trained equally long and for the last stage.
+    """
+    compared = {"dense_control", *(stage.name for stage in record.stages[-1:])}
+    stages = [_brief_stage(stage, has_rows=stage.name in compared) for stage in record.stages]
+    return dataclasses.replace(record, stages=stages, training={})
 
 
-def _brief_stage(stage: StageRecord) -> StageRecord:
-    return dataclasses.replace(stage, layers=[], output_errors=stage.errors_by_layer())
+def _brief_stage(stage: StageRecord, *, has_rows: bool) -> StageRecord:
+    rows = stage.row_scores if has_rows else None
+    return dataclasses.replace(stage, layers=[], output_errors=stage.errors_by_layer(), row_scores=rows)
 
 
 def table_text(records: Mapping[str, Record]) -> str:
-    """The content of a table file: one line a run, in the order of their names, so that one more run is one more line.
+    """Content of a table file: one line per run, ordered by name, so that another run adds one line.
 
     Args:
-        records: brief ones, by the name of their run.
+        records: brief records, by the name of their run.
     """
     lines = [f"{json.dumps(name)}: {_line(records[name])}" for name in sorted(records)]
     return f'{{"format": {FORMAT}, "records": {{\n' + ",\n".join(lines) + "\n}}\n"
 
 
 def _line(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record), separators=(",", ":"), allow_nan=False)
+    plain = dataclasses.asdict(record)
+    for part, key in [(plain, "targets"), *((stage, "row_scores") for stage in plain["stages"])]:
+        if part[key] is None:  # so that a record from before there were any stays the line that it was
+            del part[key]
+    return json.dumps(plain, separators=(",", ":"), allow_nan=False)
 
 
 def is_table(file: Path) -> bool:
-    """Whether a file begins as tables do; what follows may still be damaged."""
+    """True if a file starts like a table; the rest may still be damaged."""
     return file.is_file() and bool(HEADER.match(read_text(file)))
 
 
@@ -56,7 +67,7 @@ def read_table(file: Path) -> dict[str, Record]:
     """The records of a table file, by the name of their run.
 
     Raises:
-        RecordError: no such file, not a table, of a newer format, or with a record that `run.from_plain` refuses.
+        RecordError: the file is missing, is not a table or of a newer format, or `run.from_plain` refuses a record.
     """
     try:
         data = parse_json(read_text(file))
@@ -75,9 +86,9 @@ def read_table(file: Path) -> dict[str, Record]:
 
 
 def recorded(file: Path) -> dict[str, Record]:
-    """All that is known of a table: its file, if there is one, and the records that lie apart beside it.
+    """All records of a table: those in its file, if it exists, and those in separate files beside it.
 
-    Of a run that is in both, the record of the table is taken.
+    If a run is in both, the record in the table is used.
 
     Raises:
         RecordError: see `read_table` and `run.read_record`.
@@ -87,18 +98,18 @@ def recorded(file: Path) -> dict[str, Record]:
 
 
 def records_apart(file: Path) -> dict[str, Path]:
-    """Records of a table that are files of their own, by the name of their run.
+    """Records of a table in separate files, by the name of their run.
 
-    They lie beside the table's file as `NAME-CELL-seedN.json`, as all did before there were tables.
+    They are named `NAME-CELL-seedN.json` and lie beside the table's file, as in older versions.
     """
     found = {path.stem.removeprefix(f"{file.stem}-"): path for path in sorted(file.parent.glob(f"{file.stem}-*.json"))}
     return {run: path for run, path in found.items() if RUN_NAME.fullmatch(run)}
 
 
 def table_files(folder: Path) -> list[Path]:
-    """The tables of a folder: those that are there, and those that records which lie apart would be in.
+    """The tables of a folder: existing ones, and those that separate records belong to.
 
-    Such a record belongs to the table that its name begins with, up to the first hyphen.
+    A separate record belongs to the table that its name starts with, up to the first hyphen.
     """
     found = set()
     for path in folder.glob("*.json"):

@@ -1,4 +1,4 @@
-"""Plain data into dataclasses, by their type hints: every field is there, and is what its hint says."""
+"""Convert plain data to dataclasses by their type hints, with every field checked."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 Built = TypeVar("Built")
 
 LARGEST = 1e30
-"""Magnitude of a number: beyond it, figures cannot be drawn."""
+"""Maximum magnitude of a number; figures with larger ones cannot be drawn."""
 
 
 class FieldError(ValueError):
-    """A field that is missing, unknown, or not of its type.
+    """A field is missing, unknown or of the wrong type.
 
     Attributes:
-        place: of it, such as "stages.0 'name'".
+        place: of the field, such as "stages.0 'name'".
         problem: what is wrong with it.
     """
 
@@ -31,22 +31,22 @@ class FieldError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Of a number, as a mark of `Annotated`: both ends belong to it."""
+    """Bounds of a number, both inclusive, for use in `Annotated`."""
 
     low: float
     high: float = LARGEST
 
 
 def build(kind: type[Built], value: Any, *, extra: bool = False) -> Built:
-    """What a type hint says of plain data from JSON.
+    """Convert plain JSON data according to a type hint.
 
     Args:
-        kind: a dataclass of such hints: `Any`, `None`, `bool`, `int`, `float`, `str`, `list`, `dict` and `Mapping` with
-            strings as keys, `Literal`, unions, `Annotated` with `Range`, and dataclasses.
-        extra: leave out keys that a dataclass does not know, here and inside, instead of refusing them.
+        kind: a dataclass with hints of these kinds: `Any`, `None`, `bool`, `int`, `float`, `str`, `list`, `dict` and
+            `Mapping` with string keys, `Literal`, unions, `Annotated` with `Range`, and dataclasses.
+        extra: ignore unknown keys at all levels instead of refusing them.
 
     Raises:
-        FieldError: names the first field that does not fit.
+        FieldError: names the first invalid field.
     """
     found: Built = _build(kind, value, (), extra)
     return found
@@ -99,7 +99,7 @@ def _fields(kind: Any, value: Any, path: tuple[str, ...], extra: bool) -> Any:
 
 @functools.cache
 def _hints(kind: Any) -> dict[str, Any]:
-    """Python compiles the text of a hint anew each time, and a long record has thousands of heads."""
+    """Cached, since Python compiles the text of a hint each time, and a full record has thousands of heads."""
     return get_type_hints(kind, include_extras=True)
 
 

@@ -1,1 +1,1 @@
-"""From records to tables and figures; no model at hand."""
+"""Tables and figures from records, without a model."""

@@ -1,4 +1,4 @@
-"""Figures of attention itself, from the samples beside a record: histograms of P with thresholds, and maps."""
+"""Figures of attention from the samples beside a record: histograms of P with thresholds, and maps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Head = tuple[int, int]
 
 
 def chosen_heads(stage: StageRecord) -> list[Head]:
-    """The heads whose output compression changes least, in the middle, and most; by sparsity where that is unknown."""
+    """The heads with the smallest, median and largest error of the output; by sparsity if errors are unknown."""
 
     def rank(place: Head) -> float:
         head = stage.layers[place[0]].heads[place[1]]
@@ -38,7 +38,7 @@ def chosen_heads(stage: StageRecord) -> list[Head]:
 
 
 def histogram_drawings(number: int, run: Run) -> Iterator[Drawing]:
-    """How P is spread in the chosen heads, with the threshold of each."""
+    """Distribution of P in the chosen heads, with the threshold of each."""
     from attnpress.report import plots
 
     stage, after = run.record.stage(AFTER), run.after
@@ -60,14 +60,14 @@ def histogram_drawings(number: int, run: Run) -> Iterator[Drawing]:
 
 
 def threshold_at(rule: str, threshold: float) -> float | None:
-    """A recorded threshold on the axis of the histogram; None for a rule without one, or one that prunes nothing."""
+    """A recorded threshold on the axis of the histogram; None if the rule has none or it prunes nothing."""
     if rule in ("topk", "nm") or threshold <= 0:
         return None
     return threshold if rule == "mass" else -math.log2(threshold)
 
 
 def map_drawings(number: int, run: Run) -> Iterator[Drawing]:
-    """P of the chosen heads on each recorded input, of the dense model and of the compressed one."""
+    """P of the chosen heads on each recorded input, for the dense and the compressed model."""
     from attnpress.report import plots
 
     stage, before, after = run.record.stage(AFTER), run.before, run.after
@@ -94,7 +94,7 @@ def _map(samples: Samples, layer: str, index: int, head: int) -> NDArray[Any]:
 
 
 def _last_used(*counts: NDArray[Any] | None) -> int:
-    """Bins up to the last that holds a thousandth of the pairs, so that a long empty tail is not drawn."""
+    """Bins up to the last that holds a thousandth of the pairs, without the long empty tail."""
     ends = [
         np.flatnonzero(found >= 1e-3 * found.sum())[-1] + 1 for found in counts if found is not None and found.any()
     ]

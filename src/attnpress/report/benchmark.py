@@ -1,4 +1,4 @@
-"""Tables of what `attnpress bench` measured, from its JSON alone."""
+"""Tables of `attnpress bench` results, from its JSON alone."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OURS_OFF = "ours_unpruned_difference"
 
 
 def attention_markdown(found: Sequence[Comparison]) -> str:
-    """How many times as fast attention is: a row for each length and batch, a column for each peer and thread count."""
+    """Speed-up of attention: a row for each length and batch, a column for each peer and thread count."""
     columns = list(dict.fromkeys((each["peer"], each["threads"]) for each in found))
     shapes = sorted({(each["seq_len"], each["batch"]) for each in found})
     ratios = {(each["seq_len"], each["batch"], each["peer"], each["threads"]): each["ratio"] for each in found}
@@ -38,7 +38,7 @@ def attention_markdown(found: Sequence[Comparison]) -> str:
 
 
 def settings_markdown(settings: Mapping[str, Sequence[Comparison]]) -> str:
-    """The same of one peer under settings that have names: a column for each."""
+    """Speed-up over one peer under named settings, a column for each."""
     ratios = [{(each["seq_len"], each["batch"]): each["ratio"] for each in found} for found in settings.values()]
     shapes = sorted({shape for found in ratios for shape in found})
     rows = (
@@ -48,7 +48,7 @@ def settings_markdown(settings: Mapping[str, Sequence[Comparison]]) -> str:
 
 
 def layers_markdown(found: Sequence[Comparison]) -> str:
-    """The same for each layer of a trained model."""
+    """Speed-up for each layer of a trained model."""
     peers = list(dict.fromkeys(each["peer"] for each in found))
     layers: dict[str, dict[str, Comparison]] = {}
     for each in found:
@@ -62,9 +62,9 @@ def layers_markdown(found: Sequence[Comparison]) -> str:
 
 
 def models_markdown(found: Sequence[Comparison]) -> str:
-    """Whole models: ours in ms, how many times as fast, attention's share of both, memory and files against float32.
+    """Whole models: our time in ms, speed-up, attention's share on both sides, memory and file sizes against float32.
 
-    Where sides in int8 said how far they are from float32 with nothing pruned, the last columns say so too.
+    If int8 sides recorded their distance from unpruned float32, the last columns show it.
     """
     peers = [peer for peer in PEERS if any(each["peer"] == peer for each in found)]
     cases: dict[tuple[Any, ...], dict[str, Comparison]] = {}
@@ -87,11 +87,11 @@ def models_markdown(found: Sequence[Comparison]) -> str:
 
 
 def processors_markdown(processors: Mapping[str, Sequence[Comparison]], model: str) -> str:
-    """How many times as fast a whole int8 model is than each peer, by processor.
+    """Speed-up of a whole int8 model over each peer, by processor.
 
     Args:
-        processors: records by the name of the processor; cases of other models and batches of one row are left out.
-        model: the model that is shown.
+        processors: records by the name of the processor; other models and batches of one row are left out.
+        model: the model to show.
     """
     chosen = {
         name: [each for each in found if (each["model"], each["linear"]) == (model, "int8") and each["batch"] > 1]
@@ -112,7 +112,7 @@ def processors_markdown(processors: Mapping[str, Sequence[Comparison]], model: s
 
 
 def _shares(dense: Comparison | None) -> list[str]:
-    """What only a comparison with the framework in float32 tells."""
+    """Columns that require a comparison with the framework in float32."""
     if dense is None:
         return [""] * 4
     memory, file = (dense[f"ours_{kind}_mb"] / dense[f"peer_{kind}_mb"] for kind in ("model", "file"))

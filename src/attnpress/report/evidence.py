@@ -1,4 +1,4 @@
-"""The table of evidence and its figure, from records alone: each task's cells, seed by seed beside the dense model."""
+"""Table and figure of evidence, from records alone: each task's cells, compared with the dense model seed by seed."""
 
 from __future__ import annotations
 
@@ -11,19 +11,28 @@ from pathlib import Path
 from attnpress.records.run import Record, StageRecord
 from attnpress.records.table import recorded, table_files
 from attnpress.report.figures import mean_and_spread
+from attnpress.report.paired import Pair, paired_words
 from attnpress.report.plots import Line
-from attnpress.report.render import TITLES, Start, control_scores, markdown_table, reference_score, start_of
+from attnpress.report.render import (
+    TITLES,
+    Start,
+    control_scores,
+    control_stages,
+    markdown_table,
+    reference_score,
+    start_of,
+)
 
 Cells = Mapping[str, Sequence[Record]]
 """Records of one task by the name of their cell, one a seed."""
 
 DENSE_CELL = "dense"
 DETAILED = "0.95"
-"""Cells of this sparsity also show what quantizing and pruning do without training."""
+"""Cells of this sparsity also show quantization and pruning without training."""
 PADDED = {"squad": 384, "squadpart": 384}
-"""Customary padded length, where it is not 128."""
-TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD"}
-"""Titles, where they are not the names."""
+"""Customary padded lengths other than 128."""
+TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD", "stsb": "STS-B"}
+"""Titles that differ from the names."""
 COLUMNS = (
     "bits, asked",
     "stage",
@@ -36,6 +45,8 @@ COLUMNS = (
     "bytes of P left",
     "seeds",
 )
+DIFFERENCE = "against dense"
+PAIRED = "paired test"
 GOAL_COLUMNS = (
     "task",
     "bits, asked",
@@ -47,10 +58,10 @@ GOAL_COLUMNS = (
 
 
 def read_cells(folder: Path) -> dict[str, dict[str, list[Record]]]:
-    """The tables of a folder by task and cell: dense first, then most bits, then least sparsity; then by seed.
+    """Tables of a folder by task and cell: dense first, then most bits, then least sparsity; then by seed.
 
     Raises:
-        RecordError: a table or record that cannot be read.
+        RecordError: a table or record cannot be read.
     """
     return {file.stem: _cells(recorded(file)) for file in table_files(folder)}
 
@@ -72,34 +83,53 @@ def _place(cell: str) -> tuple[bool, int, str]:
 
 
 def padded_to(stage: StageRecord, length: int) -> float:
-    """Sparsity over sequences padded to another length than the stage's own: the survivors stay as many."""
+    """Sparsity over sequences padded to another length than the stage's own; the number of survivors is unchanged."""
     return 1 - (1 - stage.padded_sparsity) * (stage.padded_length / length) ** 2
 
 
 def evidence_markdown(task: str, cells: Cells) -> str:
-    """The table of one task: mean and standard deviation over seeds of each cell.
+    """Table of one task: mean and standard deviation over seeds of each cell.
 
     Args:
         task: its name.
-        cells: "against dense" compares each record with the dense model that was trained equally long from the same
-            weights; where those had to be made anew, with the one of its seed; or as it was before that where no
-            record of either is given. A dense cell of another length than the recipe's shows that control alone.
+        cells: by name. "against dense" compares each record with the dense model trained equally long from the same
+            weights; if those were retrained, with the one of its seed; if there is neither, with the dense model before
+            that. A dense cell of another length than the recipe's shows only that control.
+
+    Returns:
+        Markdown; with a column of paired tests if records hold the scores of rows.
     """
-    known = _controls(cells)
+    known, stages = controls_of(cells), _control_stages(cells)
     length = PADDED.get(task, 128)
     header = [column.format(metric=_every(cells)[0].headline, length=length) for column in COLUMNS]
-    rows = [
-        _row(label, stage, records, known, length)
-        for cell, records in cells.items()
-        for label, stage in _stages(cell, records)
-    ]
+    shown = [(*named, records) for cell, records in cells.items() for named in _stages(cell, records)]
+    rows = [_row(label, stage, records, known, length) for label, stage, records in shown]
+    tests = [paired_words(_pairs(stage, records, stages)) for _, stage, records in shown]
+    if any(tests):
+        place = COLUMNS.index(DIFFERENCE) + 1
+        header.insert(place, PAIRED)
+        for row, test in zip(rows, tests, strict=True):
+            row.insert(place, test)
     return markdown_table(header, rows, header[:2])
 
 
+def _pairs(name: str, records: Sequence[Record], known: Mapping[Start, tuple[Record, StageRecord]]) -> list[Pair]:
+    """Row scores of a stage of each record and of its control, if both are known for the same rows."""
+    found = []
+    for record in records:
+        stage = record.stage(name)
+        of, control = known.get(start_of(record), (record, record.stage("dense")))
+        ours, theirs = stage and stage.row_scores, control and control.row_scores
+        is_same = record.provenance.get("data", {}).get("eval") == of.provenance.get("data", {}).get("eval")
+        if ours and theirs and stage is not control and is_same and ours.rows == theirs.rows:
+            found.append(Pair(record.headline, ours, theirs, record.targets))
+    return found
+
+
 def ablation_markdown(cells: Cells) -> str:
-    """What each choice is worth: the last stage of each cell beside the last of the dense model."""
+    """Effect of each choice: the last stage of each cell compared with the last of the dense model."""
     every = _every(cells)
-    known = _controls(cells) or control_scores(every, "dense")
+    known = controls_of(cells) or control_scores(every, "dense")
     header = ["choice", every[0].headline, "against dense", "sparsity", "keys per query", "seeds"]
     rows = []
     for cell, records in cells.items():
@@ -109,14 +139,14 @@ def ablation_markdown(cells: Cells) -> str:
 
 
 def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
-    """How far pruning at once moves the attention outputs of each layer, beside the keys that are left, fewest first.
+    """Error of each layer's attention output under one-shot pruning, with the remaining keys, fewest first.
 
     Args:
-        tasks: cells by task; records of no such stage, or without errors, are left out.
-        bits: of the cells that are shown, as their names begin.
+        tasks: cells by task; records without this stage or without errors are left out.
+        bits: of the cells to show, as their names begin.
 
     Returns:
-        A table: of each layer, the mean over heads and records of the relative root-mean-square error of its output.
+        A table: for each layer, the mean over heads and records of the output's relative root-mean-square error.
     """
     rows: list[tuple[float, list[str]]] = []
     for task, cells in tasks.items():
@@ -137,26 +167,26 @@ def errors_markdown(tasks: Mapping[str, Cells], bits: str) -> str:
 
 
 def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, float]]) -> str:
-    """What was aimed at and what was reached.
+    """Goals and results.
 
     Args:
         tasks: cells by task.
-        goals: task, cell, and the points that it may lose.
+        goals: task, cell, and the allowed loss in points.
 
     Returns:
         A table. Losses are against the dense model trained equally long, seed by seed (mean and standard deviation),
-        and against the best mean that any dense model of the task has, before or after training on.
+        and against the best mean of any dense model of the task, before or after further training.
     """
     rows = []
     for task, cell, allowed in goals:
         bits, _, asked = cell.partition("-")
         named, may = [task, f"{'/'.join(bits)}, {asked}"], f"{allowed:.1f}"
-        found = [(one, stage) for one in tasks[task].get(cell, ()) if (stage := one.stage("progressive"))]
+        found = [(one, stage) for one in tasks.get(task, {}).get(cell, ()) if (stage := one.stage("progressive"))]
         if not found:
             rows.append([*named, "", may, "not run", "not run"])
             continue
-        known = _controls(tasks[task])
-        lost = [_lost(record, stage, known) for record, stage in found]
+        known = controls_of(tasks[task])
+        lost = [change_of(record, stage, known) for record, stage in found]
         score = statistics.mean(stage.metrics[record.headline] for record, stage in found)
         below_best = score - _best_dense(tasks[task])
         keys = statistics.mean(stage.keys_per_row for _, stage in found)
@@ -173,7 +203,7 @@ def goals_markdown(tasks: Mapping[str, Cells], goals: Sequence[tuple[str, str, f
 
 
 def summary_markdown(tasks: Mapping[str, Cells], chosen: Sequence[tuple[str, str]]) -> str:
-    """One row for each chosen cell: its score beside that of the dense model, and the keys that a query still reads.
+    """One row for each chosen cell: its score, that of the dense model, and the keys per query.
 
     Args:
         tasks: cells by task.
@@ -183,7 +213,7 @@ def summary_markdown(tasks: Mapping[str, Cells], chosen: Sequence[tuple[str, str
     rows = []
     for task, cell in chosen:
         found = [(one, stage) for one in tasks[task][cell] if (stage := one.stage("progressive"))]
-        known = _controls(tasks[task])
+        known = controls_of(tasks[task])
         dense = [reference_score(record, known) for record, _ in found]
         scores = [stage.metrics[record.headline] for record, stage in found]
         change = statistics.mean(scores) - statistics.mean(dense)
@@ -218,7 +248,7 @@ def _best_dense(cells: Cells) -> float:
 
 
 def caption(cells: Cells, hidden: int) -> str:
-    """What the table was measured on and where, the floor, and how much of the whole model attention is.
+    """Data and machine of a table, the score of the most frequent class, and attention's share of the whole model.
 
     Args:
         cells: of one task.
@@ -241,16 +271,16 @@ def caption(cells: Cells, hidden: int) -> str:
 
 
 def losses(tasks: Mapping[str, Cells], bits: str) -> tuple[list[Line], list[Line]]:
-    """For each task, what progressive pruning loses against the dense model by sparsity, and by keys kept per query.
+    """For each task, loss of progressive pruning against the dense model, by sparsity and by keys per query.
 
     Args:
         tasks: cells by task.
-        bits: of the cells that are drawn: those named BITS-SPARSITY, and no variant of one.
+        bits: of the cells to draw: those named BITS-SPARSITY, without variants.
     """
     plain = re.compile(rf"{re.escape(bits)}-[0-9.]+")
     by_sparsity, by_keys = [], []
     for series, (task, cells) in enumerate(tasks.items()):
-        known = _controls(cells)
+        known = controls_of(cells)
         points = sorted(
             point for cell, records in cells.items() if plain.fullmatch(cell) for point in _points(records, known)
         )
@@ -265,15 +295,17 @@ def _every(cells: Cells) -> list[Record]:
     return [record for records in cells.values() for record in records]
 
 
-def _controls(cells: Cells) -> dict[Start, float]:
+def controls_of(cells: Cells) -> dict[Start, float]:
+    """Score of the dense model that each start is compared with: its own control, or else that of its seed."""
+    found = _control_stages(cells)
+    return {start: control.metrics[record.headline] for start, (record, control) in found.items()}
+
+
+def _control_stages(cells: Cells) -> dict[Start, tuple[Record, StageRecord]]:
     every = _every(cells)
-    of_seed = {
-        _seed(record): control.metrics[record.headline]
-        for record in every
-        if (control := record.stage("dense_control"))
-    }
+    of_seed = {_seed(record): (record, control) for record in every if (control := record.stage("dense_control"))}
     made_anew = {start_of(record): of_seed[_seed(record)] for record in every if _seed(record) in of_seed}
-    return made_anew | control_scores(every)
+    return made_anew | control_stages(every)
 
 
 def _seed(record: Record) -> tuple[int, float]:
@@ -286,11 +318,12 @@ def _points(records: Sequence[Record], known: Mapping[Start, float]) -> Iterable
         yield (
             statistics.mean(stage.sparsity for _, stage in found),
             statistics.mean(stage.keys_per_row for _, stage in found),
-            statistics.mean(_lost(record, stage, known) for record, stage in found),
+            statistics.mean(change_of(record, stage, known) for record, stage in found),
         )
 
 
-def _lost(record: Record, stage: StageRecord, known: Mapping[Start, float]) -> float:
+def change_of(record: Record, stage: StageRecord, known: Mapping[Start, float]) -> float:
+    """Points of a stage above those of its dense model trained equally long; see `controls_of`."""
     return stage.metrics[record.headline] - reference_score(record, known)
 
 
@@ -308,7 +341,7 @@ def _row(label: str, name: str, records: Sequence[Record], known: Mapping[Start,
     found = [(record, stage) for record in records if (stage := record.stage(name))]
     stages = [stage for _, stage in found]
     scores = [stage.metrics[record.headline] for record, stage in found]
-    lost = [_lost(record, stage, known) for record, stage in found]
+    lost = [change_of(record, stage, known) for record, stage in found]
     left = [
         statistics.mean(stage.work[f"{kind}_remaining"] / stage.work[f"{kind}_dense"] for stage in stages)
         for kind in ("bit_operations", "bytes")

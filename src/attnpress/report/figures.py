@@ -1,4 +1,4 @@
-"""Which figures a report has, from records to drawings with a title and a description in words."""
+"""The figures of a report: from records to drawings with a title and a description in words."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ HEAD_CAPTIONS = {
     "error-p": "0 is exact, 1 is as wrong as zeros. Bright heads lose most to pruning.",
     "error-output": "0 is exact, 1 is as wrong as an output of zeros. Bright heads lose most.",
 }
-"""What to look for in a map of heads, by its name or the first part of it."""
+"""What to look for in a map of heads, by its name or the beginning of it."""
 
 
 SCORE_CAPTION = "Right is sparser, up is better. Marks inside the grey band differ from dense by no more than chance."
@@ -51,8 +51,8 @@ class Drawing:
     Attributes:
         name: of its file.
         title: what it shows.
-        caption: what to look for; shown beneath the title.
-        description: its numbers in words, for those who do not see it.
+        caption: what to look for; shown below the title.
+        description: its numbers in words, for readers who cannot see it.
         figure: the drawing.
     """
 
@@ -64,7 +64,7 @@ class Drawing:
 
 
 def metric_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
-    """Metric against sparsity, one figure a recipe."""
+    """Metric against sparsity, one figure per recipe."""
     from attnpress.report import plots
 
     for number, group in enumerate(groups, start=1):
@@ -84,11 +84,11 @@ def metric_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
 
 
 def dense_noise(group: Group, most_rows: int | None = None) -> Band | None:
-    """One standard error of the dense model's score, from the evaluation rows; None where either is unknown.
+    """One standard error of the dense model's score, from the evaluation rows; None if either is unknown.
 
     Args:
-        group: runs that differ by their seed.
-        most_rows: rows of a score that is computed on a part of them.
+        group: runs that differ in their seed.
+        most_rows: number of rows, if the score is computed on a part of them.
     """
     from attnpress.report.plots import Band
 
@@ -101,7 +101,7 @@ def dense_noise(group: Group, most_rows: int | None = None) -> Band | None:
 
 
 def training_drawings(number: int, group: Group) -> Iterator[Drawing]:
-    """Loss, sparsity asked and achieved, and the metric, by step, of every trained stage and seed."""
+    """Loss, requested and achieved sparsity, and the metric, by step, for every trained stage and seed."""
     from attnpress.report import plots
 
     wanted = {
@@ -120,7 +120,7 @@ def training_drawings(number: int, group: Group) -> Iterator[Drawing]:
 
 
 def describe_curves(lines: Sequence[Line]) -> str:
-    """Where the curves of each label begin and end, in words; those of several runs by their mean."""
+    """First and last values of the curves of each label in words, averaged over runs."""
     words = []
     for label in dict.fromkeys(line.label for line in lines):
         same = [line for line in lines if line.label == label]
@@ -156,7 +156,7 @@ def head_drawings(number: int, run: Run) -> Iterator[Drawing]:
 
 
 def head_values(stage: StageRecord) -> dict[str, tuple[str, list[list[float]]]]:
-    """What can be drawn a head, by name: title, and values by layer; old records lack the errors."""
+    """Quantities by layer and head, by name: title and values. Old records have no errors."""
     found: dict[str, tuple[str, list[list[float]]]] = {}
     for name in ("sparsity", "threshold"):
         values = [[getattr(head, name) for head in layer.heads] for layer in stage.layers]
@@ -177,7 +177,7 @@ def head_values(stage: StageRecord) -> dict[str, tuple[str, list[list[float]]]]:
 
 
 def describe_heads(values: Sequence[Sequence[float]]) -> str:
-    """Extent, extremes and mean of a map of heads, in words."""
+    """Shape, extremes and mean of a map of heads, in words."""
     flat = [(value, layer, head) for layer, row in enumerate(values) for head, value in enumerate(row)]
     (low, *at_low), (high, *at_high) = min(flat), max(flat)
     return (
@@ -188,7 +188,7 @@ def describe_heads(values: Sequence[Sequence[float]]) -> str:
 
 
 def work_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
-    """Remaining work of each stage as percent of the dense one's, one figure a recipe."""
+    """Remaining work of each stage in percent of the dense one, one figure per recipe."""
     from attnpress.report import plots
 
     for number, group in enumerate(groups, start=1):
@@ -204,13 +204,13 @@ def work_drawings(groups: Sequence[Group]) -> Iterator[Drawing]:
 
 
 def remaining_work(stage: StageRecord) -> dict[str, float]:
-    """Percent of the dense operations and bytes that a stage leaves, by name."""
+    """Percent of the dense operations and bytes that remain after a stage, by name."""
     work = {"macs_dense": stage.macs_dense, "macs_remaining": stage.macs_remaining, **stage.work}
     return {name: 100 * work[f"{key}_remaining"] / work[f"{key}_dense"] for name, key in WORK.items()}
 
 
 def speed_drawings(timings: Sequence[Mapping[str, Any]]) -> Iterator[Drawing]:
-    """How many times faster than each peer, by length and threads."""
+    """Speed-up over each peer, by length and threads."""
     from attnpress.report import plots
 
     for peer in dict.fromkeys(row["peer"] for row in timings):
@@ -229,7 +229,7 @@ def speed_drawings(timings: Sequence[Mapping[str, Any]]) -> Iterator[Drawing]:
 
 
 def mean_and_spread(values: Sequence[float]) -> str:
-    """Mean, and the standard deviation where there is more than one value."""
+    """Mean, and the standard deviation if there is more than one value."""
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     return f"{_mean(values):.2f}{spread}"
 

@@ -1,4 +1,4 @@
-"""The front of a sweep as a drawing, with the same in words."""
+"""Figure of a sweep's front, with a description in words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnpress.report.noise import standard_error
 
 
 def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
-    """Score against remaining work, of every trial that came to its end, and of the front."""
+    """Score against remaining work, of every complete trial and of the front."""
     from attnpress.report import plots
 
     best = sweep.on_front()
@@ -35,7 +35,7 @@ def front_drawing(number: int, sweep: SweepRecord) -> Drawing:
 
 
 def front_summary(sweep: SweepRecord) -> str:
-    """What came out, in a sentence."""
+    """The result in one sentence."""
     best = sweep.on_front()
     ends = f"from {_point(best[0])} to {_point(best[-1])}" if len(best) > 1 else "".join(map(_point, best))
     return (

@@ -1,4 +1,4 @@
-"""What a report is made from: records, the samples beside them, and timings; runs of one recipe stand together."""
+"""Inputs of a report: records, the samples beside them, and timings. Runs of one recipe are grouped."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnpress.records.table import is_table, read_table
 
 @dataclass(frozen=True)
 class TimingRow:
-    """What is drawn of a timing; `attnpress bench --json` writes more."""
+    """Fields of a timing that are drawn; `attnpress bench --json` writes more."""
 
     seq_len: Some
     threads: Some
@@ -35,12 +35,12 @@ BEFORE, AFTER = "dense", "progressive"
 """The stages that maps and histograms compare."""
 
 LANES = Path("export", "csv", "lanes.json")
-"""Where `attnpress export --to csv` leaves a load balance in a run folder."""
+"""Where `attnpress export --to csv` writes a load balance in a run folder."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its name, its record, and what was found beside it."""
+    """One run: its name, its record, and files beside it."""
 
     name: str
     record: Record
@@ -51,7 +51,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe, one for each seed."""
+    """Runs of one recipe, one per seed."""
 
     label: str
     runs: list[Run]
@@ -63,7 +63,7 @@ class Group:
 
 
 def read_runs(path: Path) -> list[Run]:
-    """The runs of a table of records, in the order of their names; of any other path, its one run.
+    """The runs of a table of records in the order of their names; for any other path, its one run.
 
     Raises:
         RecordError: see `records.table.read_table` and `records.run.read_record`.
@@ -74,7 +74,7 @@ def read_runs(path: Path) -> list[Run]:
 
 
 def read_run(path: Path) -> Run:
-    """A run folder, or a record alone.
+    """Read a run folder, or a single record.
 
     Raises:
         RecordError: see `records.run.read_record`.
@@ -88,7 +88,7 @@ def read_run(path: Path) -> Run:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose recipes differ in nothing but the seed, in the order given."""
+    """Group runs whose recipes differ only in the seed, in the given order."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         groups.setdefault(json.dumps(_what_was_asked(run.record.recipe), sort_keys=True), []).append(run)
@@ -100,10 +100,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
 
 
 def read_timings(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """Timings that `attnpress bench --json` wrote: of files given by name, and of any in the folders given.
+    """Timings that `attnpress bench --json` wrote: files given by name, and all in the given folders.
 
     Raises:
-        RecordError: a file given by name holds no timings, or one file has some with a field that is not of its type.
+        RecordError: a file given by name holds no timings, or a field is of the wrong type.
     """
     timings = []
     for path in paths:
@@ -130,7 +130,7 @@ def _what_was_asked(recipe: dict[str, Any]) -> dict[str, Any]:
     places = {"seed", "report_to", "checkpoint"}
     data = {key: value for key, value in recipe.get("data", {}).items() if key != "data_dir"}
     asked = {key: value for key, value in recipe.items() if key not in places}
-    return {**asked, "data": data, "layers": recipe.get("layers", {})}  # recipes once had no layers
+    return {**asked, "data": data, "layers": recipe.get("layers", {})}  # old recipes have no layers
 
 
 def _label(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""How evenly P V shares out over lanes: a figure of a run, and the table of the documentation."""
+"""Load balance of P V over lanes: the figure of a run, and the table of the documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ WORDS = {"in_order": "rows in order", "packed": "rows packed", "split": "rows sp
 
 
 def lane_drawings(number: int, record: LaneRecord | None) -> Iterator[Drawing]:
-    """Cycles of P V over the ideal ones, by layer; a panel for each number of lanes."""
+    """Cycles of P V over the ideal number, by layer, with a panel for each number of lanes."""
     from attnpress.report import plots
 
     if record is None or not record.layers:
@@ -40,13 +40,13 @@ def lane_drawings(number: int, record: LaneRecord | None) -> Iterator[Drawing]:
 
 
 def times_ideal(record: LaneRecord, layer: int, lanes: int, schedule: str) -> float:
-    """Cycles of a layer over what they would be if all lanes were always busy; 1 is the best."""
+    """Cycles of a layer relative to a perfect balance; 1 is the best."""
     cycles = record.layers[layer].cycles[str(lanes)]
     return cycles[schedule] / max(1, cycles["ideal"])
 
 
 def lanes_markdown(record: LaneRecord) -> str:
-    """Cycles of each layer and of all, for every number of lanes."""
+    """Cycles of each layer and in total, for every number of lanes."""
     heads = ("in order", "packed", "split", "ideal")
     lines = [
         "| layer | " + " | ".join(f"{lanes} lanes: {' / '.join(heads)}" for lanes in record.lanes) + " |",

@@ -1,4 +1,4 @@
-"""A leaderboard as a table and a figure, from its record alone; cells that were not run are named."""
+"""A leaderboard as a table and a figure, from its record alone. Cells that were not run are listed."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ COLUMNS = (
 MISSING = "not run yet"
 
 GROUP = 4
-"""Keys of a group of rule "nm"."""
+"""Keys per group of rule "nm"."""
 
 
 def skipped(entry: Mapping[str, Any], asked: float, measured: Mapping[str, Any]) -> tuple[float, float]:
-    """What the design of a rule would skip of the bit operations of Q K^T and of P V, by the measured sparsity.
+    """Share of the bit operations of Q K^T and of P V that the design of a rule would skip at the measured sparsity.
 
-    A mask that is made of exact scores needs all of Q K^T, whatever the rule. A design that foretells its mask by a
-    product of few bits computes that one for every pair, and the full one for pairs that the rule keeps. P V is skipped
-    where the code of P is zero; but of every four keys, N:M hardware skips the same number everywhere.
+    A mask of exact scores needs all of Q K^T, with any rule. A design that predicts its mask from a low-bit product
+    computes that product for every pair, and the full one for pairs that the rule keeps. P V is skipped where the code
+    of P is zero, except that N:M hardware skips a fixed number of every four keys.
 
     Args:
         entry: EntrySpec as plain data.
-        asked: sparsity.
+        asked: requested sparsity.
         measured: StageRecord as plain data.
     """
-    bits, predictor = measured["bits"], entry["predictor_bits"]
+    bits, predictor = measured["bits"], entry["predictor_bits"] or entry["attention"].get("predictor_bits")
     product = 0.0
     if predictor is not None:
         product = max(0.0, measured["pruned"] - predictor**2 / ((bits["q"] or 32) * (bits["k"] or 32)))
@@ -53,7 +53,7 @@ def skipped(entry: Mapping[str, Any], asked: float, measured: Mapping[str, Any])
 
 
 def board_rows(record: BoardRecord) -> list[tuple[str, ...]]:
-    """Header, and a row for each rule, sparsity and task, as text; by task, then by sparsity."""
+    """Header, and a row of text for each rule, sparsity and task, ordered by task, then by sparsity."""
     groups: dict[tuple[str, float, str], list[CellRecord]] = {}
     tasks, rules = list(record.board["tasks"]), list(record.board["rules"])
     order = sorted(record.cells, key=lambda cell: (tasks.index(cell.task), cell.asked, rules.index(cell.rule)))
@@ -100,7 +100,7 @@ def board_table(record: BoardRecord) -> Table:
 
 
 def board_markdown(record: BoardRecord) -> str:
-    """The leaderboard as Markdown: the cells that were run, and a sentence that names the others."""
+    """The leaderboard as Markdown: the cells that were run, and a sentence listing the others."""
     header, *rows = board_rows(record)
     shown = [row for row in rows if row[COLUMNS.index("metric")] != MISSING]
     table = markdown_table(header, shown, ("task", "rule", "metric")) if shown else ""
@@ -108,7 +108,7 @@ def board_markdown(record: BoardRecord) -> str:
 
 
 def board_caption(record: BoardRecord) -> str:
-    """The dense models that scores are held against."""
+    """The dense models that scores are compared with."""
     return " ".join(
         f"{one.task}, seed {one.seed}: {one.headline} {one.dense:.2f} dense"
         + ("" if one.control is None else f", {one.control:.2f} trained equally long")
@@ -119,7 +119,7 @@ def board_caption(record: BoardRecord) -> str:
 
 
 def missing_words(record: BoardRecord) -> str:
-    """A sentence that names the cells that were not run."""
+    """A sentence listing the cells that were not run."""
     missing: dict[str, list[str]] = {}
     for cell in record.cells:
         if cell.measured is None:
@@ -163,7 +163,7 @@ def _lines(record: BoardRecord, task: str) -> list[plots.Line]:
 
 
 def figure_words(record: BoardRecord) -> str:
-    """The figure for those who do not see it: the best rule at each sparsity that was asked of several."""
+    """Description of the figure in words: the best rule at each sparsity with several rules."""
     done = [(cell, next(iter(cell.measured["metrics"].values()))) for cell in record.cells if cell.measured is not None]
     best: dict[tuple[str, float], tuple[float, str]] = {}
     for cell, score in done:

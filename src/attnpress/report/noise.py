@@ -1,26 +1,26 @@
-"""How far a score may be off by chance alone, from the number of rows that it was measured on."""
+"""Standard error of a score, from its number of evaluation rows."""
 
 from __future__ import annotations
 
 import math
 
 CORRELATIONS = ("matthews", "pearson", "spearman")
-"""Metrics from -1 to 1, times 100; all others are shares, in percent."""
+"""Metrics from -1 to 1, times 100; all others are proportions, in percent."""
 
 WATCHED_ROWS = 200
-"""Most rows on which a score is watched during training (`training.progress`)."""
+"""Maximum number of rows for the watched score in training (`training.progress`)."""
 
 
 def standard_error(metric: str, score: float, rows: int) -> float:
-    """One standard error of a score in points: how far another draw of as many rows typically moves it.
+    """One standard error of a score in points: its typical deviation on another sample of the same size.
 
-    Exact for a share of right answers (accuracy, exact match). For F1 it treats the score as such a share, which
-    is an approximation; for a correlation r it is (1 - r^2) / sqrt(rows - 1). Seeds add a spread of their own.
+    Exact for a proportion of correct answers (accuracy, exact match). F1 is treated as such a proportion, which is an
+    approximation. For a correlation r it is (1 - r^2) / sqrt(rows - 1). The variation between seeds is not included.
 
     Args:
         metric: name of the score.
         score: in points, 0 to 100, or -100 to 100 for a correlation.
-        rows: number of evaluation rows; for fewer than 2 the error is that of 2.
+        rows: number of evaluation rows; fewer than 2 count as 2.
     """
     share = score / 100
     if metric in CORRELATIONS:

@@ -1,4 +1,4 @@
-"""A report as one page: sections of tables, figures and notes, filled into a template; nothing is fetched."""
+"""The report page: sections of tables, figures and notes in a template, without external resources."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ FRONT_LEAD = (
 
 
 class ReportError(ValueError):
-    """A report that cannot be made; the message says what is missing."""
+    """A report cannot be made. The message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text cells under a header; a note says what the columns mean."""
+    """Text cells under a header; a note explains the columns."""
 
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -64,13 +64,13 @@ class Table:
 
 @dataclass
 class Section:
-    """A part of the page.
+    """A section of the page.
 
     Attributes:
         name: anchor.
         heading: shown.
         lead: a sentence or two.
-        tables, drawings: what it shows.
+        tables, drawings: contents.
         notes: what is missing, and why.
     """
 
@@ -83,7 +83,7 @@ class Section:
 
     @property
     def rows(self) -> list[list[Drawing]]:
-        """Drawings that stand side by side: all but maps of attention, which are much taller than the others."""
+        """Drawings shown side by side: all except maps of attention, which are much taller."""
         return [list(same) for _, same in itertools.groupby(self.drawings, lambda one: one.name.startswith("map-"))]
 
 
@@ -96,14 +96,14 @@ class Report:
 
 
 def make_report(paths: Sequence[Path], bench: Sequence[Path] = ()) -> Report:
-    """A report of finished or unfinished runs, from their records alone.
+    """Make a report of finished or unfinished runs, from their records alone.
 
     Args:
-        paths: run folders, records or tables of records, and folders of sweeps; runs of one recipe are drawn together.
-        bench: timings written by `attnpress bench --json`, beside those that lie in the run folders.
+        paths: run folders, records or tables of records, and folders of sweeps. Runs of one recipe are drawn together.
+        bench: timings written by `attnpress bench --json`, besides those in the run folders.
 
     Raises:
-        RecordError: a record or timing that cannot be read.
+        RecordError: a record or timing cannot be read.
         ReportError: the extra `report` is not installed.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
@@ -212,7 +212,7 @@ def _task(group: Group) -> str:
 
 
 def summary(group: Group) -> str:
-    """What came out, in a sentence."""
+    """The result in one sentence."""
     done = [(record, stage) for record in group.records if (stage := record.stage(AFTER))]
     if not done:
         return f"{group.label}: not compressed to the end yet."
@@ -240,7 +240,7 @@ def _provenance(groups: Sequence[Group], sweeps: Sequence[SweepRecord]) -> Secti
 
 
 def flat(data: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Dotted keys and values of nested mappings."""
+    """Nested mappings as dotted keys and values."""
     if isinstance(data, dict):
         for key, value in data.items():
             yield from flat(value, f"{prefix}.{key}" if prefix else str(key))
@@ -253,7 +253,7 @@ def _recipes(runs: Iterable[Run]) -> dict[str, str]:
 
 
 def _draw(sections: Iterable[Section]) -> dict[str, str]:
-    """Every figure as SVG, in marker colours, by the name of its drawing."""
+    """Every figure as SVG in marker colours, by the name of its drawing."""
     from attnpress.report.plots import to_svg
 
     drawings = (drawing for section in sections for drawing in section.drawings)
@@ -265,13 +265,13 @@ def _inline(svg: str) -> Any:
 
     from attnpress.report.plots import recolored
 
-    # Without a size of its own, the drawing is as wide as the page allows.
+    # Without a fixed size, the drawing fills the width of the page.
     sizeless = re.sub(r"(?<=<svg)[^>]*>", lambda tag: re.sub(r' (width|height)="[^"]*"', "", tag[0]), svg, count=1)
     return Markup(recolored(sizeless, ON_PAGE))
 
 
 def _described(svg: str, drawing: Drawing) -> str:
-    """The drawing with its title and description, for readers that look at neither ink nor pixels."""
+    """The drawing with its title and description, for screen readers."""
     from markupsafe import escape
 
     ids = f"{drawing.name}-title", f"{drawing.name}-words"

@@ -1,6 +1,6 @@
-"""Figures: one pure function each, from plain numbers to a matplotlib figure; and figures as SVG text.
+"""Figures: pure functions from plain numbers to a matplotlib figure, and figures as SVG text.
 
-Colours that a page may change are drawn in the markers of `THEME`; `recolored` puts others in their place.
+Colours that a page may change are drawn in the markers of `THEME`; `recolored` replaces them.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ THEME = {"ink": "#010203", "line": "#020304", "paper": "#030405"}
 PRINT = {"ink": "#1c1f24", "line": "#d4d8de", "paper": "#ffffff"}
 COLORS = ("#3579b8", "#d9730d", "#2a9468", "#9166cc", "#cf4457", "#8a7a3c")
 MARKERS = "Dos^vPX*"
-"""Series; each stands out from white paper and from a dark page."""
+"""Colours of series, readable on light and dark pages."""
 SKIPPED = "#c3c7cd"
-"""Ground of the maps: unlike any colour of the scale, on a dark page too."""
+"""Background of the maps, distinct from every colour of the scale, on light and dark pages."""
 
 SHORT = 22
-"""Letters of a label that leaves room for another beside it."""
+"""Maximum length of a label that leaves room for another beside it."""
 
 WIDTH = 4.0
-"""Inches, of every figure: narrow enough that its letters can be read on a phone."""
+"""Width of every figure in inches, narrow enough to be readable on a phone."""
 
 STYLE: Any = {
     "svg.fonttype": "none",
@@ -65,7 +65,7 @@ Plot: TypeAlias = Figure
 
 @dataclass(frozen=True)
 class Band:
-    """A score and one standard error of it; scores within are not told apart by the rows at hand."""
+    """A score and one standard error of it. Scores within the band cannot be distinguished with these rows."""
 
     score: float
     error: float
@@ -74,7 +74,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Line:
-    """One curve: `series` chooses its colour, so that seeds of one stage share it."""
+    """One curve; `series` selects its colour, which the seeds of a stage share."""
 
     label: str
     x: Sequence[float]
@@ -90,7 +90,7 @@ def metric_against_sparsity(
     """A mark for each stage: mean and range over seeds in both directions, and each seed as a dot.
 
     Args:
-        points: of each stage, the sparsities and scores of its seeds.
+        points: for each stage, the sparsities and scores of its seeds.
         metric: name of the score.
         floor: score of always predicting the most frequent class.
         noise: of the dense model's score; None draws no band.
@@ -113,19 +113,19 @@ def metric_against_sparsity(
 
 @mpl.rc_context(STYLE)
 def front(trials: Line, best: Line, metric: str, dense: float, noise: Band | None = None) -> Figure:
-    """Trials of a sweep by the work they leave, in percent, and those that no other beats as a line of steps.
+    """Trials of a sweep by their remaining work in percent, with the Pareto front as a step line.
 
     Args:
-        trials: x is work, y is the score; likewise `best`, least work first.
+        trials: x is work, y is the score; `best` likewise, least work first.
         metric: name of the score.
-        dense: score of the dense model, at a work of 100 percent that is not drawn.
+        dense: score of the dense model, whose work of 100 percent is not drawn.
         noise: of that score; None draws no band.
     """
     figure, axes = _axes(3.2)
     _noise_band(axes, noise)
     if trials.x:
         axes.plot(trials.x, trials.y, "o", ms=5, alpha=0.5, color=COLORS[trials.series], label=trials.label)
-    # From one trial to the next, no more is known than the last one's score.
+    # Between two trials, only the score of the previous one is known.
     axes.step(best.x, best.y, "D-", where="post", ms=6, color=COLORS[best.series], label=best.label)
     axes.axhline(dense, ls=":", color=THEME["ink"], lw=1, label="dense model")
     axes.set(xlabel="bit operations left (percent of the dense ones)", ylabel=metric)
@@ -151,7 +151,7 @@ def leaderboard(panels: Mapping[str, Sequence[Line]], references: Mapping[str, B
 
 @mpl.rc_context(STYLE)
 def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False, noise: Band | None = None) -> Figure:
-    """Figures of training by step; `noise` is that of a score."""
+    """Training curves by step; `noise` is that of a score."""
     figure, axes = _axes(2.7)
     _noise_band(axes, noise)
     for line in lines:
@@ -166,7 +166,7 @@ def curves(lines: Sequence[Line], ylabel: str, *, unit_range: bool = False, nois
 
 @mpl.rc_context(STYLE)
 def head_map(values: Sequence[Sequence[float]]) -> Figure:
-    """One square a head: rows are layers from the first, columns are heads; heads that are missing stay blank."""
+    """One square per head: rows are layers from the first, columns are heads. Missing heads stay blank."""
     widest = max(len(row) for row in values)
     grid = np.array([[*row, *[np.nan] * (widest - len(row))] for row in values], dtype=float)
     figure, axes = _axes(0.8 + 3.0 * max(0.35, min(1.6, len(grid) / widest)))
@@ -181,7 +181,7 @@ def head_map(values: Sequence[Sequence[float]]) -> Figure:
 
 @mpl.rc_context(STYLE)
 def attention_maps(before: ArrayLike, after: ArrayLike, tokens: Sequence[str], sides: tuple[str, str]) -> Figure:
-    """P of one head on one input, before above after, tokens on the axes; pairs that are exactly zero are grey."""
+    """P of one head on one input, before above after, with tokens on the axes. Pairs that are exactly zero are grey."""
     figure = _figure(7.6)
     panels = figure.subplots(2, 1, sharex=True)
     norm = PowerNorm(0.5, vmin=0, vmax=1)
@@ -202,12 +202,12 @@ def attention_maps(before: ArrayLike, after: ArrayLike, tokens: Sequence[str], s
 def threshold_histogram(
     edges: ArrayLike, before: ArrayLike | None, after: ArrayLike, threshold: float | None, xlabel: str
 ) -> Figure:
-    """Share of pairs by size of P, and the threshold; what lies left of it is pruned.
+    """Share of pairs by size of P, and the threshold; everything to its left is pruned.
 
     Args:
         edges: of the bins, in octaves below 1 (or in shares of the row's mass), one more than counts.
-        before: shares of the dense model; None leaves them out.
-        after: shares of the compressed model, before its threshold takes any.
+        before: shares of the dense model; None omits them.
+        after: shares of the compressed model, before its threshold is applied.
         threshold: in the unit of `edges`.
     """
     figure, axes = _axes(2.7)
@@ -234,7 +234,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: f
         values = [groups[name][quantity] for name in names]
         place = np.arange(len(names)) + (index - (count - 1) / 2) * height
         drawn = axes.barh(place, values, height * 0.9, color=COLORS[index % len(COLORS)], label=quantity)
-        box = {"facecolor": THEME["paper"], "edgecolor": "none", "pad": 0.6}  # keeps the reference line off a number
+        box = {"facecolor": THEME["paper"], "edgecolor": "none", "pad": 0.6}  # keeps numbers off the reference line
         axes.bar_label(drawn, fmt="%.3g", padding=3, fontsize=8.5, bbox=box)
     if reference is not None:
         axes.axvline(reference, color=THEME["ink"], lw=1, ls=":")
@@ -249,7 +249,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], xlabel: str, *, reference: f
 
 @mpl.rc_context(STYLE)
 def side_by_side(names: Sequence[str], panels: Mapping[str, Sequence[float]]) -> Figure:
-    """Horizontal bars that share their rows: a panel for each quantity, each from zero, the number at the end.
+    """Horizontal bars with shared rows: a panel for each quantity, starting at zero, the number at the end.
 
     Args:
         names: of the rows, from the top.
@@ -269,7 +269,7 @@ def side_by_side(names: Sequence[str], panels: Mapping[str, Sequence[float]]) ->
 
 @mpl.rc_context(STYLE)
 def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: Sequence[str] = ()) -> Figure:
-    """The same lines over several quantities, side by side, with a line at zero; those named are `logarithmic`."""
+    """The same lines over several quantities, side by side, with a line at zero; some axes can be `logarithmic`."""
     figure = _figure(3.2)
     figure.set_figwidth(2 * WIDTH)
     for axes, (quantity, lines) in zip(figure.subplots(1, len(panels), sharey=True), panels.items(), strict=True):
@@ -283,7 +283,7 @@ def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: 
 
 @mpl.rc_context(STYLE)
 def grid_of_lines(panels: Mapping[str, Sequence[Line]], xlabel: str, ylabel: str) -> Figure:
-    """The same lines in several panels, two in a row, on axes that they share; x counts from 0."""
+    """The same lines in several panels, two per row, with shared axes; x counts from 0."""
     rows = -(-len(panels) // 2)
     figure = _figure(0.9 + 1.9 * rows)
     every = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
@@ -305,19 +305,17 @@ def _noise_band(axes: Axes, noise: Band | None) -> None:
 
 
 def _marked(axes: Axes, lines: Sequence[Line]) -> None:
-    """Each line with a marker of its own: there are more of these than colours."""
+    """Each line with its own marker, since there are more lines than colours."""
     for line in lines:
         color, mark = COLORS[line.series % len(COLORS)], MARKERS[line.series % len(MARKERS)]
         axes.plot(line.x, line.y, ls="-", lw=1.3, marker=mark, ms=5.5, color=color, label=line.label)
 
 
 def to_svg(figure: Figure, name: str) -> str:
-    """The figure as SVG in the marker colours, the same text for the same figure: no dates, ids begin with `name`."""
+    """The figure as SVG in marker colours. Equal figures give equal text: no dates, and ids begin with `name`."""
     text = io.StringIO()
     with mpl.rc_context({**STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph .* missing", category=UserWarning
-        )  # the page has its own fonts
+        warnings.filterwarnings("ignore", message="Glyph .* missing", category=UserWarning)  # the page sets the fonts
         figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     svg = text.getvalue()[text.getvalue().index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -325,7 +323,7 @@ def to_svg(figure: Figure, name: str) -> str:
 
 
 def recolored(svg: str, colors: Mapping[str, str]) -> str:
-    """The drawing with its ink, line and paper in other colours, or in `var(--...)` of a page."""
+    """The drawing with other colours, or `var(--...)` of a page, for ink, lines and paper."""
     for marker, color in THEME.items():
         svg = svg.replace(color, colors[marker])
     return svg

@@ -1,4 +1,4 @@
-"""A record as a table, for the terminal and for Markdown: the same rows, made once."""
+"""Tables of records for the terminal and for Markdown, from the same rows."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ COLUMNS = (
 
 
 def stage_rows(record: Record) -> list[tuple[str, ...]]:
-    """Header and one row a stage, as text."""
+    """Header and one row per stage, as text."""
     header = tuple(column.format(metric=record.headline) for column in COLUMNS)
     return [header, *(_row(stage, record.headline) for stage in record.stages)]
 
 
 def stages_table(record: Record) -> Table:
-    """The closing table for a terminal."""
+    """The summary table for a terminal."""
     header, *rows = stage_rows(record)
     return text_table(header, rows, _title(record), caption(record))
 
@@ -58,7 +58,7 @@ def timings_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
-    """Records of `benchmark.whole_model.ModelTiming` for a terminal, with the share of attention on either side."""
+    """Records of `benchmark.whole_model.ModelTiming` for a terminal, with the share of attention on both sides."""
     linear = " and ".join(dict.fromkeys(map(_linear, records)))
     table = Table(
         title=f"one forward pass, {linear} linear layers, {_conditions(records)}; ceiling: attention in no time; "
@@ -90,7 +90,7 @@ def models_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def encode_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """Header and rows of `posttraining.peers.EncodeTiming`, each peer and ours: speed, agreement, memory, as text."""
+    """Header and rows of `posttraining.peers.EncodeTiming` as text: speed, agreement and memory of each side."""
     first = records[0]
     sides = [("attnpress", first, "ours"), *((record["peer"], record, "peer") for record in records)]
     rows = []
@@ -106,7 +106,7 @@ def encode_rows(records: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def encode_caption(records: Sequence[Mapping[str, Any]]) -> str:
-    """What they rest on."""
+    """Data and settings of the table."""
     first = records[0]
     return (
         f"{first['model']}: {first['texts']} texts, {first['seq_len']} tokens at the median, in batches of "
@@ -121,13 +121,13 @@ def encode_table(records: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _tail(record: Mapping[str, Any]) -> str:
-    """Records from before there were tails do not name one."""
+    """The tail of a record; old records do not name one."""
     kind, rank = record.get("tail", "none"), record.get("tail_rank")
     return "" if kind == "none" else f" with tail {kind}{f' of rank {rank}' if rank else ''}"
 
 
 def _linear(record: Mapping[str, Any]) -> str:
-    """What the linear layers of ours were: "int8 (7-bit inputs)", with the number of those that stayed in float."""
+    """The linear layers of our side, such as "int8 (7-bit inputs)", with the number of those in float."""
     kind, bits, layers = record.get("linear", "float"), record.get("activation_bits"), record.get("linear_layers")
     if not bits or not layers:
         return str(kind)
@@ -188,7 +188,7 @@ TRIALS_CAPTION = "change: of the last hidden states, relative to their norm; tra
 
 
 def heads_table(heads: Iterable[Mapping[str, object]]) -> Table:
-    """What `inspection.HeadView` holds, a row a head; layers by number, from 0."""
+    """`inspection.HeadView` as a table with one row per head; layers by number, from 0."""
     table = Table(title="heads, before compression", caption=HEADS_CAPTION, caption_justify="left")
     for column in HEADS_COLUMNS:
         table.add_column(column, justify="right")
@@ -200,7 +200,7 @@ def heads_table(heads: Iterable[Mapping[str, object]]) -> Table:
 
 
 def trials_table(trials: Iterable[tuple[int, float, float, float]]) -> Table:
-    """Bits, sparsity, change of the hidden states and bit operations left, of specs tried on a whole model."""
+    """Specs tried on a whole model: bits, sparsity, change of the hidden states, and remaining bit operations."""
     table = Table(title="the whole model, compressed without training", caption=TRIALS_CAPTION, caption_justify="left")
     for column in ("bits", "sparsity", "change", "bit operations left"):
         table.add_column(column, justify="right")
@@ -223,7 +223,7 @@ def front_rows(record: SweepRecord) -> list[tuple[str, ...]]:
 
 
 def front_caption(record: SweepRecord) -> str:
-    """What came of a sweep's trials."""
+    """Summary of a sweep's trials."""
     states = [trial.state for trial in record.trials]
     majority = (
         "" if record.majority is None else f"; Always predicting the most frequent class gives {record.majority:.2f}"
@@ -242,7 +242,7 @@ def front_table(record: SweepRecord) -> Table:
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str, caption: str) -> Table:
-    """Rows of text for a terminal; all columns but the first hold numbers."""
+    """Rows of text for a terminal; all columns except the first hold numbers."""
     table = Table(title=title, caption=caption)
     for place, column in enumerate(header):
         table.add_column(column, justify="right" if place else "left")
@@ -252,13 +252,13 @@ def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], title: str,
 
 
 def stages_markdown(record: Record) -> str:
-    """The closing table as Markdown."""
+    """The summary table as Markdown."""
     header, *rows = stage_rows(record)
     return f"{markdown_table(header, rows, header[:1])}\n\n{caption(record)}"
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], words: Collection[str]) -> str:
-    """A table as Markdown; all columns but those named in `words` hold numbers."""
+    """A table as Markdown; all columns except those in `words` hold numbers."""
     rule = ["---" if column in words else "---:" for column in header]
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, rule, *rows))
 
@@ -271,7 +271,7 @@ def seeds_rows(records: Sequence[Record], every: Sequence[Record]) -> list[tuple
 
     Args:
         records: what to average.
-        every: records in which to look for the dense models that were trained equally long.
+        every: records that may contain the dense models trained equally long.
 
     Raises:
         ValueError: a record has no dense stage.
@@ -299,22 +299,28 @@ def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[Start, fl
 
 
 Start = tuple[str, float]
-"""Where and how long training went: the hash of the first dense weights, and epochs of compression."""
+"""Start and length of training: the hash of the initial dense weights, and epochs of compression."""
 
 
 def control_scores(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, float]:
-    """Score of the dense model trained as many steps as the compressed one, by what both began from and for how long.
+    """Scores of the dense models trained equally long, by their initial weights and number of epochs.
 
     Args:
-        records: those without the stage are passed over.
-        stage: "dense" where nothing was trained, which compares with the dense model as it was.
+        records: those without the stage are skipped.
+        stage: "dense" without training compares with the dense model as it was.
     """
+    found = control_stages(records, stage)
+    return {start: known.metrics[record.headline] for start, (record, known) in found.items()}
+
+
+def control_stages(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, tuple[Record, StageRecord]]:
+    """The stages that `control_scores` takes the scores of, each with its record."""
     found = [(record, record.stage(stage)) for record in records]
-    return {start_of(record): known.metrics[record.headline] for record, known in found if known}
+    return {start_of(record): (record, known) for record, known in found if known}
 
 
 def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
-    """What a record is compared with: its dense model trained equally long where `controls` has it, or else as it was.
+    """The score a record is compared with: its dense model trained equally long if `controls` has it, else as it was.
 
     Raises:
         ValueError: the record has no dense stage.
@@ -328,7 +334,7 @@ def reference_score(record: Record, controls: Mapping[Start, float]) -> float:
 
 
 def start_of(record: Record) -> Start:
-    """What a record's training began from and how many epochs it took."""
+    """Initial weights of a record's training, and its number of epochs."""
     return record.provenance["weights"]["dense"], record.recipe["compress"]["epochs"]
 
 
@@ -352,7 +358,7 @@ def _title(record: Record) -> str:
 
 
 def caption(record: Record) -> str:
-    """What the columns of `stage_rows` mean."""
+    """Explanation of the columns of `stage_rows`."""
     length = record.stages[0].padded_length if record.stages else "?"
     majority = (
         "" if record.majority is None else f" Always predicting the most frequent class gives {record.majority:.2f}."

@@ -1,1 +1,1 @@
-"""What is done with one model in one folder: compress, evaluate, inspect, predict."""
+"""Operations on one model in one folder: compress, evaluate, inspect, predict."""

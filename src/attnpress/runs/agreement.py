@@ -1,4 +1,4 @@
-"""Whether a deployed model predicts what the trained one predicts, row by row."""
+"""Comparison of the predictions of the deployed and the trained model, row by row."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from attnpress.tasks.predictions import metrics_of, predicted_logits
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """A deployed model beside the trained one, on the same rows.
+    """A deployed model compared with the trained one, on the same rows.
 
     Attributes:
-        backend, target: what the deployed model ran on; target is None for the reference.
-        linear: what ran: "int8" where at least one linear layer did in 8 bits, else "float".
-        float_products: products of linear layers that stayed in float all the same, because they lost too much.
+        backend, target: of the deployed model; target is None for the reference.
+        linear: "int8" if at least one linear layer ran in 8 bits, else "float".
+        float_products: products of linear layers that stayed in float because they lost too much.
         rows: of the evaluation split; in qa, windows.
-        same_predictions: rows with the same class; in qa, likeliest start and end; in regression, number.
-        identical_logits: rows whose logits are equal to the bit.
+        same_predictions: rows with the same class; in qa, most likely start and end; in regression, number.
+        identical_logits: rows whose logits are equal bit for bit.
         largest_difference: between two logits.
         trained, deployed: metrics in points.
         weights: sha256 of the compressed model's weights.
-        data: sha256 of the sources of the evaluation rows, as `TaskData.fingerprint` has it.
+        data: sha256 of the sources of the evaluation rows, as in `TaskData.fingerprint`.
     """
 
     backend: str
@@ -53,13 +53,13 @@ class Agreement:
 def compare_backends(
     run_folder: Path, config: RunConfig, backend: str, linear: Linear = "float", batch_size: int = 32
 ) -> Agreement:
-    """Predictions of a finished run's compressed model, as trained and deployed on a backend, on every evaluation row.
+    """Compare a finished run's compressed model, as trained and as deployed on a backend, on every evaluation row.
 
     Args:
         linear: "int8" deploys the linear layers in 8 bits; see `plan_linear`.
 
     Raises:
-        ConfigError: see `finished_model`; or int8 layers are asked for, and none of the model's can be.
+        ConfigError: see `finished_model`; or int8 layers are requested but not supported for this model.
         BackendUnavailableError, ValueError: see `deploy`.
     """
     model, data = finished_model(run_folder, config)

@@ -90,7 +90,7 @@ def model_card(record: Record, kind: str, name: str = "progressive") -> str:
 
 
 def _tail(attention: Mapping[str, Any]) -> str:
-    """Records from before there were tails do not name one."""
+    """The tail of a record; old records do not name one."""
     name = attention.get("tail", "none")
     if name == "none":
         return ""
@@ -99,7 +99,7 @@ def _tail(attention: Mapping[str, Any]) -> str:
 
 
 def public_name(model: str) -> str:
-    """The model's name without the folders of the machine that it was on."""
+    """The model's name without local folders."""
     return PurePath(model).name if model.startswith((".", "/", "~")) else model
 
 
@@ -113,7 +113,7 @@ def _header(task: str, pipeline: str, stage: StageRecord, headline: str) -> str:
         "metrics": [headline],
         "model-index": [{"name": f"{task}, compressed attention", "results": [result]}],
     }
-    # JSON is YAML, and its quoting is safe for whatever a path or a name of a task may hold.
+    # JSON is YAML, and its quoting is safe for any path or task name.
     return "\n".join(f"{key}: {json.dumps(value)}" for key, value in values.items())
 
 

@@ -1,7 +1,7 @@
-"""compress: the main journey, from a dense model to a compressed one and a record of what each step cost.
+"""compress: from a dense model to a compressed one, with a record of the cost of each step.
 
-Stages, each recorded as soon as it is done, so that the same command resumes after interruption:
-dense (fine-tuned here, or a checkpoint), dense_control (optional), quantized, one_shot, progressive.
+Each stage is recorded as soon as it is done, so the same command resumes after interruption: dense (fine-tuned here, or
+a checkpoint), dense_control (optional), quantized, one_shot, progressive.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from attnpress.models.loading import (
     take_padding,
 )
 from attnpress.records.reading import to_json
+from attnpress.records.row_scores import RowScores, pack_rows
 from attnpress.records.run import STAGES, Record, StageRecord, read_record, with_head_figures
 from attnpress.records.samples import samples_bytes, samples_file
 from attnpress.runs.card import model_card
@@ -54,7 +55,7 @@ from attnpress.training.trainer import check_autocast, history_lines, read_histo
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What every stage needs to know."""
+    """State shared by all stages."""
 
     config: RunConfig
     output: Path
@@ -66,11 +67,11 @@ class Run:
 
     @property
     def dense(self) -> str:
-        """Where the fine-tuned dense model is."""
+        """Folder of the fine-tuned dense model."""
         return str(self.config.checkpoint or self.output / "dense")
 
     def load(self, source: str) -> PreTrainedModel:
-        """A model with the task's head, the same head for the same seed."""
+        """A model with the task's head; equal seeds give equal heads."""
         set_seed(self.config.seed)
         load = load_fine_tuned if source == self.dense else load_model
         model = load(source, self.data.task.kind, self.data.label_names)
@@ -92,21 +93,22 @@ def compress(
     stages: Collection[str] = STAGES,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Record:
-    """Run a recipe, or go on with one that was interrupted.
+    """Run a recipe, or resume an interrupted one.
 
     Args:
         config: the recipe.
-        output: run folder; `record.json`, weights, recipe and logs go there.
-        notify: is given one line when a stage begins or is already done.
-        stages: those to run, of STAGES; a stage that needs the dense model finds it in `output` or `config.checkpoint`.
-        callbacks: are shown the training of stage progressive, the metric in its log included.
+        output: run folder for `record.json`, weights, recipe and logs.
+        notify: receives one line when a stage begins or is already done.
+        stages: stages to run, of STAGES. A stage that needs the dense model finds it in `output` or
+            `config.checkpoint`.
+        callbacks: Trainer callbacks of stage progressive; its log includes the metric.
 
     Returns:
         The record, also written to `output/record.json`.
 
     Raises:
         ConfigError, TaskError, ModelError: found before any training starts.
-        DivergedError: training left the finite numbers; the last good checkpoint is kept.
+        DivergedError: NaN or infinity in training; the last good checkpoint is kept.
     """
     if unknown := sorted(set(stages) - set(STAGES)):
         raise ConfigError(f"stages: no stage {unknown[0]!r}; give a list of some of {', '.join(STAGES)}")
@@ -136,7 +138,7 @@ def compress(
 
 
 def _numbered(data: TaskData, base: str, config: RunConfig) -> TaskData:
-    """The data with classes counted as the model counts them, where it has such classes.
+    """The data with classes in the model's order, if it has these classes.
 
     Raises:
         ConfigError: `config.checkpoint` was fine-tuned for other classes.
@@ -145,7 +147,7 @@ def _numbered(data: TaskData, base: str, config: RunConfig) -> TaskData:
         return data
     names = class_names(base)
     if config.checkpoint is None and class_ids_by_name(data.label_names, names) is None:
-        return data  # a head of other classes, which is trained for these
+        return data  # a head for other classes, to be trained for these
     found = data.numbered_as(names)
     if found is None:
         raise ConfigError(
@@ -220,7 +222,7 @@ def _dense(run: Run) -> PreTrainedModel:
 
 def _dense_control(run: Run) -> PreTrainedModel:
     model = run.load(run.dense)
-    # At the rate that suits a dense model without a teacher: a control that is trained badly would flatter the others.
+    # At a learning rate suited to a dense model without a teacher: a badly trained control would flatter compression.
     same_steps = dataclasses.replace(
         run.config.dense, epochs=run.config.compress.epochs, batch_size=run.config.compress.batch_size
     )
@@ -239,9 +241,9 @@ def _one_shot(run: Run) -> PreTrainedModel:
 def _progressive(run: Run) -> PreTrainedModel:
     folder, config = run.output / "progressive", run.config
     if not folder.is_dir():
-        # Thresholds that are not to follow the model are fitted to the target before it is trained.
+        # Fixed thresholds are fitted to the target before training.
         fixed = config.schedule.kind == "fixed"
-        # So are budgets: they are of the target.
+        # So are budgets, which are measured at the target.
         model = _compressed(
             run, lambda spec: spec if fixed or spec.budget != "uniform" else _start(spec, config.schedule.start)
         )
@@ -250,7 +252,7 @@ def _progressive(run: Run) -> PreTrainedModel:
         callback = SparsityCallback(model, config.schedule, {name: spec.sparsity for name, spec in specs.items()})
         teacher = bind(run.load(run.dense), DENSE)
         _train(run, model, "progressive", config.compress, teacher, [callback, *run.callbacks])
-        if config.save_dtype == "original":  # before thresholds are fitted, so that they are those of what is saved
+        if config.save_dtype == "original":  # before thresholds are fitted, so that they match the saved weights
             nn.Module.to(model, stored_dtype(run.base))
         if not fixed:
             fit_thresholds(model, run.calibration_batches())
@@ -286,7 +288,7 @@ _DOES = {
 
 def _start(spec: AttentionSpec, sparsity: float) -> AttentionSpec:
     start = dataclasses.replace(spec, sparsity=min(sparsity, spec.sparsity))
-    # Attention that nothing is taken from is the framework's own, which shows no pairs to fit a threshold to.
+    # Attention without compression is the framework's own, and gives no pairs to fit a threshold to.
     return spec if start.is_dense else start
 
 
@@ -320,14 +322,14 @@ def _train(
             config.autocast,
         )
     if this_process().is_main_process:
-        # On disk before the weights are: a run killed between the two, or before its record, still has its history.
+        # Written before the weights, so that a run killed in between keeps its history.
         write_text(_log(run, name), history_lines([entry for entry in history if "loss" in entry]))
     this_process().wait_for_everyone()
 
 
 @contextlib.contextmanager
 def _matmul_precision(precision: str) -> Iterator[None]:
-    """Inside the `with` block torch multiplies float32 so; what is evaluated and recorded stays in full precision."""
+    """Precision of float32 products inside the `with` block; evaluation uses full precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -355,7 +357,9 @@ def _write_model(run: Run, model: PreTrainedModel, folder: Path) -> None:
 def _open_record(run: Run) -> Record:
     now = provenance(run.config.seed, run.base, run.data)
     if not (run.output / "record.json").is_file():
-        record = Record(spec_to_dict(run.config), run.data.task.headline, run.data.majority, now)
+        record = Record(
+            spec_to_dict(run.config), run.data.task.headline, run.data.majority, now, targets=_targets(run.data)
+        )
         if this_process().is_main_process:
             write_text(run.output / "record.json", to_json(record))
         return record
@@ -367,6 +371,10 @@ def _open_record(run: Run) -> Record:
             "restore the files, or choose another --output"
         )
     return record
+
+
+def _targets(data: TaskData) -> RowScores | None:
+    return pack_rows("value", data.eval["labels"][:]) if data.task.kind == "regression" else None
 
 
 def _sources(provenance: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Evaluation: metric and pair counts of a bound model on a task, and the stage record made of them."""
+"""Evaluation: metric and pair counts of a bound model on a task, and its stage record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from attnpress.models.work import pairs_work, summed, tails_work
 from attnpress.records.run import HeadRecord, LayerRecord, StageRecord
 from attnpress.runs.finished import finished_model
 from attnpress.tasks import TaskData
-from attnpress.tasks.predictions import predict
+from attnpress.tasks.predictions import metrics_of, predicted_logits, row_scores_of
 
 
 def evaluate(
@@ -29,13 +29,13 @@ def evaluate(
     """Metrics and sparsity of a bound model on the task's evaluation split.
 
     Args:
-        model: bound; calibrated if its spec is not dense. Goes to this process's device.
+        model: bound; calibrated if its spec is not dense. It is moved to this process's device.
         name: of the stage.
         padded_length: length for `padded_sparsity`.
         seconds: wall time to record.
 
     Raises:
-        ConfigError: the model is not bound; `batch_size` or `padded_length` is out of range, or less than a row has.
+        ConfigError: the model is not bound; `batch_size` or `padded_length` is out of range, or smaller than a row.
     """
     checked(Count, padded_length, "padded_length")
     if (longest := max(map(len, data.eval["input_ids"]), default=0)) > padded_length:
@@ -45,9 +45,11 @@ def evaluate(
     modules = bound_modules(model.to(this_process().device))
     counting = {name: Counting(module) for name, module in modules.items()}
     with watched((module, counting[name]) for name, module in modules.items()):
-        metrics = predict(model, data, batch_size)
+        logits = predicted_logits(model, data, batch_size)
+    metrics = metrics_of(logits, data)
     counts = {name: _merged(watcher.counts) for name, watcher in counting.items()}
-    return _stage_record(name, metrics, modules, counts, padded_length, seconds)
+    record = _stage_record(name, metrics, modules, counts, padded_length, seconds)
+    return dataclasses.replace(record, row_scores=row_scores_of(logits, data))
 
 
 def _merged(counts: PairCounts) -> PairCounts:

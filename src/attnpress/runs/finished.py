@@ -1,4 +1,4 @@
-"""The finished model of a run folder, or of a folder that `save_pretrained` wrote."""
+"""The finished model of a run folder, or of a folder written by `save_pretrained`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from attnpress.tasks import TaskData, load_task
 
 
 def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel, TaskData]:
-    """The compressed model of a finished run, or of a folder that `save_pretrained` wrote, and the data of `config`.
+    """The compressed model of a finished run, or of a folder written by `save_pretrained`, and the data of `config`.
 
     Raises:
         ConfigError: the run has no compressed model yet, or one with other classes.
@@ -37,19 +37,19 @@ def finished_model(run_folder: Path, config: RunConfig) -> tuple[PreTrainedModel
 
 
 def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The compressed model of a finished run and its tokenizer, without the data that it was trained on.
+    """The compressed model of a finished run and its tokenizer, without its training data.
 
     Args:
-        folder: of the run, or one that `save_pretrained` wrote.
+        folder: of the run, or written by `save_pretrained`.
 
     Raises:
-        ConfigError: no finished model, or one that answers questions.
+        ConfigError: there is no finished model, or it is a question-answering model.
         ModelError: the model or its tokenizer cannot be loaded, or its classes are not numbered from 0.
     """
     place = finished_folder(folder)
     saved = AutoConfig.from_pretrained(place)
     if any("QuestionAnswering" in name for name in saved.architectures or ()):
-        raise ConfigError(f"{folder}: answers questions; only models that classify or score texts can be run")
+        raise ConfigError(f"{folder}: a question-answering model; only models that classify or score texts can be run")
     names = class_names(str(place))
     regression = saved.problem_type == "regression" or (saved.problem_type is None and len(names) == 1)
     kind = "regression" if regression else "classification"
@@ -57,12 +57,12 @@ def finished_classifier(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokeni
 
 
 def is_saved_model(folder: Path) -> bool:
-    """Whether a folder is what `save_pretrained` writes, and no run folder."""
+    """True if a folder was written by `save_pretrained` and is not a run folder."""
     return (folder / "config.json").is_file() and not (folder / "recipe.yaml").is_file()
 
 
 def finished_folder(run_folder: Path) -> Path:
-    """Where the compressed model of a finished run lies; the folder itself where `save_pretrained` wrote it.
+    """Folder of a finished run's compressed model; the folder itself if `save_pretrained` wrote it.
 
     Raises:
         ConfigError: the run has no compressed model yet.

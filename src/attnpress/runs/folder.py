@@ -1,4 +1,4 @@
-"""The run folder: whose it is, whether it has room, and what its record says about where the figures came from."""
+"""The run folder: its recipe, its disk space, and the provenance of its record."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from attnpress.records.run import read_record
 from attnpress.tasks import TaskData
 
 MARK, RECIPE = "run", "recipe.yaml"
-"""What the marker of a run folder says, and the file that says of which recipe."""
+"""Kind of a run folder in its marker, and the file with its recipe."""
 
 COPIES = 8
-"""Disk a run needs, in copies of the weights: two checkpoints with optimizer state, and two final models."""
+"""Disk space of a run in copies of the weights: two checkpoints with optimizer state, and two final models."""
 
 
 def claim_folder(config: RunConfig, output: Path) -> None:
-    """Make the run folder this recipe's own: a new or empty one, or one that holds a run of the same recipe.
+    """Claim the run folder for this recipe: a new or empty one, or one with a run of the same recipe.
 
     Raises:
-        ConfigError: it holds a run of another recipe or something that attnpress did not write, or cannot be written.
+        ConfigError: it contains a run of another recipe or foreign files, or cannot be written.
     """
     state = this_process()
     try:
         taken = _holds_a_run(output)
         if not taken:
             _check_free(output)
-        state.wait_for_everyone()  # all ranks have looked before one writes
+        state.wait_for_everyone()  # all ranks check before one writes
         if taken:
             _check_owner(output, config)
         elif state.is_main_process:
@@ -54,10 +54,10 @@ def claim_folder(config: RunConfig, output: Path) -> None:
 
 @contextmanager
 def hold_folder(output: Path) -> Iterator[None]:
-    """Keep other runs out of the folder while this one works in it; a killed process lets go of it by itself.
+    """Keep other runs out of the folder. The lock ends with its process.
 
     Raises:
-        ConfigError: another run is at work there.
+        ConfigError: another run is using the folder.
     """
     if not this_process().is_main_process:
         yield
@@ -71,10 +71,10 @@ def hold_folder(output: Path) -> Iterator[None]:
 
 
 def check_space(model: nn.Module, output: Path) -> None:
-    """Refuse to start what cannot be saved.
+    """Check that there is enough disk space.
 
     Raises:
-        ConfigError: too little disk.
+        ConfigError: there is too little.
     """
     needed = COPIES * sum(p.numel() * p.element_size() for p in model.parameters())
     free = shutil.disk_usage(output).free
@@ -83,7 +83,7 @@ def check_space(model: nn.Module, output: Path) -> None:
 
 
 def provenance(seed: int, base: str, data: TaskData) -> dict[str, Any]:
-    """What the figures of a run rest on: versions, hashes of data and base weights, row counts, machine."""
+    """Provenance of a run: versions, hashes of data and base weights, row counts, machine."""
     packages = ("attnpress", "torch", "transformers", "accelerate", "datasets", "numpy")
     return {
         "versions": versions(packages),
@@ -109,7 +109,7 @@ def differences(before: Any, now: Any, prefix: str = "") -> list[str]:
 
 
 def _holds_a_run(output: Path) -> bool:
-    """Whether attnpress has begun a run there; runs from before folders were marked are known by their record."""
+    """True if attnpress has started a run there; unmarked folders of older versions are recognized by their record."""
     if not (output / RECIPE).is_file():
         return False
     found = read_marker(output)
@@ -123,7 +123,7 @@ def _holds_a_run(output: Path) -> bool:
 
 def _check_free(output: Path) -> None:
     held = [path.name for path in output.iterdir()] if output.exists() else []
-    # A run that is killed while it claims the folder leaves its marker, or an unfinished recipe.
+    # A run killed while claiming the folder leaves its marker, or an unfinished recipe.
     foreign = sorted(name for name in held if name != MARKER and not name.startswith(f".{RECIPE}."))
     if foreign:
         raise ConfigError(

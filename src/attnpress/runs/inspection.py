@@ -1,7 +1,7 @@
-"""inspect: what compression would do to each head of a model, on texts of yours, before anything is trained.
+"""inspect: the effect of compression on each head of a model, on your texts, before training.
 
-Sensitivity is measured, not guessed: one head is compressed, all others stay exact, and the model's last hidden states
-are compared with the exact ones. Training wins back much of such a change, so a suggestion is where to start.
+Sensitivity is measured: one head is compressed while all others stay exact, and the model's last hidden states are
+compared. Training recovers much of such a change, so a suggestion is only a start.
 """
 
 from __future__ import annotations
@@ -29,24 +29,27 @@ from attnpress.training.calibration import calibrate
 from attnpress.training.sensitivity import head_changes
 
 TOLERANCE = 0.5
-"""Largest relative change of the hidden states, before training, that a suggestion allows. On the dense model of the
-demo, its recipe changes them by 0.7; that cost 1.3 points of accuracy before training, and 0.2 after it."""
+"""Maximum relative change of the hidden states, before training, for a suggestion.
+
+On the dense model of the demo, its recipe changes them by 0.7. That cost 1.3 points of accuracy before training, and
+0.2 after it.
+"""
 
 BEGIN = 8
-"""Bits that a suggestion has: 4 need more care, and more training, and are for a second run."""
+"""Bits of a suggestion. 4 bits need more care and training."""
 
 MASS = 0.99
 
 
 def spec_of(bits: int, sparsity: float) -> AttentionSpec:
-    """All four matrices at the same bits; K smoothed at 4 bits or less."""
+    """A spec with equal bits for all four matrices; K is smoothed at 4 bits or less."""
     tensor = TensorSpec(bits=bits)
     return AttentionSpec(tensor, tensor, tensor, ProbsSpec(bits=bits), sparsity=sparsity, smooth_key=bits <= 4)
 
 
 TRIALS = tuple(spec_of(bits, sparsity) for bits in (8, 4) for sparsity in (0.0, 0.5, 0.8, 0.9, 0.95))
 QUANTIZED, PRUNED = spec_of(4, 0.0), spec_of(8, 0.9)
-"""What the sensitivity of single heads is measured with."""
+"""Specs with which the sensitivity of single heads is measured."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,11 @@ class HeadView:
 
     Attributes:
         layer: name of the attention module; head: from 0.
-        zeros: fraction of valid pairs whose 8-bit P code is zero without any pruning.
+        zeros: fraction of valid pairs whose 8-bit P code is zero without pruning.
         keys_99: mean number of keys that hold 99 % of a row's P.
-        q_max, k_max, v_max: largest magnitudes; those of K and V belong to the key head that serves this one.
-        change_4bit, change_pruned: relative change of the last hidden states when this head alone is quantized to 4
-            bits, or to 8 bits with 90 % of its pairs pruned.
+        q_max, k_max, v_max: largest magnitudes; those of K and V are of the corresponding key head.
+        change_4bit, change_pruned: relative change of the last hidden states if only this head is quantized to 4 bits,
+            or to 8 bits with 90 % of its pairs pruned.
     """
 
     layer: str
@@ -75,7 +78,7 @@ class HeadView:
 
 @dataclass(frozen=True)
 class Trial:
-    """A spec tried on the whole model: change of its last hidden states, and bit operations left of the dense ones."""
+    """A spec tried on the whole model: change of its last hidden states, and remaining share of bit operations."""
 
     spec: AttentionSpec
     change: float
@@ -84,11 +87,11 @@ class Trial:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What was seen of a model.
+    """Result for a model.
 
     Attributes:
         heads, trials: of single heads, and of the whole model.
-        suggestion: the cheapest trial in BEGIN bits that is within TOLERANCE; None if none is.
+        suggestion: the cheapest trial with BEGIN bits within TOLERANCE; None if there is none.
     """
 
     heads: list[HeadView]
@@ -97,11 +100,11 @@ class Inspection:
 
 
 def inspect_model(model: Any, batch: Mapping[str, Tensor]) -> Inspection:
-    """Look at every head of a model on one batch; the model is left bound to nothing compressed.
+    """Inspect every head of a model on one batch. The model is unbound afterwards.
 
     Args:
-        model: any Transformers model on the AttentionInterface; its first output [B, S, ...] is what is compared.
-        batch: its inputs, without labels; attention_mask tells which tokens are real.
+        model: any Transformers model on the AttentionInterface; its first output [B, S, ...] is compared.
+        batch: its inputs, without labels; attention_mask marks real tokens.
 
     Raises:
         UnsupportedModelError: see `bind`.
@@ -165,7 +168,7 @@ def _views(model: Any, batch: Mapping[str, Tensor]) -> list[HeadView]:
     views: dict[str, list[HeadView]] = {}
 
     def look(name: str, state: CompressedAttention, call: AttentionCall) -> None:
-        if name not in views:  # of a module that several layers share, the first call
+        if name not in views:  # the first call of a module that several layers share
             views[name] = _look(name, state, call)
 
     with probed(model, look):
@@ -212,8 +215,8 @@ def recipe_lines(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def encode(tokenizer: Any, texts: Sequence[str]) -> dict[str, Tensor]:
-    """The texts as one padded batch; one without tokens has one that stands for it, see `tasks.tokens`."""
+    """The texts as one padded batch; texts without tokens get a stand-in, see `tasks.tokens`."""
     encoded = token_ids(tokenizer, [texts], min(tokenizer.model_max_length, 512))
-    if len(texts) == 1:  # also of a tokenizer that cannot pad
+    if len(texts) == 1:  # also for a tokenizer without a padding token
         return {key: torch.tensor(rows) for key, rows in encoded.items()}
     return dict(tokenizer.pad(encoded, return_tensors="pt"))

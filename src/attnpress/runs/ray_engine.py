@@ -1,7 +1,7 @@
-"""`run --engine ray`: the files of a folder, spread over a Ray cluster by Ray Data.
+"""`run --engine ray`: predict the files of a folder on a Ray cluster, with Ray Data.
 
-A row of the data set is a file; each worker is an actor that loads the model once. What is done lies in the output
-folder, which all machines see: a file whose worker died is given to another one, which goes on where that one stopped.
+Each row of the Ray dataset is a file; each worker is an actor that loads the model once. The output folder, shared by
+all machines, records what is done. If a worker dies, another one resumes its file.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ LOCAL = {"include_dashboard": False, "log_to_driver": False, "logging_level": lo
 
 
 class Worker:
-    """One process of the cluster; it answers a file at a time.
+    """A process of the cluster; it predicts one file at a time.
 
     Args:
         deployment: to load once, with the first file, so that a model that kills its process is told of, too.
-        place: folder that relative paths begin in.
+        place: folder that relative paths refer to.
         run: name of this run of the engine.
         tries: see TRIES.
     """
@@ -49,7 +49,7 @@ class Worker:
         self.finish: Finish | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """From a row with the paths of a pair to one with its outcome, as text: Ray Data has columns, no objects."""
+        """From a row with the paths of a pair to its outcome as text, since Ray Data columns hold no objects."""
         pair, said = Pair(Path(row["source"]), Path(row["output"])), list[str]()
         note = pair.output.with_name(f".{pair.output.name}.tries")
         died = _tries(note, self.run)
@@ -88,7 +88,7 @@ def _tries(note: Path, run: str) -> int:
 
 @contextmanager
 def _recorded(said: list[str]) -> Iterator[None]:
-    """Inside the `with` block, warnings go into the list: nobody sees a worker's own output."""
+    """Collect warnings inside the `with` block, since a worker's own output is not visible."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -96,13 +96,13 @@ def _recorded(said: list[str]) -> Iterator[None]:
 
 
 def spread(deployment: Deployment, workers: int | None = None) -> Engine:
-    """The engine that gives each file to one of the workers of a cluster.
+    """The engine that distributes files over the workers of a cluster.
 
-    It is the cluster that Python is connected to, that of RAY_ADDRESS, or one that begins and ends on this machine.
+    It uses the connected cluster, that of RAY_ADDRESS, or a local one for the duration of the run.
 
     Args:
-        deployment: of each worker; all machines know its folder, and the current one, by the same names.
-        workers: at most so many, with a CPU each, and a GPU for backend "gpu"; None for the CPUs of the cluster.
+        deployment: of each worker. Its folder and the current one must have the same paths on all machines.
+        workers: maximum number, with one CPU each, and one GPU for backend "gpu"; None uses the CPUs of the cluster.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -127,7 +127,7 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
             told = set[str]()
             try:
                 for outcome in map(_outcome, answered.iter_rows()):
-                    new = tuple(text for text in outcome.warnings if text not in told)  # workers say some things alike
+                    new = tuple(text for text in outcome.warnings if text not in told)  # workers repeat some messages
                     told.update(new)
                     yield dataclasses.replace(outcome, warnings=new)
             except ray.exceptions.RayError as error:
@@ -141,13 +141,13 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Inside the `with` block Python is connected to a cluster."""
+    """Connect Python to a cluster inside the `with` block."""
     import ray.data
 
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
     try:
         ray.init(**LOCAL)
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:

@@ -1,8 +1,8 @@
-"""Files of rows, answered one row after the other; what was interrupted resumes.
+"""Predict files of rows. An interrupted prediction resumes.
 
-The file is read twice: once to see what can be used, before anything is written, and once to answer. Rows are answered
-in chunks, batched by length within a chunk, and written in the order of the input. Beside the unfinished output lies
-its progress: how many lines are done, which bytes of the output are whole, and what it was made from.
+The file is read twice: once to count usable rows before anything is written, and once to predict. Rows are processed in
+chunks, batched by length within a chunk, and written in the order of the input. The progress is stored beside the
+unfinished output: the number of lines done, the valid bytes of the output, and what it was made from.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from attnpress.tasks.lines import Broken, Numbered, Record, ending, foreign_kind
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 CHUNK = 1024
-"""Lines done at once: what a kill costs at most."""
+"""Lines per chunk, the most that a kill loses."""
 
 TOLD = 5
-"""Skipped lines that are told one by one, and lines named for each reason in the summary of more."""
+"""Skipped lines reported one by one, and lines named per reason in the summary."""
 
 PLAIN = ".txt"
-"""Ending of a tab-separated table, or of plain lines."""
+"""Extension of a tab-separated table, or of plain lines."""
 
 KEPT = ("line", "id")
-"""Keys of a row that are handed through."""
+"""Keys of a row that are copied to the output."""
 
 Row = dict[str, Any]
 Answer = Callable[[Sequence[Row]], Sequence[Row | Broken]]
-"""From rows that hold their texts to what is said of them, in the same order."""
+"""Function from rows with their texts to their answers, in the same order."""
 Warn = Callable[[str], None]
 
 
 class PredictionError(ValueError):
-    """An input, an output or a model's answers that cannot be used; the message says why, and what to do."""
+    """An input, an output or a model's answers cannot be used. The message gives the reason and says what to do."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an output is.
+    """Progress of an output.
 
     Attributes:
-        lines: of the input that are done.
-        size: bytes of the output that are whole.
-        written, skipped: lines with an answer, and bad ones.
-        sha256: of the bytes that are whole.
+        lines: input lines that are done.
+        size: valid bytes of the output.
+        written, skipped: number of lines with an answer, and of bad lines.
+        sha256: of the valid bytes.
     """
 
     lines: int = 0
@@ -70,14 +70,14 @@ class Progress:
 
 @dataclass
 class Survey:
-    """What an input holds, before any of it is answered.
+    """Content of an input, before prediction.
 
     Attributes:
         usable: rows with all their texts.
         done: rows up to the line at which an earlier process stopped.
         skipped: other rows.
         first: the first of them: line and reason.
-        kinds: of reasons: how many rows, and the lines of the first.
+        kinds: by reason: number of rows, and the lines of the first ones.
     """
 
     usable: int = 0
@@ -87,7 +87,7 @@ class Survey:
     kinds: dict[str, tuple[int, list[int]]] = field(default_factory=dict)
 
     def skip(self, line: int, reason: str) -> None:
-        """Count a row that cannot be used."""
+        """Count an unusable row."""
         kind = reason.split(" (")[0]
         count, lines = self.kinds.get(kind, (0, []))
         self.kinds[kind] = (count + 1, [*lines, line] if count < TOLD else lines)
@@ -96,7 +96,7 @@ class Survey:
             self.first.append((line, reason))
 
     def summary(self) -> str:
-        """How many rows are skipped for which reason, the commonest first."""
+        """Number of skipped rows by reason, the most frequent first."""
         ranked = sorted(self.kinds.items(), key=lambda item: -item[1][0])
         parts = [
             f"{count} {kind} (line {', '.join(map(str, lines))}{', ...' if count > len(lines) else ''})"
@@ -107,17 +107,17 @@ class Survey:
 
 
 class Input:
-    """The rows of a file, read anew each time; one is a `Row` with "line", "id" and its texts, or broken.
+    """The rows of a file, read again at each use; each is a `Row` with "line", "id" and its texts, or broken.
 
     Args:
-        name: as the user gave it; its ending says which kind of file it is.
-        file: where the content lies.
+        name: as the user gave it; its extension selects the format.
+        file: path of the content.
         columns: of the texts.
-        may_be_plain: whether a .txt file whose first line is no header with that column holds a text on each line;
-            else it is a table whatever its first line says.
+        may_be_plain: a .txt file whose first line is not a header with this column holds one text per line; if False,
+            it is always a table.
 
     Raises:
-        PredictionError: the content is of a kind that cannot be read.
+        PredictionError: the content is of an unsupported kind.
     """
 
     def __init__(self, name: Path, file: Path, columns: Sequence[str], may_be_plain: bool = True) -> None:
@@ -129,12 +129,12 @@ class Input:
 
     @property
     def is_parquet(self) -> bool:
-        """Whether its name says so: such files are read by row groups, and a line is a row."""
+        """True for Parquet files, which are read by row groups; a line is then a row."""
         return ending(self.name) == PARQUET
 
     @property
     def is_plain(self) -> bool:
-        """Whether each of its lines is a text."""
+        """True if each line is a text."""
         if not self.may_be_plain or ending(self.name) != PLAIN or len(self.columns) != 1:
             return False
         first = self.head.decode("utf-8-sig", errors="replace").partition("\n")[0].removesuffix("\r")
@@ -158,10 +158,10 @@ class Input:
         """Count the rows.
 
         Args:
-            done: last line that an earlier process has answered.
+            done: last line that an earlier process has finished.
 
         Raises:
-            PredictionError: there are rows, but none can be used.
+            PredictionError: there are rows, but none is usable.
         """
         survey = Survey()
         for line, row in self:
@@ -194,25 +194,25 @@ def predict_file(
     warn: Warn,
     may_be_plain: bool = True,
 ) -> Progress:
-    """Answer each row of `source` in `output`, or go on with it.
+    """Answer each row of `source` in `output`, or resume an unfinished output.
 
     Args:
         answer: see `make_answer`.
         columns: keys that each row must have, with texts.
-        source: CSV, tab-separated text, JSON lines or Parquet, by its ending; empty lines do not count.
-            A column or key "id" is handed through. A stream, such as /dev/stdin, is read to its end first.
-        output: written whole when all lines are done; one JSON object a good line, with "line" from 1. A stream, such
-            as /dev/stdout, is written on, and not gone on with.
-        made_from: what else determines the output, plain data: an unfinished output made from something else is not
-            gone on with.
-        warn: is told of the first bad lines, or of all in a summary; they are skipped. Also of an unfinished output
-            that is not what its progress says: it is begun anew.
+        source: CSV, tab-separated text, JSON lines or Parquet, by its extension; empty lines do not count. A column or
+            key "id" is copied. A stream, such as /dev/stdin, is read to its end first.
+        output: written when all lines are done, with one JSON object per valid line and "line" from 1. A stream, such
+            as /dev/stdout, is appended to, and not resumed.
+        made_from: other inputs that determine the output, as plain data; an unfinished output made from something else
+            is not resumed.
+        warn: receives the first bad lines, or a summary of all; they are skipped. Also an unfinished output that does
+            not match its progress; it is restarted.
         may_be_plain: see `Input`.
 
     Raises:
-        PredictionError: `source` cannot be read, or has rows of which none can be used; `output` exists, is being
-            written by another process, or was begun from something else; no row of a chunk could be answered.
-        TaskError: a table with two columns of one name, or a quote that is never closed.
+        PredictionError: `source` cannot be read or has no usable row; `output` exists, is being written by another
+            process, or was started from something else; no row of a chunk could be answered.
+        TaskError: a table with duplicate columns, or a quote that is never closed.
     """
     with _as_file(source) as file:
         rows = Input(source, file, columns, may_be_plain)
@@ -240,7 +240,7 @@ def finish_file(
     warn: Warn,
     may_be_plain: bool = True,
 ) -> Progress:
-    """`predict_file` for one of many files: what is finished stays, and what it was made from stays beside it.
+    """`predict_file` for one of many files; a finished output and the record of its origin are kept.
 
     It waits while another process writes the output.
 
@@ -253,18 +253,18 @@ def finish_file(
     with alone(output, lambda: warn(f"{output}: another process is writing it; waiting for its end")):
         if (done := finished(source, output, made_from)) is not None:
             return done
-        if not _beside(output, "unfinished").exists():  # whoever deletes an output wants it anew
+        if not _beside(output, "unfinished").exists():  # a deleted output is made again
             _beside(output, "progress").unlink(missing_ok=True)
         rows = Input(source, source, columns, may_be_plain)
         return _go_on(answer, rows, output, identity, warn, keep_notes=True)
 
 
 def finished(source: Path, output: Path, made_from: Mapping[str, Any]) -> Progress | None:
-    """How far an output of `finish_file` is that is whole; None where there is none yet.
+    """Progress of a complete output of `finish_file`; None if there is none yet.
 
     Raises:
-        PredictionError: `finish_file` did not write what is there, it was changed since, or it was made from
-            something else.
+        PredictionError: the output was not written by `finish_file`, was changed since, or was made from something
+            else.
     """
     if not os.path.lexists(output):
         return None
@@ -281,7 +281,7 @@ def _digest(source: Path) -> str:
     try:
         with naming(source):
             return sha256_of(source)
-    except OSError as error:  # of one file among many
+    except OSError as error:  # an error of this file only
         raise PredictionError(explain(error)) from None
 
 
@@ -307,7 +307,7 @@ class _Written:
         self.count(content)
 
     def holds(self, progress: Progress, survey: Survey) -> bool:
-        """Read what an earlier process has written; false if it is not what its progress says."""
+        """Read the output of an earlier process; False if it does not match its progress."""
         last, answers = b"", 0
         while self.size < progress.size and (last := self.file.readline(progress.size - self.size)):
             self.count(last)
@@ -333,7 +333,7 @@ def _go_on(
         out = _Written(file)
         if progress is None or not out.holds(progress, survey):
             if begun and (progress or file.seek(0, 2)):
-                warn(f"{partial}: is not what {notes.name} says of it; begun anew")
+                warn(f"{partial}: is not what {notes.name} says of it; restarted")
             progress = Progress()
             out.begin_anew()
         file.truncate(out.size)
@@ -341,7 +341,7 @@ def _go_on(
         note = _noting(notes, identity)
         progress = _answer_all(answer, rows, out, progress, note, warn)
     if keep_notes:
-        note(progress)  # also of an input without rows
+        note(progress)  # also for an input without rows
     partial.replace(output)
     if not keep_notes:
         notes.unlink(missing_ok=True)
@@ -382,10 +382,10 @@ def _answer_all(
 
 
 def _answer_each(answer: Answer, name: Path, rows: Sequence[Row], progress: Progress) -> Sequence[Row | Broken]:
-    """Answers of a chunk; where the model fails, each row is tried alone, so that one costs no other its answer.
+    """Answers of a chunk. If the model fails, each row is tried alone, so that one row does not affect the others.
 
     Raises:
-        PredictionError: no row can be answered, so that it is not for a row that the model fails.
+        PredictionError: no row can be answered, so the failure is not due to single rows.
     """
     if not rows:
         return []
@@ -416,7 +416,7 @@ def _row(line: int, record: Record, columns: Sequence[str]) -> Row | Broken:
             found = f"found {text!r:.40}" if name in record else f"keys there: {keys or 'none'}"
             return Broken(f"no text under {name!r} ({found})", "")
         if not is_unicode(text):
-            return Broken(f"half of a surrogate pair under {name!r}", "")
+            return Broken(f"an unpaired surrogate under {name!r}", "")
     row: Row = {"line": line} | {name: record[name] for name in (*columns, "id") if name in record}
     try:
         dump_json(row.get("id"))
@@ -426,7 +426,7 @@ def _row(line: int, record: Record, columns: Sequence[str]) -> Row | Broken:
 
 
 def _chunks(rows: Input, done: int) -> Iterator[list[tuple[int, Row | Broken]]]:
-    """Rows that are not yet done; a bar shows how many are."""
+    """Rows that are not yet done, with a progress bar."""
     chunk: list[tuple[int, Row | Broken]] = []
     with tqdm(unit="rows", desc="run", disable=not sys.stderr.isatty()) as bar:
         for line, row in rows:
@@ -441,10 +441,10 @@ def _chunks(rows: Input, done: int) -> Iterator[list[tuple[int, Row | Broken]]]:
 
 
 def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any], stale: Path) -> Progress | None:
-    """What an earlier process noted; None where it noted nothing that can be read.
+    """The progress of an earlier process; None if there is none that can be read.
 
     Raises:
-        PredictionError: of an output that was made from something else; `stale` is what to delete then.
+        PredictionError: the output was made from something else; `stale` is what to delete.
     """
     try:
         found = parse_json(notes.read_text(encoding="utf-8"))
@@ -470,7 +470,7 @@ def _check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def _as_file(source: Path) -> Iterator[Path]:
-    """A file that can be read twice: the source itself, or a copy of what flows from it."""
+    """A file that can be read twice: the source itself, or a copy of a stream."""
     if source.is_file():
         yield source
     elif is_stream(source):

@@ -1,4 +1,4 @@
-"""sampling: show a bound model a few evaluation rows, and keep what its attention did with them."""
+"""sampling: record the attention of a bound model on a few evaluation rows."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from attnpress.records.samples import Samples
 from attnpress.tasks import TaskData
 
 ROWS, BATCH = 32, 4
-"""Evaluation rows that errors and histograms are taken from, and how many of them at a time."""
+"""Number of evaluation rows for errors and histograms, and rows per batch."""
 
 MAPS, MAP_TOKENS, MAP_CHOICE = 3, 18, 200
-"""Inputs drawn as maps: of the first 200 evaluation rows those of nearest to 18 tokens, which a page can name."""
+"""Inputs drawn as maps: of the first 200 evaluation rows, those with a length closest to 18 tokens, whose labels fit a
+page."""
 
 HeadFigures = dict[str, list[dict[str, Any]]]
 """By layer name, for each head: values of fields of its `HeadRecord`."""
@@ -35,10 +36,10 @@ def take_samples(model: nn.Module, data: TaskData, tokenizer: Any, rule: RuleNam
     Args:
         model: bound; calibrated if its spec is not dense.
         tokenizer: names the tokens of the maps.
-        rule: of the run: a dense stage, too, counts its pairs in the unit that this rule compares.
+        rule: of the run; a dense stage also counts its pairs in the unit of this rule.
 
     Returns:
-        The samples, and the errors and the pruned mass of each head, where anything is compressed.
+        The samples, and if anything is compressed, the errors and the pruned mass of each head.
     """
     totals, chosen = Totals(rule), _short_rows(data)
     for begin in range(0, min(ROWS, len(data.eval)), BATCH):
@@ -53,7 +54,7 @@ def take_samples(model: nn.Module, data: TaskData, tokenizer: Any, rule: RuleNam
 
 
 class Totals:
-    """Sums over calls, by layer: the histogram of pairs [H, bins], and what compression loses [2, H] and its mass."""
+    """Sums over calls, by layer: the histogram of pairs [H, bins], errors [2, H] and the pruned mass."""
 
     def __init__(self, rule: RuleName) -> None:
         self.rule = rule
@@ -71,7 +72,7 @@ class Totals:
             self.masses[name] = self.masses.get(name, 0) + found.mass
 
     def figures(self) -> HeadFigures:
-        """The relative error of each matrix and the share of P that was pruned, by layer and head."""
+        """The relative error of each matrix and the pruned share of P, by layer and head."""
         found = {}
         for name, losses in self.losses.items():
             columns = [relative_error(loss).tolist() for loss in losses.values()]
@@ -83,20 +84,20 @@ class Totals:
 
 
 class Maps:
-    """P of one row as float16 [heads, queries, keys], by layer; its first call where several layers share one."""
+    """P of one row as float16 [heads, queries, keys], by layer; the first call of a shared layer."""
 
     def __init__(self, rule: RuleName) -> None:
         self.rule = rule
         self.found: dict[str, NDArray[np.float16]] = {}
 
     def __call__(self, name: str, state: CompressedAttention, call: AttentionCall) -> None:
-        """Keep one call."""
+        """Store one call."""
         if name not in self.found:
             self.found[name] = probe_state(state, call, self.rule).after[0].half().cpu().numpy()
 
 
 def probe_state(state: CompressedAttention, call: AttentionCall, rule: RuleName | None = None) -> Probe:
-    """Probe a call of a bound module as its state compresses it."""
+    """Probe a call of a bound module with the module's own compression."""
     return probe(call if rule is None else call.with_(spec=dataclasses.replace(state.spec, rule=rule)))
 
 

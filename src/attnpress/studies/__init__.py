@@ -1,1 +1,1 @@
-"""Many runs that answer one question: evidence, leaderboard, sweep; all share one dense model."""
+"""Studies: many runs that answer one question (evidence, leaderboard, sweep) and share one dense model."""

@@ -1,4 +1,4 @@
-"""The cells of a study: any number of processes run them, each at most once, and each takes what no other works on."""
+"""Distribute the cells of a study over any number of processes. Each cell is run at most once."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Cell = TypeVar("Cell")
 def in_turn(
     cells: Sequence[Cell], missing: Callable[[Sequence[Cell]], list[Cell]], works_in: Callable[[Cell], Iterable[Path]]
 ) -> Iterator[tuple[Cell, int]]:
-    """The cells that this process is to run, one after the other; the caller runs each before it asks for the next.
+    """The cells that this process should run. The caller runs each before it requests the next.
 
-    Those that other processes are at work on come last, when nothing else is left: whoever runs such a cell waits.
+    Cells that other processes are working on come last, when no others are left; running one then waits for it.
 
     Args:
-        cells: in the order in which they are to be run.
-        missing: those of some cells that nobody has run yet; asked anew before each.
-        works_in: the run folders that a cell needs for itself, that of a dense model still to be made among them.
+        cells: in the order in which to run them.
+        missing: returns those of the given cells without a result; called before each.
+        works_in: the run folders that a cell needs exclusively, including that of a dense model still to be trained.
 
     Yields:
-        A cell, and how many are left after it.
+        A cell, and the number of cells left after it.
     """
     left = missing(cells)
     while left:
@@ -38,7 +38,7 @@ def in_turn(
 
 
 def check_one_process() -> None:
-    """Refuse torchrun where several processes take a run each.
+    """Refuse torchrun, since processes take whole runs.
 
     Raises:
         ConfigError: this process is one of many.

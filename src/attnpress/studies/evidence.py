@@ -1,8 +1,8 @@
-"""evidence: the cells of a table, each a recipe with something changed, run for its seeds; once each.
+"""evidence: run the cells of a table once for each seed; a cell is a recipe with some changes.
 
-The dense model of a seed is trained once, and every cell of that seed begins from it. Its control, trained on for as
-many steps as a cell is compressed, is run once for each number of epochs. Brief records of all runs are one file, the
-table's; the long ones stay in the run folders.
+The dense model of a seed is trained once, and every cell of that seed starts from it. Its control, trained further for
+as many steps as a cell, is run once for each number of epochs. Brief records of all runs are in one file, the table;
+full records stay in the run folders.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from attnpress.studies.cells import Notify, check_one_process, in_turn
 _STRICT = ConfigDict(extra="forbid")
 DENSE_CELL = "dense"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][\w.+-]{0,99}", re.ASCII)
-"""What names of rows and cells look like: records and folders are called by them."""
+"""Pattern of names of rows and cells, which appear in the names of records and folders."""
 
 CELL_STAGES = {"progressive": ("dense", "quantized", "one_shot", "progressive"), "one_shot": ("one_shot",)}
-"""What is run for a cell, by the last of it."""
+"""The stages to run for a cell, by its last stage."""
 
 
 @dataclass(frozen=True, config=_STRICT)
@@ -41,9 +41,9 @@ class CellSpec:
     """One cell of the table.
 
     Attributes:
-        seeds: one run for each.
-        change: what differs from the recipe, as plain data of a recipe.
-        stage: the last to run; "one_shot" prunes without training.
+        seeds: one run each.
+        change: differences from the recipe, as plain data of a recipe.
+        stage: the last stage to run; "one_shot" prunes without training.
     """
 
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
@@ -57,8 +57,8 @@ class EvidenceSpec:
 
     Attributes:
         name: of the row; its records are in NAME.json.
-        recipe: what all its cells share. With a `checkpoint`, that is the dense model of every seed.
-        cells: by name; names that begin with "dense" are kept for the dense models.
+        recipe: shared by all cells. With a `checkpoint`, that is the dense model of every seed.
+        cells: by name; names starting with "dense" are reserved for the dense models.
     """
 
     name: str
@@ -78,13 +78,13 @@ class EvidenceSpec:
         for cell in cells:
             cls._plain_name(cell)
         if taken := [cell for cell in cells if cell.startswith(DENSE_CELL)]:
-            raise ValueError(f"{taken[0]!r} begins as the names of dense models do; call the cell otherwise")
+            raise ValueError(f"{taken[0]!r} starts like the names of dense models; rename the cell")
         return cells
 
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """One run that the table asks for: its recipe, its stages, where it runs, and the file that its record is in."""
+    """One run of the table: its recipe, stages, folder, and the file of its record."""
 
     cell: str
     seed: int
@@ -102,20 +102,20 @@ class Item:
 def plan(spec: EvidenceSpec, output: Path, records: Path) -> list[Item]:
     """All runs, in the order of the cells.
 
-    Before the first cell of a seed comes its dense model, and before the first that is trained for another number of
-    epochs than the recipe says, a control of that many. A table that trains no cell has no control.
+    The dense model of a seed precedes its first cell. A control precedes the first cell that is trained for another
+    number of epochs than the recipe. A table without trained cells has no control.
 
     Raises:
-        ConfigError: a cell's change is not valid; the message names the cell.
+        ConfigError: a cell's change is not valid. The message names the cell.
     """
     return list(_items(spec, output, records))
 
 
 def choose(items: Sequence[Item], names: Collection[str] | None) -> list[Item]:
-    """Those of the named cells or runs, such as "dense" or "dense-seed1"; None is all.
+    """The named cells or runs, such as "dense" or "dense-seed1"; None selects all.
 
     Raises:
-        ConfigError: no such cell; the message names those that there are.
+        ConfigError: no such cell. The message lists the existing ones.
     """
     known = {item.cell for item in items} | {item.name for item in items}
     if unknown := sorted(set(names or ()) - known):
@@ -124,7 +124,7 @@ def choose(items: Sequence[Item], names: Collection[str] | None) -> list[Item]:
 
 
 def missing(items: Sequence[Item]) -> list[Item]:
-    """Those without a record.
+    """The runs without a record.
 
     Raises:
         RecordError: the file of the table, or a record beside it, cannot be read.
@@ -134,18 +134,18 @@ def missing(items: Sequence[Item]) -> list[Item]:
 
 
 def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Notify = print) -> None:
-    """Run what has no record, and the dense models that it needs; an interrupted run is resumed.
+    """Run everything without a record, and the dense models that it needs. Interrupted runs are resumed.
 
-    Any number of processes may do so at once: each takes what no other is at work on, and waits where nothing is left.
-    A dense model that has a record but is not there is trained again, without its control; its record stays.
+    Any number of processes may do this at once: each takes runs that no other is working on, and waits when none is
+    left. A dense model that has a record but no weights here is trained again, without its control; its record is kept.
 
     Args:
         items: of `plan`.
-        chosen: those of them to run.
-        notify: is given one line when a run or one of its stages begins.
+        chosen: the items to run.
+        notify: receives one line when a run or one of its stages begins.
 
     Raises:
-        ConfigError, TaskError, ModelError, DivergedError: as `compress` does; runs before it stay recorded.
+        ConfigError, TaskError, ModelError, DivergedError: as `compress` does; earlier runs stay recorded.
         RecordError: as `missing` does.
     """
     check_one_process()
@@ -163,13 +163,13 @@ def run_missing(items: Sequence[Item], chosen: Sequence[Item], notify: Notify = 
 
 
 def fold(folder: Path) -> list[Path]:
-    """Take the records that lie apart in a folder, as `NAME-CELL-seedN.json`, into its tables; their files stay.
+    """Add separate records of a folder, `NAME-CELL-seedN.json`, to its tables. The files are not deleted.
 
     Returns:
-        The files that are no longer needed there.
+        The files that are no longer needed.
 
     Raises:
-        RecordError: a file cannot be read, or a run has another record in the table.
+        RecordError: a file cannot be read, or the table has a different record of the run.
     """
     taken: list[Path] = []
     for table in table_files(folder):
@@ -180,12 +180,12 @@ def fold(folder: Path) -> list[Path]:
 
 
 def _add(table: Path, records: Mapping[str, Record]) -> None:
-    """Write records into their table, whatever other processes write there meanwhile."""
+    """Add records to their table, safely with concurrent processes."""
     new = {name: brief(record) for name, record in records.items()}
     with alone(table):
         known = read_table(table) if table.is_file() else {}
         if other := sorted(name for name in known.keys() & new.keys() if known[name] != new[name]):
-            raise RecordError(f"{table}: {other[0]} is there with other figures; remove one of the two")
+            raise RecordError(f"{table}: {other[0]} already has a different record; remove one of the two")
         write_text(table, table_text(known | new))
 
 
@@ -199,7 +199,7 @@ def _lacks_dense(item: Item) -> bool:
 
 def _run(item: Item, notify: Notify, is_needed: Callable[[], bool]) -> None:
     with alone(item.folder, lambda: notify(f"waiting for the process that is at work on {item.name}")):
-        if is_needed():  # another process may have made it meanwhile
+        if is_needed():  # another process may have created it in the meantime
             is_new = _lacks_record(item)
             record = compress(item.config, item.folder, notify, stages=item.stages if is_new else item.stages[:1])
             if is_new:
@@ -223,7 +223,7 @@ def _items(spec: EvidenceSpec, output: Path, records: Path) -> Iterator[Item]:
 
 
 def _controls(recipe: RunConfig, config: RunConfig) -> Iterator[tuple[str, RunConfig]]:
-    """The dense model that a cell begins from, and what it is compared with if it is trained for longer or shorter."""
+    """The initial dense model of a cell, and its control if the cell is trained for another number of epochs."""
     control = dataclasses.replace(recipe, seed=config.seed, dense_control=True)
     yield DENSE_CELL, control
     if (epochs := config.compress.epochs) != recipe.compress.epochs:

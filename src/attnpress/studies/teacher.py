@@ -1,4 +1,4 @@
-"""Runs that share one dense teacher: it is trained once, by the process that comes first, and they begin from it."""
+"""Runs that share one dense teacher. The first process trains it; all runs start from it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from attnpress.studies.cells import Notify
 def train_teacher(
     recipe: RunConfig, folder: Path, notify: Notify, stages: Collection[str] = ("dense",)
 ) -> tuple[Record, Path]:
-    """Train the dense model of a recipe, or go on with it, or wait for the process that does.
+    """Train the dense model of a recipe, resume its training, or wait for the process that trains it.
 
     Args:
         folder: its run folder.
-        stages: "dense", and what else of the recipe is to be run there.
+        stages: "dense", and other stages of the recipe to run there.
 
     Returns:
-        Its record, and the folder of its weights: the recipe's own checkpoint where it has one.
+        Its record, and the folder of its weights (the recipe's checkpoint, if it has one).
     """
     with alone(folder, lambda: notify("waiting for the worker that trains the dense teacher")):
         record = compress(recipe, folder, notify, stages=stages)
@@ -41,10 +41,10 @@ def train_student(
     stage: str = "progressive",
     callbacks: Sequence[TrainerCallback] = (),
 ) -> Record:
-    """Run one compressing stage of a recipe from the teacher's weights, or go on with it.
+    """Run one compressing stage of a recipe from the teacher's weights, or resume it.
 
     Args:
-        dense: the weights, as `train_teacher` gives them.
+        dense: the weights, from `train_teacher`.
         folder: its run folder.
     """
     config = dataclasses.replace(recipe, checkpoint=dense)

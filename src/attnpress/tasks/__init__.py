@@ -1,4 +1,4 @@
-"""Tasks: what a model learns, from which data, and how it is judged."""
+"""Tasks: what a model learns, from which data, and how it is evaluated."""
 
 from attnpress.tasks.check import check_data
 from attnpress.tasks.load import TaskData, load_task, text_columns

@@ -14,9 +14,9 @@ from attnpress.tasks import TaskData
 
 
 def training_batches(data: TaskData, spec: CalibrationSpec, seed: int) -> list[dict[str, Any]]:
-    """This rank's share of the batches that a run is calibrated on: random training rows, fixed by the seed."""
+    """This rank's share of the calibration batches: random training rows, chosen by the seed."""
     state, generator = this_process(), torch.Generator().manual_seed(seed)
     loader = DataLoader(data.train, spec.batch_size, shuffle=True, generator=generator, collate_fn=data.collate)
-    # Ranks observe together, batch by batch: a last batch that is too small to share is left out.
+    # Every rank needs as many batches, so a last batch that is too small to share is dropped.
     batches = [batch for batch in islice(loader, spec.batches) if len(batch["input_ids"]) >= state.num_processes]
     return [{k: v[state.process_index :: state.num_processes] for k, v in batch.items()} for batch in batches]

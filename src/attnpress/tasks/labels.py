@@ -1,4 +1,4 @@
-"""Labels: from what a source holds to class indices or numbers, and on to a model's own numbering of the classes."""
+"""Labels: from the values of a source to class indices or numbers, and to the class order of a model."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from attnpress.tasks.table import Task
 
 
 def fit_labels(task: Task, train: Rows, held_out: Rows) -> tuple[tuple[str, ...], list[Any], list[Any]]:
-    """Names of the classes, and the labels of both splits as indices of them; or no names, and numbers.
+    """Determine the class names, and convert the labels of both splits to class indices. Regression has no names.
 
-    A task without label names of its own takes those that occur in `train`: integers in numeric order, else sorted.
+    If the task has no label names of its own, they are those that occur in `train`: integers in numeric order, else
+    sorted.
 
     Raises:
-        TaskError: a label that is no class or no number, a class that only `held_out` has, or a single class.
+        TaskError: a label is not a class or not a number, a class occurs only in `held_out`, or there is a single
+            class.
     """
     if task.kind == "regression":
         return (), _numbers(train), _numbers(held_out)
@@ -40,10 +42,10 @@ def fit_labels(task: Task, train: Rows, held_out: Rows) -> tuple[tuple[str, ...]
 
 
 def class_ids(names: Sequence[str], of_model: Sequence[str]) -> tuple[int, ...] | None:
-    """The number that a model has for each class of a task, or None where the classes are not the same ones.
+    """Map each class of a task to its index in a model; None if the classes differ.
 
-    Classes are the same by name (see `class_ids_by_name`), or the data name them by number, 0 to n - 1, as the model
-    counts them. A model without names of its own (see `is_generic`) counts as the task does.
+    Classes are the same if their names match (see `class_ids_by_name`), or if the data number them from 0 to n - 1 in
+    the order of the model. A model without names of its own (see `is_generic`) is assumed to use the order of the task.
 
     Args:
         names: of the task's classes, in its order.
@@ -58,9 +60,9 @@ def class_ids(names: Sequence[str], of_model: Sequence[str]) -> tuple[int, ...] 
 
 
 def class_ids_by_name(names: Sequence[str], of_model: Sequence[str]) -> tuple[int, ...] | None:
-    """The number that a model has for each class of a task, where both name the same classes; else None.
+    """Map each class of a task to its index in a model by name; None if the names differ.
 
-    Names that differ in capitals, spaces, hyphens and underscores alone are the same, unless two classes are then one.
+    Names match up to case, spaces, hyphens and underscores, unless two classes would then share one name.
     """
     for spelled in (str, _plain):
         known = {spelled(name): number for number, name in enumerate(of_model)}
@@ -71,7 +73,7 @@ def class_ids_by_name(names: Sequence[str], of_model: Sequence[str]) -> tuple[in
 
 
 def is_generic(of_model: Sequence[str]) -> bool:
-    """Whether a model's names say nothing but the number of a class: LABEL_0, LABEL_1, ... or 0, 1, ..."""
+    """True if a model's class names are only numbers: LABEL_0, LABEL_1, ... or 0, 1, ..."""
     return all(name in (f"LABEL_{number}", str(number)) for number, name in enumerate(of_model))
 
 

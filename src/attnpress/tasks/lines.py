@@ -1,6 +1,6 @@
-"""Rows of CSV, tab-separated text and JSON lines, read one at a time; a broken one is told, and the next one is read.
+"""Read rows of CSV, tab-separated text and JSON lines one at a time. A broken row is reported and reading continues.
 
-Training refuses the first broken row, `attnpress run` skips and counts them: both read files through here.
+Training rejects the first broken row; `attnpress run` skips and counts them. Both read files through this module.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SUFFIXES = (".csv", *TABS, *JSON_LINES)
 """Quoted CSV, unquoted tab-separated text (.tsv, .txt), JSON lines (the last three)."""
 
 LONGEST_FIELD = 2**31 - 1
-"""Of a CSV field, in characters; Python's own limit is 131,072, and its largest is a C long."""
+"""Maximum length of a CSV field in characters. Python's default is 131,072; its maximum is a C long."""
 
 FOREIGN = {
     b"\x1f\x8b": "compressed by gzip; unpack it first",
@@ -39,7 +39,7 @@ FOREIGN = {
 
 
 class TaskError(ValueError):
-    """Data or a task that cannot be used; the message names the field, file or line and how to fix it."""
+    """Data or a task cannot be used. The message names the field, file or line and says what to do."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Broken:
     """A row that cannot be read.
 
     Attributes:
-        reason: in a few words, before the first bracket the same for all rows of one kind.
-        refusal: of a whole file because of this row, with the mend.
+        reason: short; the part before the first bracket is the same for all rows of one kind.
+        refusal: message for rejecting the whole file because of this row.
     """
 
     reason: str
@@ -56,18 +56,19 @@ class Broken:
 
 
 Numbered = Iterator[tuple[int, Record | Broken]]
-"""Rows with the number of the line in which each begins, from 1."""
+"""Rows with the number of their first line, from 1."""
 
 
 def ending(path: Path) -> str:
-    """Of a file's name, in small letters."""
+    """The extension of a file's name, in lower case."""
     return path.suffix.lower()
 
 
 def newline_of(path: Path) -> str:
-    """How a file has to be opened for `read_rows`: the `newline` of `open`.
+    """The `newline` argument of `open` that `read_rows` needs for a file.
 
-    Fields of CSV may hold line ends; of the others only a line feed ends a line: texts hold exotic separators.
+    Fields of CSV may contain line ends. In other formats only a line feed ends a line, since texts may contain exotic
+    separators.
     """
     return "" if ending(path) == ".csv" else "\n"
 
@@ -75,17 +76,17 @@ def newline_of(path: Path) -> str:
 def read_rows(
     path: Path, lines: Iterable[str], wanted: Sequence[str] = (), header: Sequence[str] | None = None
 ) -> Numbered:
-    """Rows of an open file, by the ending of its name: CSV, tab-separated text, and JSON lines for all others.
+    """Read rows of an open file by its extension: CSV, tab-separated text, or JSON lines for all others.
 
     Args:
-        path: for its ending, and for messages.
-        lines: opened with `newline_of`, as "utf-8-sig"; with errors="surrogateescape", lines that are no UTF-8 are
-            told as broken.
-        wanted: columns of which there must not be two.
-        header: names of the columns of a file that has no line with them.
+        path: for its extension, and for messages.
+        lines: opened with `newline_of`, as "utf-8-sig". With errors="surrogateescape", lines that are not UTF-8 are
+            reported as broken.
+        wanted: columns that must not be duplicated.
+        header: column names of a file without a header line.
 
     Raises:
-        TaskError: two columns of one name, or a quote that is never closed, which swallows the rest of a CSV file.
+        TaskError: two columns have the same name, or a quote is never closed and consumes the rest of a CSV file.
     """
     if ending(path) in (".csv", *TABS):
         fields = _csv_fields(path, lines) if ending(path) == ".csv" else _tab_fields(lines)
@@ -94,7 +95,7 @@ def read_rows(
 
 
 def plain_rows(lines: Iterable[str], column: str) -> Numbered:
-    """Lines that are not blank, each a row with its text under `column`; opened as for `read_rows`."""
+    """Nonblank lines, each a row with its text under `column`; opened as for `read_rows`."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             text = line.removesuffix("\n").removesuffix("\r")
@@ -102,7 +103,7 @@ def plain_rows(lines: Iterable[str], column: str) -> Numbered:
 
 
 def foreign_kind(head: bytes) -> str | None:
-    """What a file is that begins with these bytes, and what to do; None where it may be UTF-8 text."""
+    """The kind of file that starts with these bytes, and what to do; None if it may be UTF-8 text."""
     return next((text for magic, text in FOREIGN.items() if head.startswith(magic)), None)
 
 

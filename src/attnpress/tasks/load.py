@@ -1,10 +1,12 @@
-"""Loading a task: rows read, labels fitted, text tokenized, metrics bound. All in memory; no cache file is written."""
+"""Load a task: read rows, fit labels, tokenize text, bind metrics. Everything stays in memory, without cache files."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import EvalPrediction, PreTrainedTokenizerBase
 
-CHUNK = 1000  # examples tokenized at once: more hold needlessly many encodings in memory
+CHUNK = 1000  # examples tokenized at once; limits memory
 
 
 Metrics = Callable[["EvalPrediction"], dict[str, float]]
@@ -30,19 +32,21 @@ Metrics = Callable[["EvalPrediction"], dict[str, float]]
 
 @dataclass(frozen=True)
 class TaskData:
-    """Everything training and evaluation need.
+    """The data and metrics of a task for training and evaluation.
 
     Attributes:
-        task: the row of the table.
+        task: row of the table of tasks.
         train, eval: tokenized, unpadded rows: input_ids, attention_mask, token_type_ids where the model has them, and
-            labels (int or float), or start_positions and end_positions. In qa a row is a window.
-        label_names: names of the classes by index, which is that of the task until `numbered_as` makes it a model's;
-            empty in regression and qa.
+            labels (int or float), or start_positions and end_positions. In qa, a row is a window.
+        label_names: class names by index, in the order of the task; after `numbered_as`, in that of a model. Empty in
+            regression and qa.
         fingerprint: sha256 of the sources of "train" and "eval"; of the rows when they come from the Hub.
-        majority: headline metric, in points, of always answering the commonest training label; None in other kinds.
-        collate: pads a list of rows to the longest and returns tensors.
+        majority: headline metric, in points, of always predicting the most frequent training label; None for other
+            kinds.
+        collate: pads a list of rows to the longest one and returns tensors.
         compute_metrics: metrics in points from a Trainer's predictions; the first key is the headline.
-        thin: every so manieth example of the evaluation split, in qa with all windows of the question, and its metrics.
+        thin: every n-th example of the evaluation split (in qa, with all windows of the question), and its metrics.
+        question_scores: in qa, F1 of each question, 0 to 1, from the input of `compute_metrics`; None in other kinds.
     """
 
     task: Task
@@ -54,16 +58,17 @@ class TaskData:
     collate: Callable[[list[dict[str, Any]]], Any]
     compute_metrics: Metrics
     thin: Callable[[int], tuple[Dataset, Metrics]]
+    question_scores: Callable[[EvalPrediction], list[float]] | None = None
 
     def watched(self, rows: int) -> TaskData:
-        """The same task on at most so many evaluation examples, evenly spread."""
+        """The same task on at most this many evaluation examples, evenly spaced."""
         held_out, compute_metrics = self.thin(rows)
-        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics)
+        return dataclasses.replace(self, eval=held_out, compute_metrics=compute_metrics, question_scores=None)
 
     def numbered_as(self, of_model: Sequence[str]) -> TaskData | None:
-        """The same task with the classes counted as a model counts them; None if they are not the same classes.
+        """The same task with classes in the order of a model; None if the classes differ.
 
-        Metrics are still those of the task: which class is the positive one does not depend on a model's order.
+        Metrics remain those of the task: the positive class does not depend on a model's order.
 
         Args:
             of_model: names of the model's classes, in its order; see `class_ids`.
@@ -100,7 +105,7 @@ def _relabelled(rows: Dataset, ids: Sequence[int]) -> Dataset:
 
 
 def _of_task(metrics: Metrics, ids: Sequence[int]) -> Metrics:
-    """Metrics of a task, for predictions and labels in a model's numbers."""
+    """Metrics of a task for predictions and labels in a model's class order."""
     task_class = {number: index for index, number in enumerate(ids)}
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -117,14 +122,14 @@ def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
     """Read and tokenize a task.
 
     Args:
-        data: which examples. `train_rows` are taken after a shuffle with `seed`, `eval_rows` in order; in qa both
-            count questions.
-        tokenizer: of the model; inputs are cut (in qa: windowed) to `data.max_length` tokens.
+        data: which examples. `train_rows` are taken after a shuffle with `seed`, `eval_rows` in order; in qa both count
+            questions.
+        tokenizer: of the model. Inputs are truncated (in qa: split into windows) to `data.max_length` tokens.
         seed: of the run.
 
     Raises:
-        TaskError: see `check_data`; also data that cannot be fetched, malformed lines, missing columns, an empty
-            split, labels that do not fit, or a tokenizer that cannot serve the task.
+        TaskError: see `check_data`; also if data cannot be fetched, lines are malformed, columns are missing, a split
+            is empty, labels do not match, or the tokenizer does not suit the task.
     """
     task = check_data(data)
     _check_tokenizer(task, data, tokenizer)
@@ -135,7 +140,7 @@ def load_task(data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> 
 def _load_sentences(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     from transformers import DataCollatorWithPadding
 
-    train, held_out = (_read_rows(task, data, split) for split in ("train", "eval"))
+    train, held_out = _read_both(task, data)
     names, train_labels, eval_labels = fit_labels(task, train, held_out)
     order, first = _choose(len(train), data.train_rows, seed), range(len(held_out))[: data.eval_rows]
     majority = _majority(task, train_labels, [eval_labels[row] for row in first], len(names)) if names else None
@@ -178,7 +183,31 @@ def _load_questions(task: Task, data: DataSpec, tokenizer: PreTrainedTokenizerBa
         collate=DataCollatorWithPadding(tokenizer),
         compute_metrics=squad.squad_metrics(held_out, windows),
         thin=thin,
+        question_scores=squad.question_scores(held_out, windows),
     )
+
+
+def _read_both(task: Task, data: DataSpec) -> tuple[Rows, Rows]:
+    train = _read_rows(task, data, "train")
+    return (train, _read_rows(task, data, "eval")) if data.held_out is None else divide(train, data.held_out)
+
+
+def divide(rows: Rows, held_out: float) -> tuple[Rows, Rows]:
+    """Split rows into training rows and an evenly spaced share for evaluation, such as every tenth row.
+
+    Args:
+        held_out: above 0, below 1.
+
+    Raises:
+        TaskError: one of the two would be empty.
+    """
+    share = Fraction(str(held_out))  # as it is written, so that no rounding moves a row
+    taken = [math.floor((row + 1) * share) > math.floor(row * share) for row in range(len(rows))]
+    if all(taken) or not any(taken):
+        left = "train" if all(taken) else "evaluate"
+        raise TaskError(f"data.held_out: {held_out:g} of {len(rows)} rows of {rows.name} leaves none to {left} on")
+    train, kept = ([row for row, is_taken in enumerate(taken) if is_taken is side] for side in (False, True))
+    return rows.select(train), rows.select(kept)
 
 
 def _read_rows(task: Task, data: DataSpec, split: Split) -> Rows:

@@ -1,4 +1,4 @@
-"""The metrics of sentence tasks, computed by torchmetrics and given in points, 0 to 100 (correlations -100 to 100)."""
+"""Metrics of sentence tasks, computed by torchmetrics, in points from 0 to 100 (correlations -100 to 100)."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ Score = Callable[["Tensor", "Tensor", int], "Tensor"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by name.
+    """A metric and the tasks that it applies to.
 
     Attributes:
-        kind: the tasks that it fits.
+        kind: the kinds of task that it applies to.
         about: one line for users.
-        score: function of predictions, targets (both [N]) and the number of classes; a fraction.
+        score: function of predictions, targets (both [N]) and the number of classes; returns a fraction.
     """
 
     kind: Literal["classification", "regression"]
@@ -49,7 +49,7 @@ def _matthews(predictions: Tensor, targets: Tensor, classes: int) -> Tensor:
     from torchmetrics.functional.classification import multiclass_matthews_corrcoef
 
     if any((values == values[0]).all() for values in (predictions, targets)):
-        return predictions.new_zeros(())  # undefined; 0 by convention, where torchmetrics approaches a limit
+        return predictions.new_zeros(())  # undefined; 0 by convention (torchmetrics approaches a limit)
     return multiclass_matthews_corrcoef(predictions, targets, classes)
 
 
@@ -83,7 +83,7 @@ METRICS: dict[str, Metric] = {
 
 
 def score(names: Sequence[str], predictions: Any, targets: Any, classes: int) -> dict[str, float]:
-    """The named metrics, in points.
+    """Compute the named metrics, in points.
 
     Args:
         names: keys of METRICS.
@@ -98,9 +98,9 @@ def score(names: Sequence[str], predictions: Any, targets: Any, classes: int) ->
 
 
 def sentence_metrics(names: Sequence[str], classes: int) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The function that a Trainer calls with logits [N, classes] (or values [N, 1] when classes is 0).
+    """Build the `compute_metrics` function of a Trainer, for logits [N, classes] (or values [N, 1] when classes is 0).
 
-    It raises DivergedPredictionsError when a prediction is NaN or infinite.
+    The function raises DivergedPredictionsError if a prediction is NaN or infinite.
     """
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -114,19 +114,19 @@ def sentence_metrics(names: Sequence[str], classes: int) -> Callable[[EvalPredic
 
 
 def first_output(predictions: Any) -> NDArray[Any]:
-    """The logits, when the model also returns hidden states or attentions."""
+    """The logits, if the model also returns hidden states or attentions."""
     return np.asarray(predictions[0] if isinstance(predictions, tuple) else predictions)
 
 
 class DivergedPredictionsError(FloatingPointError):
-    """A model answers with NaN or infinity, so that no metric of it means anything."""
+    """A prediction is NaN or infinite, so that metrics are meaningless."""
 
 
 def check_finite(logits: NDArray[Any]) -> NDArray[Any]:
-    """Returns `logits`.
+    """Return `logits` unchanged.
 
     Raises:
-        DivergedPredictionsError: one is NaN or infinite.
+        DivergedPredictionsError: a value is NaN or infinite.
     """
     broken = ~np.isfinite(logits)
     if broken.any():

@@ -1,7 +1,7 @@
-"""The embedded default data: movie-review snippets with human ratings, from a source archive that pip fetches.
+"""Default data set: movie-review snippets with human ratings, from a source archive that pip fetches.
 
-Source: the ground truth of Hutto and Gilbert (ICWSM 2014), carried by the source distribution of vaderSentiment 3.3.2.
-The archive is cached, its hash is checked at every load, and one member is read from it without unpacking the rest.
+Source: the ground truth of Hutto and Gilbert (ICWSM 2014), included in the source distribution of vaderSentiment 3.3.2.
+The archive is cached and its hash is checked at every load. One member is read without unpacking the rest.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 
 SPLIT_SEED = 20140601
-"""Fixed, not the run's seed: every run is evaluated on the same rows."""
+"""Fixed instead of the run's seed, so that every run is evaluated on the same rows."""
 EVAL_FRACTION = 0.15
 
 Example = tuple[int, str, int]
 
 
 def read_movie(split: Literal["train", "eval"], data_dir: Path | None) -> Rows:
-    """The snippets of one split with label 1 for a positive mean rating and 0 for a negative one.
+    """The snippets of one split, with label 1 for a positive mean rating and 0 for a negative one.
 
-    Snippets rated exactly 0 (37 of 10,605) have no sign and are dropped; so are later copies of a text (2), which
-    could otherwise stand on both sides of the split. The rest is shuffled and split 85 : 15.
+    Snippets rated exactly 0 (37 of 10,605) and later copies of a text (2) are dropped, so that no text is in both
+    splits. The rest is shuffled and split 85 : 15.
 
     Args:
         split: which part.
@@ -60,13 +60,13 @@ def read_movie(split: Literal["train", "eval"], data_dir: Path | None) -> Rows:
 
 
 def cache_folder() -> Path:
-    """Where the archive is kept: attnpress in $XDG_CACHE_HOME, or in ~/.cache."""
+    """The cache folder of the archive: attnpress in $XDG_CACHE_HOME, or in ~/.cache."""
     root = os.environ.get("XDG_CACHE_HOME")
     return (Path(root) if root else Path.home() / ".cache") / "attnpress"
 
 
 def fetch() -> Path:
-    """The cached archive, fetched by pip with its hash when it is not there yet.
+    """Return the cached archive; pip fetches it and checks its hash if it is missing.
 
     Raises:
         TaskError: pip fails, or the cache folder cannot be written.
@@ -108,7 +108,9 @@ def _read_member(path: Path) -> str:
         raise TaskError(f"data.data_dir: {path} cannot be read ({error.strerror}); put {ARCHIVE} there") from None
     found = hashlib.sha256(content).hexdigest()
     if found != SHA256:
-        raise TaskError(f"{path}: sha256 is {found}, expected {SHA256}; delete the file and run again to fetch it anew")
+        raise TaskError(
+            f"{path}: sha256 is {found}, expected {SHA256}; delete the file and run again to fetch it again"
+        )
     return _extract(_extract(content, INNER), MEMBER).decode("utf-8")
 
 

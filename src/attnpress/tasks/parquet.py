@@ -1,4 +1,4 @@
-"""Rows of Parquet files, as those of tasks.lines."""
+"""Read rows of Parquet files, like `tasks.lines`."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ ROWS_AT_ONCE = 1024
 
 
 def parquet_rows(path: Path, wanted: Sequence[str] = ()) -> Numbered:
-    """Rows of a Parquet file with their number, from 1; a group of rows in memory at a time.
+    """Rows of a Parquet file with their number, from 1. One row group is in memory at a time.
 
     Args:
-        wanted: columns to read, of those that the file has; all where none is named or there.
+        wanted: columns to read, as far as the file has them; all columns if none is named or present.
 
     Raises:
-        TaskError: not a Parquet file.
+        TaskError: the file is not valid Parquet.
     """
     import pyarrow as pa
     from pyarrow import parquet

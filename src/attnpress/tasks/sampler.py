@@ -1,4 +1,4 @@
-"""The order of training rows: shuffled, with batches of similar length."""
+"""Order of training rows: shuffled, with batches of similar length."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from torch.utils.data import Sampler
 
 
 class LengthSampler(Sampler[int]):
-    """Shuffled rows whose batches hold similar lengths, so that little padding is computed.
+    """Shuffled rows in batches of similar length, which reduces padding.
 
-    The order depends on seed and epoch alone: a resumed run sees the batches that an uninterrupted one would have.
+    The order depends only on seed and epoch, so a resumed run sees the same batches as an uninterrupted one.
 
     Args:
         lengths: tokens of each row.
-        batch_size: rows that are trained on together, over all ranks.
+        batch_size: rows per training step, over all ranks.
         seed: of the shuffle.
-        epoch: tells which epoch begins. Asked, not told: a data loader that skips what a resumed run has seen already
-            does not pass on the epoch when there are several ranks.
+        epoch: function that returns the current epoch. With several ranks, a data loader that skips the batches of a
+            resumed run does not pass the epoch on.
     """
 
     POOL = 25
-    """Batches' worth of random rows that are sorted together."""
+    """Number of batches of random rows that are sorted together."""
 
     def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, epoch: Callable[[], int]) -> None:
         self.lengths, self.batch_size, self.seed, self.epoch = torch.tensor(lengths), batch_size, seed, epoch
@@ -37,5 +37,5 @@ class LengthSampler(Sampler[int]):
         short = [batch for batch in batches if len(batch) < self.batch_size]
         whole = [batch for batch in batches if len(batch) == self.batch_size]
         order = torch.randperm(len(whole), generator=generator).tolist()
-        # A short batch in the middle would shift all later ones out of their lengths.
+        # A short batch in the middle would misalign all later batches.
         yield from torch.cat([*(whole[index] for index in order), *short]).tolist()

@@ -1,6 +1,6 @@
-"""Where sentences come from: delimited text, JSON lines and Hub datasets, read into the same columns.
+"""Read sentences from delimited text, JSON lines and Hub datasets into the same columns.
 
-Every reader names the file and line of what it cannot use. Nothing here knows about tasks or tokens.
+Every reader names the file and line of an error. Nothing here depends on tasks or tokens.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 TOLERATED, TOLERATED_SHARE = 10, 0.01
-"""Broken rows of a published file that are left out: as many, or that share of its rows if it is more."""
+"""Maximum number of broken rows in a published file, or this share of its rows if that is more."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of a source hold what.
+    """Names of a source's columns.
 
     Attributes:
         text: one column, or two for a pair of sentences.
         label: column of the label.
-        header: names of the columns of a file that has no header line; None when the first line names them.
-        mend: advice for when a column is missing.
+        header: column names of a file without a header line; None if the first line names them.
+        mend: advice when a column is missing.
     """
 
     text: tuple[str, ...]
@@ -45,7 +45,7 @@ class Columns:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """All columns that are read."""
+        """All columns to read."""
         return (*self.text, self.label)
 
 
@@ -54,10 +54,10 @@ class Rows:
     """The examples of one split, as columns of equal length.
 
     Attributes:
-        name: the file or dataset, as messages call it.
+        name: the file or dataset, for messages.
         text: one list of strings for each text column.
-        label: the labels as the source holds them.
-        lines: where each example stands in the source, counted from 1.
+        label: the labels as stored in the source.
+        lines: line number of each example in the source, from 1.
         sha256: hash of the source's bytes, or of the rows when they come from the Hub.
     """
 
@@ -70,22 +70,27 @@ class Rows:
     def __len__(self) -> int:
         return len(self.label)
 
+    def select(self, rows: Sequence[int]) -> Rows:
+        """A selection of the examples in the given order, from the same source."""
+        text = tuple([column[row] for row in rows] for column in self.text)
+        label, lines = ([column[row] for row in rows] for column in (self.label, self.lines))
+        return Rows(self.name, text, label, lines, self.sha256)
+
     def place(self, row: int) -> str:
-        """Where the example stands, for a message."""
+        """Location of an example, for a message."""
         return f"{self.name}, line {self.lines[row]}"
 
 
 def read_file(path: Path, columns: Columns, *, published: bool = False) -> Rows:
-    """Read the named columns of a CSV, TSV or JSON-lines file; blank lines are skipped.
+    """Read the named columns of a CSV, TSV or JSON-lines file. Blank lines are skipped.
 
     Args:
-        path: UTF-8; its ending says which kind it is.
+        path: UTF-8 file; its extension selects the format.
         columns: what to read.
-        published: a few broken rows are left out, and said: nobody can mend the file that all others use.
+        published: leave out a few broken rows, with a warning, since users cannot correct a published file.
 
     Raises:
-        TaskError: unreadable or malformed file, a missing column or one that is there twice, or a text that is not a
-            string.
+        TaskError: unreadable or malformed file, a missing or duplicate column, or a text that is not a string.
     """
     text, sha256 = read_text(path)
     rows, lines = Rows(str(path), tuple([] for _ in columns.text), [], [], sha256), list[int]()
@@ -118,7 +123,7 @@ def _refused(path: Path, text: str, line: int, row: Broken) -> TaskError:
 
 
 def read_text(path: Path) -> tuple[str, str]:
-    """A file's text (UTF-8, a byte-order mark dropped) and the sha256 of its bytes.
+    """The text of a UTF-8 file without its byte-order mark, and the sha256 of its bytes.
 
     Raises:
         TaskError: the file cannot be read or is not UTF-8.
@@ -149,7 +154,7 @@ def read_hub(path: str, config: str | None, split: str, columns: Columns) -> Row
 
 
 def load_hub(path: str, config: str | None, split: str, names: Sequence[str]) -> Dataset:
-    """Load one split from the Hub, or from the cache that `datasets` keeps.
+    """Load one split from the Hub, or from the cache of `datasets`.
 
     Raises:
         TaskError: the dataset cannot be loaded, or lacks one of the columns `names`.
@@ -170,7 +175,7 @@ def load_hub(path: str, config: str | None, split: str, names: Sequence[str]) ->
 
 
 def hash_rows(rows: Iterator[Any]) -> str:
-    """The sha256 of rows that have no file of their own; stable over machines and versions."""
+    """The sha256 of rows without a file; the same on all machines and versions."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, ensure_ascii=False).encode() + b"\n")
@@ -183,7 +188,7 @@ def _append(rows: Rows, record: Record, columns: Columns, place: str) -> None:
         if not isinstance(record[name], str):
             raise TaskError(f"{place}: column {name!r} must hold text, found {record[name]!r:.80}")
         if not is_unicode(record[name]):
-            raise TaskError(f"{place}: column {name!r} holds half of a surrogate pair; correct or delete this line")
+            raise TaskError(f"{place}: column {name!r} holds an unpaired surrogate; correct or delete this line")
         column.append(record[name])
     label = record[columns.label]
     if isinstance(label, list | dict) or (isinstance(label, str) and not is_unicode(label)):

@@ -1,6 +1,6 @@
 """Extractive question answering in the layout of SQuAD v1.1: questions, windows over long contexts, answer spans.
 
-A context longer than the input is cut into overlapping windows; each window is one row of the model. The answer to a
+A context longer than the input is split into overlapping windows. Each window is one row of the model. The answer to a
 question is the best span over its windows (Devlin et al., NAACL 2019, section 4.2).
 """
 
@@ -34,7 +34,7 @@ class Question:
     Attributes:
         question, context: texts.
         answers: accepted answers, at least one.
-        starts: where each of them stands in the context, in characters.
+        starts: position of each answer in the context, in characters.
     """
 
     question: str
@@ -45,7 +45,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """What ties one row of the model to its question.
+    """The relation of one row of the model to its question.
 
     Attributes:
         question: index of the question.
@@ -59,10 +59,10 @@ class Window:
 
 
 def read_squad(path: Path) -> tuple[list[Question], str]:
-    """Read the official JSON layout; returns the questions and the file's sha256.
+    """Read the official JSON layout. Returns the questions and the file's sha256.
 
     Raises:
-        TaskError: malformed file, or a question without a usable answer.
+        TaskError: the file is malformed, or a question has no usable answer.
     """
     text, sha256 = read_text(path)
     try:
@@ -77,7 +77,7 @@ def read_squad(path: Path) -> tuple[list[Question], str]:
 
 
 def read_hub_squad(path: str, config: str | None, split: str) -> tuple[list[Question], str]:
-    """Read a SQuAD dataset from the Hub; returns the questions and the hash of the rows.
+    """Read a SQuAD dataset from the Hub. Returns the questions and the hash of the rows.
 
     Raises:
         TaskError: the dataset cannot be loaded, or a question has no usable answer.
@@ -94,17 +94,17 @@ def encode_windows(
 ) -> tuple[dict[str, list[Any]], list[Window]]:
     """Tokenize questions with their contexts into windows of at most `max_length` tokens.
 
-    A third of the input (128 tokens at most) is shared by neighbouring windows, and a question takes up to a third
-    (64 tokens at most). A window that does not hold the whole first answer points at its first token, position 0.
+    Neighbouring windows share a third of the input (at most 128 tokens). A question takes up to a third (at most 64
+    tokens). A window without the whole first answer points at its first token, position 0.
 
     Args:
         tokenizer: a fast tokenizer.
         questions: what to encode.
         max_length: tokens of one window, SHORTEST_INPUT or more.
-        first: index of the first question, when these are a part of a longer list.
+        first: index of the first question, if these are part of a longer list.
 
     Returns:
-        The model's inputs with start_positions and end_positions, one row a window; and the windows, row by row.
+        The model's inputs with start_positions and end_positions, one row per window; and the windows, row by row.
     """
     third = max_length // 3
     encoded = tokenizer(
@@ -126,7 +126,7 @@ def encode_windows(
 def squad_metrics(
     questions: Sequence[Question], windows: Sequence[Window]
 ) -> Callable[[EvalPrediction], dict[str, float]]:
-    """The function that a Trainer calls with start and end logits, each [windows, longest row], in this order."""
+    """Build a Trainer's `compute_metrics` for start and end logits, each [windows, longest row], in this order."""
     targets = [{"id": str(i), "answers": {"text": list(one.answers)}} for i, one in enumerate(questions)]
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
@@ -141,6 +141,25 @@ def squad_metrics(
     return compute
 
 
+def question_scores(
+    questions: Sequence[Question], windows: Sequence[Window]
+) -> Callable[[EvalPrediction], list[float]]:
+    """Build the function that gives F1 of each question, 0 to 1, from the input of `squad_metrics`."""
+
+    def compute(prediction: EvalPrediction) -> list[float]:
+        from torchmetrics.functional.text.squad import squad
+
+        start, end = (np.asarray(logits, dtype=np.float32) for logits in prediction.predictions[:2])
+        answers = best_answers(questions, windows, start, end)
+        pairs = [
+            ({"id": "0", "prediction_text": answer}, {"id": "0", "answers": {"text": list(one.answers)}})
+            for answer, one in zip(answers, questions, strict=True)
+        ]
+        return [float(squad(given, target)["f1"]) / 100 for given, target in pairs]  # type: ignore[arg-type]
+
+    return compute
+
+
 def best_answers(
     questions: Sequence[Question], windows: Sequence[Window], start: NDArray[np.float32], end: NDArray[np.float32]
 ) -> list[str]:
@@ -149,10 +168,10 @@ def best_answers(
     Args:
         questions: as encoded.
         windows: of those questions.
-        start, end: logits [windows, length]; what lies beyond a row's own tokens is never read.
+        start, end: logits [windows, length]; positions beyond a row's own tokens are never read.
 
     Raises:
-        ValueError: not one row of logits for each window.
+        ValueError: the numbers of windows and rows of logits differ.
         DivergedPredictionsError: NaN or infinite logits.
     """
     if not len(windows) == len(start) == len(end):
@@ -171,7 +190,7 @@ def best_answers(
 
 
 def best_span(start: NDArray[np.float32], end: NDArray[np.float32]) -> tuple[float, int, int]:
-    """The span with the largest sum of its start and end logits among all of at most LONGEST_ANSWER tokens.
+    """The span of at most LONGEST_ANSWER tokens with the largest sum of start and end logits.
 
     Args:
         start, end: logits of the context tokens, shape [n], n >= 1.
@@ -197,10 +216,10 @@ def _question(name: str, key: str, question: str, context: str, answers: Mapping
     for text in (question, context, *texts):
         if not isinstance(text, str) or not is_unicode(text):
             raise TaskError(
-                f"{name}: question {key!r:.80} has something else than text in it ({text!r:.40}); correct it"
+                f"{name}: question {key!r:.80} contains a value that is not text ({text!r:.40}); correct it"
             )
     if not all(type(start) is int for start in starts):
-        raise TaskError(f"{name}: question {key!r:.80} has an answer_start that is no whole number; correct it")
+        raise TaskError(f"{name}: question {key!r:.80} has an answer_start that is not an integer; correct it")
     if not texts or not all(texts):
         raise TaskError(f"{name}: question {key!r} has no answer; SQuAD v1.1 is expected, not v2.0")
     if not all(start >= 0 and start + len(text) <= len(context) for text, start in zip(texts, starts, strict=True)):
@@ -222,7 +241,7 @@ def _window(question: int, sequences: list[int | None], offsets: list[tuple[int,
 
 
 def _positions(window: Window, question: Question) -> tuple[int, int]:
-    """Positions of the first and last token of the first answer, (0, 0) when the window does not hold all of it."""
+    """Positions of the first and last token of the first answer; (0, 0) if the window does not contain all of it."""
     begins, ends = window.offsets[:, 0], window.offsets[:, 1]
     start = question.starts[0]
     stop = start + len(question.answers[0])

@@ -1,4 +1,4 @@
-"""The table of tasks: what a model learns and how it is judged. Adding a task is adding a row, no other code."""
+"""Table of tasks: what a model learns and how it is evaluated. Adding a task means adding a row, no other code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnpress.tasks.sources import Rows
 
 Split = Literal["train", "eval"]
 CUSTOM = "custom"
-"""Name of the task that reads the user's own files; its row is made from the `DataSpec`."""
+"""Name of the task for the user's own files; its row is made from the `DataSpec`."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Layout:
 
     Attributes:
         folder: its published name; `data_dir` is this folder or one of the two above it.
-        train, eval: file names; a "*" allows for named parts of the whole file.
+        train, eval: file names; a "*" matches named parts of the whole file.
         text, label, header: as in `Columns`, where they differ from the task's own.
     """
 
@@ -39,11 +39,11 @@ class Task:
     """One row of the table.
 
     Attributes:
-        name: what recipes call it.
+        name: its name in recipes.
         about: one line for users.
-        kind: which head and loss it takes.
+        kind: determines head and loss.
         metrics: names in METRICS (for "qa": "f1" and "exact_match"); the first is the headline.
-        labels: names of the classes, by index; empty in regression and qa, and in files of one's own, which name them.
+        labels: class names by index; empty in regression and qa, and for the user's own files, which define them.
         text: one text column, or two.
         label: label column.
         hub: dataset and configuration on the Hub.
@@ -66,7 +66,7 @@ class Task:
 
     @property
     def headline(self) -> str:
-        """The metric that the task is judged by."""
+        """The main metric of the task."""
         return self.metrics[0]
 
 
@@ -180,6 +180,6 @@ TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
 
 
 def list_tasks() -> list[tuple[str, str]]:
-    """Name and one line with the metrics for every task, the user's own files last."""
+    """Name and one line with the metrics of every task; the user's own files come last."""
     rows = [(task.name, f"{task.about}; {', '.join(task.metrics)}") for task in TASKS.values()]
     return [*rows, (CUSTOM, f"your own CSV, TSV or JSON lines; data.metric: {', '.join(METRICS)}")]

@@ -1,7 +1,7 @@
-"""Texts without labels: what compression is calibrated and judged on where nobody has labelled anything.
+"""Texts without labels, for calibration and evaluation when no labels exist.
 
-They come from a file of JSON lines, CSV, tab-separated text, Parquet or plain lines, from a stream, or from a data set
-of the Hub. Rows that cannot be used are counted, not fatal; a file of which nothing can be used is.
+They come from a file of JSON lines, CSV, tab-separated text, Parquet or plain lines, from a stream, or from a Hub
+dataset. Unusable rows are counted and skipped; a file without any usable row is an error.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from attnpress.tasks.lines import (
 from attnpress.tasks.parquet import PARQUET, parquet_rows
 
 USUAL = (("text",), ("sentence",), ("query", "passage"), ("query", "document"), ("sentence1", "sentence2"))
-"""Names of columns that are taken without being asked for, the first that a file has."""
+"""Default names of text columns; the first that a file has are used."""
 
 SCANNED = 20_000
-"""Rows of a long file, from its beginning, among which texts are drawn."""
+"""Number of rows at the beginning of a file from which texts are drawn."""
 
 FEW_VALUES = 20
-"""A second column with no more different values than this, all of them short, looks like labels."""
+"""A second column with at most this many different values, all of them short, is taken for labels."""
 
 Text = tuple[str, ...]
 """One text, or the two of a pair."""
@@ -43,13 +43,13 @@ Text = tuple[str, ...]
 
 @dataclass
 class Texts:
-    """Texts of a source, each once, in an order drawn with a fixed seed.
+    """Unique texts of a source, in an order drawn with a fixed seed.
 
     Attributes:
-        rows: one text or the two of a pair each.
+        rows: one text, or the two of a pair, each.
         columns: their names; empty for plain lines.
-        skipped: rows without usable text, by reason.
-        repeated: rows that were there before.
+        skipped: number of rows without usable text, by reason.
+        repeated: number of duplicate rows.
     """
 
     rows: list[Text]
@@ -59,17 +59,18 @@ class Texts:
 
 
 def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024) -> Texts:
-    """Texts of a file, a stream or a data set of the Hub.
+    """Read texts from a file, a stream or a Hub dataset.
 
     Args:
-        source: a path; a stream, such as /dev/stdin, is one. Its ending says what is in it: .jsonl, .ndjson, .json,
-            .csv, .tsv, .parquet; anything else holds a text on each line (.txt a table, if columns are named), or JSON
-            lines if the first is an object. Or a data set's name on the Hub, "name:split" for another split than train.
-        columns: of the texts, one or two. By default USUAL, or the only column with texts.
-        limit: so many are drawn from the first SCANNED rows.
+        source: a path or a stream, such as /dev/stdin. The extension selects the format: .jsonl, .ndjson, .json, .csv,
+            .tsv, .parquet; anything else holds one text per line (.txt is a table if columns are named), or JSON lines
+            if the first line is an object. Or the name of a Hub dataset; "name:split" selects a split other than train.
+        columns: one or two text columns. By default USUAL, or the only column with texts.
+        limit: number of texts drawn from the first SCANNED rows.
 
     Raises:
-        TaskError: nothing there, nothing usable in it, no such column, or a second column that holds labels.
+        TaskError: the source is missing or has no usable text, a column does not exist, or a second column holds
+            labels.
     """
     path = Path(source)
     if path.is_dir():
@@ -84,10 +85,10 @@ def read_texts(source: str, columns: Sequence[str] = (), limit: int = 1024) -> T
 
 
 def texts_of(rows: Sequence[Any], limit: int = 1024) -> Texts:
-    """Texts that Python hands over: strings, or pairs of strings.
+    """Validate texts given in Python: strings, or pairs of strings.
 
     Raises:
-        TaskError: no list of those, or none in it.
+        TaskError: the argument is not a list of those, or is empty.
     """
     if isinstance(rows, str):
         raise TaskError("texts: found one string; give a list of texts, or a pathlib.Path to a file of them")
@@ -122,7 +123,7 @@ def _of_file(path: Path, columns: Sequence[str]) -> Iterator[Record | Broken]:
 
 
 def _plain_or_json(path: Path, lines: Iterable[str], named: bool) -> Iterator[Record | Broken]:
-    """A text a line; JSON lines where the first line that is not empty begins like an object."""
+    """One text per line; JSON lines if the first nonempty line starts like an object."""
     first = next((line for line in lines if line.strip()), "")
     if first.lstrip().startswith("{"):
         yield from (record for _, record in read_rows(Path("lines.jsonl"), chain([first], lines)))
@@ -138,7 +139,7 @@ def _of_hub(source: str) -> Iterator[Record]:
     name, _, split = source.partition(":")
     try:
         yield from load_dataset(name, split=split or "train", streaming=True)
-    except Exception as error:  # whatever the Hub, the network or a data set's files may say
+    except Exception as error:  # the Hub, the network and a dataset's files raise errors of many types
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise TaskError(
             f"--texts {source}: no such file, and no data set of that name could be read ({reason})"
@@ -176,7 +177,7 @@ def _useless(source: str, records: Sequence[Record | Broken], found: Texts) -> s
 
 
 def _usual_columns(source: str, records: Sequence[Record]) -> Text:
-    """Which columns hold the texts, if nobody says."""
+    """The columns that hold the texts, if none is named."""
     first = records[0] if records else {"": ""}
     for names in USUAL:
         if all(isinstance(first.get(name), str) for name in names):

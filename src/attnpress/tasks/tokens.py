@@ -1,4 +1,4 @@
-"""From texts to tokens, with at least one for each: a model cannot be asked about a row of length zero."""
+"""Tokenize texts into at least one token each, since a model cannot process a row of length zero."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ Encoded = dict[str, list[list[int]]]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], max_length: int) -> Encoded:
-    """Token ids of texts or pairs of texts, unpadded, with what else the model's input has.
+    """Token ids of texts or pairs of texts, unpadded, with the other inputs of the model.
 
-    A text without tokens (an empty one, where the tokenizer adds no [CLS] or such) becomes `stand_in`, so that it is
-    trained on, evaluated and answered as any other.
+    A text without tokens (an empty one, if the tokenizer adds no [CLS] or similar) is replaced by `stand_in`, and is
+    then trained on, evaluated and answered like any other.
 
     Args:
         texts: one or two columns of equal length.
-        max_length: longer inputs are cut.
+        max_length: longer inputs are truncated.
 
     Raises:
-        TaskError: a row has no tokens, and the tokenizer has no special token to stand in for it.
+        TaskError: a row has no tokens, and the tokenizer has no special token to replace it with.
     """
     found: Any = tokenizer(*([*column] for column in texts), truncation=True, max_length=max_length)
     encoded: Encoded = dict(found)
@@ -38,12 +38,13 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[Sequence[str]], m
 
 
 def stand_in(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that an input without tokens becomes: the first that marks a beginning or an end; else the unknown.
+    """The token for an input without tokens: the first that marks a beginning or an end, else the unknown token.
 
-    A token of its own is preferred to one that also pads: models that look for the last real token pass over those.
+    A token that is not also the padding token is preferred, since models that look for the last real token skip
+    padding.
 
     Raises:
-        TaskError: the tokenizer has none.
+        TaskError: the tokenizer has no such token.
     """
     named = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id)
     known: list[int] = [

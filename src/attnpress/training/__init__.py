@@ -1,1 +1,1 @@
-"""Calibration and training of bound models: thresholds, sparsity step by step, the one Trainer."""
+"""Calibration and training of bound models: thresholds, stepwise sparsity, and the Trainer."""

@@ -1,4 +1,4 @@
-"""calibrate: static scales and thresholds from real batches, padding excluded, merged over all ranks."""
+"""calibrate: static scales and thresholds from real batches, without padding, merged over all ranks."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from attnpress.models.watchers import Fitting, Gathering, Observing, watched
 from attnpress.training.sensitivity import head_changes
 
 SENSITIVITY_BATCHES = 2
-"""Each head costs a forward pass over them."""
+"""Number of batches; each head costs a forward pass over them."""
 
 REFITS = 2
-"""Pruning a layer changes what later layers see, so thresholds are fitted again with pruning on."""
+"""Pruning a layer changes the inputs of later layers, so thresholds are fitted again with pruning."""
 
 
 def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Fix the static scales of a bound model, then fit its thresholds to `spec.sparsity`.
+    """Choose the static scales of a bound model, then fit its thresholds to `spec.sparsity`.
 
     Args:
         model: after `bind`.
-        batches: a handful of real training batches: mappings from names of forward's arguments to tensors, as a data
-            loader gives them; see `forward_inputs` for what else may be in them. Under torch.distributed, each rank
-            gives its own share, the same number of batches everywhere.
+        batches: a few real training batches: mappings from names of forward's arguments to tensors, as a data loader
+            returns them; see `forward_inputs` for other content. Under torch.distributed, each rank passes its own
+            share, with the same number of batches on all ranks.
 
     Raises:
-        BatchError: no batches, or one that the model cannot be called with.
-        ValueError: none with a real token; the model is not bound.
+        BatchError: there are no batches, or the model cannot be called with one.
+        ValueError: no batch contains a real token, or the model is not bound.
     """
     modules = list(bound_modules(model).values())
     kept = listed(batches, "calibrate")
@@ -56,13 +56,13 @@ def calibrate(model: nn.Module, batches: Iterable[Batch]) -> None:
 
 
 def fit_thresholds(model: nn.Module, batches: Iterable[Batch]) -> None:
-    """Fit per-head thresholds to `spec.sparsity` on the pairs of all batches, pooled, in evaluation mode.
+    """Fit per-head thresholds to `spec.sparsity` on the pooled pairs of all batches, in evaluation mode.
 
-    Trained thresholds (`spec.threshold_penalty`) stay as they are.
+    Trained thresholds (`spec.threshold_penalty`) are not changed.
 
     Raises:
-        BatchError: as `calibrate` raises it.
-        ValueError: the batches hold nothing but padding; the model is not bound.
+        BatchError: see `calibrate`.
+        ValueError: the batches contain only padding, or the model is not bound.
     """
     _fit(
         model,
@@ -80,11 +80,11 @@ def _fit(model: nn.Module, batches: list[Batch], modules: list[CompressedAttenti
                 pass
         for module in fitted:
             _, pairs = module.take_seen(0.0, reduce_over_ranks)
-            if pairs == 0:  # whatever the rule: one that fits nothing would go on with scales of nothing
+            if pairs == 0:  # for every rule, since a rule without thresholds would continue with meaningless scales
                 raise ValueError("the batches hold no valid pair of tokens, only padding: calibrate on real batches")
             module.fit()
         if all(torch.equal(old, _in_force(module)) for old, module in zip(before, fitted, strict=True)):
-            break  # the model is what it was, so that it would show the same pairs again
+            break  # the model is unchanged and would give the same pairs again
 
 
 def _in_force(module: CompressedAttention) -> Tensor:
@@ -94,9 +94,9 @@ def _in_force(module: CompressedAttention) -> Tensor:
 
 
 def _fit_directions(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> None:
-    """Fit the directions of those modules that have some, before any threshold is."""
+    """Fit the directions of modules that have some, before their thresholds."""
     gathering = {module: Gathering(module) for module in modules if module.has_directions}
-    # Watched at no row, modules do without the thresholds that nothing has fitted yet.
+    # Watching no rows, modules run without thresholds, which are not fitted yet.
     fitting = watching([module for module in modules if not module.spec.is_dense], slice(0))
     with fitting, watched(gathering.items()):
         for _ in outputs(model, batches if gathering else []):
@@ -134,7 +134,7 @@ def _set_budgets(model: nn.Module, batches: list[Batch], modules: list[Compresse
 
 
 def _head_changes(model: nn.Module, batches: list[Batch], modules: list[CompressedAttention]) -> Tensor:
-    """`head_changes` of pruning alone; all matrices stay quantized."""
+    """`head_changes` of pruning only; all matrices stay quantized."""
     fitted = {module: module.cutoff.clone() for module in modules}
 
     @contextmanager

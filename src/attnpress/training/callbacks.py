@@ -1,4 +1,4 @@
-"""Callbacks of a Trainer: sparsity by the schedule, and checkpoints that are whole."""
+"""Trainer callbacks: sparsity by the schedule, and complete checkpoints."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from attnpress.training.driver import SparsityDriver, Target
 from attnpress.training.progress import add_to_log
 
 COMPLETE = "complete"
-"""Marker file written last into a checkpoint: one without it was cut short and is never resumed from."""
+"""Marker file written last into a checkpoint; a checkpoint without it is incomplete and never resumed from."""
 
 
 class DivergedError(RuntimeError):
-    """The loss or a weight became NaN or infinite; the last good checkpoint is kept."""
+    """The loss or a weight became NaN or infinite. The last good checkpoint is kept."""
 
 
 class SparsityCallback(TrainerCallback):
     """Progressive pruning as a Trainer callback.
 
-    The model that is pruned is the one that the Trainer trains, also if its `model_init` makes a new one. Training ends
-    at the target before the last step is evaluated and saved; with `load_best_model_at_end`, the model is afterwards
-    what the best checkpoint holds, thresholds and sparsity in force included.
+    It prunes the model that the Trainer trains, also if `model_init` creates a new one. The target is reached before
+    the last step is evaluated and saved. With `load_best_model_at_end`, the model afterwards equals the best
+    checkpoint, including thresholds and sparsity.
 
     Args:
         model: bound and calibrated.
@@ -50,7 +50,7 @@ class SparsityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Refuse a model that is not bound; warn where updates would be rounded away."""
+        """Check that the model is bound, and warn if its dtype would round updates away."""
         self._follow(model)
         self.driver.targets()
         if (dtype := low_precision(self.driver.model)) is not None:
@@ -63,19 +63,19 @@ class SparsityCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Ask for the sparsity of this step."""
+        """Set the sparsity of this step."""
         self._follow(model)
         self.driver.total = state.max_steps
         self.asked = self.driver.begin(state.global_step)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Collect what the step has seen, and after the last one freeze, before it is evaluated or saved."""
+        """Collect the pairs of the step. After the last step, freeze the target before evaluation and saving."""
         self.driver.end()
         if state.global_step >= state.max_steps:
             self.driver.freeze()
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Leave the model at its target, unless the best checkpoint was loaded: then it is left as it was saved."""
+        """Freeze the target, unless the best checkpoint was loaded, which is left as it was saved."""
         if not (args.load_best_model_at_end and state.best_model_checkpoint is not None):
             self.driver.freeze()  # also after an early stop, or a resume from the very last checkpoint
             return
@@ -92,23 +92,23 @@ class SparsityCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Put the sparsity asked and achieved in the last step beside the loss."""
+        """Add the requested and achieved sparsity of the last step to the log."""
         add_to_log(state, logs, {"sparsity_asked": self.asked, "sparsity_achieved": self.driver.achieved})
 
     def _follow(self, model: nn.Module | None) -> None:
-        """Drive the model that is trained, if it is another than the one known."""
+        """Switch to the trained model, if it is a different one."""
         if model is not None and set(attentions(model).values()) != set(attentions(self.driver.model).values()):
             self.driver.model = model
 
 
 def low_precision(model: nn.Module) -> torch.dtype | None:
-    """The dtype of weights that are trained in fewer than 32 bits; None if there are none."""
+    """The dtype of weights trained in fewer than 32 bits; None if there are none."""
     trained = (parameter.dtype for parameter in model.parameters() if parameter.requires_grad)
     return next((dtype for dtype in trained if torch.finfo(dtype).bits < 32), None)
 
 
 class CheckpointCallback(TrainerCallback):
-    """Marks checkpoints that are whole, and refuses to keep one whose weights are not finite."""
+    """Marks complete checkpoints, and refuses to keep one with non-finite weights."""
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
@@ -116,7 +116,7 @@ class CheckpointCallback(TrainerCallback):
         """Called when all files of a checkpoint are written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         finite = model is None or all(bool(torch.isfinite(p).all()) for p in model.parameters())
-        this_process().wait_for_everyone()  # each rank writes its random state
+        this_process().wait_for_everyone()  # each rank writes its own random state
         if not state.is_world_process_zero or not folder.is_dir():
             return
         if not finite:
@@ -126,7 +126,7 @@ class CheckpointCallback(TrainerCallback):
 
 
 def diverged_message(step: int) -> str:
-    """What to do when training left the finite numbers."""
+    """Advice for a diverged training."""
     return (
         f"the loss or a weight is no longer finite at step {step}; the last good checkpoint is kept. Lower the "
         "learning rate (dense.learning_rate or compress.learning_rate) in a new run folder"

@@ -1,4 +1,4 @@
-"""SparsityDriver: raises the sparsity of a bound model step by step, for any training loop."""
+"""SparsityDriver: raises the sparsity of a bound model step by step, in any training loop."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ Target = float | Mapping[str, float]
 
 
 class SparsityDriver:
-    """Raises the sparsity of a bound model step by step; for any training loop.
+    """Raises the sparsity of a bound model step by step, in any training loop.
 
-    Call `begin(step)` before a step's forward passes and `end()` after its update. Nothing of the model is kept here:
-    its attention modules are looked up at each call, so that it may be bound anew; thresholds and their histogram are
-    buffers of theirs, so that a checkpoint holds all that a resumed run needs.
+    Call `begin(step)` before a step's forward passes and `end()` after its update. The driver stores nothing of the
+    model. It looks up the attention modules at each call, so the model may be bound again. Thresholds and histograms
+    are module buffers, so a checkpoint contains everything that a resumed run needs.
 
     Args:
         model: bound and calibrated.
         schedule: how sparsity grows.
-        target: sparsity to end at, from 0 to below 1; or one for each attention module, by name.
-        total: number of steps of the training.
+        target: final sparsity, from 0 to below 1; or one for each attention module, by name.
+        total: number of training steps.
 
     Raises:
-        ConfigError: the model is not bound, `target` does not name its attention modules, or a number is out of range.
+        ConfigError: the model is not bound, `target` does not match its attention modules, or a number is out of range.
     """
 
     def __init__(self, model: nn.Module, schedule: ScheduleSpec, target: Target, total: int) -> None:
@@ -43,11 +43,11 @@ class SparsityDriver:
 
     @property
     def modules(self) -> list[CompressedAttention]:
-        """The attention modules that the model has now, in the order of the layers."""
+        """The model's current attention modules, in the order of the layers."""
         return [module for module, _ in self.targets()]
 
     def targets(self) -> list[tuple[CompressedAttention, float]]:
-        """The attention modules that the model has now, each with the sparsity to end at.
+        """The model's current attention modules, each with its final sparsity.
 
         Raises:
             ConfigError: there are none, or `target` names others.
@@ -67,7 +67,7 @@ class SparsityDriver:
         return [(module, named[name]) for name, module in found.items()]
 
     def begin(self, step: int) -> float:
-        """Refit thresholds to the sparsity asked at `step` (from 0), watch its pairs; returns the mean asked."""
+        """Refit thresholds to the sparsity of `step` (from 0), and watch its pairs; returns the mean sparsity."""
         asked = []
         for module, target in self.targets():
             asked.append(sparsity_at(step, self.total, self.schedule, target))
@@ -77,10 +77,10 @@ class SparsityDriver:
         return asked[0] if len(set(asked)) == 1 else statistics.fmean(asked)
 
     def end(self) -> float:
-        """Add the pairs that all ranks have seen in this step to the running histogram.
+        """Add the pairs that all ranks saw in this step to the running histogram.
 
         Returns:
-            The fraction of those pairs that this step's thresholds pruned; the last known where no row was watched.
+            The fraction of those pairs that this step's thresholds pruned; the previous value if no row was watched.
         """
         counts = []
         for module in self.modules:
@@ -91,7 +91,7 @@ class SparsityDriver:
         return self.achieved
 
     def freeze(self) -> None:
-        """Ask for the target itself when training is over: the last step may have asked for less."""
+        """Set the target itself at the end of training, since the last step may have requested less."""
         for module, target in self.targets():
             if self.schedule.kind != "fixed":
                 module.set_sparsity(target)

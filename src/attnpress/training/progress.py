@@ -1,4 +1,4 @@
-"""What a training tells while it runs: figures added to its log, and the views of that log."""
+"""Progress of a training: figures added to its log, and live views of the log."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ from attnpress.tasks import DivergedPredictionsError, TaskData
 from attnpress.tasks.predictions import predict
 
 WATCHED_ROWS, WATCHED_TIMES = 200, 6
-"""How many evaluation rows the metric is watched on while training, and how often in a stage."""
+"""Number of evaluation rows for the watched metric, and of evaluations per stage."""
 
 Logs = dict[str, Any]
 
 
 def add_to_log(state: TrainerState, logs: Logs | None, figures: dict[str, float]) -> None:
-    """Put figures beside a logged loss: into the history, and in sight of the callbacks that come later."""
+    """Add figures to a logged loss, in the history and for later callbacks."""
     if logs is not None and "loss" in logs:
         logs.update(figures)
         state.log_history[-1].update(figures)
 
 
 class MetricCallback(TrainerCallback):
-    """Logs the task's headline metric, `eval_NAME`, on a few evaluation rows, a few times in a stage.
+    """Logs the task's headline metric, `eval_NAME`, on a few evaluation rows, a few times per stage.
 
-    A view of how training goes, not a result: the stage itself is evaluated on all rows when it is done.
+    This shows progress only. The stage is evaluated on all rows when it has finished.
 
     Args:
         data: of the run.
@@ -58,25 +58,25 @@ class MetricCallback(TrainerCallback):
         model: Any = None,
         **_: Any,
     ) -> None:
-        """Evaluate, where the step is due."""
+        """Evaluate at the due steps."""
         if logs is None or "loss" not in logs or not self.due(state):
             return
-        with torch.random.fork_rng(devices=()):  # a data loader draws a number: training must not miss it
+        with torch.random.fork_rng(devices=()):  # a data loader draws a random number, which must not change training
             try:
                 headline, value = next(iter(predict(model, self.data).items()))
             except DivergedPredictionsError:
-                return  # training finds out at its next loss, and says so
-        if math.isfinite(value):  # a correlation with a constant is not
+                return  # training detects this at its next loss
+        if math.isfinite(value):  # a correlation with a constant is undefined
             add_to_log(state, logs, {f"eval_{headline}": value})
 
     def due(self, state: TrainerState) -> bool:
-        """Whether the metric is to be logged at this step, by the step alone: a resumed run does as one in one go."""
+        """True if the metric is logged at this step, which depends on the step only, as resumed runs require."""
         every = math.ceil(state.max_steps / WATCHED_TIMES / state.logging_steps) * state.logging_steps
         return state.global_step % every == 0
 
 
 class LiveView(TrainerCallback):
-    """One line in a terminal, redrawn in place: step, newest figures, time left."""
+    """One terminal line, redrawn in place: step, newest figures, time left."""
 
     COLUMNS: ClassVar[tuple[Any, ...]] = (
         TextColumn("step"),
@@ -92,31 +92,31 @@ class LiveView(TrainerCallback):
         self.figures: dict[str, str] = {}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begin where a resumed run begins."""
+        """Start at the first step, or that of a resumed run."""
         if state.is_world_process_zero:
             self.progress.add_task("train", total=state.max_steps, completed=state.global_step, figures="")
             self.progress.start()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Move on."""
+        """Advance."""
         if self.progress.tasks:
             self.progress.update(self.progress.task_ids[0], completed=state.global_step)
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs | None = None, **_: Any
     ) -> None:
-        """Show the newest figures; those that are logged less often stay."""
+        """Show the newest figures; less frequent ones stay."""
         self.figures |= newest_figures(logs)
         if self.progress.tasks:
             self.progress.update(self.progress.task_ids[0], figures=" ".join(self.figures.values()))
 
     def close(self) -> None:
-        """Leave the last line standing; also when training failed."""
+        """Leave the last line on the screen, also after an error."""
         self.progress.stop()
 
 
 class PlainView(TrainerCallback):
-    """A line now and then, for output that is no terminal."""
+    """A line at intervals, for output that is not a terminal."""
 
     LINES = 6
     """How many lines a stage prints."""
@@ -125,13 +125,13 @@ class PlainView(TrainerCallback):
         self.begin = (0, 0.0)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Note where and when a perhaps resumed run begins."""
+        """Record the start step and time."""
         self.begin = (state.global_step, time.monotonic())
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Logs | None = None, **_: Any
     ) -> None:
-        """Print the newest figures, but not all of them."""
+        """Print the newest figures at intervals."""
         due = state.global_step % max(1, state.max_steps // self.LINES) < state.logging_steps
         if state.is_world_process_zero and due and (shown := newest_figures(logs)):
             shown["left"] = self._left(state)
@@ -143,11 +143,11 @@ class PlainView(TrainerCallback):
         return f"{timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
-        """Nothing is left open."""
+        """Nothing to close."""
 
 
 def newest_figures(logs: Logs | None) -> dict[str, str]:
-    """Loss, sparsity achieved of asked, and metric of a log entry, in words; empty for entries without a loss."""
+    """Loss, achieved and requested sparsity, and metric of a log entry, in words; empty for entries without a loss."""
     if not logs or "loss" not in logs:
         return {}
     shown = {"loss": f"loss {logs['loss']:.3f}"}
@@ -159,19 +159,19 @@ def newest_figures(logs: Logs | None) -> dict[str, str]:
 
 
 def trackers(names: Sequence[str], tensorboard: Path) -> list[TrainerCallback]:
-    """The Trainer's own callbacks for trackers such as "wandb"; TensorBoard's files go to the folder."""
+    """The Trainer's own callbacks for trackers such as "wandb"; TensorBoard writes to the folder."""
     callbacks = [tracker() for tracker in get_reporting_integration_callbacks(list(names))]
     for callback in callbacks:
-        if isinstance(callback, TensorBoardCallback):  # by itself it writes among the checkpoints, which are removed
+        if isinstance(callback, TensorBoardCallback):  # by default it writes to the checkpoint folder, which is removed
             callback.logging_dir = str(tensorboard)
     return callbacks
 
 
 def check_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that the Trainer cannot report to.
+    """Check that the Trainer supports the trackers.
 
     Raises:
-        ConfigError: an unknown name, or a package that is not installed.
+        ConfigError: a name is unknown, or a package is not installed.
     """
     for name in names:
         if name not in INTEGRATION_TO_CALLBACK:

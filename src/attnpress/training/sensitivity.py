@@ -1,4 +1,4 @@
-"""Sensitivity of single heads, measured: what is done to one head alone, and how far the model's output moves."""
+"""Measured sensitivity of single heads: change of the model's output if one head is modified."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ def head_changes(
     modules: Sequence[CompressedAttention],
     treating: Callable[[CompressedAttention, int], AbstractContextManager[None]],
 ) -> Tensor:
-    """How far the model's first output moves when one head alone is treated, head by head.
+    """Change of the model's first output if one head alone is modified, head by head.
 
     Args:
         batches: each head costs a forward pass over them.
-        untouched: the first output for each batch with no head treated.
+        untouched: the first output for each batch with no head modified.
         modules: whose heads are measured.
-        treating: a `with` block inside which this head of this module, and no other, is treated.
+        treating: returns a `with` block inside which only the given head of the given module is modified.
 
     Returns:
-        The norm of the difference over all batches of all ranks; float64 [heads of all modules], in their order.
+        The norm of the difference over all batches of all ranks; float64 [heads of all modules], in order.
     """
     changes = []
     for module in modules:

@@ -1,4 +1,4 @@
-"""The one Trainer, of dense and compressing stages: the task's loss, and what a teacher adds to it; resumable."""
+"""The Trainer of dense and compressing stages: the task's loss plus distillation; resumable."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Autocast = Literal["none", "bfloat16", "float16"]
 
 
 class CompressionTrainer(Trainer):
-    """The one Trainer: the task's loss, plus distillation where a teacher is given.
+    """A Trainer with the task's loss, plus distillation if there is a teacher.
 
     Args:
-        teacher: dense model, bound with `DENSE` so that its attention outputs can be seen; None for plain training.
+        teacher: dense model, bound with `DENSE` so that its attention outputs can be captured; None for plain training.
         distillation: weights of its terms.
     """
 
@@ -59,7 +59,7 @@ class CompressionTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Loss of one batch; stops a run whose loss is no longer finite.
+        """Loss of one batch; stops the run if the loss is not finite.
 
         Raises:
             DivergedError: see `train`.
@@ -100,28 +100,29 @@ def train(
     report_to: Sequence[str] = (),
     autocast: Autocast = "none",
 ) -> list[dict[str, Any]]:
-    """Train in place, in float32, resuming from the last whole checkpoint in `folder`.
+    """Train in place, in float32, resuming from the last complete checkpoint in `folder`.
 
     Args:
-        model: weights in fewer bits become float32, in which small updates are not rounded away.
-        folder: checkpoints go there.
+        model: weights in other dtypes are converted to float32, where small updates are not rounded away.
+        folder: for checkpoints.
         seed: of data order and dropout, from 0.
         distillation, teacher: see `CompressionTrainer`.
-        report_to: trackers by the Trainer's names; TensorBoard's files go to `tensorboard` beside the folder's parent.
+        report_to: trackers by the Trainer's names; TensorBoard writes to `tensorboard` beside the folder's parent.
         autocast: see `RunConfig`.
 
     Returns:
-        Log history: loss, learning rate, what callbacks add (sparsity asked and achieved), the metric now and then.
+        Log history: loss, learning rate, values of callbacks (requested and achieved sparsity), the metric at
+            intervals.
 
     Raises:
         DivergedError: NaN or infinity; the last good checkpoint is kept.
-        ConfigError: `seed` is out of range, or autocast cannot be had here.
+        ConfigError: `seed` is out of range, or autocast is not available here.
     """
     check_autocast(autocast)
     if low_precision(model) is not None:
         model.float()
     arguments = training_arguments(spec, len(data.train), folder, seed, autocast)
-    if arguments.n_gpu > 1:  # DataParallel works on copies of the model, so what they see of its pairs would be lost
+    if arguments.n_gpu > 1:  # DataParallel uses copies of the model, so their pair statistics would be lost
         arguments._n_gpu = 1
     trainer = CompressionTrainer(
         model=model,
@@ -137,7 +138,7 @@ def train(
         trainer.train(resume_from_checkpoint=last_checkpoint(folder))
     finally:
         view.close()
-        # Else the model would go on computing in few bits, also where it is evaluated.
+        # Otherwise the model would keep computing in low precision, also in evaluation.
         trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_fp32_wrapper=False)
     return list(trainer.state.log_history)
 
@@ -145,7 +146,7 @@ def train(
 def _show_to(
     trainer: Trainer, sources: Sequence[TrainerCallback], report_to: Sequence[str], folder: Path
 ) -> LiveView | PlainView:
-    """Let the sources add to each log before trackers and the view, which it returns, are shown it."""
+    """Let the sources add to each log before trackers and the view see it; returns the view."""
     for default in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(default)
     view = LiveView() if sys.stdout.isatty() else PlainView()
@@ -155,7 +156,7 @@ def _show_to(
 
 
 def check_autocast(autocast: Autocast) -> None:
-    """Refuse what this machine does not have.
+    """Check that this machine supports the dtype.
 
     Raises:
         ConfigError: float16 without an accelerator.
@@ -172,7 +173,7 @@ def training_arguments(
     batches = math.ceil(rows / (spec.batch_size * this_process().num_processes))
     steps = math.ceil(batches * spec.epochs)
     log_every = max(1, steps // 50)
-    # A loss is logged as the mean since the last log, so a run resumed between two logs would report another one.
+    # The logged loss is the mean since the last log, so a run resumed between two logs would report a different one.
     save_every = math.ceil(steps / spec.checkpoints / log_every) * log_every
     return TrainingArguments(
         output_dir=str(folder),
@@ -201,19 +202,19 @@ def training_arguments(
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written whole; those cut short are removed."""
+    """The newest complete checkpoint; incomplete ones are removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for path in [path for path in found if not (path / COMPLETE).is_file()]:
-        shutil.rmtree(path, ignore_errors=True)  # another rank may be removing it too
+        shutil.rmtree(path, ignore_errors=True)  # another rank may be removing it at the same time
         found.remove(path)
     return str(found[-1]) if found else None
 
 
 def history_lines(history: list[dict[str, Any]]) -> str:
-    """The log history as JSON lines; keys are sorted, as in the checkpoints that a run resumes from."""
+    """The log history as JSON lines, with sorted keys as in the checkpoints."""
     return "".join(json.dumps(entry, sort_keys=True) + "\n" for entry in history)
 
 
 def read_history(log: Path) -> list[dict[str, Any]]:
-    """The log history that `history_lines` wrote; nothing where there is no such file."""
+    """The log history that `history_lines` wrote; empty if there is no file."""
     return [json.loads(line) for line in log.read_text("utf-8").splitlines()] if log.is_file() else []

@@ -149,7 +149,7 @@ def test_another_search_in_the_same_storage_is_refused(
 ) -> None:
     other = ["--set", "search.bits=[8]", "--output", str(folder)]
     assert main(["sweep", str(folder.with_name("sweep.yaml")), *other]) == 1
-    assert "searches otherwise (differs in search.bits); choose another --output" in capsys.readouterr().err
+    assert "has other settings (differs in search.bits); choose another --output" in capsys.readouterr().err
 
 
 def test_a_finished_sweep_goes_on_when_more_is_asked(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

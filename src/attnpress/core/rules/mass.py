@@ -14,29 +14,29 @@ class Mass(Rule):
     per_bin = 1.0 / BINS
 
     def kept(self, pairs: Scored) -> Tensor:
-        """Pairs before which the row has less than gamma."""
+        """Pairs with less than gamma of the row's mass before them."""
         before, total = mass_before(pairs.probability, pairs.distance)
         return before.double() < present(pairs.cutoff).double() * total.double()
 
     def cut(self, pairs: Scored) -> Tensor:
-        """Pairs are kept while the p~ of those before them add up to less."""
+        """Pairs are kept while the p~ of those before them sum to less."""
         return as_integer((present(pairs.cutoff).double() * row_total(pairs.probability).double()).ceil())
 
     def bins(self, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
-        """The share of the row before each pair."""
+        """Share of the row's mass before each pair."""
         before, total = mass_before(probability, distance)
         return (before.double() / total.clamp(min=1) * BINS).clamp_(0, BINS - 1).long()
 
     def to_cutoff(self, threshold: float) -> float:
-        """Itself."""
+        """gamma itself."""
         return threshold
 
     def usable(self, cutoff: Tensor) -> tuple[Tensor, str]:
-        """Some of the row, or all."""
+        """Above 0, up to the whole row."""
         return ((cutoff > 0) & (cutoff <= 1)) | (cutoff == torch.inf), "a share above 0 and up to 1, or infinity,"
 
     def to_threshold(self, cutoff: Tensor) -> Tensor:
-        """Itself, at most the whole row."""
+        """gamma itself, at most the whole row."""
         return cutoff.clamp(max=1)
 
 

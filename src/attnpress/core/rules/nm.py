@@ -1,4 +1,4 @@
-"""Rule "nm": of every 4 consecutive keys of a row the N nearest."""
+"""Rule "nm": the N nearest of every 4 consecutive keys of a row."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 from attnpress.core.rules.base import CountingRule, Scored
 
 GROUP = 4
-"""M of N:M: how many consecutive keys share N places."""
+"""M of N:M: number of consecutive keys per group."""
 
 
 class NM(CountingRule):
     """Dynamic N:M structured attention (Chen et al., "DFSS", PPoPP 2023, arXiv 2203.00091); sparsity 0.5 is its 2:4.
 
-    Ties go to the lower index. Keys that are not valid come last in their group, so that padding never takes a place.
+    Ties go to the lower index. Keys that are not valid rank last in their group, so padding never takes a place.
     """
 
     def kept(self, pairs: Scored) -> Tensor:
@@ -34,12 +34,12 @@ class NM(CountingRule):
         return torch.full((1, 1, 1, 1), kept_of_group(pairs.spec.sparsity))
 
     def share(self, sparsity: float) -> float:
-        """What whole keys of a group come to."""
+        """The share that a whole number of keys per group gives."""
         return 1 - kept_of_group(sparsity) / GROUP
 
 
 def kept_of_group(sparsity: float) -> int:
-    """N, 1 to 4: never prunes more than asked, but for `sparsity` above 0.75, which N:4 cannot reach."""
+    """N, 1 to 4. Never prunes more than requested, except for `sparsity` above 0.75, which N:4 cannot reach."""
     return max(1, GROUP - math.floor(sparsity * GROUP))
 
 

@@ -1,4 +1,4 @@
-"""Rule "relative": pairs with p~ >= tau times that of the row maximum; the default."""
+"""Rule "relative" (default): pairs with p~ >= tau, relative to the row maximum."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from attnpress.core.rules.base import Rule, Scored, as_integer, present
 
 
 class Relative(Rule):
-    """p~ >= tau is distance <= -ln tau / alpha: one float32 division a head, before any exponential.
+    """p~ >= tau means distance <= -ln tau / alpha: one float32 division per head, before any exponential.
 
-    The floor of numerics section 4 is implied: an integer distance is at most x exactly if it is at most floor(x).
+    The floor of numerics section 4 is implicit: an integer distance is at most x exactly if it is at most floor(x).
     """
 
     skips = True

@@ -1,4 +1,4 @@
-"""Rule "threshold": pairs with P >= theta, the reading of the published method."""
+"""Rule "threshold": pairs with P >= theta, our reading of the published method."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnpress.core.rules.base import BIN_WIDTH, BINS, Rule, Scored, as_integer,
 
 
 class Threshold(Rule):
-    """P = probability / total >= theta = exp(-cutoff), and the row maximum whatever its P."""
+    """P = probability / total >= theta = exp(-cutoff), and always the row maximum."""
 
     kernels = frozenset({"cpu", "gpu", "onnx", "openvino"})
 
@@ -19,11 +19,11 @@ class Threshold(Rule):
         return (pairs.probability.float() >= _least(pairs)) | (pairs.distance == 0)
 
     def cut(self, pairs: Scored) -> Tensor:
-        """The least p~ kept, beside the row maximum."""
+        """The smallest p~ kept, besides the row maximum."""
         return as_integer(_least(pairs).ceil())
 
     def bins(self, t: Tensor, probability: Tensor, distance: Tensor) -> Tensor:
-        """-log2 P, from the very integers that the rule compares, since t is finer than small probabilities."""
+        """-log2 P, from the integers that the rule compares, since t is finer than small probabilities."""
         total = row_total(probability).clamp(min=1)
         position = torch.log2(total.double() / probability.double()) * (STEPS_PER_OCTAVE / BIN_WIDTH)
         return position.clamp_(0, BINS - 1).long()

@@ -1,4 +1,4 @@
-"""Rule "topk": the k nearest keys of each row, k by the sparsity."""
+"""Rule "topk": the k nearest keys of each row, with k from the sparsity."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from attnpress.core.rules.base import CountingRule, Scored
 
 GRAIN = 4096
-"""Shares of a row are rounded up to 1/4096 where only a bound is asked for."""
+"""For an upper bound, shares of a row are rounded up to multiples of 1/4096."""
 
 
 class TopK(CountingRule):
     """k = max(1, round((1 - sparsity) * valid keys)); ties go to the lower index."""
 
     kernels = frozenset({"cpu", "gpu", "onnx"})
-    # OpenVINO 2026.4 gave 16 of 320 outputs of a small test wrong; it was not traced why.
+    # OpenVINO 2026.4 gave 16 wrong outputs of 320 in a small test; the cause was not traced.
 
     def kept(self, pairs: Scored) -> Tensor:
         """The k nearest."""
@@ -34,7 +34,7 @@ class TopK(CountingRule):
         return kept_of_row(pairs.valid, pairs.spec.sparsity)
 
     def share(self, sparsity: float) -> float:
-        """What is asked."""
+        """The requested share."""
         return sparsity
 
 
@@ -44,7 +44,7 @@ def kept_of_row(valid: Tensor, sparsity: float) -> Tensor:
 
 
 def most_kept(keys: int, sparsity: float) -> int:
-    """An upper bound of k, 1 to `keys`, in integers alone: `keys` may be symbolic, as in an export."""
+    """An upper bound of k, 1 to `keys`, in integers only: `keys` may be symbolic, as in an export."""
     share = min(GRAIN, math.ceil((1.0 - sparsity) * GRAIN))
     return keys if share == GRAIN else keys * share // GRAIN + 1
 

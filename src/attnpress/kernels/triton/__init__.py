@@ -1,1 +1,1 @@
-"""The GPU kernel in Triton: `steps` is the contract's arithmetic, `sweeps` the kernels, `launch` starts them."""
+"""The GPU kernel in Triton: `steps` has the arithmetic of the contract, `sweeps` the kernels, `launch` starts them."""

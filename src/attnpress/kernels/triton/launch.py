@@ -1,6 +1,6 @@
-"""Starts the kernels of `sweeps` for one call: buffers, strides, the size of tiles.
+"""Start the kernels of `sweeps` for one call: buffers, strides, tile sizes.
 
-Buffers are codes of K and V, three int32 a row of the mask, and the output: linear in the sequence.
+Buffers hold the codes of K and V, three int32 per mask row, and the output. Memory is linear in the sequence length.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from attnpress.kernels.slices import smoothed_key
 from attnpress.kernels.triton.sweeps import attention_kernel, pack_kernel, span_kernel
 
 NARROWEST = 32
-"""Codes that a tensor core multiplies at once: smaller heads are filled up with zeros."""
+"""Codes that a tensor core multiplies at once; smaller heads are padded with zeros."""
 
 SIGNED = 127
-"""Largest code that a signed byte holds as it is."""
+"""Largest code that fits a signed byte."""
 
 MODES = ("row", "unit", "unit_renormalized")
 
 SPAN = 32 if triton.knobs.runtime.interpret else 1024
-"""Bytes of a mask that `span_kernel` reads at a time; few in the interpreter, so that small masks have several."""
+"""Mask bytes that `span_kernel` reads at a time; few in the interpreter, so that small masks need several reads."""
 
 
 @dataclass(frozen=True)
 class KernelCall:
-    """The arguments of `torch.ops.attnpress.attention_gpu`, checked; see `ops.attention`.
+    """Validated arguments of `torch.ops.attnpress.attention_gpu`; see `ops.attention`.
 
     Attributes:
         query, key, value: float [B, Hq or Hkv, S, D], any strides.
         valid: bool [B or 1, Hq or 1, Sq or 1, Sk], or None.
-        q_scale: float32 [1, 1 or Hq, 1, 1]; None where each row has its own.
-        k_scale, v_scale: float32 [1, 1 or Hkv, 1, 1], V also [.., D].
+        q_scale: float32 [1, 1 or Hq, 1, 1]; None if each row has its own.
+        k_scale, v_scale: float32 [1, 1 or Hkv, 1, 1]; V also [.., D].
         cutoff: float32 [Hq], theta for rule "threshold"; None prunes nothing.
         mode: "row", "unit" or "unit_renormalized".
-        bounds: int64 [sequences + 1] of sequences that lie end to end, or None.
+        bounds: int64 [sequences + 1] of packed sequences, or None.
     """
 
     query: Tensor
@@ -69,10 +69,10 @@ class KernelCall:
     bounds: Tensor | None = None
 
     def check(self) -> None:
-        """Refuse what kernels would read or write beyond their tensors with, or not end with.
+        """Refuse arguments with which kernels would access memory outside their tensors, or would not terminate.
 
         Raises:
-            ValueError: in the words of the reference where it refuses the same.
+            ValueError: with the wording of the reference, if it refuses the same.
         """
         query, key, value = self.query, self.key, self.value
         check_tensors(query, key, value)
@@ -84,16 +84,16 @@ class KernelCall:
         if mask is not None and self.valid is not None and mask.shape != self.valid.shape:
             raise ValueError("valid: a mask of four dimensions, the last as long as the keys, is needed")
         if self.rule not in rules_of("gpu") or self.mode not in MODES or not 0 <= self.sparsity < 1:
-            raise ValueError(f"rule {self.rule!r}, mode {self.mode!r} and sparsity {self.sparsity} are no kernel's")
+            raise ValueError(f"the kernel has no rule {self.rule!r} with mode {self.mode!r}, sparsity {self.sparsity}")
         if not all(1 <= top <= SIGNED for top in (self.q_max, self.k_max, self.v_max)) or not 1 <= self.p_max <= 255:
-            raise ValueError("largest codes are 1 to 127, and to 255 of P")
+            raise ValueError("the largest code must be 1 to 127, for P 1 to 255")
         if self.bounds is not None and (self.bounds.dtype != torch.int64 or self.bounds.dim() != 1):
             raise ValueError(f"bounds: int64 [sequences + 1] is needed, found {self.bounds.dtype}")
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows and keys that a program works on at a time, its warps, and how far loads run ahead."""
+    """Rows and keys per program and step, number of warps, and pipeline stages."""
 
     rows: int
     keys: int
@@ -111,16 +111,16 @@ class Launch:
     tiles: Tiles
 
     def options(self) -> dict[str, Any]:
-        """How it is compiled: products and sums must not be fused (numerics, section 6)."""
+        """Compile options: products and sums must not be fused (numerics, section 6)."""
         return {"num_warps": self.tiles.warps, "num_stages": self.tiles.stages, "enable_fp_fusion": False}
 
     def start(self) -> None:
-        """Put it into the queue of the device."""
+        """Enqueue the kernel on the device."""
         self.kernel[(self.programs,)](**self.arguments, **self.options())
 
 
 def attend(call: KernelCall) -> Tensor:
-    """Float32 [B, Hq, Sq, D], stored so that its transpose is contiguous."""
+    """Compute attention; float32 [B, Hq, Sq, D], stored so that its transpose is contiguous."""
     query, keys = call.query, call.key.shape[2]
     if query.numel() == 0 or keys == 0:
         return _room(query).zero_()
@@ -130,7 +130,7 @@ def attend(call: KernelCall) -> Tensor:
 
 
 def integers(call: KernelCall) -> dict[str, Tensor]:
-    """What the kernel works with, by the names in `core.attention.IntegerAttention`; holds S x S P codes, for tests."""
+    """The integers of a call, by their names in `core.attention.IntegerAttention`; for tests, with S x S P codes."""
     launches, found = prepare(call, integers=True)
     _start(launches, call.query)
     keys, dim = call.key.shape[2:]
@@ -149,8 +149,8 @@ def prepare(call: KernelCall, *, integers: bool = False) -> tuple[list[Launch], 
     """The launches of a call, in order, and the tensors that they fill, by name.
 
     Args:
-        call: of at least one row and one key.
-        integers: also write what tests compare.
+        call: with at least one row and one key.
+        integers: also write the tensors that tests compare.
     """
     query, key = call.query, call.key
     (batch, heads, rows, dim), (kv_heads, keys) = query.shape, key.shape[1:3]
@@ -201,7 +201,7 @@ def _integer_outputs(query: Tensor, keys: int) -> dict[str, Tensor]:
 
 
 def _spans(call: KernelCall) -> tuple[dict[str, Tensor], list[Launch]]:
-    """First key of each row, the one after its last, whether there are holes between them; and what finds these."""
+    """Per mask row: first valid key, end, whether there are holes; and the launches that compute them."""
     if call.bounds is not None:
         bounds = call.bounds.to(call.query.device).clamp(0, call.key.shape[2])
         own = torch.searchsorted(bounds, torch.arange(call.query.shape[2], device=bounds.device), right=True)
@@ -238,7 +238,7 @@ def _attention_arguments(
     query, rule = call.query, _rule(call)
     counts = rule != "none" and RULES[rule].counts
     heads, rows, keys = query.shape[1], query.shape[2], call.key.shape[2]
-    unused = found["k_codes"]  # where a kernel is told not to look
+    unused = found["k_codes"]  # placeholder that the kernel does not read
     q_scale = call.k_scale if call.q_scale is None else call.q_scale
     outputs = {f"{name}_out": found.get(name, unused) for name in _INTEGERS}
     farthest = 2 * call.q_max * call.k_max * query.shape[3]
@@ -264,19 +264,19 @@ _INTEGERS = ("q_codes", "row_max", "p_codes", "code_sum", "weighted")
 
 
 def _rule(call: KernelCall) -> str:
-    """The rule in force; "none" where it keeps all pairs."""
+    """The rule to use; "none" if it keeps all pairs."""
     prunes = call.sparsity > 0 if RULES[call.rule].counts else call.cutoff is not None
     return call.rule if prunes else "none"
 
 
 def _kept_of(sparsity: float, keys: int, device: torch.device) -> Tensor:
-    """How many of 0 to `keys` valid keys rule "topk" keeps, as `core.rules.topk` rounds; int32 [keys + 1]."""
+    """Keys that rule "topk" keeps of 0 to `keys` valid ones, rounded like `core.rules.topk`; int32 [keys + 1]."""
     counts = torch.arange(keys + 1, dtype=torch.float64, device=device)
     return torch.round((1.0 - sparsity) * counts).clamp(min=1).int()
 
 
 def _smoothed(call: KernelCall) -> Tensor:
-    """K less its mean over the keys of its sequence that some row sees."""
+    """K minus its mean over the keys of its sequence that some row sees."""
     if call.bounds is None:
         return smoothed_key(call.query, call.key, call.valid, call.causal)
     places = call.bounds.tolist()
@@ -292,7 +292,7 @@ def _scale_strides(call: KernelCall) -> dict[str, int]:
 
 
 def _strides(name: str, x: Tensor | None, dims: str) -> dict[str, int]:
-    """Strides by name of dimension, 0 where a dimension is broadcast."""
+    """Strides by dimension name; 0 for a broadcast dimension."""
     return {f"{name}_{dim}": 0 if x is None else _stride(x, place) for place, dim in enumerate(dims)}
 
 

@@ -1,7 +1,7 @@
-"""The steps of docs/numerics.md on tiles, in Triton: what makes them the same bits on every machine is here.
+"""The steps of docs/numerics.md on tiles, in Triton, with the same bits on every machine.
 
-Each float32 step is one operation of IEEE 754. Nothing is left to a compiler that may join a product and a sum: between
-the two there is a minimum, and launches turn fusion off. Divisions are `div_rn`, since Triton's own `/` is approximate.
+Each float32 step is one IEEE 754 operation. To prevent fusing of a product and a sum, there is a minimum between the
+two, and launches disable fusion. Divisions use `div_rn`, since Triton's `/` is approximate.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2^23: a float32 from there to 2^23 + 2^22 more is a whole number, so adding it rounds, half to even."""
+"""1.5 * 2^23. Numbers from here to 2^23 + 2^22 are integers in float32, so adding it rounds half to even."""
 
 MAGIC_BITS = tl.constexpr(0x4B400000)
 """MAGIC as an int32: adding a small integer to the bits adds it to the number."""
@@ -31,7 +31,7 @@ def reciprocal(scale):
 
 @triton.jit
 def codes_of(x, inverse, qmax):
-    """Codes of section 1, int8; clamped before they are rounded, which gives the same integers."""
+    """Codes of section 1, int8. Clamping before rounding gives the same integers."""
     scaled = x.to(tl.float32) * inverse
     scaled = tl.where(scaled == scaled, scaled, 0.0)  # NaN has no direction
     scaled = tl.minimum(tl.maximum(scaled, -qmax), qmax)
@@ -53,13 +53,13 @@ def token_scale(x, qmax, POWER_OF_TWO: tl.constexpr):
 
 @triton.jit
 def exact_float(integers):
-    """MAGIC + integers as float32, without a conversion: exact for magnitudes below 2^22, which every score is."""
+    """MAGIC + integers as float32, without a conversion; exact for magnitudes below 2^22, such as scores."""
     return (integers + MAGIC_BITS).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def power(distance, rate):
-    """p~ of section 3, int32 in units of 2^-16, of float32 distances that are whole numbers, none negative."""
+    """p~ of section 3, int32 in units of 2^-16, for float32 distances that are nonnegative integers."""
     t = (tl.minimum(distance * rate, T_MAX) + MAGIC).to(tl.int32, bitcast=True) & 0x7FFF
     octaves = t >> 10
     step = t & 1023

@@ -1,8 +1,8 @@
-"""The kernels: codes of K and V, spans of a mask, and attention in sweeps over the keys; nothing of S x S is kept.
+"""The kernels: codes of K and V, spans of a mask, and attention in sweeps over the keys, without S x S buffers.
 
-A program takes a block of rows of one head. Sweep 1 multiplies codes of Q and K and keeps the maximum of each row;
-the last sweep multiplies once more, prunes, makes P codes and multiplies them with V. Rules and modes that need more of
-a row (its sum of p~; its k-th distance) have sweeps of their own between the two.
+A program processes a block of rows of one head. Sweep 1 multiplies codes of Q and K and keeps the maximum of each row.
+The last sweep repeats the product, prunes, computes P codes and multiplies them with V. Rules and modes that need more
+of a row (its sum of p~, its k-th distance) have further sweeps in between.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from attnpress.kernels.triton.steps import (
 )
 
 BLOCKED = tl.constexpr(-(2**30))
-"""Score of a pair that is not allowed: below every sum of products, and its distance is above all of them."""
+"""Score of a masked pair, below every sum of products; its distance is above all others."""
 
 SHIFT = tl.constexpr(128)
-"""Tensor cores take signed bytes: P codes up to 255 go in less SHIFT, and SHIFT times the sum of V is added."""
+"""Tensor cores need signed bytes: SHIFT is subtracted from P codes, and SHIFT times the sum of V is added."""
 
 
 @triton.jit(do_not_specialize=["kv_heads", "keys", "tiles"])
@@ -56,7 +56,7 @@ def pack_kernel(
 def span_kernel(
     mask, low, high, holes, mask_b, mask_h, mask_s, mask_k, heads, rows, keys, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """Of one row of a mask: its first valid key, the one after its last, and whether any between them is not valid."""
+    """For each mask row: first valid key, the one after the last, and whether an invalid key lies in between."""
     at = tl.program_id(0).to(tl.int64)
     line = mask + (at // (heads * rows)) * mask_b + (at // rows % heads) * mask_h + (at % rows) * mask_s
     first = tl.full([BLOCK], 0, tl.int32) + keys
@@ -79,13 +79,13 @@ def scores(
     q, keys_at, start, low, high, inner_first, inner_last, mask_at, mask_k, holes,
     BYTES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Integer scores of a block of rows and a tile of keys, int32; BLOCKED where the row may not attend to the key."""
+    """Integer scores of a block of rows and a tile of keys, int32; BLOCKED for pairs that are not valid."""
     n = start + tl.arange(0, BLOCK_N)
     d = tl.arange(0, WIDTH)
     acc = tl.dot(q, tl.load(keys_at + n[None, :] * WIDTH + d[:, None]), out_dtype=tl.int32)
     if (start < inner_first) | (start + BLOCK_N > inner_last):
         allowed = (n[None, :] >= low[:, None]) & (n[None, :] < high[:, None])
-        if BYTES:  # none is read where all rows of the block have spans without holes
+        if BYTES:  # not read if all rows of the block have spans without holes
             byte = tl.load(mask_at[:, None] + n[None, :] * mask_k, mask=allowed & (holes != 0), other=1)
             allowed = allowed & (byte != 0)
         acc = tl.where(allowed, acc, BLOCKED)
@@ -97,7 +97,7 @@ def row_maximum(
     q, keys_at, first, last, low, high, inner_first, inner_last, mask_at, mask_k, holes,
     BYTES: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Largest score of each row, 0 where no key is valid, and how many keys are, if COUNT asks; int32 [rows]."""
+    """Largest score of each row, 0 if no key is valid; with COUNT also the number of valid keys; int32 [rows]."""
     best = tl.full([BLOCK_M], BLOCKED, tl.int32)
     count = tl.full([BLOCK_M], 0, tl.int32)
     for start in range(first, last, BLOCK_N):
@@ -131,7 +131,7 @@ def kth_distance(
     q, keys_at, first, last, low, high, inner_first, inner_last, mask_at, mask_k, holes, row_max, wanted,
     BITS: tl.constexpr, BYTES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Distance of the `wanted`-th nearest key of each row, found bit by bit, and how many keys are nearer."""
+    """Distance of the `wanted`-th nearest key of each row, found bit by bit, and the number of nearer keys."""
     kth = tl.full([BLOCK_M], 0, tl.int32)
     nearer = tl.full([BLOCK_M], 0, tl.int32)
     for bit in range(BITS):
@@ -153,7 +153,7 @@ def tile_codes(
     acc, base, rate, limit, ratio, row_max, kth, room,
     RULE: tl.constexpr, MODE: tl.constexpr, P_MAX: tl.constexpr,
 ):  # fmt: skip
-    """P codes of a tile, int32, and how many ties each row may still keep."""
+    """P codes of a tile, int32, and the number of ties that each row may still keep."""
     distance = base[:, None] - exact_float(acc)
     probability = power(distance, rate[:, None])
     code = row_code(probability, P_MAX) if MODE == "row" else unit_code(probability, ratio[:, None], P_MAX)
@@ -215,7 +215,7 @@ def row_limits(
     RULE: tl.constexpr, MODE: tl.constexpr, P_MAX: tl.constexpr, BITS: tl.constexpr,
     BYTES: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """What `tile_codes` asks of a row: limit of the rule, ratio of mode `unit`, k-th distance and room for its ties."""
+    """Per-row inputs of `tile_codes`: limit of the rule, ratio of mode `unit`, k-th distance, ties to keep."""
     limit, ratio, kth, room = rate, rate, count, count
     if RULE == "relative":
         limit = tl.div_rn(tl.zeros([BLOCK_M], tl.float32) + tl.load(cutoff_at), alpha)
@@ -279,13 +279,13 @@ def attention_kernel(
     SHIFTED: tl.constexpr, BITS: tl.constexpr, INTEGERS: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attention of BLOCK_M rows of one head; INTEGERS also writes what a kernel must equal, for tests."""
+    """Attention of BLOCK_M rows of one head. With INTEGERS, also write the integers that tests compare."""
     blocks = tl.cdiv(rows, BLOCK_M)
     at = (tl.program_id(0) // blocks).to(tl.int64)
     b, h = at // heads, at % heads
     kv, kv_at = h // group, b * (heads // group) + h // group
     own = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row = tl.minimum(own, rows - 1).to(tl.int64)  # rows beyond the last do what the last does, and store nothing
+    row = tl.minimum(own, rows - 1).to(tl.int64)  # rows beyond the last repeat it, and store nothing
     place = at * rows + row
     d = tl.arange(0, WIDTH)
     q, alpha, rate = load_rows(

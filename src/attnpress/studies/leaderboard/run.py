@@ -1,4 +1,4 @@
-"""Running a leaderboard: each dense model once, each cell once, in whatever many sittings; its record after each."""
+"""Run a leaderboard: each dense model and each cell once, resumable; the record is updated after each."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from attnpress.tasks import check_data
 
 
 def run_board(board: BoardSpec, output: Path, notify: Notify = print) -> BoardRecord:
-    """Run what is missing of a leaderboard; any number of processes may do so at once.
+    """Run the missing cells of a leaderboard. Any number of processes may do so at once.
 
     Args:
         board: what to compare.
-        output: its folder: `teachers/`, `runs/` and `board.json`. A finished run is not run again.
-        notify: is given a line now and then.
+        output: its folder: `teachers/`, `runs/` and `board.json`. Finished runs are not repeated.
+        notify: receives progress messages.
 
     Returns:
         The record, also written to `output/board.json` before the first run and after each.
 
     Raises:
-        OutputError: the folder holds something else than a leaderboard.
-        ConfigError, TaskError, ModelError: found before any training starts, or a folder of another recipe is met.
+        OutputError: the folder contains something other than a leaderboard.
+        ConfigError, TaskError, ModelError: found before any training starts, or a folder belongs to another recipe.
     """
     check_one_process()
     cells = plan(board)
@@ -65,7 +65,7 @@ def _works_in(cell: Cell, output: Path) -> tuple[Path, Path]:
 
 
 def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> StageRecord:
-    """Run one cell, and before it the dense model it needs; the compressed weights are not kept, its record is."""
+    """Run one cell, after the dense model it needs. Its record is kept, its compressed weights are not."""
     recipe, folder = teacher_recipe(board, cell.task, cell.seed), output / "runs" / cell.name
     stages = ("dense", "dense_control") if recipe.dense_control else ("dense",)
     dense = train_teacher(recipe, teacher_folder(output, cell.task, cell.seed), notify, stages)[1]
@@ -77,7 +77,7 @@ def run_cell(board: BoardSpec, cell: Cell, output: Path, notify: Notify) -> Stag
 
 
 def publish(board: BoardSpec, cells: list[Cell], output: Path) -> BoardRecord:
-    """Write `board.json` as things are now."""
+    """Write `board.json` with the current state."""
     baselines = [_baseline(output, task, seed) for seed in board.seeds for task in board.tasks]
     found = [_cell_record(cell, _measured(board, cell, output)) for cell in cells]
     record = BoardRecord(spec_to_dict(board), [one for one in baselines if one is not None], found)
@@ -97,7 +97,7 @@ def _baseline(output: Path, task: str, seed: int) -> BaselineRecord | None:
 
 
 def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:
-    """The record of a cell that was run to its end, by the recipe that the board has now."""
+    """The record of a complete cell, if its recipe matches the board."""
     record = _record(output / "runs" / cell.name)
     if record is None or record.stage(cell.stage) is None:
         return None
@@ -107,7 +107,7 @@ def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:
 
 
 def _is_of(record: Record, recipe: RunConfig) -> bool:
-    """Whether a record is of this recipe; keys that a recipe has got since have their defaults in it."""
+    """True if a record belongs to this recipe; keys added to recipes since have their defaults."""
     try:
         return parse_spec(RunConfig, record.recipe) == recipe
     except ConfigError:
@@ -120,7 +120,7 @@ def _cell_record(cell: Cell, record: Record | None) -> CellRecord:
     if record is None or stage is None:
         return CellRecord(*where)
     plain: dict[str, Any] = dataclasses.asdict(stage)
-    del plain["layers"]
+    del plain["layers"], plain["row_scores"]
     return CellRecord(*where, plain, record.provenance["weights"].get("dense"))
 
 

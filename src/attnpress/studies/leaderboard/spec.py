@@ -1,4 +1,4 @@
-"""What a leaderboard compares: one frozen dataclass, as recipes are; and the recipe of each of its cells."""
+"""Frozen dataclasses for what a leaderboard compares, and the recipe of each of its cells."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ _STRICT = ConfigDict(extra="forbid")
 
 @dataclass(frozen=True, config=_STRICT)
 class EntrySpec:
-    """One rule, as somebody has described it.
+    """One rule, as published.
 
     Attributes:
         source: where it is described.
-        attention, schedule: what of the board's recipe it changes.
-        stage: "progressive" trains with it; "one_shot" is for rules that are meant for inference only.
-        sparsities: its own, where it cannot have those of the board.
-        predictor_bits: bits of a product by which its design foretells the mask, so that Q K^T can be skipped too.
+        attention, schedule: changes to the board's recipe.
+        stage: "progressive" trains with the rule; "one_shot" is for rules meant for inference only.
+        sparsities: its own, if it cannot reach those of the board.
+        predictor_bits: bits of a product by which its design predicts the mask, so that Q K^T can be skipped too;
+            for a rule whose `attention` decides on full scores.
     """
 
     source: str
@@ -40,11 +41,11 @@ class BoardSpec:
     """A whole leaderboard.
 
     Attributes:
-        recipe: what every run is, but for what tasks and rules change.
-        tasks: by a short name, what of the recipe is their own: data, and the training of the dense model.
+        recipe: of every run, before the changes of tasks and rules.
+        tasks: by a short name, changes to the recipe: data, and the training of the dense model.
         rules: by a short name.
-        sparsities: at which rules are compared, in the order in which they are run.
-        seeds: each gives every rule a run, and every task a dense model.
+        sparsities: at which rules are compared, in the order of execution.
+        seeds: each rule has one run per seed, each task one dense model per seed.
     """
 
     recipe: RunConfig
@@ -57,7 +58,9 @@ class BoardSpec:
     def _check(self) -> BoardSpec:
         for name in (*self.tasks, *self.rules):
             if not name.replace("-", "").isalnum():
-                raise ValueError(f"{name}: names of tasks and rules are letters, digits and hyphens: folders have them")
+                raise ValueError(
+                    f"{name}: use letters, digits and hyphens for names of tasks and rules, which name folders"
+                )
         if not plan(self):
             raise ValueError("nothing to compare; give tasks, rules, sparsities and seeds")
         return self
@@ -75,7 +78,7 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of its run folder."""
+        """Name of its run folder."""
         return f"{self.task}-{self.rule}-{self.asked:g}-seed{self.seed}"
 
 
@@ -97,7 +100,7 @@ def teacher_recipe(board: BoardSpec, task: str, seed: int) -> RunConfig:
     """The recipe of a task's dense model.
 
     Raises:
-        ConfigError: names the task and what is wrong with its keys.
+        ConfigError: names the task and the invalid keys.
     """
     return _parsed(board, f"tasks.{task}", board.tasks[task], {"seed": seed})
 

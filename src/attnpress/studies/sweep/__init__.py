@@ -1,4 +1,4 @@
-"""sweep: search for recipes of the best metric at the least work, by several workers and over several days."""
+"""sweep: search for recipes with the best metric at the least work, by several workers, resumable."""
 
 from attnpress.studies.sweep.spec import SearchSpec, SweepSpec
 from attnpress.studies.sweep.worker import sweep

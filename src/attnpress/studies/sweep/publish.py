@@ -1,4 +1,4 @@
-"""What a sweep leaves: its record, and the recipes of its front, ready to be run."""
+"""Results of a sweep: its record, and the recipes of its front."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ STATES = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 
 
 def publish(study: optuna.Study, sweep: SweepSpec, output: Path, layers: int, teacher: Record) -> SweepRecord:
-    """Write `sweep.json` and the recipes of the front as they are now; drop the weights of trials that are not on it.
+    """Write `sweep.json` and the recipes of the current front; delete the weights of trials that are not on it.
 
-    Everything is read from the study, so any worker can do so, also for trials of other machines.
+    Everything is read from the study, so any worker can publish trials of other machines too.
 
     Args:
         layers: number of attention modules.
@@ -42,7 +42,7 @@ def publish(study: optuna.Study, sweep: SweepSpec, output: Path, layers: int, te
 
 
 def sweep_record(study: optuna.Study, sweep: SweepSpec, output: Path, layers: int, teacher: Record) -> SweepRecord:
-    """The study as plain data; trials that are running, or were run again under another number, are left out."""
+    """The study as plain data, without running trials and those repeated under another number."""
     found = [
         _trial_record(trial, sweep, output, layers)
         for trial in study.get_trials(deepcopy=False)
@@ -50,7 +50,7 @@ def sweep_record(study: optuna.Study, sweep: SweepSpec, output: Path, layers: in
     ]
     dense = teacher.stage("dense")
     assert dense is not None
-    plain = {key: value for key, value in spec_to_dict(sweep).items() if key != "storage"}  # it may hold a password
+    plain = {key: value for key, value in spec_to_dict(sweep).items() if key != "storage"}  # it may contain a password
     return SweepRecord(
         sweep.recipe.data.task,
         teacher.headline,
@@ -93,7 +93,7 @@ def _recipe_text(record: SweepRecord, trial: TrialRecord) -> str:
 
 
 def _drop_weights(record: SweepRecord, output: Path) -> None:
-    """A sweep of a hundred trials would hold a hundred models; recipes and records of all of them stay."""
+    """Delete weights to save disk space; recipes and records of all trials are kept."""
     kept = {trial.folder for trial in record.on_front()}
     for trial in record.trials:
         if trial.state == "complete" and trial.folder not in kept:

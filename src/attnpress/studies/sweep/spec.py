@@ -1,4 +1,4 @@
-"""What a sweep searches: one frozen dataclass, as recipes are; and a recipe from what was drawn."""
+"""Frozen dataclasses for what a sweep searches, and the recipe of a trial."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ Layered = Literal["bits", "probs_bits", "sparsity"]
 
 @dataclass(frozen=True, config=_STRICT)
 class SearchSpec:
-    """Where to search; what is left out stays as the recipe has it.
+    """The search space. What is left out stays as in the recipe.
 
     Attributes:
-        bits: choices for Q, K and V together, and for P where `probs_bits` has none; null is floating point.
+        bits: choices for Q, K and V together, and for P unless `probs_bits` has some; null is floating point.
         probs_bits: choices for P.
         sparsity: lowest and highest.
         rule: choices, for the whole model.
-        per_layer: which of bits, probs_bits and sparsity are chosen for each attention module by itself.
+        per_layer: which of bits, probs_bits and sparsity are chosen separately for each attention module.
     """
 
     bits: tuple[Bits, ...] = ()
@@ -61,19 +61,19 @@ class SearchSpec:
 
     @property
     def is_empty(self) -> bool:
-        """True where there is nothing to choose."""
+        """True if there is nothing to choose."""
         return not (self.bits or self.probs_bits or self.sparsity or self.rule)
 
 
 @dataclass(frozen=True, config=_STRICT)
 class PruneSpec:
-    """When a trial is given up early (see `sweep.study.hopeless`).
+    """When a trial is stopped early (see `sweep.study.hopeless`).
 
     Attributes:
-        percentile: a trial goes on while its metric is within the best so many percent of those to compare with; 100
-            gives up only what is worse than all of them.
-        startup: finished trials of no more work that there must be, before any is given up.
-        after: fraction of training before which none is given up; thresholds and scales are still settling.
+        percentile: a trial continues while its metric is within this best percentage of comparable trials; 100 stops
+            only trials worse than all of them.
+        startup: number of finished trials with no more work before any trial is stopped.
+        after: fraction of training before which no trial is stopped, while thresholds and scales settle.
     """
 
     percentile: Annotated[float, Number, Field(gt=0, le=100)] = 50.0
@@ -86,14 +86,14 @@ class SweepSpec:
     """A whole sweep.
 
     Attributes:
-        recipe: what every trial is, but for what is searched.
+        recipe: of every trial, before the choices of the search.
         search: see `SearchSpec`.
         prune: see `PruneSpec`.
         name: of the study in its storage.
-        trials: how many to finish or give up, by all workers and all calls together.
+        trials: number of trials to finish or stop, over all workers and sessions.
         storage: database of the study, as an SQLAlchemy URL; None is a file in the sweep's folder, for one machine.
-        heartbeat: seconds between signs of life; a worker silent for four times as long is taken for dead, and its
-            trial is run again.
+        heartbeat: seconds between heartbeats; a worker that is silent for four times as long counts as dead, and its
+            trial is repeated.
     """
 
     recipe: RunConfig = RunConfig()
@@ -122,20 +122,20 @@ class SweepSpec:
 
 
 class Chooser(Protocol):
-    """What draws: an Optuna trial, or anything with its two methods."""
+    """Interface for sampling: an Optuna trial, or anything with its two methods."""
 
     def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
         """One of the choices."""
 
     def suggest_float(self, name: str, low: float, high: float) -> float:
-        """A number in between."""
+        """A number within the bounds."""
 
 
 def choose(trial: Chooser, search: SearchSpec, recipe: RunConfig, layers: int) -> RunConfig:
     """The recipe of one trial.
 
     Args:
-        trial: draws each value under a name of its own, such as "sparsity" or "layers.3.bits".
+        trial: samples each value by name, such as "sparsity" or "layers.3.bits".
         layers: number of attention modules.
     """
     attention = recipe.attention
@@ -174,18 +174,21 @@ PAIRS = 10**6
 
 
 def asked_work(recipe: RunConfig, layers: int) -> float:
-    """Bit operations left of the dense ones, by what the recipe asks for: known before anything is trained."""
+    """Share of the dense bit operations that the recipe asks for; known before training."""
     specs = [recipe.layers.get(str(index), recipe.attention) for index in range(layers)]
     work = total_work(_asked(spec) for spec in specs)
     return work.bit_operations_remaining / work.bit_operations_dense
 
 
 def _asked(spec: AttentionSpec) -> Work:
-    return attention_work(PAIRS, round(PAIRS * (1 - spec.sparsity)), 1, spec.bits)
+    survivors = round(PAIRS * (1 - spec.sparsity))
+    if spec.predictor_bits is None or spec.sparsity == 0:
+        return attention_work(PAIRS, survivors, 1, spec.bits)
+    return attention_work(PAIRS, survivors, 1, spec.bits, survivors, spec.predictor_bits)
 
 
 def describe(recipe: RunConfig) -> str:
-    """What was chosen, in a few words."""
+    """The choices of a trial in a few words."""
     specs = list(recipe.layers.values()) or [recipe.attention]
     bits = "/".join(_range([spec.bits[name] for spec in specs]) for name in "qkvp")
     low, high = min(spec.sparsity for spec in specs), max(spec.sparsity for spec in specs)
@@ -199,6 +202,6 @@ def _range(values: Sequence[int | None]) -> str:
 
 
 def trial_folder(output: Path, recipe: RunConfig) -> Path:
-    """The run folder of a recipe: by what it says, so that the same recipe is never trained twice."""
+    """The run folder of a recipe, named by its content, so that no recipe is trained twice."""
     text = json.dumps(spec_to_dict(recipe), sort_keys=True)
     return output / "trials" / hashlib.sha256(text.encode()).hexdigest()[:12]

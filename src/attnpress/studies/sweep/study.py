@@ -1,6 +1,6 @@
-"""The study: trials in a database that workers share, by Optuna; and which trials are given up early.
+"""The study: trials in a database shared by workers, through Optuna; and early stopping of trials.
 
-Optuna is imported when a sweep is opened; it comes with the extra `sweep`.
+Optuna is imported when a sweep is opened; it is part of the extra `sweep`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,22 @@ if TYPE_CHECKING:
     import optuna
 
 RETRIES, SILENT_BEATS = 3, 4
-"""How often a trial whose worker died is run again; and after how many heartbeats without a sign of life it is."""
+"""How often the trial of a dead worker is repeated, and after how many missed heartbeats."""
 
 WATCHED, ASKED_WORK, SPARSITY, ERROR = "watched", "asked_work", "sparsity", "error"
-"""What is kept of a trial beside its parameters and values."""
+"""Values stored with a trial, besides its parameters and objectives."""
 
 
 class SweepError(ValueError):
-    """A sweep that cannot be run or gone on with; the message says why, and what to do."""
+    """A sweep cannot be run or resumed. The message gives the reason and says what to do."""
 
 
 def open_study(sweep: SweepSpec, output: Path) -> optuna.Study:
-    """The study of a sweep: made, or gone on with.
+    """Create or resume the study of a sweep.
 
     Raises:
-        SweepError: the extra is not installed, the storage cannot be reached, or holds another sweep of that name.
+        SweepError: the extra is not installed, the storage cannot be reached, or it holds a different sweep of that
+            name.
     """
     if importlib.util.find_spec("optuna") is None:
         raise SweepError("a sweep needs optuna: pip install 'attnpress[sweep]'")
@@ -45,7 +46,7 @@ def open_study(sweep: SweepSpec, output: Path) -> optuna.Study:
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        with locked(output / ".study.lock"):  # two workers that begin together must not both make the tables
+        with locked(output / ".study.lock"):  # two workers that start together must not both create the tables
             study = optuna.create_study(
                 storage=_storage(sweep, output),
                 study_name=sweep.name,
@@ -65,7 +66,7 @@ def _storage(sweep: SweepSpec, output: Path) -> optuna.storages.RDBStorage:
 
     url = sweep.storage or f"sqlite:///{output.resolve() / 'study.db'}"
     patient = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
-    with warnings.catch_warnings():  # retrying is "experimental" since Optuna 2.8
+    with warnings.catch_warnings():  # retries are "experimental" since Optuna 2.8
         warnings.simplefilter("ignore", ExperimentalWarning)
         return RDBStorage(
             url,
@@ -81,14 +82,14 @@ def _claim(study: optuna.Study, sweep: SweepSpec) -> None:
     changed = differences(study.user_attrs.setdefault("sweep", now), now)
     if changed:
         raise SweepError(
-            f"the study {sweep.name!r} in this storage searches otherwise (differs in {', '.join(changed)}); "
+            f"the study {sweep.name!r} in this storage has other settings (differs in {', '.join(changed)}); "
             "choose another --output, or another name or storage"
         )
     study.set_user_attr("sweep", now)
 
 
 def what_is_searched(sweep: SweepSpec) -> dict[str, Any]:
-    """The sweep as plain data, without what may differ between its workers: places, and how long to go on."""
+    """The sweep as plain data, without settings that may differ between workers: locations, number of trials."""
     plain = spec_to_dict(sweep)
     recipe = {key: value for key, value in plain["recipe"].items() if key not in ("checkpoint", "report_to")}
     places = ("data_dir", "train_file", "eval_file")
@@ -97,13 +98,13 @@ def what_is_searched(sweep: SweepSpec) -> dict[str, Any]:
 
 
 def check_teacher(study: optuna.Study, weights: str) -> None:
-    """Refuse trials from another dense model than those before: they would not compare.
+    """Refuse trials from a different dense model than earlier ones, since they are not comparable.
 
     Args:
         weights: hash of the dense model's weights.
 
     Raises:
-        SweepError: it is another one.
+        SweepError: the dense model is a different one.
     """
     known = study.user_attrs.get("teacher", weights)
     if known != weights:
@@ -115,14 +116,14 @@ def check_teacher(study: optuna.Study, weights: str) -> None:
 
 
 def hopeless(study: optuna.Study, work: float, step: int, value: float, prune: PruneSpec) -> bool:
-    """Whether a trial is to be given up: Optuna's percentile pruner, among the finished trials of no more work.
+    """True if a trial should be stopped, by Optuna's percentile pruner among finished trials with no more work.
 
-    A trial that is worse than most of those that cost no more will hardly reach the front; one that is worse than
-    costlier ones may. Only the newest value counts: earlier ones were watched while less was pruned.
+    A trial that is worse than most of those with no more work will hardly reach the front; one that is worse than more
+    expensive trials may. Only the newest value counts, since earlier ones were measured at lower sparsity.
 
     Args:
-        work: asked of the trial.
-        step: of training, at which the value was watched.
+        work: requested by the trial.
+        step: of training, at which the value was measured.
         value: metric on the watched rows.
     """
     import optuna
@@ -132,7 +133,7 @@ def hopeless(study: optuna.Study, work: float, step: int, value: float, prune: P
         for trial in study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
         if trial.user_attrs[ASKED_WORK] <= work
     ]
-    # Optuna's pruners know one objective: they are shown a study in memory that has only the metric.
+    # Optuna's pruners support one objective, so they get an in-memory study with only the metric.
     shown = optuna.create_study(direction="maximize")
     shown.add_trials(
         optuna.create_trial(value=trial.values[0], intermediate_values=_by_step(trial.user_attrs[WATCHED]))
@@ -148,11 +149,11 @@ def _by_step(watched: Mapping[str, float]) -> dict[int, float]:
 
 
 class WatchCallback(TrainerCallback):
-    """Tells the study the metric that is watched while training, and stops a trial that is hopeless.
+    """Reports the watched metric to the study during training, and stops hopeless trials.
 
     Args:
-        trial: that is being trained; has its asked work already.
-        prune: when to give up.
+        trial: the current trial, with its requested work.
+        prune: when to stop early.
         headline: name of the metric.
     """
 
@@ -162,10 +163,10 @@ class WatchCallback(TrainerCallback):
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Where the metric was logged.
+        """Report the metric if it was logged.
 
         Raises:
-            optuna.TrialPruned: the trial is given up.
+            optuna.TrialPruned: the trial is stopped.
         """
         if not logs or self.key not in logs:
             return

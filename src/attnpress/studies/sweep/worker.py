@@ -1,4 +1,4 @@
-"""One worker of a sweep: it asks the study for trials and trains them, until all of them are done."""
+"""One worker of a sweep: it takes trials from the study and trains them until all are done."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ if TYPE_CHECKING:
 
 
 def sweep(spec: SweepSpec, output: Path, notify: Notify = print) -> SweepRecord:
-    """Search, or go on with a search; any number of processes may do so at once, in one folder or with one storage.
+    """Start or resume a search. Any number of processes may do so at once, in one folder or with one storage.
 
     Args:
         spec: what to search.
         output: folder of the sweep: the dense teacher, a run folder for each trial, `sweep.json`, and `front/`.
-        notify: is given a line now and then.
+        notify: receives progress messages.
 
     Returns:
         The record, also written to `output/sweep.json`.
 
     Raises:
-        OutputError: the folder holds something else than a sweep.
+        OutputError: the folder contains something other than a sweep.
         SweepError, ConfigError, TaskError, ModelError: found before any training starts.
     """
     check_one_process()
@@ -75,13 +75,13 @@ def _is_sweep(folder: Path) -> bool:
 
 @dataclasses.dataclass
 class Worker:
-    """What each trial needs to know.
+    """State shared by the trials of a worker.
 
     Attributes:
         layers: number of attention modules.
         teacher: record of the dense stage.
-        dense: where the dense teacher is.
-        trained: the number of the trial that was last trained to its end.
+        dense: folder of the dense teacher.
+        trained: number of the last trial that was trained to the end.
     """
 
     spec: SweepSpec
@@ -94,7 +94,7 @@ class Worker:
     trained: int | None = None
 
     def run(self) -> SweepRecord:
-        """Train trials until there are enough, then wait for those of other workers, and take over from dead ones."""
+        """Train trials until there are enough; then wait for other workers, and repeat trials of dead ones."""
         told = False
         while True:
             waiting, running, done = self.count()
@@ -110,9 +110,9 @@ class Worker:
                 time.sleep(self.spec.heartbeat)
 
     def count(self) -> tuple[int, int, int]:
-        """Trials that wait to be run again, that are running, and that are done; dead workers' are counted out first.
+        """Numbers of trials waiting to be repeated, running, and done; trials of dead workers are released first.
 
-        A trial that failed by itself is done; one whose worker died or was stopped is not, another stands for it.
+        A trial that failed by itself is done. One whose worker died or was stopped is not; another trial replaces it.
         """
         import optuna
 
@@ -125,11 +125,11 @@ class Worker:
         return states["WAITING"], states["RUNNING"], states["COMPLETE"] + states["PRUNED"] + failed
 
     def train_one(self) -> None:
-        """One trial, of the study's choice; what it was is published at once."""
+        """Train one trial chosen by the study, and publish it."""
         self.trained = None
         try:
             self.study.optimize(self.objective, n_trials=1, catch=(DivergedError,))
-        except (ValueError, AssertionError):  # what Optuna raises for a trial that others have finished
+        except (ValueError, AssertionError):  # Optuna raises this for a trial that another worker finished
             if self.trained is None:
                 raise
             self.notify(f"trial {self.trained}: this worker was silent for too long; another one has taken it over")
@@ -140,7 +140,7 @@ class Worker:
         return publish(self.study, self.spec, self.output, self.layers, self.teacher)
 
     def objective(self, trial: optuna.Trial) -> tuple[float, float]:
-        """Metric and remaining work of one trial; the folder follows from its recipe, so a repeated trial resumes."""
+        """Metric and remaining work of one trial. Its folder follows from its recipe, so a repeated trial resumes."""
         import optuna
 
         recipe = choose(trial, self.spec.search, self.spec.recipe, self.layers)

@@ -1,0 +1,144 @@
+"""Summary of the tables of evidence: one row per task and tail, and a figure of the effect of a tail."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+
+from attnpress.records.run import Record, StageRecord
+from attnpress.report.evidence import TASKS, Cells, change_of, controls_of
+from attnpress.report.figures import mean_and_spread
+from attnpress.report.plots import Line
+from attnpress.report.render import markdown_table
+
+BITS = {"8888": "8 bits", "4444": "4 bits"}
+ASKED = ("0.95", "0.98")
+TAILS = ("none", "mean", "linear")
+UNKNOWN = "not yet measured"
+LINE = "\n"
+CELL = re.compile(r"(?P<bits>\d+)-(?P<asked>0\.\d+)(?:-(?P<tail>mean|linear)\d*)?(?P<once>-at-once)?")
+"""Names of the cells that are compared: bits, sparsity and tail, without other variants."""
+
+Measured = list[tuple[Record, StageRecord]]
+
+
+def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
+    """One row for each task and tail: score and loss of the most relevant cells.
+
+    Args:
+        tasks: cells by task.
+        chosen: the tasks, in this order.
+
+    Returns:
+        Markdown. Losses are against the dense model trained equally long, seed by seed. A task has a row without a
+        tail, and one for each measured tail.
+    """
+    cells = [(bits, asked) for bits in BITS for asked in ASKED]
+    names = [f"{BITS[bits]}, {asked}" for bits, asked in cells]
+    header = ["task (metric)", "tail", "dense", *names, "keys per query"]
+    rows = []
+    for task in chosen:
+        found = tasks.get(task, {})
+        known = {tail: [measured(found, bits, asked, tail) for bits, asked in cells] for tail in TAILS}
+        for tail, row in known.items():
+            if tail == "none" or any(row):
+                rows.append([*_task(task, found), *_of_tail(tail, found), *(_scored(one, found) for one in row)])
+                rows[-1].append(_keys(row[: len(ASKED)]))
+    return markdown_table(header, rows, header[:2])
+
+
+def measured(cells: Cells, bits: str, asked: str, tail: str, stage: str = "progressive") -> Measured:
+    """Records of a cell with their stage, one per seed; for `linear`, of the rank with most seeds."""
+    found: list[Measured] = []
+    for name, records in cells.items():
+        parts = CELL.fullmatch(name)
+        if parts is None or (parts["bits"], parts["asked"], parts["tail"] or "none") != (bits, asked, tail):
+            continue
+        found.append([(record, known) for record in records if (known := record.stage(stage))])
+    return max(found, key=len, default=[])
+
+
+def tail_lines(tasks: Mapping[str, Cells], chosen: Sequence[str], bits: str) -> dict[str, list[Line]]:
+    """Points against dense over keys per query, a line for each tail: trained, and pruned without training.
+
+    Args:
+        tasks: cells by task.
+        chosen: the tasks, in this order.
+        bits: of the cells.
+
+    Returns:
+        Lines by the title of their panel, one per task and kind of training; without training, only tasks with a cell
+        with a tail. The title names lines without points.
+    """
+    panels = {}
+    for task in chosen:
+        for stage, words in (("progressive", "trained"), ("one_shot", "not trained")):
+            lines = [_line(tasks.get(task, {}), bits, tail, stage, place) for place, tail in enumerate(TAILS)]
+            if stage == "progressive" or any(line.x for line in lines[1:]):
+                panels[f"{TASKS.get(task, task)}, {words}{_lacking(lines)}"] = lines
+    return panels
+
+
+def tail_words(panels: Mapping[str, Sequence[Line]]) -> str:
+    """Description of the figure in words: each point."""
+    parts = [
+        f"{title.partition(LINE)[0]}, tail {line.label}: "
+        + (", ".join(f"{y:+.1f} at {x:.1f} keys" for x, y in zip(line.x, line.y, strict=True)) or UNKNOWN)
+        for title, lines in panels.items()
+        for line in lines
+    ]
+    return f"Points against dense over keys per query. {'; '.join(parts)}."
+
+
+def _line(cells: Cells, bits: str, tail: str, stage: str, series: int) -> Line:
+    known = controls_of(cells) if cells else {}
+    asked = sorted({parts["asked"] for name in cells if (parts := CELL.fullmatch(name)) and parts["bits"] == bits})
+    points = [
+        (
+            statistics.mean(stage.keys_per_row for _, stage in found),
+            statistics.mean(change_of(record, stage, known) for record, stage in found),
+        )
+        for each in asked
+        if (found := measured(cells, bits, each, tail, stage))
+    ]
+    points.sort()
+    return Line(tail, [x for x, _ in points], [y for _, y in points], series)
+
+
+def _lacking(lines: Sequence[Line]) -> str:
+    empty = [line.label for line in lines if not line.x]
+    return f"{LINE}{', '.join(empty)}:{LINE}{UNKNOWN}" if empty else ""
+
+
+def _task(task: str, cells: Cells) -> list[str]:
+    metric = next((record.headline for records in cells.values() for record in records), "")
+    return [f"{TASKS.get(task, task)} ({metric})" if metric else TASKS.get(task, task)]
+
+
+def _of_tail(tail: str, cells: Cells) -> list[str]:
+    dense = [
+        stage.metrics[record.headline]
+        for record in cells.get("dense", ())
+        if (stage := record.stage("dense_control") or record.stage("dense"))
+    ]
+    return [f"`{tail}`", mean_and_spread(dense) if dense else UNKNOWN]
+
+
+def _scored(found: Measured, cells: Cells) -> str:
+    if not found:
+        return UNKNOWN
+    known = controls_of(cells)
+    score = mean_and_spread([stage.metrics[record.headline] for record, stage in found])
+    seeds = "" if len(found) > 1 else ", one seed"
+    return f"{score} ({statistics.mean(change_of(record, stage, known) for record, stage in found):+.2f}{seeds})"
+
+
+def _keys(row: Sequence[Measured]) -> str:
+    """Of the cells of 8 bits, at each sparsity, and of how many."""
+    every = [stage for found in row for _, stage in found]
+    if not every:
+        return UNKNOWN
+    keys = [f"{statistics.mean(stage.keys_per_row for _, stage in found):.1f}" if found else "?" for found in row]
+    valid = statistics.mean(stage.keys_per_row / (1 - stage.sparsity) for stage in every)
+    return f"{', '.join(keys)} of {valid:.0f}"

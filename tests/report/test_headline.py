@@ -1,0 +1,75 @@
+"""The headline table and the picture of tails, from records made up for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from attnpress.records.run import Record
+from attnpress.report.headline import UNKNOWN, headline_markdown, measured, tail_lines, tail_words
+from tests.report.test_evidence import record, stage
+
+Tasks = dict[str, dict[str, list[Record]]]
+
+
+def pruned(seed: int, name: str, score: float, keys: float) -> Record:
+    return record(seed, stage("dense", 80.0, 0, 50), stage(name, score, 1 - keys / 50, keys))
+
+
+@pytest.fixture
+def tasks() -> Tasks:
+    dense = [record(seed, stage("dense", 80.0, 0, 50), stage("dense_control", 84.0 + seed, 0, 50)) for seed in (0, 1)]
+    return {
+        "mrpc": {
+            "dense": dense,
+            "8888-0.95": [pruned(seed, "progressive", 83.0, 2.5) for seed in (0, 1)],
+            "8888-0.98": [pruned(0, "progressive", 80.0, 1.0)],
+            "8888-0.95-linear4": [pruned(0, "progressive", 70.0, 2.5)],
+            "8888-0.95-linear8": [pruned(seed, "progressive", 84.0, 2.5) for seed in (0, 1)],
+            "8888-0.95-mean-at-once": [pruned(0, "one_shot", 82.0, 2.4)],
+            "8888-0.95-constant": [pruned(0, "progressive", 10.0, 2.5)],
+            "4444-0.95": [pruned(0, "progressive", 81.0, 2.5)],
+        },
+        "rte": {"dense": dense, "8888-0.95": [pruned(0, "progressive", 82.0, 4.0)]},
+    }
+
+
+def test_a_task_has_a_row_for_each_tail_that_was_trained(tasks: Tasks) -> None:
+    header, _, *rows = headline_markdown(tasks, ["mrpc", "rte", "stsb"]).splitlines()
+    assert header == (
+        "| task (metric) | tail | dense | 8 bits, 0.95 | 8 bits, 0.98 | 4 bits, 0.95 | 4 bits, 0.98 | keys per query |"
+    )
+    assert rows == [
+        "| MRPC (f1) | `none` | 84.50 ± 0.71 | 83.00 ± 0.00 (-1.50) | 80.00 (-4.00, one seed) | "
+        f"81.00 (-3.00, one seed) | {UNKNOWN} | 2.5, 1.0 of 50 |",
+        f"| MRPC (f1) | `linear` | 84.50 ± 0.71 | 84.00 ± 0.00 (-0.50) | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} "
+        "| 2.5, ? of 50 |",
+        f"| RTE (f1) | `none` | 84.50 ± 0.71 | 82.00 (-2.00, one seed) | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} "
+        "| 4.0, ? of 50 |",
+        f"| STS-B | `none` | {' | '.join([UNKNOWN] * 6)} |",
+    ]
+
+
+def test_variants_of_a_cell_are_not_taken_for_it(tasks: Tasks) -> None:
+    cells = tasks["mrpc"]
+    assert [one.stages[-1].metrics["f1"] for one, _ in measured(cells, "8888", "0.95", "linear")] == [84.0, 84.0]
+    assert measured(cells, "8888", "0.95", "mean") == []
+    assert len(measured(cells, "8888", "0.95", "mean", "one_shot")) == 1
+
+
+def test_the_picture_has_a_line_for_each_tail_and_says_what_is_missing(tasks: Tasks) -> None:
+    panels = tail_lines(tasks, ["mrpc", "rte", "stsb"], "8888")
+    assert [title.splitlines() for title in panels] == [
+        ["MRPC, trained", "mean:", UNKNOWN],
+        ["MRPC, not trained", "none, linear:", UNKNOWN],
+        ["RTE, trained", "mean, linear:", UNKNOWN],
+        ["STS-B, trained", "none, mean, linear:", UNKNOWN],
+    ]
+    trained, once, *_ = panels.values()
+    assert [(line.label, line.x, line.y) for line in trained] == [
+        ("none", [1.0, 2.5], [-4.0, -1.5]), ("mean", [], []), ("linear", [2.5], [-0.5]),
+    ]  # fmt: skip
+    assert (once[1].x, once[1].y) == ([2.4], [-2.0])
+    words = tail_words(panels)
+    assert "MRPC, trained, tail none: -4.0 at 1.0 keys, -1.5 at 2.5 keys" in words
+    assert f"STS-B, trained, tail linear: {UNKNOWN}" in words
+    assert "\n" not in words
