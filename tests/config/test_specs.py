@@ -84,7 +84,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attention": {"sparsity": 0.9, "threshold_penalty": 1.0}}, "schedule.start: give the sparsity at which trained"),
     ({"attention": {"q": {"granularity": "channel"}}}, r"q\.granularity: 'channel' would vary inside .*tensor, head"),
     ({"attention": {"k": {"granularity": "token"}}}, r"k\.granularity: 'token' would vary within .*use tensor or head"),
-    ({"attention": {"v": {"granularity": "token"}}}, r"v\.granularity: 'token' would vary .*use tensor, head or channel"),
+    ({"attention": {"v": {"granularity": "token"}}}, r"v\.granularity: 'token' would vary .*tensor, head or channel"),
     ({"attention": {"q": {"bits": None}}}, r"q\.bits, k\.bits: quantize both of Q and K, or neither"),
     ({"attention": {"v": {"learned": True, "power_of_two": True}}}, "learned steps need .*: drop power_of_two"),
     ({"attention": {"q": {"observer": "max"}}}, r"attention\.q\.observer: .*'absmax', 'ema', 'percentile' or 'mse'"),
