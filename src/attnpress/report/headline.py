@@ -1,4 +1,4 @@
-"""What the tables of evidence come to: one row a task and tail, and the picture of what a tail is worth."""
+"""Summary of the tables of evidence: one row per task and tail, and a figure of the effect of a tail."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TAILS = ("none", "mean", "linear")
 UNKNOWN = "not yet measured"
 LINE = "\n"
 CELL = re.compile(r"(?P<bits>\d+)-(?P<asked>0\.\d+)(?:-(?P<tail>mean|linear)\d*)?(?P<once>-at-once)?")
-"""Names of the cells that are compared: of bits, sparsity and tail, and no other variant."""
+"""Names of the cells that are compared: bits, sparsity and tail, without other variants."""
 
 Measured = list[tuple[Record, StageRecord]]
 
 
 def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
-    """One row for each task and tail that a table can have: score and loss of the cells that a reader asks for first.
+    """One row for each task and tail: score and loss of the most relevant cells.
 
     Args:
         tasks: cells by task.
@@ -32,7 +32,7 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
 
     Returns:
         Markdown. Losses are against the dense model trained equally long, seed by seed. A task has a row without a
-        tail, and one for each tail that any of its cells was measured with.
+        tail, and one for each measured tail.
     """
     cells = [(bits, asked) for bits in BITS for asked in ASKED]
     names = [f"{BITS[bits]}, {asked}" for bits, asked in cells]
@@ -49,7 +49,7 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
 
 
 def measured(cells: Cells, bits: str, asked: str, tail: str, stage: str = "progressive") -> Measured:
-    """The records of a cell and their stage, one a seed; of `linear` those of the rank with most seeds."""
+    """Records of a cell with their stage, one per seed; for `linear`, of the rank with most seeds."""
     found: list[Measured] = []
     for name, records in cells.items():
         parts = CELL.fullmatch(name)
@@ -68,8 +68,8 @@ def tail_lines(tasks: Mapping[str, Cells], chosen: Sequence[str], bits: str) -> 
         bits: of the cells.
 
     Returns:
-        Lines by the title of their panel, one a task and kind of training; without training, tasks that have a cell
-        with a tail. A line without a point says so.
+        Lines by the title of their panel, one per task and kind of training; without training, only tasks with a cell
+        with a tail. The title names lines without points.
     """
     panels = {}
     for task in chosen:
@@ -81,7 +81,7 @@ def tail_lines(tasks: Mapping[str, Cells], chosen: Sequence[str], bits: str) -> 
 
 
 def tail_words(panels: Mapping[str, Sequence[Line]]) -> str:
-    """The picture for those who do not see it: each point."""
+    """Description of the figure in words: each point."""
     parts = [
         f"{title.partition(LINE)[0]}, tail {line.label}: "
         + (", ".join(f"{y:+.1f} at {x:.1f} keys" for x, y in zip(line.x, line.y, strict=True)) or UNKNOWN)

@@ -1,7 +1,7 @@
-"""`run --engine ray`: the files of a folder, spread over a Ray cluster by Ray Data.
+"""`run --engine ray`: predict the files of a folder on a Ray cluster, with Ray Data.
 
-A row of the data set is a file; each worker is an actor that loads the model once. What is done lies in the output
-folder, which all machines see: a file whose worker died is given to another one, which goes on where that one stopped.
+Each row of the Ray dataset is a file; each worker is an actor that loads the model once. The output folder, shared by
+all machines, records what is done. If a worker dies, another one resumes its file.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ LOCAL = {"include_dashboard": False, "log_to_driver": False, "logging_level": lo
 
 
 class Worker:
-    """One process of the cluster; it answers a file at a time.
+    """A process of the cluster; it predicts one file at a time.
 
     Args:
-        deployment: to load when the worker begins. What keeps it from loading is told of each file.
-        place: folder that relative paths begin in.
+        deployment: loaded when the worker starts. If loading fails, each of its files reports the reason.
+        place: folder that relative paths refer to.
     """
 
     def __init__(self, deployment: Deployment, place: str) -> None:
@@ -53,7 +53,7 @@ class Worker:
             self.finish = lambda pair, _: Outcome(pair, None, reason)
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """From a row with the paths of a pair to one with its outcome, as text: Ray Data has columns, no objects."""
+        """From a row with the paths of a pair to its outcome as text, since Ray Data columns hold no objects."""
         said, self.said = self.said, []
         with _recorded(said):
             outcome = self.finish(Pair(Path(row["source"]), Path(row["output"])), said.append)
@@ -63,7 +63,7 @@ class Worker:
 
 @contextmanager
 def _recorded(said: list[str]) -> Iterator[None]:
-    """Inside the `with` block, warnings go into the list: nobody sees a worker's own output."""
+    """Collect warnings inside the `with` block, since a worker's own output is not visible."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -71,13 +71,13 @@ def _recorded(said: list[str]) -> Iterator[None]:
 
 
 def spread(deployment: Deployment, workers: int | None = None) -> Engine:
-    """The engine that gives each file to one of the workers of a cluster.
+    """The engine that distributes files over the workers of a cluster.
 
-    It is the cluster that Python is connected to, that of RAY_ADDRESS, or one that begins and ends on this machine.
+    It uses the connected cluster, that of RAY_ADDRESS, or a local one for the duration of the run.
 
     Args:
-        deployment: of each worker; all machines know its folder, and the current one, by the same names.
-        workers: at most so many, with a CPU each, and a GPU for backend "gpu"; None for the CPUs of the cluster.
+        deployment: of each worker. Its folder and the current one must have the same paths on all machines.
+        workers: maximum number, with one CPU each, and one GPU for backend "gpu"; None uses the CPUs of the cluster.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -94,7 +94,7 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
             answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
                 Worker,
                 fn_constructor_args=(deployment, str(Path.cwd())),
-                # One file at a time: what waited behind a dead worker would wait for its next life.
+                # One file at a time, so that no file waits for the restart of a dead worker.
                 compute=ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1),
                 num_cpus=1,
                 num_gpus=1 if deployment.backend == "gpu" else 0,
@@ -103,7 +103,7 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
             told = set[str]()
             try:
                 for outcome in map(_outcome, answered.iter_rows()):
-                    new = tuple(text for text in outcome.warnings if text not in told)  # workers say some things alike
+                    new = tuple(text for text in outcome.warnings if text not in told)  # workers repeat some messages
                     told.update(new)
                     yield dataclasses.replace(outcome, warnings=new)
             except ray.exceptions.RayError as error:
@@ -117,13 +117,13 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Inside the `with` block Python is connected to a cluster."""
+    """Connect Python to a cluster inside the `with` block."""
     import ray.data
 
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
     try:
         ray.init(**LOCAL)
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
@@ -144,7 +144,7 @@ def _outcome(row: dict[str, Any]) -> Outcome:
 
 
 def _begun(pairs: Sequence[Pair]) -> str:
-    """The first file that a worker has begun and not finished."""
+    """The first file that a worker has started and not finished."""
     for pair in pairs:
         if not pair.output.exists() and pair.output.with_name(f".{pair.output.name}.unfinished").exists():
             return f", {pair.source} was begun"
