@@ -49,7 +49,7 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
 
 
 def tails_of(cells: Iterable[Cells]) -> list[str]:
-    """ "none", "mean", and each rank of "linear" that a cell has, in order; "linear" if none has."""
+    """Tails in order: none, mean, and each rank of linear that a cell has; plain linear if none has."""
     parts = [CELL.fullmatch(name) for found in cells for name in found]
     ranks = {one["tail"] for one in parts if one and (one["tail"] or "").startswith("linear")}
     ordered = sorted(ranks, key=lambda tail: int(tail.removeprefix("linear") or 0))
