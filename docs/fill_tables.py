@@ -56,7 +56,7 @@ ROOT = Path(__file__).parents[1]
 EXACT = ("eager", "deployed", "round_trip", "generate")
 PICTURE = "docs/figures/demo.svg"
 EVIDENCE = "docs/figures/evidence.svg"
-TAILS = "docs/figures/tails.svg"
+TAILS_PICTURE = "docs/figures/tails.svg"
 LANES = "docs/figures/lanes.svg"
 BOARD_PICTURE = "docs/figures/leaderboard.svg"
 FRONT = "docs/figures/tail_front.svg"
@@ -112,7 +112,7 @@ def tables() -> dict[str, str]:
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
         "headline": headline_markdown(tasks, HEADLINE),
-        "tails": f"![{tail_words(tail_lines(tasks, HEADLINE, BITS))}]({Path(TAILS).relative_to('docs')})",
+        "tails": f"![{tail_words(tail_lines(tasks, HEADLINE, BITS))}]({Path(TAILS_PICTURE).relative_to('docs')})",
         "board_tails": tails_board_markdown(),
         "results_readme": summary_markdown(tasks, README_CELLS),
         "missing": missing_in_words(),
@@ -538,7 +538,7 @@ if __name__ == "__main__":
     (ROOT / PICTURE).parent.mkdir(exist_ok=True)
     (ROOT / PICTURE).write_text(picture(demo_record()), encoding="utf-8")
     (ROOT / EVIDENCE).write_text(evidence_picture(ROOT / "records" / "evidence"), encoding="utf-8")
-    (ROOT / TAILS).write_text(tails_picture(ROOT / "records" / "evidence"), encoding="utf-8")
+    (ROOT / TAILS_PICTURE).write_text(tails_picture(ROOT / "records" / "evidence"), encoding="utf-8")
     (ROOT / BOARD_PICTURE).write_text(board_picture(), encoding="utf-8")
     (ROOT / FRONT).write_text(front_picture(), encoding="utf-8")
     (ROOT / LANES).write_text(lanes_picture(), encoding="utf-8")

@@ -149,7 +149,7 @@ FORETOLD = AttentionSpec(sparsity=0.5, rule="threshold", predictor_bits=4)
 def test_a_foretold_mask_is_refused_with_the_mend() -> None:
     model = tiny_bert(FORETOLD)
     expected = logits(model, make_batch())
-    with pytest.raises(ValueError, match=r"layer\.0.*cannot foretell masks \(predictor_bits 4\); use backend 'refer"):
+    with pytest.raises(ValueError, match=r"layer\.0.*not support predicted masks \(predictor_bits 4\); use"):
         deploy(model, "cpu")
     assert torch.equal(logits(deploy(model, "reference"), make_batch()), expected)
 

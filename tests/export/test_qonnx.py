@@ -62,7 +62,7 @@ def test_other_bits_are_not_taken_for_the_reference(tmp_path: Path, monkeypatch:
     ("spec", "word"),
     [
         (AttentionSpec(sparsity=0.7, rule="nm"), "rule 'nm'"),
-        (AttentionSpec(sparsity=0.7, predictor_bits=4), "a mask that is foretold"),
+        (AttentionSpec(sparsity=0.7, predictor_bits=4), "a predicted mask"),
         (AttentionSpec(sparsity=0.7, rule="mass"), "rule 'mass'"),
     ],
 )

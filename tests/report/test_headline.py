@@ -41,7 +41,9 @@ def test_a_task_has_a_row_for_each_tail_that_was_trained(tasks: Tasks) -> None:
     assert rows == [
         "| MRPC (f1) | `none` | 84.50 ± 0.71 | 83.00 ± 0.00 (-1.50) | 80.00 (-4.00, one seed) | "
         f"81.00 (-3.00, one seed) | {UNKNOWN} | 2.5, 1.0 of 50 |",
-        f"| MRPC (f1) | `linear` | 84.50 ± 0.71 | 84.00 ± 0.00 (-0.50) | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} "
+        f"| MRPC (f1) | `linear4` | 84.50 ± 0.71 | 70.00 (-14.00, one seed) | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} "
+        "| 2.5, ? of 50 |",
+        f"| MRPC (f1) | `linear8` | 84.50 ± 0.71 | 84.00 ± 0.00 (-0.50) | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} "
         "| 2.5, ? of 50 |",
         f"| RTE (f1) | `none` | 84.50 ± 0.71 | 82.00 (-2.00, one seed) | {UNKNOWN} | {UNKNOWN} | {UNKNOWN} "
         "| 4.0, ? of 50 |",
@@ -51,7 +53,7 @@ def test_a_task_has_a_row_for_each_tail_that_was_trained(tasks: Tasks) -> None:
 
 def test_variants_of_a_cell_are_not_taken_for_it(tasks: Tasks) -> None:
     cells = tasks["mrpc"]
-    assert [one.stages[-1].metrics["f1"] for one, _ in measured(cells, "8888", "0.95", "linear")] == [84.0, 84.0]
+    assert [one.stages[-1].metrics["f1"] for one, _ in measured(cells, "8888", "0.95", "linear8")] == [84.0, 84.0]
     assert measured(cells, "8888", "0.95", "mean") == []
     assert len(measured(cells, "8888", "0.95", "mean", "one_shot")) == 1
 
@@ -66,10 +68,10 @@ def test_the_picture_has_a_line_for_each_tail_and_says_what_is_missing(tasks: Ta
     ]
     trained, once, *_ = panels.values()
     assert [(line.label, line.x, line.y) for line in trained] == [
-        ("none", [1.0, 2.5], [-4.0, -1.5]), ("mean", [], []), ("linear", [2.5], [-0.5]),
+        ("none", [1.0, 2.5], [-4.0, -1.5]), ("mean", [], []), ("linear4", [2.5], [-14.0]), ("linear8", [2.5], [-0.5]),
     ]  # fmt: skip
     assert (once[1].x, once[1].y) == ([2.4], [-2.0])
     words = tail_words(panels)
     assert "MRPC, trained, tail none: -4.0 at 1.0 keys, -1.5 at 2.5 keys" in words
-    assert f"STS-B, trained, tail linear: {UNKNOWN}" in words
+    assert f"STS-B, trained, tail linear8: {UNKNOWN}" in words
     assert "\n" not in words

@@ -80,7 +80,7 @@ def program(folder: Path, source: Path, place: Path) -> None:
     run("killed")
     (place / "killed" / "a.jsonl").unlink()
     said["rerun"] = command(folder, source, place / "killed")
-    ray_engine.DEATHS = 0
+    ray_engine.TRIES = 2
     try:
         run("poisoned", always=True)
     except PredictionError as error:

@@ -54,11 +54,10 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(finished: Path, folde
     assert outputs(tmp_path / "killed") == outputs(tmp_path / "local")
     assert said["rerun"].startswith("0\n")
     assert "3 of 4 files are done already\n== 4 of 4 files: a.jsonl, 3 lines\npredicted: 21 lines" in said["rerun"]
-    assert "--engine ray: workers died" in said["poisoned"]
-    assert "b.jsonl was begun; start the same command again" in said["poisoned"]
-    assert {name: outputs(tmp_path / "local")[name] for name in outputs(tmp_path / "poisoned")} == outputs(
-        tmp_path / "poisoned"
-    )
+    assert said["poisoned"].startswith("1 of 4 files are not answered, the others are: ")
+    assert "b.jsonl: workers died of it, or of the model (2); out of memory?" in said["poisoned"]
+    whole = outputs(tmp_path / "local")
+    assert outputs(tmp_path / "poisoned") == {name: whole[name] for name in whole if name != "b.jsonl"}
     chunks = [json.loads(line) for line in (tmp_path / "killed.chunks").read_text("utf-8").splitlines()]
     begun = ["a-1", "b-1", "b-5", "b-5", "b-9", "c-1", "c-5", "d-1"]
     assert sorted(row for _, row in chunks) == begun, "the chunk that was lost is answered again, and nothing else"
@@ -67,17 +66,35 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(finished: Path, folde
 
 def test_what_keeps_a_worker_from_loading_is_told_of_each_file(finished: Path, tmp_path: Path) -> None:
     row = {"source": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "out" / "a.jsonl")}
-    said = Worker(Deployment(tmp_path, None, "reference", "float", 8), str(tmp_path / "absent"))(row)
+    said = Worker(Deployment(tmp_path, None, "reference", "float", 8), str(tmp_path / "absent"), "run")(row)
     assert f"{tmp_path}/absent: No such file or directory" in json.loads(said["outcome"])["reason"]
-    said = Worker(Deployment(tmp_path, None, "reference", "float", 8), str(Path.cwd()))(row)
+    said = Worker(Deployment(tmp_path, None, "reference", "float", 8), str(Path.cwd()), "run")(row)
     assert "holds no finished compressed model" in json.loads(said["outcome"])["reason"]
     write(tmp_path / "a.jsonl", ['{"review": "good"}', "{"])
-    worker = Worker(
-        Deployment(finished, load_config(finished / "recipe.yaml"), "reference", "float", 8), str(Path.cwd())
-    )
+    model = Deployment(finished, load_config(finished / "recipe.yaml"), "reference", "float", 8)
+    worker = Worker(model, str(Path.cwd()), "run")
     found = json.loads(worker(row)["outcome"])
     assert (found["progress"]["written"], found["progress"]["skipped"], found["reason"]) == (1, 1, "")
     assert [text.partition("a.jsonl:")[2].split(" (")[0] for text in found["warnings"]] == ["2: not JSON"]
+
+
+def test_a_file_that_workers_died_of_is_not_tried_for_ever(finished: Path, tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ['{"review": "good"}'])
+    row = {"source": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "out" / "a.jsonl")}
+    note = tmp_path / "out" / ".a.jsonl.tries"
+    note.parent.mkdir()
+
+    def reason(run: str) -> str:
+        model = Deployment(finished, load_config(finished / "recipe.yaml"), "reference", "float", 8)
+        return str(json.loads(Worker(model, str(Path.cwd()), run, tries=2)(row)["outcome"])["reason"])
+
+    note.write_text("first 2", "utf-8")
+    assert "workers died of it, or of the model (2)" in reason("first")
+    assert not note.exists()
+    for other in ("first 1", "before 2", "damaged", ""):
+        note.write_text(other, "utf-8")
+        assert reason("first") == ""
+    assert not note.exists()
 
 
 def test_ray_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -204,7 +204,7 @@ class AttentionSpec:
         scores = [matrix.bits for matrix in (self.q, self.k) if matrix.bits is not None]
         if not scores or bits >= max(scores):
             raise ValueError(
-                f"predictor_bits: {bits} foretells nothing: give fewer than the bits of q and k, {self.bits['q']} and "
+                f"predictor_bits: {bits} has no effect: give fewer than the bits of q and k, {self.bits['q']} and "
                 f"{self.bits['k']}, or none"
             )
         if self.p.mode != "row":

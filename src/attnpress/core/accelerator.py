@@ -113,7 +113,7 @@ def estimate(machine: Accelerator, shape: Shape, spec: AttentionSpec) -> Estimat
         spec: bits of all four matrices, whether anything is pruned, and the tail.
 
     Raises:
-        ValueError: a matrix has no bits, or the mask is foretold.
+        ValueError: a matrix has no bits, or the mask is predicted.
     """
     if spec.predictor_bits is not None:
         raise ValueError("the model of an accelerator computes every score in full; give a spec without predictor_bits")

@@ -45,7 +45,7 @@ class Pairs:
 
     Attributes:
         valid, keep: bool [B, Hq, Sq, Sk].
-        scored: what the rule decides on: the scores themselves, or the foretold ones.
+        scored: scores for the rule: the exact or the predicted ones.
         row_max: of the scores, [B, Hq, Sq, 1]; 0 in a row without a valid key.
         exponent: int32, 1/1024 octaves below the row maximum; T_MAX if not valid.
         probability: int32, p~ in units of 2^-16, before pruning.
@@ -53,7 +53,7 @@ class Pairs:
         codes: P codes, float32 holding integers (or real weights if P is not quantized).
         divisor: of the weighted sum of V, [B, Hq, Sq, 1].
 
-    With a foretold mask, only pairs that are kept have scores: all fields but `valid` and `scored` treat the others as
+    With a predicted mask, only kept pairs have scores: all fields but `valid` and `scored` treat the others as
     not valid.
     """
 
@@ -125,10 +125,10 @@ class LinearTailedAttention(TailedAttention):
 
 @dataclass(frozen=True)
 class ForetoldAttention(IntegerAttention):
-    """The same where the mask is foretold (numerics, section 4).
+    """`IntegerAttention` with a predicted mask (numerics, section 4).
 
     Attributes:
-        foretold: int32 [B, Hq, Sq, Sk], the scores of few bits.
+        foretold: int32 [B, Hq, Sq, Sk], the predicted low-bit scores.
     """
 
     foretold: Tensor
@@ -254,7 +254,7 @@ def prune_and_code(
         acc: integer scores [B, Hq, Sq, Sk] (real ones if Q and K are not quantized).
         alpha: float32 broadcastable, from `score_step`.
         cutoff: float32 [Hq] or None.
-        foretold: from `foretold_scores`, what the rule looks at instead of `acc`.
+        foretold: from `foretold_scores`, scores for the rule instead of `acc`.
     """
     valid = torch.ones_like(acc, dtype=torch.bool) if valid is None else valid.expand_as(acc)
     per_head = None if cutoff is None else cutoff.view(1, -1, 1, 1)

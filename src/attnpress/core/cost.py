@@ -121,7 +121,7 @@ class Work:
 
     Attributes:
         macs_dense, macs_remaining: multiply-accumulates; a pruned pair is skipped in P V, but its score is computed,
-            in full or foretold.
+            exactly or predicted.
         bit_operations_dense, bit_operations_remaining: each MAC weighted by the product of its operands' bits.
         bytes_dense, bytes_remaining: P alone, at its own bits; survivors with a 16-bit index each.
     """
@@ -152,8 +152,8 @@ def attention_work(
 
     Args:
         bits: of q, k, v and p; None counts as 32.
-        kept: pairs whose scores are computed in full, where the others were foretold; None is all of them.
-        predictor_bits: of the product that foretells, of every pair; matrices of fewer bits enter it as they are.
+        kept: with a predicted mask, pairs whose exact scores are computed; None is all of them.
+        predictor_bits: of the predicting product over all pairs; matrices with fewer bits are used as they are.
     """
     wide = {name: FLOAT_BITS if value is None else value for name, value in bits.items()}
     dense, skipped = pairs * head_dim, survivors * head_dim

@@ -1,4 +1,4 @@
-"""Foretold masks: scores of few bits decide what is kept, before any is computed in full (numerics, section 4)."""
+"""Predicted masks: low-bit scores decide which pairs are kept, before exact scores (numerics, section 4)."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from torch import Tensor
 from attnpress.config import AttentionSpec
 
 WIDEST_STEP = 2.0**100
-"""Of a foretold score, in nats: from here on, any distance but 0 is beyond every P code."""
+"""Maximum step of a predicted score, in nats; beyond it, any nonzero distance gives a P code of zero."""
 
 
 def foretold_scores(q_codes: Tensor, k_codes: Tensor, spec: AttentionSpec) -> Tensor | None:
-    """q' . k', the integer scores that the rule looks at; None where it looks at the exact ones.
+    """q' . k', the predicted integer scores for the rule; None if it uses the exact ones.
 
     Args:
-        q_codes, k_codes: integers in any dtype [B, Hq, S, D], each query head with its key head.
+        q_codes, k_codes: integers in any dtype [B, Hq, S, D], with keys repeated for their query heads.
 
     Returns:
         float32 holding integers [B, Hq, Sq, Sk], below 2^24 in magnitude.
@@ -27,12 +27,12 @@ def foretold_scores(q_codes: Tensor, k_codes: Tensor, spec: AttentionSpec) -> Te
 
 
 def foretold_step(alpha: Tensor, spec: AttentionSpec) -> Tensor:
-    """alpha', the real score of one step of a foretold score; float32, shape of `alpha`."""
+    """alpha', the real score of one integer step of a predicted score; float32, shape of `alpha`."""
     return (alpha * 2.0 ** sum(_shifts(spec))).clamp(max=WIDEST_STEP)
 
 
 def _shifts(spec: AttentionSpec) -> tuple[int, int]:
-    """How many bits the codes of Q and of K lose."""
+    """Number of bits removed from the codes of Q and of K."""
     assert spec.predictor_bits is not None
     q, k = (max(0, (matrix.bits or 0) - spec.predictor_bits) for matrix in (spec.q, spec.k))
     return q, k

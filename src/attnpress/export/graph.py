@@ -165,7 +165,7 @@ def _refusal(module: CompressedAttention, runtime: str) -> str | None:
     if runtime not in rule_of(spec).kernels and (spec.sparsity > 0 or spec.threshold is not None):
         return f"rule {spec.rule!r} cannot be exported here, only {', '.join(rules_of(runtime))}"
     if spec.predictor_bits is not None and (spec.sparsity > 0 or spec.threshold is not None):
-        return f"a mask that is foretold (predictor_bits {spec.predictor_bits}) cannot be exported here"
+        return f"a predicted mask (predictor_bits {spec.predictor_bits}) cannot be exported here"
     if spec.q.granularity == "token" and spec.q.power_of_two:
         return "q.granularity 'token' with power_of_two reads the bits of a float, which ONNX has no operator for"
     if spec.p.qmax == 1:

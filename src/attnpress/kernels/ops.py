@@ -345,7 +345,7 @@ def _check_spec(spec: AttentionSpec, backend: str) -> None:
         )
     if not runs_on(backend, spec):
         raise ValueError(
-            f"backend {backend!r} computes every score in full and cannot foretell masks (predictor_bits "
+            f"backend {backend!r} computes every score and does not support predicted masks (predictor_bits "
             f"{spec.predictor_bits}); use backend 'reference'"
         )
     if backend == "gpu" and spec.tail != "none":

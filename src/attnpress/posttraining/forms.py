@@ -93,11 +93,11 @@ class Made:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a form is trained on before it is deployed.
+    """Training of a form before it is deployed.
 
     Attributes:
         rows: texts.
-        epochs: how often each is seen.
+        epochs: passes over them.
         folder: of checkpoints, from which interrupted training resumes; None keeps none.
     """
 

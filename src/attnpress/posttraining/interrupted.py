@@ -1,4 +1,4 @@
-"""Training that was interrupted, kept beside the output folder until the same call finishes it."""
+"""Checkpoints of an interrupted training, kept beside the output folder until the same call finishes it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnpress.runs.folder import hold_folder
 from attnpress.training.trainer import last_checkpoint
 
 WHAT = "interrupted training"
-"""What the marker of the folder says."""
+"""Kind of the folder, in its marker."""
 
 CHECKPOINTS, MADE_FROM, LOCK = "checkpoints", "made_from.json", "run.lock"
 
@@ -24,16 +24,16 @@ CHECKPOINTS, MADE_FROM, LOCK = "checkpoints", "made_from.json", "run.lock"
 def kept_training(
     output: Path | None, made_from: Mapping[str, Any], notify: Callable[[str], None]
 ) -> Iterator[Path | None]:
-    """A folder for checkpoints, which is gone when the `with` block ends well, and stays when it does not.
+    """A folder for checkpoints. It is deleted when the `with` block succeeds, and kept when it fails.
 
     Args:
-        output: the folder lies beside it; None keeps nothing.
-        made_from: what the training depends on, plain data: that of something else is deleted.
-        notify: is told from where training resumes, or that another one is deleted.
+        output: the folder is beside it; None keeps nothing.
+        made_from: everything that the training depends on, as plain data; checkpoints of another training are deleted.
+        notify: receives where training resumes, or that another training is deleted.
 
     Raises:
-        OutputError: something else lies there.
-        ConfigError: another process trains there.
+        OutputError: something else is in its place.
+        ConfigError: another process is training there.
     """
     if output is None:
         yield None
@@ -51,9 +51,9 @@ def kept_training(
             notify(f"resuming the training from {Path(last).name.replace('-', ' ')}")
         yield checkpoints
         shutil.rmtree(checkpoints, ignore_errors=True)
-        for name in (LOCK, MADE_FROM, MARKER):  # the marker last: without it, what is left would be a stranger's
+        for name in (LOCK, MADE_FROM, MARKER):  # the marker last, since without it the rest would count as foreign
             (folder / name).unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # what a user has put there stays
+    with contextlib.suppress(OSError):  # the user's files stay
         folder.rmdir()
 
 

@@ -1,4 +1,4 @@
-"""What a stage made of each evaluation row, so that two stages can be compared row by row; packed for a record."""
+"""Score of each evaluation row in a stage, packed for a record, so that two stages can be compared row by row."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from numpy.typing import ArrayLike, NDArray
 from attnpress.records.typed_json import Range
 
 STEPS = 65_535
-"""Of a value between the smallest and the largest: correlations and means move by less than a hundredth of a point."""
+"""Steps between the smallest and the largest value; correlations and means change by less than 0.01 points."""
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """One number for each row, in the order of the evaluation set; in extractive question answering, each question.
+    """One number for each evaluation row in order; in extractive question answering, for each question.
 
     Attributes:
-        kind: "right" of a classification, 1 or 0; "score" of a metric that is a mean over rows, 0 to 1; "value" of a
-            regression, what the model answered or was to answer.
-        rows: how many.
+        kind: "right" for a classification, 1 or 0; "score" for a metric that is a mean over rows, 0 to 1; "value" for
+            the prediction of a regression.
+        rows: their number.
         low, high: the smallest and the largest.
         packed: base64 of zlib of bits, if "right"; else of 16-bit little-endian steps from `low`, 0, to `high`, 65535.
     """
@@ -39,7 +39,7 @@ class RowScores:
         """The numbers, to one part in 65,535 of their range.
 
         Raises:
-            ValueError: `packed` is not as described.
+            ValueError: `packed` is invalid.
         """
         size = -(-self.rows // 8) if self.kind == "right" else 2 * self.rows
         unpack = zlib.decompressobj()
@@ -56,7 +56,7 @@ class RowScores:
 
 
 def pack_rows(kind: Literal["right", "score", "value"], values: ArrayLike) -> RowScores:
-    """The record of some numbers, all of them finite."""
+    """Pack finite numbers for a record."""
     found = np.asarray(values, np.float64)
     low, high = (float(found.min()), float(found.max())) if len(found) else (0.0, 0.0)
     if kind == "right":

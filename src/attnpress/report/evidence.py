@@ -114,7 +114,7 @@ def evidence_markdown(task: str, cells: Cells) -> str:
 
 
 def _pairs(name: str, records: Sequence[Record], known: Mapping[Start, tuple[Record, StageRecord]]) -> list[Pair]:
-    """What became of the rows in a stage of each record and in the control, where both are known of the same rows."""
+    """Row scores of a stage of each record and of its control, if both are known for the same rows."""
     found = []
     for record in records:
         stage = record.stage(name)

@@ -1,10 +1,10 @@
-"""What the tables of evidence come to: one row a task and tail, and the picture of what a tail is worth."""
+"""Summary of the tables of evidence: one row per task and tail, and a figure of the effect of a tail."""
 
 from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from attnpress.records.run import Record, StageRecord
 from attnpress.report.evidence import TASKS, Cells, change_of, controls_of
@@ -14,17 +14,17 @@ from attnpress.report.render import markdown_table
 
 BITS = {"8888": "8 bits", "4444": "4 bits"}
 ASKED = ("0.95", "0.98")
-TAILS = ("none", "mean", "linear")
+KINDS = ("none", "mean", "linear")
 UNKNOWN = "not yet measured"
 LINE = "\n"
-CELL = re.compile(r"(?P<bits>\d+)-(?P<asked>0\.\d+)(?:-(?P<tail>mean|linear)\d*)?(?P<once>-at-once)?")
-"""Names of the cells that are compared: of bits, sparsity and tail, and no other variant."""
+CELL = re.compile(r"(?P<bits>\d+)-(?P<asked>0\.\d+)(?:-(?P<tail>mean|linear\d*))?(?P<once>-at-once)?")
+"""Names of the cells that are compared: bits, sparsity and tail, without other variants."""
 
 Measured = list[tuple[Record, StageRecord]]
 
 
 def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
-    """One row for each task and tail that a table can have: score and loss of the cells that a reader asks for first.
+    """One row for each task and tail: score and loss of the most relevant cells.
 
     Args:
         tasks: cells by task.
@@ -32,7 +32,7 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
 
     Returns:
         Markdown. Losses are against the dense model trained equally long, seed by seed. A task has a row without a
-        tail, and one for each tail that any of its cells was measured with.
+        tail, and one for each measured tail.
     """
     cells = [(bits, asked) for bits in BITS for asked in ASKED]
     names = [f"{BITS[bits]}, {asked}" for bits, asked in cells]
@@ -40,7 +40,7 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
     rows = []
     for task in chosen:
         found = tasks.get(task, {})
-        known = {tail: [measured(found, bits, asked, tail) for bits, asked in cells] for tail in TAILS}
+        known = {tail: [measured(found, bits, asked, tail) for bits, asked in cells] for tail in tails_of([found])}
         for tail, row in known.items():
             if tail == "none" or any(row):
                 rows.append([*_task(task, found), *_of_tail(tail, found), *(_scored(one, found) for one in row)])
@@ -48,8 +48,16 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
     return markdown_table(header, rows, header[:2])
 
 
+def tails_of(cells: Iterable[Cells]) -> list[str]:
+    """Tails in order: none, mean, and each rank of linear that a cell has; plain linear if none has."""
+    parts = [CELL.fullmatch(name) for found in cells for name in found]
+    ranks = {one["tail"] for one in parts if one and (one["tail"] or "").startswith("linear")}
+    ordered = sorted(ranks, key=lambda tail: int(tail.removeprefix("linear") or 0))
+    return ["none", "mean", *(ordered or ["linear"])]
+
+
 def measured(cells: Cells, bits: str, asked: str, tail: str, stage: str = "progressive") -> Measured:
-    """The records of a cell and their stage, one a seed; of `linear` those of the rank with most seeds."""
+    """Records of a cell with their stage, one per seed."""
     found: list[Measured] = []
     for name, records in cells.items():
         parts = CELL.fullmatch(name)
@@ -68,20 +76,20 @@ def tail_lines(tasks: Mapping[str, Cells], chosen: Sequence[str], bits: str) -> 
         bits: of the cells.
 
     Returns:
-        Lines by the title of their panel, one a task and kind of training; without training, tasks that have a cell
-        with a tail. A line without a point says so.
+        Lines by the title of their panel, one per task and kind of training; without training, only tasks with a cell
+        with a tail. The title names lines without points.
     """
-    panels = {}
+    panels, tails = {}, tails_of(tasks.get(task, {}) for task in chosen)
     for task in chosen:
         for stage, words in (("progressive", "trained"), ("one_shot", "not trained")):
-            lines = [_line(tasks.get(task, {}), bits, tail, stage, place) for place, tail in enumerate(TAILS)]
+            lines = [_line(tasks.get(task, {}), bits, tail, stage, place) for place, tail in enumerate(tails)]
             if stage == "progressive" or any(line.x for line in lines[1:]):
                 panels[f"{TASKS.get(task, task)}, {words}{_lacking(lines)}"] = lines
     return panels
 
 
 def tail_words(panels: Mapping[str, Sequence[Line]]) -> str:
-    """The picture for those who do not see it: each point."""
+    """Description of the figure in words: each point."""
     parts = [
         f"{title.partition(LINE)[0]}, tail {line.label}: "
         + (", ".join(f"{y:+.1f} at {x:.1f} keys" for x, y in zip(line.x, line.y, strict=True)) or UNKNOWN)
@@ -107,7 +115,7 @@ def _line(cells: Cells, bits: str, tail: str, stage: str, series: int) -> Line:
 
 
 def _lacking(lines: Sequence[Line]) -> str:
-    empty = [line.label for line in lines if not line.x]
+    empty = [kind for kind in KINDS if not any(line.x for line in lines if line.label.startswith(kind))]
     return f"{LINE}{', '.join(empty)}:{LINE}{UNKNOWN}" if empty else ""
 
 

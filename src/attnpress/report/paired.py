@@ -1,6 +1,6 @@
 """Paired tests of a compressed model and its dense control on the same evaluation rows.
 
-The exact test of McNemar where rows are right or wrong, and else a bootstrap over rows; both are SciPy's.
+McNemar's exact test for right or wrong rows, else a bootstrap over rows; both by SciPy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Pair:
-    """One seed: what became of the same rows in both models.
+    """Scores of one seed on the same rows by both models.
 
     Attributes:
         metric: the headline.
@@ -36,11 +36,11 @@ class Pair:
 
 
 def paired_words(pairs: Sequence[Pair]) -> str:
-    """What a paired test says of one pair a seed, for a table.
+    """Result of a paired test with one pair per seed, for a table.
 
     Returns:
-        McNemar's p of each seed; or the 95 % interval of the mean difference over seeds, in points; empty if no pair is
-        given, or a regression has no targets.
+        McNemar's p of each seed; or the 95 % interval of the mean difference over seeds, in points; empty without
+        pairs, or for a regression without targets.
     """
     if not pairs or (pairs[0].ours.kind == "value" and not all(pair.targets for pair in pairs)):
         return ""
@@ -51,7 +51,7 @@ def paired_words(pairs: Sequence[Pair]) -> str:
 
 
 def mcnemar(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
-    """The exact p of McNemar: how likely rows that differ are divided so unevenly, if both models are equally good.
+    """McNemar's exact p: the probability of such an uneven split of differing rows if both models are equally good.
 
     Args:
         ours, theirs: 1 where a row is right, else 0; of the same rows.
@@ -62,11 +62,11 @@ def mcnemar(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
     return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
 
 
-@functools.cache  # ranks of a thousand draws take a second, and pages are made anew several times
+@functools.cache  # ranks of a thousand draws take a second, and pages are made several times
 def bootstrap(pairs: tuple[Pair, ...]) -> tuple[float, float]:
-    """The 95 % interval of the difference in points, mean over seeds; rows are drawn for all seeds alike.
+    """95 % interval of the difference in points, mean over seeds; each draw of rows is used for all seeds.
 
-    It is of the rows alone: another training moves the difference by what seeds differ, which the spread shows.
+    It covers the choice of rows only. The variation between trainings is shown by the spread over seeds.
 
     Args:
         pairs: of kind "score" or "value", the latter with targets; of the same rows.

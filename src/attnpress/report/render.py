@@ -272,7 +272,7 @@ def _seeds_row(name: str, records: Sequence[Record], controls: Mapping[Start, fl
 
 
 Start = tuple[str, float]
-"""Where and how long training went: the hash of the first dense weights, and epochs of compression."""
+"""Start and length of training: the hash of the initial dense weights, and epochs of compression."""
 
 
 def control_scores(records: Iterable[Record], stage: str = "dense_control") -> dict[Start, float]:

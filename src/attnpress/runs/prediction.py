@@ -1,4 +1,4 @@
-"""run: what a model says of each row of files of texts."""
+"""run: predict each row of files of texts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from attnpress.tasks.tokens import encode
 
 @dataclass(frozen=True)
 class Texts:
-    """What a model is asked about.
+    """Text columns and input length of a model.
 
     Attributes:
-        columns: of the texts, one or two.
+        columns: one or two text columns.
         max_length: maximum input length in tokens; longer inputs are truncated.
     """
 
@@ -43,24 +43,23 @@ class Texts:
 
 
 TEXT, LONGEST = "text", 8192
-"""Where a row has its text, and tokens of the longest input, for a model that does not come with a recipe."""
+"""Default text column and maximum input length, for a model without a recipe."""
 
 POSITIONS = ("position_embeddings", "embed_positions", "wpe")
-"""What Transformers calls tables of learned positions; those of RoBERTa begin after the padding index."""
+"""Names of learned position tables in Transformers; those of RoBERTa start after the padding index."""
 
 
 @dataclass(frozen=True)
 class Deployment:
-    """A compressed model and how it is to be run: plain data, from which any process can load it.
+    """A compressed model and its settings, as plain data from which any process can load it.
 
     Attributes:
-        folder: of a finished run, or one that `save_pretrained` wrote, with its tokenizer.
-        config: the run's recipe: it names the text columns and the longest input. None without a run: the text is
-            under "text", and as long as the model takes it.
-        backend, linear: as `deploy` takes them. A model without a plan for int8 layers gets one from the run's
-            training rows.
-        batch_size: rows that go through the model together.
-        named: columns of the texts, in place of those.
+        folder: of a finished run, or written by `save_pretrained`, with its tokenizer.
+        config: the run's recipe, with text columns and maximum length. None without a run: the column is "text", and
+            the length that of the model.
+        backend, linear: as for `deploy`. A model without a plan for int8 layers gets one from the run's training rows.
+        batch_size: rows per batch.
+        named: text columns that replace those of the recipe.
     """
 
     folder: Path
@@ -72,11 +71,11 @@ class Deployment:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Of the texts, one or two."""
+        """One or two text columns."""
         return self.named or ((TEXT,) if self.config is None else Texts.of_run(self.config.data).columns)
 
     def made_from(self) -> dict[str, Any]:
-        """What an output depends on, but for its input.
+        """Everything that an output depends on, except its input.
 
         Raises:
             ConfigError: see `finished_folder`.
@@ -85,7 +84,7 @@ class Deployment:
         return {"model": weights, "linear": self.linear, "columns": list(self.columns)}
 
     def load(self) -> Answer:
-        """The model, deployed.
+        """Load and deploy the model.
 
         Raises:
             PredictionError, ConfigError, BackendUnavailableError: see `finished_classifier` and `deploy`.
@@ -104,7 +103,7 @@ class Deployment:
         return make_answer(model, tokenizer, self.columns, max_length, self.batch_size)
 
     def finisher(self) -> Finish:
-        """The model, loaded once, as what answers one of many files; what cannot be answered is told, not raised.
+        """Load the model once; returns a function that predicts one of many files and reports errors in its outcome.
 
         Raises:
             PredictionError, ConfigError, BackendUnavailableError: see `load`.
@@ -136,7 +135,7 @@ def run_file(
     warn: Warn,
     columns: Sequence[str] = (),
 ) -> Progress:
-    """`predict_file` with a compressed model, deployed; the other arguments are those of `Deployment`.
+    """`predict_file` with a deployed compressed model; the other arguments are those of `Deployment`.
 
     Raises:
         PredictionError, ConfigError, BackendUnavailableError: see `predict_file` and `Deployment.load`.
@@ -162,14 +161,14 @@ def run_files(
     notify: Warn,
     engine: Engine | None = None,
 ) -> Progress:
-    """`predict_files` with a compressed model, deployed.
+    """`predict_files` with a deployed compressed model.
 
     Args:
         sources, output: see `pair_files`.
-        engine: None answers the files one after the other, in this process.
+        engine: None predicts the files one after the other in this process.
 
     Raises:
-        OutputError: `output` holds something else.
+        OutputError: `output` contains something else.
         PredictionError, ConfigError, BackendUnavailableError: see `predict_files` and `Deployment.load`.
     """
 
@@ -184,7 +183,7 @@ def run_files(
 
 
 def _longest(model: Any, tokenizer: Any) -> int:
-    """Tokens that a model takes: by its tokenizer, its configuration and its tables of positions."""
+    """Maximum input length of a model, by its tokenizer, its configuration and its position tables."""
     tables = [
         module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
         for name, module in model.named_modules()
@@ -195,13 +194,13 @@ def _longest(model: Any, tokenizer: Any) -> int:
 
 
 def make_answer(model: Any, tokenizer: Any, columns: Sequence[str], max_length: int, batch_size: int) -> Answer:
-    """A classifier's answers: its label and probability; of a regression, its score.
+    """Build the function that gives a classifier's label and probability, or a regression's score.
 
     Args:
-        model, tokenizer: with a sequence classification head, and its own.
-        columns: of the texts, one or two.
+        model, tokenizer: with a sequence classification head, and its own tokenizer.
+        columns: one or two text columns.
         max_length: maximum input length in tokens, as in training; longer inputs are truncated.
-        batch_size: rows of about the same length that go through the model together.
+        batch_size: rows of similar length per batch.
     """
 
     def answer(rows: Sequence[Row]) -> list[Row | Broken]:

@@ -1,7 +1,7 @@
-"""`run --engine ray`: the files of a folder, spread over a Ray cluster by Ray Data.
+"""`run --engine ray`: predict the files of a folder on a Ray cluster, with Ray Data.
 
-A row of the data set is a file; each worker is an actor that loads the model once. What is done lies in the output
-folder, which all machines see: a file whose worker died is given to another one, which goes on where that one stopped.
+Each row of the Ray dataset is a file; each worker is an actor that loads the model once. The output folder, shared by
+all machines, records what is done. If a worker dies, another one resumes its file.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import os
+import secrets
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,52 +19,76 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.config import ConfigError
-from attnpress.files import explain
+from attnpress.files import explain, write_text
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.checkpoint import ModelError
 from attnpress.models.loading import quiet
 from attnpress.runs.prediction import Deployment
 from attnpress.runs.row_files import PredictionError, Progress
-from attnpress.runs.row_folders import Engine, Outcome, Pair
+from attnpress.runs.row_folders import Engine, Finish, Outcome, Pair
 from attnpress.tasks import TaskError
 
-DEATHS = 3
-"""Restarts of a worker, and tries of a file, after which a run gives up: some files kill whoever reads them."""
+TRIES = 3
+"""Workers that a file may cost in one run: some files kill whoever reads them, and Ray would begin workers for ever."""
 
 LOCAL = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
 
 
 class Worker:
-    """One process of the cluster; it answers a file at a time.
+    """A process of the cluster; it predicts one file at a time.
 
     Args:
-        deployment: to load when the worker begins. What keeps it from loading is told of each file.
-        place: folder that relative paths begin in.
+        deployment: to load once, with the first file, so that a model that kills its process is told of, too.
+        place: folder that relative paths refer to.
+        run: name of this run of the engine.
+        tries: see TRIES.
     """
 
-    def __init__(self, deployment: Deployment, place: str) -> None:
-        quiet()
-        self.said: list[str] = []
-        try:
-            os.chdir(place)
-            with _recorded(self.said):
-                self.finish = deployment.finisher()
-        except (PredictionError, ConfigError, ModelError, TaskError, BackendUnavailableError, OSError) as error:
-            reason = explain(error) if isinstance(error, OSError) else str(error)
-            self.finish = lambda pair, _: Outcome(pair, None, reason)
+    def __init__(self, deployment: Deployment, place: str, run: str, tries: int = TRIES) -> None:
+        self.deployment, self.place, self.run, self.tries = deployment, place, run, tries
+        self.finish: Finish | None = None
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """From a row with the paths of a pair to one with its outcome, as text: Ray Data has columns, no objects."""
-        said, self.said = self.said, []
-        with _recorded(said):
-            outcome = self.finish(Pair(Path(row["source"]), Path(row["output"])), said.append)
+        """From a row with the paths of a pair to its outcome as text, since Ray Data columns hold no objects."""
+        pair, said = Pair(Path(row["source"]), Path(row["output"])), list[str]()
+        note = pair.output.with_name(f".{pair.output.name}.tries")
+        died = _tries(note, self.run)
+        if died < self.tries:
+            write_text(note, f"{self.run} {died + 1}")
+            with _recorded(said):
+                outcome = self._answer(pair, said)
+        else:
+            outcome = Outcome(
+                pair, None, f"{pair.source}: workers died of it, or of the model ({died}); out of memory?"
+            )
+        note.unlink(missing_ok=True)
         progress = None if outcome.progress is None else dataclasses.asdict(outcome.progress)
         return row | {"outcome": json.dumps({"progress": progress, "reason": outcome.reason, "warnings": said})}
+
+    def _answer(self, pair: Pair, said: list[str]) -> Outcome:
+        """What becomes of a file; what keeps the model from loading is told of each file."""
+        try:
+            if self.finish is None:
+                quiet()
+                os.chdir(self.place)
+                self.finish = self.deployment.finisher()
+        except (PredictionError, ConfigError, ModelError, TaskError, BackendUnavailableError, OSError) as error:
+            return Outcome(pair, None, explain(error) if isinstance(error, OSError) else str(error))
+        return self.finish(pair, said.append)
+
+
+def _tries(note: Path, run: str) -> int:
+    """How many workers have begun a file in this run, and not ended it."""
+    try:
+        name, count = note.read_text(encoding="utf-8").split()
+    except (OSError, ValueError):
+        return 0
+    return int(count) if name == run and count.isdecimal() else 0
 
 
 @contextmanager
 def _recorded(said: list[str]) -> Iterator[None]:
-    """Inside the `with` block, warnings go into the list: nobody sees a worker's own output."""
+    """Collect warnings inside the `with` block, since a worker's own output is not visible."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -71,13 +96,13 @@ def _recorded(said: list[str]) -> Iterator[None]:
 
 
 def spread(deployment: Deployment, workers: int | None = None) -> Engine:
-    """The engine that gives each file to one of the workers of a cluster.
+    """The engine that distributes files over the workers of a cluster.
 
-    It is the cluster that Python is connected to, that of RAY_ADDRESS, or one that begins and ends on this machine.
+    It uses the connected cluster, that of RAY_ADDRESS, or a local one for the duration of the run.
 
     Args:
-        deployment: of each worker; all machines know its folder, and the current one, by the same names.
-        workers: at most so many, with a CPU each, and a GPU for backend "gpu"; None for the CPUs of the cluster.
+        deployment: of each worker. Its folder and the current one must have the same paths on all machines.
+        workers: maximum number, with one CPU each, and one GPU for backend "gpu"; None uses the CPUs of the cluster.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -93,23 +118,22 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
             most = min(len(pairs), workers or max(1, int(ray.cluster_resources().get("CPU", 1))))
             answered = ray.data.from_items(rows, override_num_blocks=len(rows)).map(
                 Worker,
-                fn_constructor_args=(deployment, str(Path.cwd())),
+                fn_constructor_args=(deployment, str(Path.cwd()), secrets.token_hex(8), TRIES),
                 # One file at a time: what waited behind a dead worker would wait for its next life.
                 compute=ray.data.ActorPoolStrategy(size=most, max_tasks_in_flight_per_actor=1),
                 num_cpus=1,
                 num_gpus=1 if deployment.backend == "gpu" else 0,
-                ray_remote_args_fn=lambda: {"max_restarts": DEATHS, "max_task_retries": DEATHS},
             )
             told = set[str]()
             try:
                 for outcome in map(_outcome, answered.iter_rows()):
-                    new = tuple(text for text in outcome.warnings if text not in told)  # workers say some things alike
+                    new = tuple(text for text in outcome.warnings if text not in told)  # workers repeat some messages
                     told.update(new)
                     yield dataclasses.replace(outcome, warnings=new)
             except ray.exceptions.RayError as error:
                 raise PredictionError(
-                    f"--engine ray: workers died, or could not begin ({_first_line(error)}); outputs that are whole "
-                    f"stay{_begun(pairs)}; start the same command again"
+                    f"--engine ray: the cluster failed ({_first_line(error)}); outputs that are whole stay: start the "
+                    "same command again"
                 ) from None
 
     return engine
@@ -117,13 +141,13 @@ def spread(deployment: Deployment, workers: int | None = None) -> Engine:
 
 @contextmanager
 def _connected() -> Iterator[None]:
-    """Inside the `with` block Python is connected to a cluster."""
+    """Connect Python to a cluster inside the `with` block."""
     import ray.data
 
     if ray.is_initialized():
         yield
         return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray reports to its makers otherwise
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # otherwise Ray sends usage statistics
     try:
         ray.init(**LOCAL)
     except (ray.exceptions.RayError, ConnectionError, ValueError, RuntimeError) as error:
@@ -141,14 +165,6 @@ def _outcome(row: dict[str, Any]) -> Outcome:
     plain = json.loads(row["outcome"])
     progress = None if plain["progress"] is None else Progress(**plain["progress"])
     return Outcome(Pair(Path(row["source"]), Path(row["output"])), progress, plain["reason"], tuple(plain["warnings"]))
-
-
-def _begun(pairs: Sequence[Pair]) -> str:
-    """The first file that a worker has begun and not finished."""
-    for pair in pairs:
-        if not pair.output.exists() and pair.output.with_name(f".{pair.output.name}.unfinished").exists():
-            return f", {pair.source} was begun"
-    return ""
 
 
 def _first_line(error: BaseException) -> str:

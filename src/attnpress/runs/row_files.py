@@ -35,14 +35,14 @@ TOLD = 5
 """Skipped lines reported one by one, and lines named per reason in the summary."""
 
 PLAIN = ".txt"
-"""Ending of a tab-separated table, or of plain lines."""
+"""Extension of a tab-separated table, or of plain lines."""
 
 KEPT = ("line", "id")
 """Keys of a row that are copied to the output."""
 
 Row = dict[str, Any]
 Answer = Callable[[Sequence[Row]], Sequence[Row | Broken]]
-"""From rows that hold their texts to what is said of them, in the same order."""
+"""Function from rows with their texts to their answers, in the same order."""
 Warn = Callable[[str], None]
 
 
@@ -110,14 +110,14 @@ class Input:
     """The rows of a file, read again at each use; each is a `Row` with "line", "id" and its texts, or broken.
 
     Args:
-        name: as the user gave it; its ending says which kind of file it is.
-        file: where the content lies.
+        name: as the user gave it; its extension selects the format.
+        file: path of the content.
         columns: of the texts.
-        may_be_plain: whether a .txt file whose first line is no header with that column holds a text on each line;
-            else it is a table whatever its first line says.
+        may_be_plain: a .txt file whose first line is not a header with this column holds one text per line; if False,
+            it is always a table.
 
     Raises:
-        PredictionError: the content is of a kind that cannot be read.
+        PredictionError: the content is of an unsupported kind.
     """
 
     def __init__(self, name: Path, file: Path, columns: Sequence[str], may_be_plain: bool = True) -> None:
@@ -134,7 +134,7 @@ class Input:
 
     @property
     def is_plain(self) -> bool:
-        """Whether each of its lines is a text."""
+        """True if each line is a text."""
         if not self.may_be_plain or ending(self.name) != PLAIN or len(self.columns) != 1:
             return False
         first = self.head.decode("utf-8-sig", errors="replace").partition("\n")[0].removesuffix("\r")
@@ -199,20 +199,20 @@ def predict_file(
     Args:
         answer: see `make_answer`.
         columns: keys that each row must have, with texts.
-        source: CSV, tab-separated text, JSON lines or Parquet, by its ending; empty lines do not count.
-            A column or key "id" is copied. A stream, such as /dev/stdin, is read to its end first.
-        output: written whole when all lines are done; one JSON object a good line, with "line" from 1. A stream, such
+        source: CSV, tab-separated text, JSON lines or Parquet, by its extension; empty lines do not count. A column or
+            key "id" is copied. A stream, such as /dev/stdin, is read to its end first.
+        output: written when all lines are done, with one JSON object per valid line and "line" from 1. A stream, such
             as /dev/stdout, is appended to, and not resumed.
-        made_from: what else determines the output, plain data: an unfinished output made from something else is not
-            resumed.
+        made_from: other inputs that determine the output, as plain data; an unfinished output made from something else
+            is not resumed.
         warn: receives the first bad lines, or a summary of all; they are skipped. Also an unfinished output that does
             not match its progress; it is restarted.
         may_be_plain: see `Input`.
 
     Raises:
-        PredictionError: `source` cannot be read, or has rows of which none can be used; `output` exists, is being
-            written by another process, or was begun from something else; no row of a chunk could be answered.
-        TaskError: a table with two columns of one name, or a quote that is never closed.
+        PredictionError: `source` cannot be read or has no usable row; `output` exists, is being written by another
+            process, or was started from something else; no row of a chunk could be answered.
+        TaskError: a table with duplicate columns, or a quote that is never closed.
     """
     with _as_file(source) as file:
         rows = Input(source, file, columns, may_be_plain)
@@ -240,7 +240,7 @@ def finish_file(
     warn: Warn,
     may_be_plain: bool = True,
 ) -> Progress:
-    """`predict_file` for one of many files: what is finished stays, and what it was made from stays beside it.
+    """`predict_file` for one of many files; a finished output and the record of its origin are kept.
 
     It waits while another process writes the output.
 
@@ -253,18 +253,18 @@ def finish_file(
     with alone(output, lambda: warn(f"{output}: another process is writing it; waiting for its end")):
         if (done := finished(source, output, made_from)) is not None:
             return done
-        if not _beside(output, "unfinished").exists():  # an output was deleted to predict it again
+        if not _beside(output, "unfinished").exists():  # a deleted output is made again
             _beside(output, "progress").unlink(missing_ok=True)
         rows = Input(source, source, columns, may_be_plain)
         return _go_on(answer, rows, output, identity, warn, keep_notes=True)
 
 
 def finished(source: Path, output: Path, made_from: Mapping[str, Any]) -> Progress | None:
-    """How far an output of `finish_file` is that is whole; None where there is none yet.
+    """Progress of a complete output of `finish_file`; None if there is none yet.
 
     Raises:
-        PredictionError: `finish_file` did not write what is there, it was changed since, or it was made from
-            something else.
+        PredictionError: the output was not written by `finish_file`, was changed since, or was made from something
+            else.
     """
     if not os.path.lexists(output):
         return None
@@ -281,7 +281,7 @@ def _digest(source: Path) -> str:
     try:
         with naming(source):
             return sha256_of(source)
-    except OSError as error:  # of one file among many
+    except OSError as error:  # an error of this file only
         raise PredictionError(explain(error)) from None
 
 
@@ -341,7 +341,7 @@ def _go_on(
         note = _noting(notes, identity)
         progress = _answer_all(answer, rows, out, progress, note, warn)
     if keep_notes:
-        note(progress)  # also of an input without rows
+        note(progress)  # also for an input without rows
     partial.replace(output)
     if not keep_notes:
         notes.unlink(missing_ok=True)
@@ -382,10 +382,10 @@ def _answer_all(
 
 
 def _answer_each(answer: Answer, name: Path, rows: Sequence[Row], progress: Progress) -> Sequence[Row | Broken]:
-    """Answers of a chunk; where the model fails, each row is tried alone, so that one costs no other its answer.
+    """Answers of a chunk. If the model fails, each row is tried alone, so that one row does not affect the others.
 
     Raises:
-        PredictionError: no row can be answered, so that it is not for a row that the model fails.
+        PredictionError: no row can be answered, so the failure is not due to single rows.
     """
     if not rows:
         return []
@@ -426,7 +426,7 @@ def _row(line: int, record: Record, columns: Sequence[str]) -> Row | Broken:
 
 
 def _chunks(rows: Input, done: int) -> Iterator[list[tuple[int, Row | Broken]]]:
-    """Rows that are not yet done; a bar shows how many are."""
+    """Rows that are not yet done, with a progress bar."""
     chunk: list[tuple[int, Row | Broken]] = []
     with tqdm(unit="rows", desc="run", disable=not sys.stderr.isatty()) as bar:
         for line, row in rows:
@@ -441,10 +441,10 @@ def _chunks(rows: Input, done: int) -> Iterator[list[tuple[int, Row | Broken]]]:
 
 
 def _read_progress(notes: Path, output: Path, identity: Mapping[str, Any], stale: Path) -> Progress | None:
-    """What an earlier process noted; None where it noted nothing that can be read.
+    """The progress of an earlier process; None if there is none that can be read.
 
     Raises:
-        PredictionError: of an output that was made from something else; `stale` is what to delete then.
+        PredictionError: the output was made from something else; `stale` is what to delete.
     """
     try:
         found = parse_json(notes.read_text(encoding="utf-8"))
@@ -470,7 +470,7 @@ def _check_free(output: Path) -> None:
 
 @contextlib.contextmanager
 def _as_file(source: Path) -> Iterator[Path]:
-    """A file that can be read twice: the source itself, or a copy of what flows from it."""
+    """A file that can be read twice: the source itself, or a copy of a stream."""
     if source.is_file():
         yield source
     elif is_stream(source):

@@ -1,8 +1,7 @@
-"""Many files of rows, each answered in a file of its own; a rerun answers what is missing.
+"""Predict many files of rows, each into its own file. Running again predicts the missing ones.
 
-The output folder mirrors the input. Beside each finished file lies the note that its writer left: what it was made
-from, and its hash. So nothing but the folder itself says what is done, and any engine, on any machine that sees the
-folder, may do the rest.
+The output folder mirrors the input. Beside each finished file is a note of its writer: what it was made from, and its
+hash. The folder alone thus records what is done, and any engine, on any machine with access to it, can continue.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from attnpress.tasks.lines import SUFFIXES, ending
 from attnpress.tasks.parquet import PARQUET
 
 WHAT = "predictions"
-"""What the marker of an output folder says."""
+"""Kind of the output folder, in its marker."""
 
 JSONL = ".jsonl"
 READ = (*SUFFIXES, PARQUET)
-"""Endings of the files of a folder that are read."""
+"""Extensions of the files that are read from a folder."""
 
 NAMED = 5
-"""Files that a message names."""
+"""Number of files that a message names."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A file of rows, and where its answers go."""
+    """An input file of rows, and its output file."""
 
     source: Path
     output: Path
@@ -43,12 +42,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a file.
+    """Result of a file.
 
     Attributes:
-        progress: of its output, whole; None if there is none.
+        progress: of its complete output; None if there is none.
         reason: why there is none.
-        warnings: what its writer had to say, unless that was said at once.
+        warnings: of its writer, unless they were reported at once.
     """
 
     pair: Pair
@@ -58,31 +57,31 @@ class Outcome:
 
 
 Finish = Callable[[Pair, Warn], Outcome]
-"""Answers one file."""
+"""Function that predicts one file."""
 
 Engine = Callable[[Sequence[Pair]], Iterable[Outcome]]
-"""Answers files, in any order, and says what became of each."""
+"""Function that predicts files in any order, and returns their outcomes."""
 
 
 def are_many(sources: Sequence[Path]) -> bool:
-    """Whether the output of these inputs is a folder: several of them, or a folder."""
+    """True if the output of these inputs is a folder: several inputs, or a folder."""
     return len(sources) > 1 or sources[0].is_dir()
 
 
 def pair_files(sources: Sequence[Path], output: Path, warn: Warn) -> list[Pair]:
-    """Each file of the input with its output, sorted by name.
+    """Pair each input file with its output, sorted by name.
 
-    The files of one folder keep their paths in it. Of several inputs a file keeps its name, and what is in a folder
-    its path behind the folder's name. ".jsonl" is added to names that do not end so.
+    Files of a single folder keep their relative paths. Of several inputs, a file keeps its name, and files in a folder
+    keep their path including the folder's name. ".jsonl" is appended to other extensions.
 
     Args:
-        sources: files, and folders of files whose names end in one of READ; hidden ones do not count.
+        sources: files, and folders of files with extensions in READ; hidden ones do not count.
         output: folder.
         warn: receives a message about files that are left out.
 
     Raises:
-        PredictionError: no such file, no file that is read, a stream, two files with one output, or an output that
-            would be read as input the next time.
+        PredictionError: a missing file, a folder without readable files, a stream, two files with one output, or an
+            output inside the input.
     """
     found: list[tuple[Path, Path]] = []
     for source in sources:
@@ -109,11 +108,11 @@ def pair_files(sources: Sequence[Path], output: Path, warn: Warn) -> list[Pair]:
 
 @contextmanager
 def held_folder(output: Path) -> Iterator[None]:
-    """Make a folder the place of predictions, and keep others from starting there while the `with` block runs.
+    """Claim a folder for predictions, and keep other processes out of it inside the `with` block.
 
     Raises:
-        OutputError: it holds something else.
-        PredictionError: another process is at work there.
+        OutputError: it contains something else.
+        PredictionError: another process is using it.
     """
     take_folder(output, WHAT)
 
@@ -125,10 +124,10 @@ def held_folder(output: Path) -> Iterator[None]:
 
 
 def missing_pairs(pairs: Sequence[Pair], made_from: Mapping[str, Any]) -> tuple[list[Pair], list[Progress]]:
-    """Those without an output, and how far the outputs of the others are.
+    """Pairs without an output, and the progress of the other outputs.
 
     Raises:
-        PredictionError: an output that is not the one of its input and `made_from`; all are looked at before.
+        PredictionError: an output does not match its input and `made_from`; all outputs are checked first.
     """
     missing, done, foreign = list[Pair](), list[Progress](), list[str]()
     for pair in pairs:
@@ -149,20 +148,20 @@ def missing_pairs(pairs: Sequence[Pair], made_from: Mapping[str, Any]) -> tuple[
 def predict_files(
     engine: Engine, pairs: Sequence[Pair], made_from: Mapping[str, Any], *, warn: Warn, notify: Warn
 ) -> Progress:
-    """Answer the files that have no output yet.
+    """Predict the files that have no output yet.
 
     Args:
-        engine: answers them.
+        engine: predicts them.
         pairs: see `pair_files`; their folder is held.
-        made_from: as `predict_file` takes it; the input's hash is added for each.
-        warn: is told what is skipped.
+        made_from: as for `predict_file`; the hash of each input is added.
+        warn: receives what is skipped.
         notify: receives a line for each file that is done.
 
     Returns:
-        The sums over all outputs, those of earlier processes included.
+        Sums over all outputs, including those of earlier processes.
 
     Raises:
-        PredictionError: see `missing_pairs`; or some files could not be answered, but all the others are.
+        PredictionError: see `missing_pairs`; or some files could not be predicted, while all others are.
     """
     missing, done = missing_pairs(pairs, made_from)
     if done:

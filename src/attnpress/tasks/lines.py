@@ -95,7 +95,7 @@ def read_rows(
 
 
 def plain_rows(lines: Iterable[str], column: str) -> Numbered:
-    """Lines that are not blank, each a row with its text under `column`; opened as for `read_rows`."""
+    """Nonblank lines, each a row with its text under `column`; opened as for `read_rows`."""
     for number, line in enumerate(lines, start=1):
         if line.strip():
             text = line.removesuffix("\n").removesuffix("\r")

@@ -193,7 +193,7 @@ def _read_both(task: Task, data: DataSpec) -> tuple[Rows, Rows]:
 
 
 def divide(rows: Rows, held_out: float) -> tuple[Rows, Rows]:
-    """Rows to train on, and an evenly spread share of them to evaluate on: of a tenth, every tenth row.
+    """Split rows into training rows and an evenly spaced share for evaluation, such as every tenth row.
 
     Args:
         held_out: above 0, below 1.

@@ -32,7 +32,7 @@ def metrics_of(logits: Tensor, data: TaskData) -> dict[str, float]:
 
 
 def row_scores_of(logits: Tensor, data: TaskData) -> RowScores | None:
-    """Score of each evaluation row, for the result of `predicted_logits`, whose metrics are finite.
+    """Score of each evaluation row, for the result of `predicted_logits` with finite metrics.
 
     None for a part of the questions (`TaskData.watched`), which is not compared.
     """

@@ -71,7 +71,7 @@ class Rows:
         return len(self.label)
 
     def select(self, rows: Sequence[int]) -> Rows:
-        """Some of the examples, in the order that is given; of the same source."""
+        """A selection of the examples in the given order, from the same source."""
         text = tuple([column[row] for row in rows] for column in self.text)
         label, lines = ([column[row] for row in rows] for column in (self.label, self.lines))
         return Rows(self.name, text, label, lines, self.sha256)

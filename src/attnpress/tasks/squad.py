@@ -144,7 +144,7 @@ def squad_metrics(
 def question_scores(
     questions: Sequence[Question], windows: Sequence[Window]
 ) -> Callable[[EvalPrediction], list[float]]:
-    """A function of what `squad_metrics` takes: F1 of each question, 0 to 1, whose mean is that of all."""
+    """Build the function that gives F1 of each question, 0 to 1, from the input of `squad_metrics`."""
 
     def compute(prediction: EvalPrediction) -> list[float]:
         from torchmetrics.functional.text.squad import squad

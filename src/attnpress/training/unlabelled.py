@@ -1,4 +1,4 @@
-"""Training without labels: the compressed model learns to answer texts as the dense one does, while it is pruned."""
+"""Training without labels: the compressed model learns the dense one's answers while it is pruned."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Collate = Callable[[Sequence[Any]], dict[str, Tensor]]
 
 
 class UnlabelledTrainer(CompressionTrainer):
-    """The loss is the distance to the teacher alone: of logits, or of hidden states where there are none.
+    """Trainer whose loss is only the distance to the teacher: of logits, or of hidden states without logits.
 
     Args:
-        lengths: of the training rows, so that those of like length are batched.
+        lengths: of the training rows, for batches of similar length.
     """
 
     def __init__(self, *args: Any, lengths: Sequence[int], **kwargs: Any) -> None:
@@ -64,17 +64,18 @@ def train_unlabelled(
     lengths: Sequence[int],
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """Train a bound, calibrated model in place, while its sparsity rises to what is asked for.
+    """Train a bound, calibrated model in place, while its sparsity rises to the requested one.
 
     Args:
         teacher: bound with `DENSE`.
-        rows, collate: texts, and what makes a batch of the model's inputs, with an attention mask, from some of them.
-        folder: checkpoints go there, and training resumes from the last whole one; None keeps none.
-        sparsity: target of the schedule that recipes have by default.
+        rows, collate: texts, and a function that makes a batch of model inputs, with an attention mask, from some of
+            them.
+        folder: for checkpoints, from which interrupted training resumes; None keeps none.
+        sparsity: target of the default schedule of recipes.
         lengths: of the rows.
 
     Returns:
-        The log history, with the loss and the sparsity asked and achieved.
+        The log history, with the loss and the requested and achieved sparsity.
 
     Raises:
         DivergedError: NaN or infinity.

@@ -17,7 +17,7 @@ def rule_of(spec: AttentionSpec) -> Rule:
 
 
 def runs_on(kernel: str, spec: AttentionSpec) -> bool:
-    """Whether a backend or an export runs the rule of a spec; none has a mask that is foretold."""
+    """True if a backend or an export supports the rule of a spec; none supports predicted masks."""
     return kernel in rule_of(spec).kernels and spec.predictor_bits is None
 
 
