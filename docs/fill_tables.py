@@ -47,7 +47,7 @@ from attnpress.report.headline import CELL, headline_markdown, tail_lines, tail_
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, Line, grid_of_lines, recolored, side_by_side, to_svg, two_axes
-from attnpress.report.render import TITLES, markdown_table, stages_markdown
+from attnpress.report.render import TITLES, stages_markdown
 from attnpress.studies.evidence import EvidenceSpec, missing, plan
 from attnpress.studies.leaderboard.spec import BoardSpec
 from attnpress.studies.leaderboard.spec import plan as plan_board

@@ -116,7 +116,7 @@ def test_who_asks_for_every_layer_gets_the_padded_batch() -> None:
 
 def test_logits_of_a_classifier_do_not_change_with_the_batch() -> None:
     torch.manual_seed(0)
-    config = ModernBertConfig(**LOCAL | ENDS | SIZES, num_labels=3, classifier_pooling="cls")
+    config = ModernBertConfig(**LOCAL | ENDS | SIZES | {"num_labels": 3, "classifier_pooling": "cls"})
     model = deploy(calibrated(ModernBertForSequenceClassification(config)), "auto", linear="int8")
     with torch.no_grad():
         together = model(**BATCH).logits

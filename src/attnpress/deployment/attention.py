@@ -45,7 +45,8 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
             has the same output bits in any batch, on any processor (docs/never_changes.md). For DistilBERT and
             ModernBERT this holds on one processor. Other families keep float layers, with a warning.
         padding: "skip" runs an encoder of the BERT family, DistilBERT or ModernBERT only on the real tokens of a batch;
-            hidden states of padding are then 0. "keep" runs it on the padded batch. Default: "skip", or "keep" for float linear layers.
+            hidden states of padding are then 0. "keep" runs it on the padded batch. Default: "skip", or "keep" for
+            float linear layers.
 
     Returns:
         The same model. Modules that compress nothing keep the framework's own attention.

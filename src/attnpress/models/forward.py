@@ -121,7 +121,7 @@ def _in_windows(state: CompressedAttention, window: int | None, call: AttentionC
     assert call.bounds is not None
     places = call.bounds.tolist()
     if window is None or max(end - begin for begin, end in itertools.pairwise(places)) <= window:
-        return state(call)
+        return state.forward(call)
     parts = []
     for begin, end in itertools.pairwise(places):
         query, key, value = (x[:, :, begin:end] for x in (call.query, call.key, call.value))
