@@ -55,7 +55,7 @@ def test_a_worker_that_is_killed_loses_and_doubles_nothing(finished: Path, folde
     assert said["rerun"].startswith("0\n")
     assert "3 of 4 files are done already\n== 4 of 4 files: a.jsonl, 3 lines\npredicted: 21 lines" in said["rerun"]
     assert said["poisoned"].startswith("1 of 4 files are not answered, the others are: ")
-    assert "b.jsonl: workers died of it, or of the model (2); out of memory?" in said["poisoned"]
+    assert "b.jsonl: 2 workers died on it or on loading the model; out of memory?" in said["poisoned"]
     whole = outputs(tmp_path / "local")
     assert outputs(tmp_path / "poisoned") == {name: whole[name] for name in whole if name != "b.jsonl"}
     chunks = [json.loads(line) for line in (tmp_path / "killed.chunks").read_text("utf-8").splitlines()]
@@ -89,7 +89,7 @@ def test_a_file_that_workers_died_of_is_not_tried_for_ever(finished: Path, tmp_p
         return str(json.loads(Worker(model, str(Path.cwd()), run, tries=2)(row)["outcome"])["reason"])
 
     note.write_text("first 2", "utf-8")
-    assert "workers died of it, or of the model (2)" in reason("first")
+    assert "2 workers died on it or on loading the model" in reason("first")
     assert not note.exists()
     for other in ("first 1", "before 2", "damaged", ""):
         note.write_text(other, "utf-8")

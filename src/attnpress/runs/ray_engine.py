@@ -29,7 +29,7 @@ from attnpress.runs.row_folders import Engine, Finish, Outcome, Pair
 from attnpress.tasks import TaskError
 
 TRIES = 3
-"""Workers that a file may cost in one run: some files kill whoever reads them, and Ray would begin workers for ever."""
+"""Workers that may die on one file in a run. Some files kill every worker, and Ray would restart them forever."""
 
 LOCAL = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
 
@@ -38,7 +38,7 @@ class Worker:
     """A process of the cluster; it predicts one file at a time.
 
     Args:
-        deployment: to load once, with the first file, so that a model that kills its process is told of, too.
+        deployment: loaded once, with the first file, so that a model that kills its process is reported too.
         place: folder that relative paths refer to.
         run: name of this run of the engine.
         tries: see TRIES.
@@ -59,14 +59,14 @@ class Worker:
                 outcome = self._answer(pair, said)
         else:
             outcome = Outcome(
-                pair, None, f"{pair.source}: workers died of it, or of the model ({died}); out of memory?"
+                pair, None, f"{pair.source}: {died} workers died on it or on loading the model; out of memory?"
             )
         note.unlink(missing_ok=True)
         progress = None if outcome.progress is None else dataclasses.asdict(outcome.progress)
         return row | {"outcome": json.dumps({"progress": progress, "reason": outcome.reason, "warnings": said})}
 
     def _answer(self, pair: Pair, said: list[str]) -> Outcome:
-        """What becomes of a file; what keeps the model from loading is told of each file."""
+        """The outcome of a file. If the model cannot be loaded, each file reports the reason."""
         try:
             if self.finish is None:
                 quiet()
@@ -78,7 +78,7 @@ class Worker:
 
 
 def _tries(note: Path, run: str) -> int:
-    """How many workers have begun a file in this run, and not ended it."""
+    """The number of workers that started a file in this run and did not finish it."""
     try:
         name, count = note.read_text(encoding="utf-8").split()
     except (OSError, ValueError):
