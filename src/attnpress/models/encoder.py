@@ -300,7 +300,7 @@ def _packed(call: inspect.BoundArguments, real: Tensor, by_token: Mapping[str, T
 
 
 def _is_looked_into(encoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """True if the caller asks for hidden states of the padded batch, or a compiler must see no hooks."""
+    """Whether a caller or a watcher needs the padded batch, or the model is being compiled."""
     config = next(found for module in encoder.modules() if (found := getattr(module, "config", None)) is not None)
     asked = ("output_hidden_states", "output_attentions")
     wants_each_layer = any(kwargs.get(name) or getattr(config, name) for name in asked)
