@@ -78,7 +78,7 @@ bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor withou
 
 # Texts and the reranker are made first, once; that needs no quiet machine. Each command then times in turns: nothing else
 # should run. HOLD=csrc/hold_avx2.sh HELD=-avx2 gives the records of a processor without VNNI.
-ENCODE = $(HOLD) $(BIN)/attnpress bench --threads 1 2 --seconds 5 --peers torch onnxruntime-int8 openvino-int8
+ENCODE = $(HOLD) $(BIN)/attnpress bench --threads 1 2 --sparsity 0 --seconds 5 --peers torch onnxruntime-int8 openvino-int8
 ENCODED := build/encode
 bench-encode-inputs: setup $(TOOLS) ## DATA=folder: texts and a reranker for bench-encode, into build/encode
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/encode_inputs.py --data $(or $(DATA),../shared/data) --output $(ENCODED)
