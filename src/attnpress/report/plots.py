@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter, StrMethodFormatter
 from numpy.typing import ArrayLike
 
 THEME = {"ink": "#010203", "line": "#020304", "paper": "#030405"}
@@ -276,6 +276,10 @@ def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: 
         _marked(axes, lines)
         axes.axhline(0, ls=":", color=THEME["ink"], lw=1)
         axes.set(xlabel=quantity, xscale="log" if quantity in logarithmic else "linear")
+        if quantity in logarithmic:  # plain numbers, few enough not to overlap
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
     figure.axes[0].set_ylabel(ylabel)
     figure.axes[0].legend()
     return figure
