@@ -267,7 +267,7 @@ def test_unknown_cells_and_bad_changes_are_named(spec: EvidenceSpec, tmp_path: P
     with pytest.raises(ConfigError, match=r"name: '\.hidden' is part of file names"):
         parse_spec(EvidenceSpec, {"name": ".hidden", "recipe": {}, "cells": {}})
     data = {"name": "x", "recipe": {}, "cells": {"dense": {"seeds": [0]}}}
-    with pytest.raises(ConfigError, match="call the cell otherwise"):
+    with pytest.raises(ConfigError, match="rename the cell"):
         parse_spec(EvidenceSpec, data)
 
 

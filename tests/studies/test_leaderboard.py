@@ -143,7 +143,7 @@ def test_a_changed_board_is_refused_rather_than_mixed(board: BoardSpec, folder: 
         ("tasks.short.data.tsak=mrpc", "tasks.short, rules.ours: data.tsak: unknown key; did you mean 'task'"),
         ("rules.ours.attention.rule=top", "rules.ours: attention.rule: Input should be"),
         ("rules.two-of-four.sparsities=[0.9]", "rule 'nm' prunes 0.25, 0.5 or 0.75"),
-        ("rules.a/b.source=x", "a/b: names of tasks and rules are letters"),
+        ("rules.a/b.source=x", "a/b: use letters, digits and hyphens for names of tasks"),
         ("sparsities=[]", "nothing to compare"),
     ],
 )
