@@ -118,7 +118,9 @@ def test_a_wrapper_takes_what_it_wraps_takes() -> None:
 def test_batches_are_several_and_not_used_up() -> None:
     used = iter([INPUTS])
     assert listed(used, "calibrate") == [INPUTS]
-    with pytest.raises(BatchError, match="calibrate needs at least one batch of real data; an iterator that was already read"):
+    with pytest.raises(
+        BatchError, match="calibrate needs at least one batch of real data; an iterator that was already"
+    ):
         listed(used, "calibrate")
     for one in (INPUTS, IDS, BatchEncoding(dict(INPUTS))):
         with pytest.raises(BatchError, match=r"calibrate takes several batches, found one .*: put it into a list"):
