@@ -46,18 +46,21 @@ def test_every_probability_code_is_that_of_the_reference(call: Call) -> None:
     assert torch.equal(weights_of(call), found.p_codes.float() / divisor.float())
 
 
+def fake_at(precision: str, call: Call) -> torch.Tensor:
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return call.fake()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_codes_multiply_exactly_at_any_matmul_precision(precision: str, mode: ProbsMode) -> None:
     call = make_call(
         make_spec(8, "relative", 0.5, p=ProbsSpec(mode=mode)), seed=0, batch=4, heads=12, rows=128, keys=128, dim=64
     )
-    torch.set_float32_matmul_precision(precision)
-    try:
-        found = call.fake()
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, call.integer().output)
+    assert torch.equal(fake_at(precision, call), call.integer().output)
 
 
 @pytest.mark.parametrize(("tail", "rank"), [("mean", 1), ("linear", 1), ("linear", 64)])
@@ -65,12 +68,7 @@ def test_codes_multiply_exactly_at_any_matmul_precision(precision: str, mode: Pr
 def test_sums_of_a_tail_are_exact_at_any_matmul_precision(precision: str, tail: TailName, rank: int) -> None:
     spec = make_spec(8, "relative", 0.5)
     call = with_tail(make_call(spec, seed=0, batch=4, heads=12, rows=128, keys=128, dim=64), tail, rank)
-    torch.set_float32_matmul_precision(precision)
-    try:
-        found = call.fake()
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert torch.equal(found, call.integer().output)
+    assert torch.equal(fake_at(precision, call), call.integer().output)
 
 
 @settings(max_examples=30)

@@ -100,9 +100,9 @@ def sum_tail_by_products(
         return TailSums(count, distance, t, u, values), keys
     seen = (scored[0] @ scored[1].mT).mul_(rest)
     score = seen.sum(-1, keepdim=True, dtype=torch.float64)
-    largest = float(seen.abs().sum(-1).amax()) * LARGEST if seen.numel() else 0
-    if torch.get_float32_matmul_precision() != "highest":
-        largest = EXACT  # such products round their factors to what codes fit into, and scores do not
+    largest = float(EXACT)  # other precisions round their factors to what codes fit into, and scores do not
+    if torch.get_float32_matmul_precision() == "highest":
+        largest = float(seen.abs().sum(-1).amax()) * LARGEST if seen.numel() else 0
     slope = _product(seen, v, largest, torch.float64)
     return TailSums(count, distance, t, u, values, score, slope), keys
 

@@ -223,8 +223,7 @@ def predict_file(
                     answer, rows, _Written(out, lambda stream: stream.flush()), Progress(), lambda _: None, warn
                 )
         _check_free(output)
-        with naming(output):
-            output.parent.mkdir(parents=True, exist_ok=True)
+        _make_place(output)
         with _alone(output):
             _check_free(output)
             return _go_on(answer, rows, output, {"input": sha256_of(file), **made_from}, warn)
@@ -247,12 +246,11 @@ def finish_file(
     Raises:
         PredictionError: see `predict_file`, and `finished`.
     """
-    identity = {"input": _digest(source), **made_from}
-    with naming(output):
-        output.parent.mkdir(parents=True, exist_ok=True)
+    identity = _identity(source, made_from)
+    _make_place(output)
     with alone(output, lambda: warn(f"{output}: another process is writing it; waiting for its end")):
-        if (done := finished(source, output, made_from)) is not None:
-            return done
+        if os.path.lexists(output):
+            return _whole(output, identity)
         if not _beside(output, "unfinished").exists():  # a deleted output is made again
             _beside(output, "progress").unlink(missing_ok=True)
         rows = Input(source, source, columns, may_be_plain)
@@ -266,10 +264,12 @@ def finished(source: Path, output: Path, made_from: Mapping[str, Any]) -> Progre
         PredictionError: the output was not written by `finish_file`, was changed since, or was made from something
             else.
     """
-    if not os.path.lexists(output):
-        return None
+    return _whole(output, _identity(source, made_from)) if os.path.lexists(output) else None
+
+
+def _whole(output: Path, identity: Mapping[str, Any]) -> Progress:
     notes = _beside(output, "progress")
-    progress = _read_progress(notes, output, {"input": _digest(source), **made_from}, output)
+    progress = _read_progress(notes, output, identity, output)
     if progress is None:
         raise PredictionError(f"{output}: exists, and {notes.name} does not say how it was made; move it away")
     if not output.is_file() or (output.stat().st_size, sha256_of(output)) != (progress.size, progress.sha256):
@@ -277,10 +277,15 @@ def finished(source: Path, output: Path, made_from: Mapping[str, Any]) -> Progre
     return progress
 
 
-def _digest(source: Path) -> str:
+def _make_place(output: Path) -> None:
+    with naming(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+
+
+def _identity(source: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
     try:
         with naming(source):
-            return sha256_of(source)
+            return {"input": sha256_of(source), **made_from}
     except OSError as error:  # an error of this file only
         raise PredictionError(explain(error)) from None
 
