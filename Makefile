@@ -77,7 +77,8 @@ bench-avx2: setup $(TOOLS) ## time whole models in int8 as on a processor withou
 	  --linear int8 --threads 1 --peers sdpa onnxruntime-int8 openvino-int8 --json benchmarks/records/whole-int8-avx2-1thread.json
 
 # Texts and the reranker are made first, once; that needs no quiet machine. Each command then times in turns: nothing else
-# should run. HOLD=csrc/hold_avx2.sh HELD=-avx2 gives the records of a processor without VNNI.
+# should run. HOLD=csrc/hold_avx2.sh HELD=-avx2 gives the records of a processor without VNNI, and HELD=-vnni with
+# HOLD="env HOLD_TO=avx512vnni csrc/hold_avx2.sh" those of one with VNNI, but without AMX.
 ENCODE = $(HOLD) $(BIN)/attnpress bench --threads 1 2 --sparsity 0 --seconds 5 --peers torch onnxruntime-int8 openvino-int8
 ENCODED := build/encode
 bench-encode-inputs: setup $(TOOLS) ## DATA=folder: texts and a reranker for bench-encode, into build/encode

@@ -1,4 +1,4 @@
-r"""What else a tail could be: errors of attention outputs, in float32, of levels and slopes that were not built.
+r"""What a tail is and could be: errors of attention outputs, in float32, of levels and first-order terms.
 
     python -m benchmarks.tail_ablation --data squad/dev-v1.1.json --json benchmarks/records/tail_ablation.json
 
@@ -6,12 +6,15 @@ MiniLM on two batches of paragraphs: thresholds, lifts, directions and slopes ar
 second is measured. Every layer gets Q and K of the dense model, nothing is quantized, and pairs are pruned by their
 distance from the row maximum. Error: relative root-mean-square error of the output at real tokens, mean over layers.
 
-- `mean`: a level from the mean distance, with a lift a head; `layer`: one lift for all heads of a layer; `exact mass`:
-  the true mean weight of the pruned pairs of each row, which needs an exponential for each of them.
+- `mean`: a level from the mean distance, with a lift a head; `decay`: the mean distance times one number a head, by
+  least squares on the logarithm of the mean weight; `layer`: one lift for all heads of a layer; `exact mass`: the true
+  mean weight of the pruned pairs of each row, which needs an exponential for each of them.
 - `spread b`: the level's exponent also has b times the variance of the scores of the pruned pairs (1/2 would be right
   for a normal distribution), and a lift fitted to that.
-- `linear r`: first order in the score as r directions see it. `fitted slope`: the first-order term times one number a
-  head, by least squares on the weights.
+- `linear r`: first order in the score as r directions see it. `gain`: the first-order term times one number a head,
+  by least squares on the weights.
+
+Tails as they are built have neither `decay`, `spread` nor `gain` (docs/decisions/0058).
 """
 
 from __future__ import annotations
@@ -35,7 +38,8 @@ from attnpress.core.tail import Moments, fit_directions
 from attnpress.models.binding import attending, attentions, bind
 from attnpress.models.loading import load_tokenizer, quiet, resolve_model
 from attnpress.models.outputs import outputs
-from benchmarks.without_training import MODEL, squad
+from benchmarks.encode_inputs import squad_rows
+from benchmarks.without_training import MODEL
 
 TEXTS, RANKS, SPREADS, FAR = 8, (4, 8, 16, 32), (0.25,), 80.0
 
@@ -107,18 +111,27 @@ def rows_of(call: AttentionCall, cut: Tensor) -> Rows:
     return Rows(torch.exp(-far) * pairs, far, kept, pruned.float(), count, pairs.any(-1, keepdim=True))
 
 
-def raw_levels(rows: Rows) -> dict[str, Tensor]:
+def fit_decay(rows: Rows) -> Tensor:
+    """The line of the logarithm of the mean weight over the mean distance, weighted by mass: its slope, a head."""
+    x, y = rows.mean_of(rows.distance), -rows.mean_of(rows.weight).clamp(min=1e-30).log()
+    mass = (rows.weight * rows.pruned).sum(-1, keepdim=True) / rows.weight.sum(-1, keepdim=True).clamp(min=1)
+    whole, sx, sy, sxx, sxy = (rows.per_head(z * mass) for z in (torch.ones_like(x), x, y, x * x, x * y))
+    return (whole * sxy - sx * sy) / (whole * sxx - sx * sx).clamp(min=1e-12)
+
+
+def raw_levels(rows: Rows, decay: Tensor) -> dict[str, Tensor]:
     """Levels before any lift, by name."""
     mean = rows.mean_of(rows.distance)
     spread = rows.mean_of((rows.distance - mean) ** 2)
-    return {"": torch.exp(-mean), **{f"spread {b}": torch.exp(-mean + b * spread) for b in SPREADS}}
+    spreads = {f"spread {b}": torch.exp(-mean + b * spread) for b in SPREADS}
+    return {"": torch.exp(-mean), "decay": torch.exp(-decay * mean), **spreads}
 
 
-def lifts(rows: Rows) -> dict[str, Tensor]:
+def lifts(rows: Rows, levels: dict[str, Tensor]) -> dict[str, Tensor]:
     """The factor a head that gives each level the mass of what is pruned, as `core.tail.fit_lift` does."""
     whole = rows.weight.sum(-1, keepdim=True).clamp(min=1)
     held = rows.per_head((rows.weight * rows.pruned).sum(-1, keepdim=True) / whole)
-    made = {name: rows.per_head(u * rows.pruned.sum(-1, keepdim=True) / whole) for name, u in raw_levels(rows).items()}
+    made = {name: rows.per_head(u * rows.pruned.sum(-1, keepdim=True) / whole) for name, u in levels.items()}
     return {name: held / found for name, found in made.items()} | {"layer": held.sum() / made[""].sum()}
 
 
@@ -163,8 +176,9 @@ def layer(fit: AttentionCall, test: AttentionCall, sparsity: float) -> dict[str,
     """Errors of one layer by variant."""
     cut = thresholds(fit, sparsity)
     old, new = rows_of(fit, cut), rows_of(test, cut)
-    factors, moments = lifts(old), directions(fit)
-    before, levels = raw_levels(old), raw_levels(new)
+    decay, moments = fit_decay(old), directions(fit)
+    before, levels = raw_levels(old, decay), raw_levels(new, decay)
+    factors = lifts(old, before)
     found = {
         "none": 0 * levels[""],
         "mean, layer": factors["layer"] * levels[""],
@@ -180,7 +194,7 @@ def layer(fit: AttentionCall, test: AttentionCall, sparsity: float) -> dict[str,
             fitted = slope(old, factors[name] * before[name], ours)
             words = f"linear {rank}, {name}".removesuffix(", ")
             errors[words] = error(test, new, u * (1 + theirs))
-            errors[f"{words}, fitted slope"] = error(test, new, u * (1 + fitted * theirs))
+            errors[f"{words}, gain"] = error(test, new, u * (1 + fitted * theirs))
     return errors
 
 
@@ -194,7 +208,7 @@ def main() -> None:
     quiet()
     torch.set_grad_enabled(False)
     tokenizer = load_tokenizer(resolve_model(MODEL))
-    texts = squad(options.data, None)[0]
+    texts = [row["passage"] for row in squad_rows(options.data)]
     chosen = texts[:: len(texts) // (2 * TEXTS)][: 2 * TEXTS]
     halves: list[Any] = [tokenizer(chosen[i::2], padding=True, truncation=True, return_tensors="pt") for i in (0, 1)]
     fit, test = (captured(dict(half)) for half in halves)

@@ -33,8 +33,9 @@ from attnpress.models.loading import load_tokenizer, quiet, resolve_model
 from attnpress.models.outputs import outputs
 from attnpress.models.watchers import Counting, watched
 from attnpress.training.calibration import calibrate, fit_thresholds
+from benchmarks.encode_inputs import squad_rows
 from benchmarks.tail_cost import least
-from benchmarks.without_training import MODEL, squad
+from benchmarks.without_training import MODEL
 
 TAILS: dict[str, tuple[TailName, int]] = {
     "none": ("none", 1), "mean": ("mean", 1), "linear 8": ("linear", 8), "linear 32": ("linear", 32)
@@ -89,7 +90,8 @@ def points(options: argparse.Namespace) -> list[Point]:
     def encoded(texts: list[str]) -> dict[str, Tensor]:
         return dict(tokenizer(texts, padding=True, truncation=True, return_tensors="pt"))
 
-    texts, others = sorted(squad(options.data, None)[0], key=len), squad(options.calibrate_on, None)[0]
+    texts, others = ([row["passage"] for row in squad_rows(file)] for file in (options.data, options.calibrate_on))
+    texts = sorted(texts, key=len)
     middle = len(texts) // 2
     batch = encoded(texts[middle : middle + TEXTS])
     some = sorted(others[:: max(1, len(others) // CALIBRATION)][:CALIBRATION], key=len)

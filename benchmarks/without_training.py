@@ -1,7 +1,7 @@
 r"""What pruning alone costs sentence embeddings, with each tail, and what the directions of `linear` buy.
 
-    python benchmarks/without_training.py sts --data glue/STS-B/train.tsv --json benchmarks/records/tail_sts.json
-    python benchmarks/without_training.py retrieval --data squad/dev-v1.1.json \
+    python -m benchmarks.without_training sts --data glue/STS-B/train.tsv --json benchmarks/records/tail_sts.json
+    python -m benchmarks.without_training retrieval --data squad/dev-v1.1.json \
         --calibrate-on squad/train-v1.1-subset.json --json benchmarks/records/tail_retrieval.json
 
 MiniLM, mean pooling, 8 bits for Q, K, V and P unless asked otherwise, rule relative, thresholds per head, no training.

@@ -2,6 +2,8 @@
 //
 //     LD_PRELOAD=build/hold_avx2.so COMMAND      (csrc/hold_avx2.sh COMMAND builds it first, and knows what to do without)
 //
+// With HOLD_TO=avx512vnni, that it ends there (Ice Lake): no AMX, and no 16-bit floats or sums that came with it.
+//
 // A library learns what a processor can do from the instruction CPUID, and each has a variable of its own, or none, to make
 // it forget. But Intel processors since Ivy Bridge, and AMD's newer ones, can make CPUID itself fault ("cpuid_fault" in
 // /proc/cpuinfo). Linux switches that on for a thread and for all that it starts, and sends SIGSEGV at each CPUID; we answer
@@ -16,6 +18,7 @@
 #include <signal.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <ucontext.h>
@@ -24,6 +27,7 @@
 typedef int (*SetAction)(int, const struct sigaction *, struct sigaction *);
 typedef sighandler_t (*SetHandler)(int, sighandler_t);
 
+static int keeps_vnni;           // HOLD_TO=avx512vnni
 static struct sigaction theirs;  // what the program wants done about SIGSEGV; at first, the default
 
 static int let_cpuid_run(unsigned long yes) {
@@ -39,7 +43,19 @@ static int set_action(int number, const struct sigaction *action, struct sigacti
 
 static uint32_t bit(int n) { return (uint32_t)1 << n; }
 
-// The leaves that tell of anything newer than AVX2, in Intel's numbering.
+// The leaves that tell of anything newer than AVX-512 VNNI, in Intel's numbering.
+static void forget_amx(uint32_t leaf, uint32_t part, uint32_t *a, uint32_t *b, uint32_t *c, uint32_t *d) {
+    if (leaf == 7 && part == 0) {
+        *d &= ~(bit(22) | bit(23) | bit(24) | bit(25));  // AMX-BF16 FP16 AMX-TILE AMX-INT8
+    } else if (leaf == 7 && part == 1) {
+        *a &= ~(bit(4) | bit(5) | bit(21) | bit(23));  // AVX-VNNI BF16 AMX-FP16 AVX-IFMA
+        *d &= ~(bit(4) | bit(5) | bit(8) | bit(10) | bit(19) | bit(21));  // AVX-VNNI-INT8 NE-CONVERT AMX-COMPLEX AVX-VNNI-INT16 AVX10 APX
+    } else if (leaf == 0x1d || leaf == 0x1e || leaf == 0x24) {
+        *a = *b = *c = *d = 0;
+    }
+}
+
+// The leaves that tell of anything newer than AVX2.
 static void forget(uint32_t leaf, uint32_t part, uint32_t *a, uint32_t *b, uint32_t *c, uint32_t *d) {
     if (leaf == 7 && part == 0) {
         *b &= ~(bit(16) | bit(17) | bit(21) | bit(26) | bit(27) | bit(28) | bit(30) | bit(31));  // AVX-512 F DQ IFMA PF ER CD BW VL
@@ -83,7 +99,7 @@ static void on_fault(int number, siginfo_t *info, void *context) {
     let_cpuid_run(1);
     __cpuid_count(leaf, part, a, b, c, d);
     let_cpuid_run(0);
-    forget(leaf, part, &a, &b, &c, &d);
+    if (keeps_vnni) forget_amx(leaf, part, &a, &b, &c, &d); else forget(leaf, part, &a, &b, &c, &d);
     registers[REG_RAX] = a;
     registers[REG_RBX] = b;
     registers[REG_RCX] = c;
@@ -110,6 +126,8 @@ sighandler_t signal(int number, sighandler_t wanted) {
 
 // Rather no run than one on another processor than was asked for.
 __attribute__((constructor)) static void hold(void) {
+    const char *last = getenv("HOLD_TO");
+    keeps_vnni = last != NULL && strcmp(last, "avx512vnni") == 0;
     const struct sigaction ours = {.sa_sigaction = on_fault, .sa_flags = SA_SIGINFO | SA_NODEFER | SA_ONSTACK};
     set_action(SIGSEGV, &ours, NULL);
     if (let_cpuid_run(0) == 0) return;

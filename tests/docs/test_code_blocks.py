@@ -8,6 +8,7 @@ recipes, `my-bert` (a fine-tuned model), `train.csv` and `eval.jsonl`, and finis
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shlex
 import shutil
@@ -76,6 +77,7 @@ def check_command(words: list[str]) -> None:
     """Refuse a command that does not exist: of attnpress by its own parser, of make and pip by the project's files."""
     if "attnpress.cli" in words:  # torchrun ... -m attnpress.cli ...
         words = ["attnpress", *words[words.index("attnpress.cli") + 1 :]]
+    words = list(itertools.dropwhile(lambda word: word.startswith("HOLD_TO="), words))
     if words[0] == "csrc/hold_avx2.sh":
         words = words[1:]
     tool, *rest = words

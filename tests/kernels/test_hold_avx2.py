@@ -39,6 +39,18 @@ def test_libraries_and_children_find_a_processor_without_vnni() -> None:
     assert held(CSRC / "hold_avx2.sh", f"{child}; {SAYS}").stdout == "AVX2 False\n" * 2
 
 
+@pytest.mark.skipif(not {"cpuid_fault", "amx_tile", "avx512_vnni"} <= set(FLAGS), reason="no AMX to do without")
+def test_libraries_find_vnni_without_amx() -> None:
+    says = "import torch; print(torch.cpu._is_vnni_supported(), torch.cpu._is_amx_tile_supported())"
+    assert held(CSRC / "hold_avx2.sh", says, HOLD_TO="avx512vnni").stdout == "True False\n"
+
+
+def test_another_processor_than_these_is_refused() -> None:
+    found = held(CSRC / "hold_avx2.sh", SAYS, HOLD_TO="sse")
+    assert found.returncode == 2
+    assert "HOLD_TO is avx2 or avx512vnni, found sse" in found.stderr
+
+
 @needs_faulting
 def test_faults_that_are_not_cpuid_go_where_they_went() -> None:
     enabled = "import faulthandler; faulthandler.enable(); "

@@ -302,7 +302,8 @@ def _run_config(folder: Path, overrides: Sequence[str] = ()) -> RunConfig:
 def _command_line(options: argparse.Namespace) -> str:
     """The command as it can be typed again, with the variables that force a target or restrict the processor."""
     forced = os.environ.get("ATTNPRESS_CPU_TARGET")
-    held = ["csrc/hold_avx2.sh"] if "hold_avx2.so" in os.environ.get("LD_PRELOAD", "") else []
+    to = [] if os.environ.get("HOLD_TO", "avx2") == "avx2" else [f"HOLD_TO={os.environ['HOLD_TO']}"]
+    held = [*to, "csrc/hold_avx2.sh"] if "hold_avx2.so" in os.environ.get("LD_PRELOAD", "") else []
     return (f"ATTNPRESS_CPU_TARGET={forced} " if forced else "") + shlex.join([*held, "attnpress", *options.words])
 
 
