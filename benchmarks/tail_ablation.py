@@ -76,6 +76,14 @@ class Rows:
         """Over the pruned pairs of each row."""
         return (x * self.pruned).sum(-1, keepdim=True) / self.count
 
+    def share(self, x: Tensor) -> Tensor:
+        """Over the whole weight of each row."""
+        return x / self.weight.sum(-1, keepdim=True).clamp(min=1)
+
+    def mass(self) -> Tensor:
+        """Share of the pruned pairs in each row."""
+        return self.share((self.weight * self.pruned).sum(-1, keepdim=True))
+
     def per_head(self, x: Tensor) -> Tensor:
         """Sum over real rows, [1, H, 1, 1]."""
         return (x * self.real).sum((0, 2, 3), keepdim=True)
@@ -114,7 +122,7 @@ def rows_of(call: AttentionCall, cut: Tensor) -> Rows:
 def fit_decay(rows: Rows) -> Tensor:
     """The line of the logarithm of the mean weight over the mean distance, weighted by mass: its slope, a head."""
     x, y = rows.mean_of(rows.distance), -rows.mean_of(rows.weight).clamp(min=1e-30).log()
-    mass = (rows.weight * rows.pruned).sum(-1, keepdim=True) / rows.weight.sum(-1, keepdim=True).clamp(min=1)
+    mass = rows.mass()
     whole, sx, sy, sxx, sxy = (rows.per_head(z * mass) for z in (torch.ones_like(x), x, y, x * x, x * y))
     return (whole * sxy - sx * sy) / (whole * sxx - sx * sx).clamp(min=1e-12)
 
@@ -129,9 +137,8 @@ def raw_levels(rows: Rows, decay: Tensor) -> dict[str, Tensor]:
 
 def lifts(rows: Rows, levels: dict[str, Tensor]) -> dict[str, Tensor]:
     """The factor a head that gives each level the mass of what is pruned, as `core.tail.fit_lift` does."""
-    whole = rows.weight.sum(-1, keepdim=True).clamp(min=1)
-    held = rows.per_head((rows.weight * rows.pruned).sum(-1, keepdim=True) / whole)
-    made = {name: rows.per_head(u * rows.pruned.sum(-1, keepdim=True) / whole) for name, u in levels.items()}
+    held = rows.per_head(rows.mass())
+    made = {name: rows.per_head(rows.share(u * rows.pruned.sum(-1, keepdim=True))) for name, u in levels.items()}
     return {name: held / found for name, found in made.items()} | {"layer": held.sum() / made[""].sum()}
 
 
@@ -158,15 +165,14 @@ def seen_scores(call: AttentionCall, rows: Rows, moments: Moments, rank: int) ->
 
 def slope(rows: Rows, level: Tensor, seen: Tensor) -> Tensor:
     """Least squares of what is left of the weights, over the row's mass, a head."""
-    share = level / rows.weight.sum(-1, keepdim=True).clamp(min=1)
-    wanted = rows.weight / rows.weight.sum(-1, keepdim=True).clamp(min=1)
+    share, wanted = rows.share(level), rows.share(rows.weight)
     over, under = (x.sum(-1, keepdim=True) for x in (wanted * seen * share, (seen * share) ** 2))
     return rows.per_head(over) / rows.per_head(under).clamp(min=1e-30)
 
 
 def error(call: AttentionCall, rows: Rows, tail: Tensor) -> float:
     """Of the output, with these weights in place of what is pruned."""
-    exact = rows.weight / rows.weight.sum(-1, keepdim=True).clamp(min=1) @ call.value
+    exact = rows.share(rows.weight) @ call.value
     weights = rows.weight * rows.kept + tail * rows.pruned
     found = weights / weights.sum(-1, keepdim=True).clamp(min=1e-30) @ call.value
     return float(((found - exact) * rows.real).norm() / (exact * rows.real).norm())

@@ -43,30 +43,24 @@ static int set_action(int number, const struct sigaction *action, struct sigacti
 
 static uint32_t bit(int n) { return (uint32_t)1 << n; }
 
-// The leaves that tell of anything newer than AVX-512 VNNI, in Intel's numbering.
+// What is newer than AVX-512 VNNI, in Intel's numbering of leaves.
 static void forget_amx(uint32_t leaf, uint32_t part, uint32_t *a, uint32_t *b, uint32_t *c, uint32_t *d) {
     if (leaf == 7 && part == 0) {
         *d &= ~(bit(22) | bit(23) | bit(24) | bit(25));  // AMX-BF16 FP16 AMX-TILE AMX-INT8
-    } else if (leaf == 7 && part == 1) {
-        *a &= ~(bit(4) | bit(5) | bit(21) | bit(23));  // AVX-VNNI BF16 AMX-FP16 AVX-IFMA
-        *d &= ~(bit(4) | bit(5) | bit(8) | bit(10) | bit(19) | bit(21));  // AVX-VNNI-INT8 NE-CONVERT AMX-COMPLEX AVX-VNNI-INT16 AVX10 APX
-    } else if (leaf == 0x1d || leaf == 0x1e || leaf == 0x24) {
-        *a = *b = *c = *d = 0;
-    }
-}
-
-// The leaves that tell of anything newer than AVX2.
-static void forget(uint32_t leaf, uint32_t part, uint32_t *a, uint32_t *b, uint32_t *c, uint32_t *d) {
-    if (leaf == 7 && part == 0) {
-        *b &= ~(bit(16) | bit(17) | bit(21) | bit(26) | bit(27) | bit(28) | bit(30) | bit(31));  // AVX-512 F DQ IFMA PF ER CD BW VL
-        *c &= ~(bit(1) | bit(6) | bit(8) | bit(9) | bit(10) | bit(11) | bit(12) | bit(14));  // VBMI VBMI2 GFNI VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ
-        *d &= ~(bit(2) | bit(3) | bit(8) | bit(22) | bit(23) | bit(24) | bit(25));  // 4VNNIW 4FMAPS VP2INTERSECT AMX-BF16 FP16 AMX-TILE AMX-INT8
     } else if (leaf == 7 && part == 1) {
         *a &= ~(bit(0) | bit(1) | bit(2) | bit(4) | bit(5) | bit(21) | bit(23));  // SHA512 SM3 SM4 AVX-VNNI BF16 AMX-FP16 AVX-IFMA
         *d &= ~(bit(4) | bit(5) | bit(8) | bit(10) | bit(19) | bit(21));  // AVX-VNNI-INT8 NE-CONVERT AMX-COMPLEX AVX-VNNI-INT16 AVX10 APX
     } else if (leaf == 0x1d || leaf == 0x1e || leaf == 0x24) {  // the tiles of AMX, and AVX10
         *a = *b = *c = *d = 0;
     }
+}
+
+// What else is newer than AVX2; all of it is in one leaf.
+static void forget_avx512(uint32_t leaf, uint32_t part, uint32_t *b, uint32_t *c, uint32_t *d) {
+    if (leaf != 7 || part != 0) return;
+    *b &= ~(bit(16) | bit(17) | bit(21) | bit(26) | bit(27) | bit(28) | bit(30) | bit(31));  // AVX-512 F DQ IFMA PF ER CD BW VL
+    *c &= ~(bit(1) | bit(6) | bit(8) | bit(9) | bit(10) | bit(11) | bit(12) | bit(14));  // VBMI VBMI2 GFNI VAES VPCLMULQDQ VNNI BITALG VPOPCNTDQ
+    *d &= ~(bit(2) | bit(3) | bit(8));  // 4VNNIW 4FMAPS VP2INTERSECT
 }
 
 // A general protection fault at the bytes of CPUID; only then is what the instruction pointer points to sure to be readable.
@@ -99,7 +93,8 @@ static void on_fault(int number, siginfo_t *info, void *context) {
     let_cpuid_run(1);
     __cpuid_count(leaf, part, a, b, c, d);
     let_cpuid_run(0);
-    if (keeps_vnni) forget_amx(leaf, part, &a, &b, &c, &d); else forget(leaf, part, &a, &b, &c, &d);
+    forget_amx(leaf, part, &a, &b, &c, &d);
+    if (!keeps_vnni) forget_avx512(leaf, part, &b, &c, &d);
     registers[REG_RAX] = a;
     registers[REG_RBX] = b;
     registers[REG_RCX] = c;

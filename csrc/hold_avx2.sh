@@ -25,9 +25,10 @@ export HOLD_TO
 
 say() { echo "held to $name: $1" >&2; }
 
-if [ "$HOLD_TO" = avx512vnni ] && ! grep -qw avx512_vnni /proc/cpuinfo; then
-    say "not possible, since this processor has less; the command runs as it is"
-elif [ "$(uname -sm)" = "Linux x86_64" ] && ! grep -qwE "$more" /proc/cpuinfo; then
+if [ "$HOLD_TO" = avx512vnni ] && ! grep -qsw avx512_vnni /proc/cpuinfo; then
+    echo "hold_avx2: HOLD_TO=avx512vnni needs a processor with AVX-512 VNNI, and Linux" >&2 && exit 2
+fi
+if [ "$(uname -sm)" = "Linux x86_64" ] && ! grep -qwE "$more" /proc/cpuinfo; then
     say "nothing to do, this processor has no more"
 elif [ "$(uname -sm)" = "Linux x86_64" ] && built && LD_PRELOAD=$library /bin/true 2> /dev/null; then
     say "CPUID answers so to every library"

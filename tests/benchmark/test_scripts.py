@@ -1,4 +1,4 @@
-"""Scripts of benchmarks/: they import, and their usage works."""
+"""Scripts of benchmarks/: they import, and their usage names a way by which Python finds their imports."""
 
 from __future__ import annotations
 

@@ -45,6 +45,13 @@ def test_libraries_find_vnni_without_amx() -> None:
     assert held(CSRC / "hold_avx2.sh", says, HOLD_TO="avx512vnni").stdout == "True False\n"
 
 
+@pytest.mark.skipif("avx512_vnni" in FLAGS, reason="nothing to refuse here")
+def test_vnni_is_refused_where_there_is_none() -> None:
+    found = held(CSRC / "hold_avx2.sh", SAYS, HOLD_TO="avx512vnni")
+    assert (found.returncode, found.stdout) == (2, "")
+    assert "needs a processor with AVX-512 VNNI" in found.stderr
+
+
 def test_another_processor_than_these_is_refused() -> None:
     found = held(CSRC / "hold_avx2.sh", SAYS, HOLD_TO="sse")
     assert found.returncode == 2
