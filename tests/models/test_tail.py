@@ -141,6 +141,21 @@ def test_a_checkpoint_from_before_has_none(tmp_path: Path) -> None:
     assert torch.equal(outputs(again, make_batch()), outputs(model, make_batch()))
 
 
+@pytest.mark.parametrize(("tail", "differs"), [("none", False), ("mean", False), ("linear", True)])
+def test_a_state_with_another_rank_fits_where_the_rank_has_no_effect(tail: TailName, differs: bool) -> None:
+    other = bind(make_model(), AttentionSpec(sparsity=0.8, tail=tail, tail_rank=2))
+    own = bind(make_model(), AttentionSpec(sparsity=0.8, tail=tail))
+    if differs:
+        with pytest.raises(RuntimeError, match="tail_rank is 2 in the state and 512 in the model"):
+            own.load_state_dict(other.state_dict())
+    else:
+        own.load_state_dict(other.state_dict())
+
+
+def test_linear_sees_the_whole_score_by_default() -> None:
+    assert not any(module.has_directions for module in states(bind(make_model(), AttentionSpec(tail="linear"))))
+
+
 @pytest.mark.parametrize(
     ("part", "value"),
     [("lift", 0.5), ("lift", -3.0), ("lift", 1e6), ("key_directions", 40000.0), ("query_directions", 1.5),

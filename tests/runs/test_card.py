@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from attnpress.config import LARGEST_HEAD
 from attnpress.records.run import Record, read_record
 from attnpress.runs.card import model_card
 
@@ -56,8 +57,10 @@ def test_the_card_names_no_folder_of_the_machine_it_was_made_on(record: Record) 
 def test_the_card_says_what_becomes_of_pruned_pairs(record: Record) -> None:
     attention = record.recipe["attention"]
     tails = {"none": "`relative`. Made", "mean": "a tail (`mean`).", "linear": "a tail (`linear`, 4 directions)."}
-    for tail, says in tails.items():
-        own = record.recipe | {"attention": attention | {"tail": tail, "tail_rank": 4}}
+    whole = {"tail": "linear", "tail_rank": LARGEST_HEAD}
+    cases = [({"tail": tail, "tail_rank": 4}, says) for tail, says in tails.items()]
+    for change, says in [*cases, (whole, "a tail (`linear`, whole score).")]:
+        own = record.recipe | {"attention": attention | change}
         text = model_card(dataclasses.replace(record, recipe=own), "classification")
         assert says in text
         assert "attnpress.deploy(model)  # optional" in text

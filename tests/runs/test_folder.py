@@ -114,3 +114,12 @@ def test_differences_are_empty_for_equals_only(before: object, now: object) -> N
 def test_differences_are_dotted_keys() -> None:
     before = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
     assert differences(before, {"a": {"b": 1, "c": {"d": 4}}, "f": 3}) == ["a.c.d", "e", "f"]
+
+
+def test_a_rank_that_has_no_effect_does_not_make_another_recipe(tmp_path: Path) -> None:
+    """A run that an earlier version began, with another default, resumes."""
+    before = RunConfig(attention=AttentionSpec(sparsity=0.5, tail_rank=8))
+    claim_folder(before, tmp_path)
+    claim_folder(RunConfig(attention=AttentionSpec(sparsity=0.5)), tmp_path)
+    with pytest.raises(ConfigError, match=r"differs in attention\.tail, attention\.tail_rank\)"):
+        claim_folder(RunConfig(attention=AttentionSpec(sparsity=0.5, tail="linear")), tmp_path)

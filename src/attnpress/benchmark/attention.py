@@ -15,7 +15,7 @@ from attnpress.benchmark.machine import cores, provenance
 from attnpress.benchmark.problem import Problem, make_problem, save_problem
 from attnpress.benchmark.sides import PEERS, UNTAILED
 from attnpress.benchmark.turns import Side, in_turns, median_of, paired_ratio, spread
-from attnpress.config import AttentionSpec, RunConfig, TailName
+from attnpress.config import LARGEST_HEAD, AttentionSpec, RunConfig, TailName
 from attnpress.kernels import cpu
 
 SECONDS = 4.0
@@ -98,7 +98,7 @@ def bench(
     peers: Iterable[str] | None = None,
     seconds: float = SECONDS,
     tail: TailName = "none",
-    tail_rank: int = 8,
+    tail_rank: int = LARGEST_HEAD,
 ) -> list[Timing]:
     """Time synthetic attention at a given sparsity.
 
@@ -282,6 +282,6 @@ def _timing(
         source=problem.source,
         layer=problem.layer,
         tail=problem.call.spec.tail,
-        tail_rank=problem.call.spec.tail_rank if problem.call.spec.tail == "linear" else None,
+        tail_rank=min(problem.call.spec.tail_rank, dim) if problem.call.spec.tail == "linear" else None,
         provenance={**provenance(peer), "ours": facts["ours"], "peer": facts[peer]},
     )

@@ -335,7 +335,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         "--tail-rank",
         type=whole("--tail-rank", 1, LARGEST_HEAD),
         metavar="R",
-        help="directions of --tail linear (default: 8)",
+        help="directions of --tail linear (default: the whole score)",
     )
     threads = whole("--threads", 1, 1024)
     parser.add_argument(

@@ -58,6 +58,18 @@ def spec_to_dict(spec: Any) -> dict[str, Any]:
     return cast("dict[str, Any]", plain)
 
 
+def comparable(spec: Any) -> dict[str, Any]:
+    """`spec_to_dict` without what has no effect, for comparing two specs: `tail_rank` counts only with tail `linear`."""
+    return _effective(spec_to_dict(spec))
+
+
+def _effective(plain: dict[str, Any]) -> dict[str, Any]:
+    kept = {key: _effective(value) if isinstance(value, dict) else value for key, value in plain.items()}
+    if kept.get("tail", "linear") != "linear":
+        del kept["tail_rank"]
+    return kept
+
+
 def load_config(path: Path, overrides: Iterable[str] = ()) -> RunConfig:
     """Read a YAML recipe and apply `key.sub=value` overrides; see `load_spec`."""
     return load_spec(RunConfig, path, overrides)

@@ -158,7 +158,8 @@ class AttentionSpec:
         smooth_key: subtract from K its mean over valid keys before quantizing.
         tail: contribution of pairs without a P code (numerics, section 8). "none" drops them, "mean" gives them one
             common weight per row, "linear" adds a first-order term in their score.
-        tail_rank: directions in which "linear" sees the score; the whole score from the head size on.
+        tail_rank: directions in which "linear" sees the score; from the head size on, as by default, the whole score,
+            and nothing is fitted.
     """
 
     q: TensorSpec = TensorSpec()
@@ -172,7 +173,7 @@ class AttentionSpec:
     budget: BudgetName = "uniform"
     smooth_key: bool = False
     tail: TailName = "none"
-    tail_rank: Annotated[int, Field(ge=1, le=LARGEST_HEAD)] = 8
+    tail_rank: Annotated[int, Field(ge=1, le=LARGEST_HEAD)] = LARGEST_HEAD
     predictor_bits: Bits = None
 
     @model_validator(mode="after")

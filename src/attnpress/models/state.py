@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnpress.config import AttentionSpec, ConfigError
-from attnpress.config.recipe import parse_spec, spec_to_dict
+from attnpress.config.recipe import comparable, parse_spec, spec_to_dict
 from attnpress.config.rules import RULES
 from attnpress.core.exponential import T_MAX
 from attnpress.core.quantizer import LARGEST_SCALE, SMALLEST_SCALE
@@ -119,7 +119,7 @@ def parse_whole_spec(plain: Any) -> AttentionSpec:
 
 def differences(stored: AttentionSpec, own: AttentionSpec) -> list[str]:
     """The fields that change the meaning of scales and thresholds, with both values; see FREE."""
-    theirs, ours = dict(_flat(spec_to_dict(stored))), dict(_flat(spec_to_dict(own)))
+    theirs, ours = dict(_flat(comparable(stored))), dict(_flat(comparable(own)))
     return [
         f"{key} is {theirs.get(key)} in the state and {ours.get(key)} in the model"
         for key in ours | theirs

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from attnpress.config import LARGEST_HEAD
 from attnpress.records.run import Record, StageRecord
 
 FIGURES = {
@@ -94,8 +95,9 @@ def _tail(attention: Mapping[str, Any]) -> str:
     name = attention.get("tail", "none")
     if name == "none":
         return ""
-    rank = f", {attention['tail_rank']} directions" if name == "linear" else ""
-    return f"; pairs without a code still count, by a tail (`{name}`{rank})"
+    rank = attention.get("tail_rank", LARGEST_HEAD)
+    seen = "" if name != "linear" else ", whole score" if rank >= LARGEST_HEAD else f", {rank} directions"
+    return f"; pairs without a code still count, by a tail (`{name}`{seen})"
 
 
 def public_name(model: str) -> str:

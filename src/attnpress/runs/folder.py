@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from attnpress.config import ConfigError, RunConfig
-from attnpress.config.recipe import dump_config, load_config, spec_to_dict
+from attnpress.config.recipe import comparable, dump_config, load_config
 from attnpress.distributed import this_process
 from attnpress.files import MARKER, mark, read_marker, write_text
 from attnpress.locks import locked
@@ -133,7 +133,7 @@ def _check_free(output: Path) -> None:
 
 
 def _check_owner(output: Path, config: RunConfig) -> None:
-    different = differences(spec_to_dict(load_config(output / RECIPE)), spec_to_dict(config))
+    different = differences(comparable(load_config(output / RECIPE)), comparable(config))
     if different:
         raise ConfigError(
             f"{output}: holds a run of another recipe (differs in {', '.join(different)}); "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnpress.config import ConfigError, RunConfig
-from attnpress.config.recipe import parse_spec, spec_to_dict
+from attnpress.config.recipe import comparable, parse_spec, spec_to_dict
 from attnpress.files import remove_folder, take_folder, write_text
 from attnpress.records.leaderboard import FILE, BaselineRecord, BoardRecord, CellRecord, read_board
 from attnpress.records.reading import RecordError, to_json
@@ -109,7 +109,7 @@ def _measured(board: BoardSpec, cell: Cell, output: Path) -> Record | None:
 def _is_of(record: Record, recipe: RunConfig) -> bool:
     """True if a record belongs to this recipe; keys added to recipes since have their defaults."""
     try:
-        return parse_spec(RunConfig, record.recipe) == recipe
+        return comparable(parse_spec(RunConfig, record.recipe)) == comparable(recipe)
     except ConfigError:
         return False
 
