@@ -6,11 +6,9 @@ A test holds them equal.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
 import re
-import statistics
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -43,7 +41,7 @@ from attnpress.report.evidence import (
     read_cells,
     summary_markdown,
 )
-from attnpress.report.headline import CELL, headline_markdown, tail_lines, tail_words
+from attnpress.report.headline import CELL, headline_markdown, tail_lines, tail_words, untrained_markdown
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, Line, grid_of_lines, recolored, side_by_side, to_svg, two_axes
@@ -131,10 +129,10 @@ def tables() -> dict[str, str]:
         "reliability": reliability_markdown(),
         "lanes": lanes_markdown(lanes()),
         "accelerator": accelerator_markdown(tasks["mrpc"]),
-        "tail_sts": untrained_markdown("tail_sts_all"),
-        "tail_retrieval": untrained_markdown("tail_retrieval_part"),
-        "tail_retrieval_all": untrained_markdown("tail_retrieval"),
-        "tail_mrpc": at_once_markdown(tasks["mrpc"]),
+        "tail_sts": encoder_markdown("tail_sts_all"),
+        "tail_retrieval": encoder_markdown("tail_retrieval_part"),
+        "tail_retrieval_all": encoder_markdown("tail_retrieval"),
+        "untrained": untrained_markdown({task: tasks[task] for task in TASKS if task in tasks}, encoders_untrained()),
         "tail_cost": tail_cost_markdown(),
         "tail_front": tail_front_markdown(),
         "tail_ablation": tail_ablation_markdown(),
@@ -212,9 +210,24 @@ def timings(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def untrained_markdown(name: str) -> str:
-    """What each tail keeps of the dense score without training, of a record of benchmarks/without_training.py."""
-    rows = json.loads((ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8"))["rows"]
+def untrained_rows(name: str) -> dict[str, Any]:
+    """Rows of a record of benchmarks/without_training.py."""
+    text = (ROOT / "benchmarks/records" / f"{name}.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)["rows"]
+    return found
+
+
+def encoders_untrained() -> dict[str, dict[str, Any]]:
+    """Those of the encoder that no task was trained on, by title."""
+    return {
+        "similarity (Spearman)": untrained_rows("tail_sts_all"),
+        "retrieval (MRR@10)": untrained_rows("tail_retrieval"),
+    }
+
+
+def encoder_markdown(name: str) -> str:
+    """What each tail keeps of the dense score without training."""
+    rows = untrained_rows(name)
     dense = rows["dense"]["score"]
     lines = [
         "| asked | pairs without a code | sparsity | keys per query | score | against dense, points |",
@@ -234,27 +247,6 @@ def untrained_markdown(name: str) -> str:
 def _tail_words(tail: str) -> str:
     kind, _, rank = tail.partition(":")
     return f"`{kind}`, {rank} directions" if rank else f"`{kind}`"
-
-
-def at_once_markdown(cells: Cells) -> str:
-    """F1 of MRPC pruned at once and not trained, by tail, of the seeds that have a record."""
-    dense = {record.provenance["seed"]: record.stages[0].metrics["f1"] for record in cells["dense"]}
-    lines = [
-        "| asked | tail | sparsity | F1 | against dense, by seed | mean |",
-        "| --- | --- | ---: | ---: | --- | ---: |",
-    ]
-    for asked, tail in itertools.product(("0.95", "0.98"), ("", "mean", "linear4", "linear8")):
-        records = cells.get(f"8888-{asked}-{tail}-at-once" if tail else f"8888-{asked}", ())
-        stages = {record.provenance["seed"]: stage for record in records if (stage := record.stage("one_shot"))}
-        if not stages:
-            continue
-        scores = {seed: stage.metrics["f1"] for seed, stage in sorted(stages.items())}
-        lost = [score - dense[seed] for seed, score in scores.items()]
-        sparsity, score, mean = map(statistics.mean, ([s.sparsity for s in stages.values()], scores.values(), lost))
-        words = f"`linear`, {tail[6:]} directions" if tail[6:] else f"`{tail or 'none'}`"
-        by_seed = ", ".join(f"{points:+.2f}" for points in lost)
-        lines.append(f"| {asked} | {words} | {sparsity:.3f} | {score:.2f} | {by_seed} | {mean:+.2f} |")
-    return "\n".join(lines)
 
 
 def tail_cost_markdown() -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from attnpress.records.run import Record
-from attnpress.report.headline import UNKNOWN, headline_markdown, measured, tail_lines, tail_words
+from attnpress.report.headline import UNKNOWN, headline_markdown, measured, tail_lines, tail_words, untrained_markdown
 from tests.report.test_evidence import record, stage
 
 Tasks = dict[str, dict[str, list[Record]]]
@@ -75,3 +75,21 @@ def test_the_picture_has_a_line_for_each_tail_and_says_what_is_missing(tasks: Ta
     assert "MRPC, trained, tail none: -4.0 at 1.0 keys, -1.5 at 2.5 keys" in words
     assert f"STS-B, trained, tail linear8: {UNKNOWN}" in words
     assert "\n" not in words
+
+
+def test_losses_without_training_are_from_the_model_that_was_compressed(tasks: Tasks) -> None:
+    encoder = {
+        "dense": {"score": 0.8},
+        "quantized": {"score": 0.799},
+        "none 0.9": {"score": 0.7, "keys_per_row": 3.0},
+        "linear:32 0.95": {"score": 0.79, "keys_per_row": 1.5},
+    }
+    header, _, *rows = untrained_markdown(tasks, {"retrieval": encoder}).splitlines()
+    assert header == (
+        "| task (metric) | tail | seeds | dense | quantized | 0.90 | 0.95 | 0.98 | 0.99 | keys per query |"
+    )
+    assert rows == [
+        "| retrieval | `none` |  | 80.00 | -0.10 | -10.00 |  |  |  | 3.0, ?, ?, ? |",
+        "| retrieval | `linear32` |  | 80.00 | -0.10 |  | -1.00 |  |  | ?, 1.5, ?, ? |",
+        "| MRPC (f1) | `mean` | 1 | 80.00 |  |  | +2.00 |  |  | ?, 2.4, ?, ? |",
+    ]

@@ -59,7 +59,7 @@ def spec_to_dict(spec: Any) -> dict[str, Any]:
 
 
 def comparable(spec: Any) -> dict[str, Any]:
-    """`spec_to_dict` without what has no effect, for comparing two specs: `tail_rank` counts only with tail `linear`."""
+    """`spec_to_dict` without keys that have no effect, to compare specs: `tail_rank` counts only with tail `linear`."""
     return _effective(spec_to_dict(spec))
 
 

@@ -175,16 +175,15 @@ class _Attend(torch.autograd.Function):
             weights = survivors / divisor[part]
             inner = scaled @ v[part].mT
             own = (grad[part] * output[part]).sum(-1, keepdim=True)
-            straight = inner.clone() if q_scored is not None else inner
-            dropped = weights
+            change, dropped = inner, weights
             if kept is not None:
                 factor = kept[part].float().div_(ctx.keep_share)
-                inner.mul_(factor)
+                change = inner * factor
                 dropped = factor.mul_(weights)
             grad_v[part] = dropped.mT @ scaled
-            inner.sub_(own).mul_(weights).mul_(step)
-            grad_q[part] = inner @ k[part]
-            grad_k[part] = inner.mT @ q[part]
+            change = torch.sub(change, own).mul_(weights).mul_(step)
+            grad_q[part] = change @ k[part]
+            grad_k[part] = change.mT @ q[part]
             if tails is not None:
                 found = add_tail_gradients(
                     TailRows.of([batch_part(x, part) if x is None else x[part] for x in tails.tensors()]),
@@ -193,7 +192,7 @@ class _Attend(torch.autograd.Function):
                     _scored_part(q_scored, k_scored, part),
                     (step, score_steps(step, ctx.tail, q.shape[1])),
                     scaled,
-                    straight,
+                    inner,
                     own,
                     (grad_q[part], grad_k[part], grad_v[part]),
                 )

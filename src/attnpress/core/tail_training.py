@@ -94,17 +94,14 @@ def sum_tail_by_products(
     both = _product(rest, torch.cat([k, v], -1), rest.shape[-1] * LARGEST)
     keys, values = both[..., :dim], both[..., dim:]
     count = rest.sum(-1, keepdim=True)
-    distance = count.double() * row_max.double() - _dot(q, keys)
+    whole = _dot(q, keys)
+    distance = count.double() * row_max.double() - whole
     t, u = level(distance, count, rate, tail.lift, qmax)
     if scored is None:
         return TailSums(count, distance, t, u, values), keys
     seen = (scored[0] @ scored[1].mT).mul_(rest)
-    score = seen.sum(-1, keepdim=True, dtype=torch.float64)
-    largest = float(EXACT)  # other precisions round their factors to what codes fit into, and scores do not
-    if torch.get_float32_matmul_precision() == "highest":
-        largest = float(seen.abs().sum(-1).amax()) * LARGEST if seen.numel() else 0
-    slope = _product(seen, v, largest, torch.float64)
-    return TailSums(count, distance, t, u, values, score, slope), keys
+    score = whole if tail.directions is None else seen.sum(-1, keepdim=True, dtype=torch.float64)
+    return TailSums(count, distance, t, u, values, score, seen.double() @ v.double()), keys
 
 
 def add_tail_gradients(
@@ -125,7 +122,7 @@ def add_tail_gradients(
         q: codes of Q; scored: see `tail.scored_codes`.
         steps: alpha and lambda, broadcastable to [B, Hq, Sq, 1].
         scaled: gradient of the output times the scale of V, [B, Hq, Sq, D].
-        inner: its products with V, [B, Hq, Sq, Sk]; used only with `linear`, and then overwritten.
+        inner: its products with V, [B, Hq, Sq, Sk]; used only with `linear`.
         own: gradient times output, summed over D, [B, Hq, Sq, 1].
 
     Returns:
@@ -143,12 +140,13 @@ def add_tail_gradients(
     grad_v += both[..., q.shape[-1] :]
     if scored is None or rows.mean is None:
         return None
+    # Factors of a row go to the narrow operands: passes over pairs cost most.
     factor = rows.level * step
-    seen = (scored[0] @ scored[1].mT).sub_(rows.mean).mul_(factor).mul_(rest)
-    grad_v += seen.mT @ scaled
+    seen = (scored[0] @ scored[1].mT).sub_(rows.mean).mul_(rest)
+    grad_v += seen.mT @ (scaled * factor)
     mean_inner = (scaled * rows.values).sum(-1, keepdim=True) / some
-    moved = inner.sub_(mean_inner).mul_(factor).mul_(rest)
-    return moved @ scored[1], moved.mT @ scored[0]
+    moved = torch.sub(inner, mean_inner, out=seen).mul_(rest)
+    return (moved @ scored[1]).mul_(factor), moved.mT @ (scored[0] * factor)
 
 
 def _dot(q: Tensor, keys: Tensor) -> Tensor:
@@ -156,7 +154,6 @@ def _dot(q: Tensor, keys: Tensor) -> Tensor:
     return (q.double() * keys.double()).sum(-1, keepdim=True)
 
 
-def _product(left: Tensor, right: Tensor, largest: float, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A product of whole numbers whose sums are at most `largest`: in float32 where that is exact, else in float64."""
-    exact = left @ right if largest < EXACT else left.double() @ right.double()
-    return exact.to(dtype)
+def _product(left: Tensor, right: Tensor, largest: float) -> Tensor:
+    """A product of whole numbers whose sums are at most `largest`, float32; in float64 where float32 is not exact."""
+    return left @ right if largest < EXACT else (left.double() @ right.double()).float()

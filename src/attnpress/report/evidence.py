@@ -31,7 +31,16 @@ DETAILED = "0.95"
 """Cells of this sparsity also show quantization and pruning without training."""
 PADDED = {"squad": 384, "squadpart": 384}
 """Customary padded lengths other than 128."""
-TASKS = {"mrpc": "MRPC", "sst2": "SST-2", "cola": "CoLA", "rte": "RTE", "squad": "SQuAD", "stsb": "STS-B"}
+TASKS = {
+    "mrpc": "MRPC",
+    "sst2": "SST-2",
+    "sst2part": "SST-2, part",
+    "cola": "CoLA",
+    "rte": "RTE",
+    "squad": "SQuAD",
+    "squadpart": "SQuAD, part",
+    "stsb": "STS-B",
+}
 """Titles that differ from the names."""
 COLUMNS = (
     "bits, asked",

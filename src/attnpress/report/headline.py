@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from attnpress.records.run import Record, StageRecord
 from attnpress.report.evidence import TASKS, Cells, change_of, controls_of
@@ -14,6 +15,7 @@ from attnpress.report.render import markdown_table
 
 BITS = {"8888": "8 bits", "4444": "4 bits"}
 ASKED = ("0.95", "0.98")
+UNTRAINED = ("0.90", "0.95", "0.98", "0.99")
 KINDS = ("none", "mean", "linear")
 UNKNOWN = "not yet measured"
 LINE = "\n"
@@ -46,6 +48,57 @@ def headline_markdown(tasks: Mapping[str, Cells], chosen: Sequence[str]) -> str:
                 rows.append([*_task(task, found), *_of_tail(tail, found), *(_scored(one, found) for one in row)])
                 rows[-1].append(_keys(row[: len(ASKED)]))
     return markdown_table(header, rows, header[:2])
+
+
+def untrained_markdown(tasks: Mapping[str, Cells], encoders: Mapping[str, Mapping[str, Any]]) -> str:
+    """Points lost without training: quantized with 8 bits, and pruned one-shot at each sparsity, by task and tail.
+
+    Args:
+        tasks: cells by task, in the order of the rows.
+        encoders: rows of a record of benchmarks/without_training.py (scores up to 1), by title.
+
+    Returns:
+        Markdown. Losses are against the dense model that was compressed, seed by seed. A task has a row without a
+        tail, and one for each tail that was measured at a sparsity of the table.
+    """
+    header = ["task (metric)", "tail", "seeds", "dense", "quantized", *UNTRAINED, "keys per query"]
+    rows = [row for title, found in encoders.items() for row in _encoder_rows(title, found)]
+    rows += [row for task, found in tasks.items() for row in _untrained_rows(task, found)]
+    return markdown_table(header, rows, header[:2])
+
+
+def _untrained_rows(task: str, cells: Cells) -> Iterator[list[str]]:
+    dense = {record.provenance["seed"]: record.stages[0].metrics[record.headline] for record in cells.get("dense", ())}
+    for tail in tails_of([cells]):
+        known = [measured(cells, "8888", asked, tail, "one_shot") for asked in UNTRAINED]
+        if not any(known):
+            continue
+        of_all = {
+            record.provenance["seed"]: (record, stage)
+            for one in known
+            for record, _ in one
+            if (stage := record.stage("quantized"))
+        }
+        lost = [
+            [stage.metrics[record.headline] - dense[record.provenance["seed"]] for record, stage in one]
+            for one in (list(of_all.values()), *known)
+        ]
+        seeds = " or ".join(sorted({str(len(one)) for one in known if one}))
+        figures = [f"{statistics.mean(one):+.2f}" if one else "" for one in lost]
+        keys = [f"{statistics.mean(stage.keys_per_row for _, stage in one):.1f}" if one else "?" for one in known]
+        score = f"{statistics.mean(dense.values()):.2f}"
+        yield [*_task(task, cells), f"`{tail}`", seeds, score, *figures, ", ".join(keys)]
+
+
+def _encoder_rows(title: str, found: Mapping[str, Any]) -> Iterator[list[str]]:
+    dense = found["dense"]["score"]
+    for tail in ("none", "mean", *(f"linear:{2**place}" for place in range(9))):
+        known = [found.get(f"{tail} {float(asked):g}") for asked in UNTRAINED]
+        if not any(known):
+            continue
+        figures = [f"{100 * (row['score'] - dense):+.2f}" if row else "" for row in (found["quantized"], *known)]
+        keys = ", ".join(f"{row['keys_per_row']:.1f}" if row else "?" for row in known)
+        yield [title, f"`{tail.replace(':', '')}`", "", f"{100 * dense:.2f}", *figures, keys]
 
 
 def tails_of(cells: Iterable[Cells]) -> list[str]:
