@@ -42,7 +42,14 @@ from attnpress.report.evidence import (
     read_cells,
     summary_markdown,
 )
-from attnpress.report.headline import CELL, headline_markdown, tail_lines, tail_words, untrained_markdown
+from attnpress.report.headline import (
+    CELL,
+    claim_in_words,
+    headline_markdown,
+    tail_lines,
+    tail_words,
+    untrained_markdown,
+)
 from attnpress.report.lanes import lane_drawings, lanes_markdown
 from attnpress.report.leaderboard import board_figure, board_markdown, figure_words
 from attnpress.report.plots import PRINT, Line, grid_of_lines, recolored, side_by_side, to_svg, two_axes
@@ -113,6 +120,7 @@ def tables() -> dict[str, str]:
     return {
         "picture": f"![{picture_in_words(demo)}]({PICTURE})",
         "demo": stages_markdown(demo),
+        "claim": claim_in_words(tasks),
         "headline": headline_markdown(tasks, HEADLINE),
         "tails": f"![{tail_words(tail_lines(tasks, HEADLINE, BITS))}]({Path(TAILS_PICTURE).relative_to('docs')})",
         "board_tails": tails_board_markdown(),

@@ -40,7 +40,7 @@ ASKED = {
 @pytest.mark.parametrize(
     ("page", "count"),
     [
-        ("README.md", 5),
+        ("README.md", 6),
         ("docs/tutorial.md", 1),
         ("docs/ecosystem.md", 1),
         ("docs/results.md", 6),
