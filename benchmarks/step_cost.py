@@ -6,8 +6,8 @@
 MiniLM, batch 32, length 128 without padding (the worst case), AdamW included. Each kind of step has its own process,
 and they are timed in turn: dense, compressing (8 bits, sparsity 0.9 asked, thresholds refitted), compressing with
 the dense teacher, and compressing with a tail (`mean`; `linear`, the whole score). Peak memory is taken first, as
-growth over the loaded model in three steps: of the resident set, or, where there is a GPU and so the steps run on it, of what
-PyTorch allocated there.
+growth over the loaded model in three steps: of the resident set, or, where there is a GPU and so the steps run on it,
+of what PyTorch allocated there.
 """
 
 from __future__ import annotations
