@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from attnpress.records.run import Record
-from attnpress.report.headline import UNKNOWN, headline_markdown, measured, tail_lines, tail_words, untrained_markdown
+from attnpress.report.headline import (
+    UNKNOWN,
+    headline_markdown,
+    measured,
+    rules_markdown,
+    tail_lines,
+    tail_words,
+    untrained_markdown,
+)
 from tests.report.test_evidence import record, stage
 
 Tasks = dict[str, dict[str, list[Record]]]
@@ -93,3 +101,17 @@ def test_losses_without_training_are_from_the_model_that_was_compressed(tasks: T
         "| retrieval | `linear32` |  | 80.00 | -0.10 |  | -1.00 |  |  | ?, 1.5, ?, ? |",
         "| MRPC (f1) | `mean` | 1 | 80.00 |  |  | +2.00 |  |  | ?, 2.4, ?, ? |",
     ]
+
+
+def test_rules_are_compared_with_and_without_a_tail_seed_by_seed(tasks: Tasks) -> None:
+    def one_shot(seed: int, score: float) -> Record:
+        return pruned(seed, "one_shot", score, 2.5)
+
+    others = {
+        "8888-0.95-topk": [one_shot(0, 70.0), one_shot(1, 71.0)],
+        "8888-0.95-topk-linear32": [one_shot(1, 72.5)],
+        "8888-0.95-mass": [one_shot(0, 60.0)],
+    }
+    own = {"8888-0.95": [one_shot(0, 75.0)], "8888-0.95-linear32": [one_shot(0, 78.0)]}
+    _, _, *rows = rules_markdown(own, others).splitlines()
+    assert rows == ["| `relative` | 2.5 | 75.00 | 78.00 | +3.00 |", "| `topk` | 2.5 | 71.00 | 72.50 | +1.50 |"]

@@ -16,6 +16,7 @@ from attnpress.report.render import markdown_table
 BITS = {"8888": "8 bits", "4444": "4 bits"}
 ASKED = ("0.95", "0.98")
 UNTRAINED = ("0.90", "0.95", "0.98", "0.99")
+RULES_WITH_TAIL = ("topk", "mass", "threshold")
 KINDS = ("none", "mean", "linear")
 UNKNOWN = "not yet measured"
 LINE = "\n"
@@ -115,6 +116,32 @@ def _untrained_rows(task: str, cells: Cells) -> Iterator[list[str]]:
         keys = [f"{statistics.mean(stage.keys_per_row for _, stage in one):.1f}" if one else "?" for one in known]
         score = f"{statistics.mean(dense.values()):.2f}"
         yield [*_task(task, cells), f"`{tail}`", seeds, score, *figures, ", ".join(keys)]
+
+
+def rules_markdown(cells: Cells, others: Cells) -> str:
+    """What a tail of the whole score is worth to each rule at 0.95, without training.
+
+    Args:
+        cells: of a task, with rule relative.
+        others: cells named 8888-0.95-RULE and 8888-0.95-RULE-linear32, of the same dense models.
+    """
+    header = ["rule", "keys per query", "no tail", "`linear`, whole score", "gain by seed"]
+    pairs = {"relative": [measured(cells, "8888", "0.95", tail, "one_shot") for tail in ("none", "linear32")]}
+    for rule in RULES_WITH_TAIL:
+        names = f"8888-0.95-{rule}", f"8888-0.95-{rule}-linear32"
+        pairs[rule] = [[(r, s) for r in others.get(name, ()) if (s := r.stage("one_shot"))] for name in names]
+    rows = []
+    for rule, pair in pairs.items():
+        plain, tailed = (
+            {record.provenance["seed"]: stage.metrics[record.headline] for record, stage in found} for found in pair
+        )
+        both = sorted(plain.keys() & tailed.keys())
+        if both:
+            keys = statistics.mean(stage.keys_per_row for found in pair for _, stage in found)
+            means = [f"{statistics.mean(scores[seed] for seed in both):.2f}" for scores in (plain, tailed)]
+            gains = ", ".join(f"{tailed[seed] - plain[seed]:+.2f}" for seed in both)
+            rows.append([f"`{rule}`", f"{keys:.1f}", *means, gains])
+    return markdown_table(header, rows, header[:1])
 
 
 def _encoder_rows(title: str, found: Mapping[str, Any]) -> Iterator[list[str]]:
