@@ -11,7 +11,7 @@ from attnpress.records.run import Record, StageRecord
 from attnpress.report.evidence import TASKS, Cells, change_of, controls_of
 from attnpress.report.figures import mean_and_spread
 from attnpress.report.plots import Line
-from attnpress.report.render import markdown_table
+from attnpress.report.render import markdown_table, start_of
 
 BITS = {"8888": "8 bits", "4444": "4 bits"}
 ASKED = ("0.95", "0.98")
@@ -96,26 +96,40 @@ def untrained_markdown(tasks: Mapping[str, Cells], encoders: Mapping[str, Mappin
 
 
 def _untrained_rows(task: str, cells: Cells) -> Iterator[list[str]]:
-    dense = {record.provenance["seed"]: record.stages[0].metrics[record.headline] for record in cells.get("dense", ())}
+    # By its weights, since a dense model that was trained again on another machine is another one.
+    dense = {
+        _dense_of(record): stage.metrics[record.headline]
+        for records in cells.values()
+        for record in records
+        if (stage := record.stage("dense"))
+    }
     for tail in tails_of([cells]):
-        known = [measured(cells, "8888", asked, tail, "one_shot") for asked in UNTRAINED]
+        known = [
+            [pair for pair in measured(cells, "8888", asked, tail, "one_shot") if _dense_of(pair[0]) in dense]
+            for asked in UNTRAINED
+        ]
         if not any(known):
             continue
         of_all = {
-            record.provenance["seed"]: (record, stage)
+            _dense_of(record): (record, stage)
             for one in known
             for record, _ in one
             if (stage := record.stage("quantized"))
         }
         lost = [
-            [stage.metrics[record.headline] - dense[record.provenance["seed"]] for record, stage in one]
+            [stage.metrics[record.headline] - dense[_dense_of(record)] for record, stage in one]
             for one in (list(of_all.values()), *known)
         ]
         seeds = " or ".join(sorted({str(len(one)) for one in known if one}))
         figures = [f"{statistics.mean(one):+.2f}" if one else "" for one in lost]
         keys = [f"{statistics.mean(stage.keys_per_row for _, stage in one):.1f}" if one else "?" for one in known]
-        score = f"{statistics.mean(dense.values()):.2f}"
+        starts = {_dense_of(record) for one in known for record, _ in one}
+        score = f"{statistics.mean(dense[start] for start in starts):.2f}"
         yield [*_task(task, cells), f"`{tail}`", seeds, score, *figures, ", ".join(keys)]
+
+
+def _dense_of(record: Record) -> str:
+    return start_of(record)[0]
 
 
 def rules_markdown(cells: Cells, others: Cells) -> str:
