@@ -12,6 +12,7 @@ from attnpress.report.headline import (
     rules_markdown,
     tail_lines,
     tail_words,
+    untrained_goals_markdown,
     untrained_markdown,
 )
 from tests.report.test_evidence import record, stage
@@ -101,6 +102,13 @@ def test_losses_without_training_are_from_the_model_that_was_compressed(tasks: T
         "| retrieval | `linear32` |  | 80.00 | -0.10 |  | -1.00 |  |  | ?, 1.5, ?, ? |",
         "| MRPC (f1) | `mean` | 1 | 80.00 |  |  | +2.00 |  |  | ?, 2.4, ?, ? |",
     ]
+    goals = [
+        ("retrieval", "linear32", "0.95", 0.9),
+        ("MRPC (f1)", "mean", "0.95", 0.5),
+        ("MRPC (f1)", "mean", "0.98", 1.0),
+    ]
+    _, _, *rows = untrained_goals_markdown(tasks, {"retrieval": encoder}, goals).splitlines()
+    assert [row.split("|")[-2].strip() for row in rows] == ["-1.00: not met", "+2.00: met", "not run"]
 
 
 def test_rules_are_compared_with_and_without_a_tail_seed_by_seed(tasks: Tasks) -> None:

@@ -16,6 +16,7 @@ from attnpress.report.render import markdown_table, start_of
 BITS = {"8888": "8 bits", "4444": "4 bits"}
 ASKED = ("0.95", "0.98")
 UNTRAINED = ("0.90", "0.95", "0.98", "0.99")
+UNTRAINED_HEADER = ["task (metric)", "tail", "seeds", "dense", "quantized", *UNTRAINED, "keys per query"]
 RULES_WITH_TAIL = ("topk", "mass", "threshold")
 KINDS = ("none", "mean", "linear")
 UNKNOWN = "not yet measured"
@@ -89,10 +90,33 @@ def untrained_markdown(tasks: Mapping[str, Cells], encoders: Mapping[str, Mappin
         Markdown. Losses are against the dense model that was compressed, seed by seed. A task has a row without a
         tail, and one for each tail that was measured at a sparsity of the table.
     """
-    header = ["task (metric)", "tail", "seeds", "dense", "quantized", *UNTRAINED, "keys per query"]
-    rows = [row for title, found in encoders.items() for row in _encoder_rows(title, found)]
-    rows += [row for task, found in tasks.items() for row in _untrained_rows(task, found)]
+    return markdown_table(UNTRAINED_HEADER, _all_untrained(tasks, encoders), UNTRAINED_HEADER[:2])
+
+
+def untrained_goals_markdown(
+    tasks: Mapping[str, Cells],
+    encoders: Mapping[str, Mapping[str, Any]],
+    goals: Sequence[tuple[str, str, str, float]],
+) -> str:
+    """Goals without training, and whether they are met.
+
+    Args:
+        tasks, encoders: see `untrained_markdown`.
+        goals: task as in that table, tail, sparsity asked, and the points that may be lost.
+    """
+    header = ["task (metric)", "tail", "asked", "may lose", "loses"]
+    known = {(row[0], row[1]): dict(zip(UNTRAINED_HEADER, row, strict=True)) for row in _all_untrained(tasks, encoders)}
+    rows = []
+    for task, tail, asked, allowed in goals:
+        lost = known.get((task, f"`{tail}`"), {}).get(asked)
+        met = "not run" if not lost else f"{lost}: {'met' if float(lost) >= -allowed else 'not met'}"
+        rows.append([task, f"`{tail}`", asked, f"{allowed}", met])
     return markdown_table(header, rows, header[:2])
+
+
+def _all_untrained(tasks: Mapping[str, Cells], encoders: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    rows = [row for title, found in encoders.items() for row in _encoder_rows(title, found)]
+    return rows + [row for task, found in tasks.items() for row in _untrained_rows(task, found)]
 
 
 def _untrained_rows(task: str, cells: Cells) -> Iterator[list[str]]:
