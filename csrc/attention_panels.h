@@ -106,7 +106,8 @@ void apply_planes(const Panels<I>& panels, const typename I::Prob* rows, int64_t
 }
 
 // The same with products of BLOCK rows; `rows` and `to` have room for whole blocks.
-template <class I, int P> void apply_blocks(const Panels<I>& panels, const typename I::Prob* rows, int64_t stride, int64_t count, int64_t width, int32_t* to, Scratch<I>& scratch) {
+template <class I, int P> void apply_blocks(const Panels<I>& panels, const typename I::Prob* rows, int64_t stride,
+                                            int64_t count, int64_t width, int32_t* to, Scratch<I>& scratch) {
     constexpr int64_t W = I::COLS * I::LANES;
     auto* sums = scratch.blocks.template get<int32_t>(I::BLOCK * W * P);
     for (int64_t first = 0; first < count; first += I::BLOCK) {
@@ -119,7 +120,9 @@ template <class I, int P> void apply_blocks(const Panels<I>& panels, const typen
                 for (int64_t c = 0; c < W; c += I::LANES) {
                     auto whole = I::sub(I::load(sums + r * W + c), I::load(panels.raised + d + c));
 #pragma GCC unroll 4
-                    for (int p = 1; p < P; ++p) whole = I::add(whole, I::sllv(I::load(sums + (p * I::BLOCK + r) * W + c), I::set1(I::DIGIT_BITS * p)));
+                    for (int p = 1; p < P; ++p)
+                        whole = I::add(whole,
+                                       I::sllv(I::load(sums + (p * I::BLOCK + r) * W + c), I::set1(I::DIGIT_BITS * p)));
                     I::store(to + (first + r) * width + d + c, whole);
                 }
             }
@@ -130,15 +133,20 @@ template <class I, int P> void apply_blocks(const Panels<I>& panels, const typen
 template <class I> void apply_panels(const Job<I>& job, const Panels<I>& panels, const typename I::Prob* rows, int64_t stride, int64_t count, int32_t* to, Scratch<I>& scratch) {
     const auto apply = [&](auto P) {
         if constexpr (I::BLOCK > 1) {
-            if (panels.steps == job.steps) return apply_blocks<I, P.value>(panels, rows, stride, count, job.width, to, scratch);
+            if (panels.steps == job.steps)
+                return apply_blocks<I, P.value>(panels, rows, stride, count, job.width, to, scratch);
         }
         apply_planes<I, P.value>(panels, rows, stride, count, job.width, to);
     };
     switch (panels.planes) {
         case 1: return apply(std::integral_constant<int, 1>{});
         case 2: return apply(std::integral_constant<int, 2>{});
-        case 3: if constexpr (DIGITS<I> > 2) return apply(std::integral_constant<int, 3>{}); return;
-        case 4: if constexpr (DIGITS<I> > 2) return apply(std::integral_constant<int, 4>{}); return;
+        case 3:
+            if constexpr (DIGITS<I> > 2) return apply(std::integral_constant<int, 3>{});
+            return;
+        case 4:
+            if constexpr (DIGITS<I> > 2) return apply(std::integral_constant<int, 4>{});
+            return;
     }
 }
 
