@@ -123,9 +123,3 @@ def test_a_rank_that_has_no_effect_does_not_make_another_recipe(tmp_path: Path) 
     claim_folder(RunConfig(attention=AttentionSpec(sparsity=0.5)), tmp_path)
     with pytest.raises(ConfigError, match=r"differs in attention\.tail, attention\.tail_rank\)"):
         claim_folder(RunConfig(attention=AttentionSpec(sparsity=0.5, tail="linear")), tmp_path)
-
-
-def test_a_layer_with_a_tail_of_its_own_is_compared(tmp_path: Path) -> None:
-    config = RunConfig(attention=AttentionSpec(sparsity=0.5, tail="linear"), layers={0: {"tail": "none"}})
-    claim_folder(config, tmp_path)
-    claim_folder(config, tmp_path)

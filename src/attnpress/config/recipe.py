@@ -66,7 +66,7 @@ def comparable(spec: Any) -> dict[str, Any]:
 def _effective(plain: dict[str, Any]) -> dict[str, Any]:
     kept = {key: _effective(value) if isinstance(value, dict) else value for key, value in plain.items()}
     if kept.get("tail", "linear") != "linear":
-        kept.pop("tail_rank", None)  # the spec of one layer holds only what differs
+        del kept["tail_rank"]
     return kept
 
 
