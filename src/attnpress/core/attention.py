@@ -29,7 +29,7 @@ from attnpress.core.exponential import T_MAX, exponent, exponent_rate, power_tab
 from attnpress.core.predictor import foretold_scores, foretold_step
 from attnpress.core.quantizer import quantize, smooth_key, token_scale
 from attnpress.core.rules import Scored, rule_of
-from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, with_tail
+from attnpress.core.tail import TailSums, active_tail, score_steps, scored_codes, sum_tail, weighted_values, with_tail
 
 FAR = 2**30
 """Distance of pairs that are not valid; their probability is 0 for any legal alpha."""
@@ -177,7 +177,8 @@ def integer_attention(call: AttentionCall) -> IntegerAttention:
         scored, rate = scored_codes(q_codes, k_codes, spec, tail), exponent_rate(alpha)
         rest = pairs.valid & (pairs.codes == 0)
         sums = sum_tail(rest, pairs.distance, repeat_heads(v_codes, heads), scored, rate, tail.lift, spec.p.qmax)
-        numerator, divisor = with_tail(numerator, divisor, sums, score_steps(alpha, tail, heads))
+        values = weighted_values(sums, score_steps(alpha, tail, heads))
+        numerator, divisor = with_tail(numerator, divisor, sums, values)
     output = (numerator * repeat_heads(v_scale, heads)) / divisor
     found = IntegerAttention(
         q_codes.to(torch.int8),

@@ -31,7 +31,15 @@ from attnpress.core.quantizer import EXACT as EXACT
 from attnpress.core.quantizer import learned_step, quantize_straight_through, smooth_key
 from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BIN_WIDTH
-from attnpress.core.tail import Tail, active_tail, project_straight_through, score_steps, scored_codes, with_tail
+from attnpress.core.tail import (
+    Tail,
+    active_tail,
+    project_straight_through,
+    score_steps,
+    scored_codes,
+    weighted_values,
+    with_tail,
+)
 from attnpress.core.tail_training import TailRows, add_tail_gradients, sum_tail_by_products, tail_pairs
 
 FINITE = torch.finfo(torch.float32).max
@@ -70,7 +78,9 @@ def fake_quantize_attention(call: AttentionCall) -> Tensor:
         v_codes = quantize_straight_through(value, v_scale, spec.v.qmax)
         v_scale = repeat_heads(v_scale, heads)
     tail = active_tail(spec, scales.tail, cutoff, query)
-    scored = None if tail is None else scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
+    scored = None
+    if tail is not None and tail.directions is not None:
+        scored = scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
     k_codes, v_codes = (repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes))
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
         q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, valid, cutoff, spec, call.dropout
@@ -138,7 +148,7 @@ class _Attend(torch.autograd.Function):
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
         bias = None if valid is None else additive_mask(valid)
         allowed = None if valid is None or tail is None else valid.float()
-        tails = None if tail is None else TailRows.empty(q, v, linear=q_scored is not None)
+        tails = None if tail is None else TailRows.empty(q, v, linear=spec.tail == "linear")
         for part in batch_slices(codes.shape, q.device):
             masks, step = (batch_part(valid, part), batch_part(bias, part)), batch_part(alpha, part)
             weights, divisor[part], _, row_max = code_pairs(q[part], k[part], *masks, step, cutoff, spec)
@@ -148,18 +158,19 @@ class _Attend(torch.autograd.Function):
             weighted = _weighted(weights, v[part])
             if tail is not None and tails is not None:
                 rest = tail_pairs(survivors, batch_part(allowed, part))
-                scored = _scored_part(q_scored, k_scored, part)
-                sums, key_sums = sum_tail_by_products(
+                scored = _scored_part((q, k), (q_scored, k_scored), spec, part)
+                sums = sum_tail_by_products(
                     rest, row_max, q[part], k[part], v[part], scored, exponent_rate(step), tail, spec.p.qmax
                 )
-                weighted, divisor[part] = with_tail(weighted, divisor[part], sums, score_steps(step, tail, heads))
-                tails.fill(part, sums, key_sums, divisor[part])
+                values = weighted_values(sums, score_steps(step, tail, heads))
+                weighted, divisor[part] = with_tail(weighted, divisor[part], sums, values)
+                tails.fill(part, sums, values, divisor[part])
             output[part] = (weighted * v_scale) / divisor[part]
         saved = [] if tails is None else tails.tensors()
         ctx.save_for_backward(
             q, k, v, alpha, v_scale, codes, kept, divisor, output, q_scored, k_scored, allowed, *saved
         )
-        ctx.keep_share, ctx.tail = keep_share, tail
+        ctx.keep_share, ctx.tail, ctx.spec = keep_share, tail, spec
         return output
 
     @staticmethod
@@ -180,24 +191,25 @@ class _Attend(torch.autograd.Function):
                 factor = kept[part].float().div_(ctx.keep_share)
                 change = inner * factor
                 dropped = factor.mul_(weights)
-            grad_v[part] = dropped.mT @ scaled
             change = torch.sub(change, own).mul_(weights).mul_(step)
-            grad_q[part] = change @ k[part]
-            grad_k[part] = change.mT @ q[part]
             if tails is not None:
                 found = add_tail_gradients(
-                    TailRows.of([batch_part(x, part) if x is None else x[part] for x in tails.tensors()]),
+                    TailRows.of([x if x is None else x[part] for x in tails.tensors()]),
                     tail_pairs(survivors, batch_part(allowed, part)),
-                    q[part],
-                    _scored_part(q_scored, k_scored, part),
-                    (step, score_steps(step, ctx.tail, q.shape[1])),
+                    _scored_part((q, k), (q_scored, k_scored), ctx.spec, part),
+                    step,
+                    ctx.tail,
                     scaled,
                     inner,
                     own,
-                    (grad_q[part], grad_k[part], grad_v[part]),
+                    dropped,
+                    change,
                 )
-                for whole, one in zip(grad_scored, found or (), strict=False):
+                for whole, one in zip(grad_scored, found or (), strict=True):
                     whole[part] = one
+            grad_v[part] = dropped.mT @ scaled
+            grad_q[part] = change @ k[part]
+            grad_k[part] = change.mT @ q[part]
         grad_alpha = grad_v_scale = None
         if ctx.needs_input_grad[3]:
             moved = (grad_q * q).sum(-1, keepdim=True)
@@ -289,10 +301,14 @@ def _distance(acc: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.sub(row_max, acc, out=acc), row_max
 
 
-def _scored_part(q_scored: Tensor | None, k_scored: Tensor | None, part: slice) -> tuple[Tensor, Tensor] | None:
-    if q_scored is None or k_scored is None:
+def _scored_part(
+    codes: tuple[Tensor, Tensor], projected: tuple[Tensor | None, Tensor | None], spec: AttentionSpec, part: slice
+) -> tuple[Tensor, Tensor] | None:
+    """`tail.scored_codes` of a slice; codes of Q and K unless they are projected."""
+    if spec.tail == "mean":
         return None
-    return q_scored[part], k_scored[part]
+    q, k = projected
+    return (codes[0][part], codes[1][part]) if q is None or k is None else (q[part], k[part])
 
 
 def additive_mask(valid: Tensor) -> Tensor:

@@ -261,15 +261,17 @@ def scored_codes(
     return project(q, found.query.repeat_interleave(group, 0)), keys.repeat_interleave(group, 1)
 
 
-def slope_of(sums: TailSums) -> Tensor | None:
-    """X - sbar * V_G: the summed values of the tail, weighted by the difference of their score from its mean.
+def weighted_values(sums: TailSums, step: Tensor | None) -> Tensor:
+    """V_G with `mean`, V_G + lambda (X - sbar V_G) with `linear`: values of the tail by weight in it, [B, Hq, Sq, D].
 
-    0 if the level is 0.
+    Args:
+        sums: the second part is 0 where their level is.
+        step: lambda, float32 broadcastable, change of a pair's weight per unit of s; only for `linear`.
     """
-    if sums.score is None or sums.slope is None:
-        return None
+    if sums.score is None or sums.slope is None or step is None:
+        return sums.value
     slope = sums.slope.float() - mean_score(sums) * sums.value
-    return slope.masked_fill(sums.level == 0, 0.0)  # 0 * inf would be NaN
+    return sums.value + step * slope.masked_fill(sums.level == 0, 0.0)  # 0 * inf would be NaN
 
 
 def mean_score(sums: TailSums) -> Tensor:
@@ -278,18 +280,14 @@ def mean_score(sums: TailSums) -> Tensor:
     return sums.score.float() / sums.count.clamp(min=1)
 
 
-def with_tail(weighted: Tensor, code_sum: Tensor, sums: TailSums, step: Tensor | None) -> tuple[Tensor, Tensor]:
+def with_tail(weighted: Tensor, code_sum: Tensor, sums: TailSums, values: Tensor) -> tuple[Tensor, Tensor]:
     """Numerator and divisor of the output, from survivors and tail.
 
     Args:
         weighted: float32 [B, Hq, Sq, D], sum(code * v_code).
         code_sum: float32 [B, Hq, Sq, 1], sum(code), at least 1.
-        sums: of the same rows.
-        step: lambda, float32 broadcastable, change of a pair's weight per unit of s; only for `linear`.
+        sums: of the same rows, and values: their `weighted_values`.
     """
-    slope, values = slope_of(sums), sums.value
-    if slope is not None and step is not None:
-        values = values + step * slope
     return weighted + sums.level * values, code_sum + sums.level * sums.count
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnpress.core.quantizer import EXACT
-from attnpress.core.tail import Tail, TailSums, level, mean_score, slope_of
+from attnpress.core.tail import Tail, TailSums, level, mean_score, score_steps
 
 LARGEST = 127
 
@@ -23,24 +23,22 @@ class TailRows:
 
     Attributes:
         level: u over the divisor, [B, Hq, Sq, 1]; count: pairs in the tail, likewise.
-        keys, values: summed codes of K and V, [B, Hq, Sq, D].
-        slope: X - sbar V_G, [B, Hq, Sq, D], and mean: sbar, [B, Hq, Sq, 1]; None with `mean`.
+        weighted: from `tail.weighted_values`, [B, Hq, Sq, D].
+        values: summed codes of V, [B, Hq, Sq, D], and mean: sbar, [B, Hq, Sq, 1]; None with `mean`.
     """
 
     level: Tensor
     count: Tensor
-    keys: Tensor
-    values: Tensor
-    slope: Tensor | None
+    weighted: Tensor
+    values: Tensor | None
     mean: Tensor | None
 
     @classmethod
     def empty(cls, q: Tensor, v: Tensor, *, linear: bool) -> TailRows:
         """Uninitialized values for the rows of q [B, Hq, Sq, D], with values as wide as v."""
-        rows = q.shape[:3]
-        one, wide = q.new_empty(*rows, 1), q.new_empty(*rows, v.shape[-1])
+        one, wide = q.new_empty(*q.shape[:3], 1), q.new_empty(*q.shape[:3], v.shape[-1])
         extra = (torch.empty_like(wide), torch.empty_like(one)) if linear else (None, None)
-        return cls(one, torch.empty_like(one), torch.empty_like(q), wide, *extra)
+        return cls(one, torch.empty_like(one), wide, *extra)
 
     @classmethod
     def of(cls, tensors: list[Tensor | None]) -> TailRows:
@@ -49,15 +47,13 @@ class TailRows:
 
     def tensors(self) -> list[Tensor | None]:
         """In declaration order."""
-        return [self.level, self.count, self.keys, self.values, self.slope, self.mean]
+        return [self.level, self.count, self.weighted, self.values, self.mean]
 
-    def fill(self, part: slice, sums: TailSums, keys: Tensor, divisor: Tensor) -> None:
+    def fill(self, part: slice, sums: TailSums, weighted: Tensor, divisor: Tensor) -> None:
         """Store one slice of the batch."""
-        self.level[part], self.count[part] = sums.level / divisor, sums.count
-        self.keys[part], self.values[part] = keys, sums.value
-        slope = slope_of(sums)
-        if self.slope is not None and self.mean is not None and slope is not None:
-            self.slope[part], self.mean[part] = slope, mean_score(sums)
+        self.level[part], self.count[part], self.weighted[part] = sums.level / divisor, sums.count, weighted
+        if self.values is not None and self.mean is not None:
+            self.values[part], self.mean[part] = sums.value, mean_score(sums)
 
 
 def tail_pairs(codes: Tensor, allowed: Tensor | None) -> Tensor:
@@ -81,8 +77,8 @@ def sum_tail_by_products(
     rate: Tensor,
     tail: Tail,
     qmax: int,
-) -> tuple[TailSums, Tensor]:
-    """`tail.sum_tail`, and the summed codes of K, [B, Hq, Sq, D].
+) -> TailSums:
+    """`tail.sum_tail`.
 
     Args:
         rest: from `tail_pairs`.
@@ -90,68 +86,71 @@ def sum_tail_by_products(
         q, k, v: codes, with keys and values repeated for their query heads.
         scored, rate, tail, qmax: see `tail.sum_tail`.
     """
-    dim = k.shape[-1]
-    both = _product(rest, torch.cat([k, v], -1), rest.shape[-1] * LARGEST)
-    keys, values = both[..., :dim], both[..., dim:]
     count = rest.sum(-1, keepdim=True)
-    whole = _dot(q, keys)
+    if scored is not None and tail.directions is None:  # scores by directions are those of Q and K
+        seen = (q @ k.mT).mul_(rest)
+        values = _product(rest, v, rest.shape[-1] * LARGEST)
+        score = whole = seen.sum(-1, keepdim=True, dtype=torch.float64)
+    else:
+        both = _product(rest, torch.cat([k, v], -1), rest.shape[-1] * LARGEST)
+        keys, values = both[..., : k.shape[-1]], both[..., k.shape[-1] :]
+        whole = (q.double() * keys.double()).sum(-1, keepdim=True)
     distance = count.double() * row_max.double() - whole
     t, u = level(distance, count, rate, tail.lift, qmax)
     if scored is None:
-        return TailSums(count, distance, t, u, values), keys
-    seen = (scored[0] @ scored[1].mT).mul_(rest)
-    score = whole if tail.directions is None else seen.sum(-1, keepdim=True, dtype=torch.float64)
-    return TailSums(count, distance, t, u, values, score, seen.double() @ v.double()), keys
+        return TailSums(count, distance, t, u, values)
+    if tail.directions is not None:
+        seen = (scored[0] @ scored[1].mT).mul_(rest)
+        score = seen.sum(-1, keepdim=True, dtype=torch.float64)
+    return TailSums(count, distance, t, u, values, score, seen.double() @ v.double())
 
 
 def add_tail_gradients(
     rows: TailRows,
     rest: Tensor,
-    q: Tensor,
     scored: tuple[Tensor, Tensor] | None,
-    steps: tuple[Tensor, Tensor],
+    alpha: Tensor,
+    tail: Tail,
     scaled: Tensor,
     inner: Tensor,
     own: Tensor,
-    grads: tuple[Tensor, Tensor, Tensor],
+    weights: Tensor,
+    change: Tensor,
 ) -> tuple[Tensor, Tensor] | None:
-    """Add the gradients through the tail to those of the codes of Q, K and V, in place.
+    """Add the pairs of the tail to the weights of values and to the gradients of scores, in place.
 
     Args:
         rows: of this slice, like all other arguments.
-        q: codes of Q; scored: see `tail.scored_codes`.
-        steps: alpha and lambda, broadcastable to [B, Hq, Sq, 1].
+        rest: from `tail_pairs`.
+        scored: see `tail.scored_codes`.
+        alpha: broadcastable to [B, Hq, Sq, 1].
         scaled: gradient of the output times the scale of V, [B, Hq, Sq, D].
         inner: its products with V, [B, Hq, Sq, Sk]; used only with `linear`.
         own: gradient times output, summed over D, [B, Hq, Sq, 1].
+        weights: of the values in the output, [B, Hq, Sq, Sk].
+        change: gradients of the products of Q and K, same shape.
 
     Returns:
-        Gradients of `scored`; None with `mean`.
+        Gradients of `scored` where directions see the score; else None.
     """
-    (grad_q, grad_k, grad_v), (alpha, step) = grads, steps
-    values = rows.values if rows.slope is None else rows.values + step * rows.slope
     some = rows.count.clamp(min=1)
     # Each pair of the tail changes the level by 1 / g of the change of its score.
-    common = alpha * rows.level * ((scaled * values).sum(-1, keepdim=True) / some - own)
-    common = common * (rows.count > 0)
-    grad_q += common * rows.keys
-    both = rest.mT @ torch.cat([common * q, rows.level * scaled], -1)
-    grad_k += both[..., : q.shape[-1]]
-    grad_v += both[..., q.shape[-1] :]
-    if scored is None or rows.mean is None:
+    common = alpha * rows.level * ((scaled * rows.weighted).sum(-1, keepdim=True) / some - own)
+    change.addcmul_(rest, common * (rows.count > 0))
+    if scored is None or rows.values is None or rows.mean is None:
+        weights.addcmul_(rest, rows.level)
         return None
-    # Factors of a row go to the narrow operands: passes over pairs cost most.
-    factor = rows.level * step
-    seen = (scored[0] @ scored[1].mT).sub_(rows.mean).mul_(rest)
-    grad_v += seen.mT @ (scaled * factor)
+    factor = rows.level * score_steps(alpha, tail, scaled.shape[1])
+    seen = scored[0] @ scored[1].mT
+    torch.addcmul(rows.level - factor * rows.mean, seen, factor, out=seen)
+    weights.addcmul_(rest, seen)
     mean_inner = (scaled * rows.values).sum(-1, keepdim=True) / some
-    moved = torch.sub(inner, mean_inner, out=seen).mul_(rest)
-    return (moved @ scored[1]).mul_(factor), moved.mT @ (scored[0] * factor)
-
-
-def _dot(q: Tensor, keys: Tensor) -> Tensor:
-    """Dot products of q and keys by row, float64 [.., 1]."""
-    return (q.double() * keys.double()).sum(-1, keepdim=True)
+    moved = torch.addcmul(factor * -mean_inner, inner, factor, out=seen)
+    if tail.directions is None:
+        change.addcmul_(rest, moved)
+        return None
+    moved.mul_(rest)
+    return moved @ scored[1], moved.mT @ scored[0]
 
 
 def _product(left: Tensor, right: Tensor, largest: float) -> Tensor:

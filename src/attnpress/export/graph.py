@@ -21,7 +21,16 @@ from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.exponential import ONE, exponent_rate, power_table
 from attnpress.core.quantizer import EXACT, smooth_key
 from attnpress.core.rules import rule_of, rules_of
-from attnpress.core.tail import Directions, Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
+from attnpress.core.tail import (
+    Directions,
+    Tail,
+    active_tail,
+    score_steps,
+    scored_codes,
+    sum_tail,
+    weighted_values,
+    with_tail,
+)
 from attnpress.export.errors import ExportError
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attending, attentions
@@ -94,7 +103,8 @@ def graph_attention(coder: Coder) -> Attend:
             sums = sum_tail(
                 pairs.valid & (p == 0), pairs.distance, v, scored, exponent_rate(alpha), tail.lift, spec.p.qmax
             )
-            weighted, divisor = with_tail(weighted, divisor, sums, score_steps(alpha, tail, heads))
+            values = weighted_values(sums, score_steps(alpha, tail, heads))
+            weighted, divisor = with_tail(weighted, divisor, sums, values)
         return weighted * repeat_heads(scales.v, heads) / divisor
 
     return attend

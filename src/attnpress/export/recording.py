@@ -24,7 +24,7 @@ from attnpress.core.exponential import exponent_rate
 from attnpress.core.predictor import foretold_scores
 from attnpress.core.rules import rule_of
 from attnpress.core.sparse_rows import csr_of
-from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, with_tail
+from attnpress.core.tail import Tail, active_tail, score_steps, scored_codes, sum_tail, weighted_values, with_tail
 from attnpress.export.agreement import usable_backend
 from attnpress.export.errors import ExportError
 from attnpress.kernels import ops
@@ -180,7 +180,8 @@ def _tailed(
     scored = scored_codes(t["q_codes"], t["k_codes"], spec, tail)
     rest = pairs.valid & (pairs.codes == 0)
     sums = sum_tail(rest, pairs.distance, v, scored, exponent_rate(t["alpha"]), tail.lift, spec.p.qmax)
-    made = with_tail(weighted, pairs.divisor, sums, score_steps(t["alpha"], tail, v.shape[1]))
+    values = weighted_values(sums, score_steps(t["alpha"], tail, v.shape[1]))
+    made = with_tail(weighted, pairs.divisor, sums, values)
     return *made, sums.integers()
 
 
