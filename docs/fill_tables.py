@@ -143,6 +143,7 @@ def tables() -> dict[str, str]:
         "goals": goals_markdown(tasks, list(goals(tasks))),
         **{name: ablation_markdown(choices[name]) for name in ("schedules", "squad")},
         "choices_mrpc": choices_markdown(tasks["mrpc"], choices["mrpc"], ["0.98"]),
+        "choices_stsb": choices_markdown(tasks["stsb"], choices["stsb"], ["0.95", "0.95-linear32"]),
         "choices_squad": choices_markdown(tasks["squadpart"], choices["squadpart"], ["0.95", "0.98", "0.99"]),
         **{f"evidence_{task}": evidence(tasks.get(task), task) for task in TASKS},
         "families": families_markdown(rows),
@@ -511,10 +512,11 @@ def evidence(cells: Cells | None, task: str) -> str:
 def choices_markdown(cells: Cells, choices: Cells, asked: Sequence[str]) -> str:
     """What was tried while training, beside the cells of the task's table that ask for as much, and the dense model."""
     usual = {f"defaults, {each}": cells[f"{BITS}-{each}"] for each in asked}
+    sparsities = {each.partition("-")[0] for each in asked}
     tried = {
         cell.removeprefix(f"{BITS}-"): records
         for cell, records in choices.items()
-        if f"{records[0].recipe['attention']['sparsity']:.2f}" in asked and records[0].stage("progressive")
+        if f"{records[0].recipe['attention']['sparsity']:.2f}" in sparsities and records[0].stage("progressive")
     }
     return ablation_markdown({"dense": cells["dense"], **usual, **tried})
 
