@@ -60,11 +60,10 @@ def tail_pairs(codes: Tensor, allowed: Tensor | None) -> Tensor:
     """1.0 where a valid pair has no code, else 0.0. A subtraction, since comparisons are many times slower.
 
     Args:
-        codes: P codes, float32 [B, Hq, Sq, Sk].
+        codes: P codes, float32 [B, Hq, Sq, Sk], 0 where a pair is not valid.
         allowed: 1.0 where a pair is valid, broadcastable; None if all are.
     """
-    coded = codes.clamp(max=1)
-    return coded.neg_().add_(1) if allowed is None else torch.sub(allowed, coded)
+    return ((1 if allowed is None else allowed) - codes).clamp_(min=0)
 
 
 def sum_tail_by_products(
