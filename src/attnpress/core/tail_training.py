@@ -77,7 +77,7 @@ def sum_tail_by_products(
     tail: Tail,
     qmax: int,
 ) -> TailSums:
-    """`tail.sum_tail`.
+    """`tail.sum_tail` by float products.
 
     Args:
         rest: from `tail_pairs`.
@@ -86,7 +86,7 @@ def sum_tail_by_products(
         scored, rate, tail, qmax: see `tail.sum_tail`.
     """
     count = rest.sum(-1, keepdim=True)
-    if scored is not None and tail.directions is None:  # scores by directions are those of Q and K
+    if scored is not None and tail.directions is None:  # the whole score is seen, so its sum gives the distance too
         seen = (q @ k.mT).mul_(rest)
         values = _product(rest, v, rest.shape[-1] * LARGEST)
         score = whole = seen.sum(-1, keepdim=True, dtype=torch.float64)
