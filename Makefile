@@ -61,8 +61,8 @@ test-dist: dist ## install the wheel of `make dist` in a new environment, and ru
 	ATTNPRESS_DIST=dist OMP_NUM_THREADS=1 $(BIN)/python -m pytest --quiet tests/packaging/test_dist.py
 
 # One process for each core, with one thread unless a test asks for more: threads of several processes wait for each other.
-# A file's tests stay in one process, since they share what is slow to make; tests/conftest.py orders the files.
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
+# A file's tests stay in one process, since they share what is slow to make.
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 test: setup $(TOOLS) ## run every test
 	$(TEST)

@@ -34,24 +34,6 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 settings.register_profile("attnpress", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("attnpress")
 
-# The slowest files begin first: begun last, one of them keeps a single process busy while the others idle.
-SLOWEST = (
-    "runs/test_ray_engine.py",
-    "runs/test_kill_resume.py",
-    "studies/sweep/test_killed.py",
-    "runs/test_distributed.py",
-    "kernels/test_gpu.py",
-    "benchmark/test_whole_model.py",
-    "benchmark/test_attention.py",
-    "posttraining/test_peers.py",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the slowest files to the front, and leaves the order of all others."""
-    files = {Path(__file__).parent / name: place for place, name in enumerate(SLOWEST)}
-    items.sort(key=lambda item: files.get(item.path, len(files)))
-
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
