@@ -86,22 +86,20 @@ def sum_tail_by_products(
         scored, rate, tail, qmax: see `tail.sum_tail`.
     """
     count = rest.sum(-1, keepdim=True)
-    if scored is not None and tail.directions is None:  # the whole score is seen, so its sum gives the distance too
-        seen = (q @ k.mT).mul_(rest)
-        values = _product(rest, v, rest.shape[-1] * LARGEST)
-        score = whole = seen.sum(-1, keepdim=True, dtype=torch.float64)
+    score = slope = None
+    if scored is not None:
+        seen = (scored[0] @ scored[1].mT).mul_(rest)
+        score = seen.sum(-1, keepdim=True, dtype=torch.float64)
+        slope = seen.double() @ v.double()
+    if score is not None and tail.directions is None:  # the whole score is seen, so its sum gives the distance too
+        whole, values = score, _product(rest, v, rest.shape[-1] * LARGEST)
     else:
         both = _product(rest, torch.cat([k, v], -1), rest.shape[-1] * LARGEST)
         keys, values = both[..., : k.shape[-1]], both[..., k.shape[-1] :]
         whole = (q.double() * keys.double()).sum(-1, keepdim=True)
     distance = count.double() * row_max.double() - whole
     t, u = level(distance, count, rate, tail.lift, qmax)
-    if scored is None:
-        return TailSums(count, distance, t, u, values)
-    if tail.directions is not None:
-        seen = (scored[0] @ scored[1].mT).mul_(rest)
-        score = seen.sum(-1, keepdim=True, dtype=torch.float64)
-    return TailSums(count, distance, t, u, values, score, seen.double() @ v.double())
+    return TailSums(count, distance, t, u, values, score, slope)
 
 
 def add_tail_gradients(
