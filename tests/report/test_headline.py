@@ -81,8 +81,8 @@ def test_the_picture_has_a_line_for_each_tail_and_says_what_is_missing(tasks: Ta
     ]  # fmt: skip
     assert (once[1].x, once[1].y) == ([2.4], [-2.0])
     words = tail_words(panels)
-    assert "MRPC, trained, tail none: -4.0 at 1.0 keys, -1.5 at 2.5 keys" in words
-    assert f"STS-B, trained, tail linear8: {UNKNOWN}" in words
+    assert "MRPC, trained: none -4.0 at 1.0, -1.5 at 2.5, linear4 -14.0 at 2.5, linear8 -0.5 at 2.5;" in words
+    assert f"STS-B, trained: {UNKNOWN}." in words
     assert "\n" not in words
 
 

@@ -240,14 +240,16 @@ def tail_lines(tasks: Mapping[str, Cells], chosen: Sequence[str], bits: str) -> 
 
 
 def tail_words(panels: Mapping[str, Sequence[Line]]) -> str:
-    """Description of the figure in words: each point."""
-    parts = [
-        f"{title.partition(LINE)[0]}, tail {line.label}: "
-        + (", ".join(f"{y:+.1f} at {x:.1f} keys" for x, y in zip(line.x, line.y, strict=True)) or UNKNOWN)
-        for title, lines in panels.items()
-        for line in lines
-    ]
-    return f"Points against dense over keys per query. {'; '.join(parts)}."
+    """Description of the figure in words: each point, panel by panel."""
+    parts = []
+    for title, lines in panels.items():
+        drawn = [
+            f"{line.label} {', '.join(f'{y:+.1f} at {x:.1f}' for x, y in zip(line.x, line.y, strict=True))}"
+            for line in lines
+            if line.x
+        ]
+        parts.append(f"{title.partition(LINE)[0]}: {', '.join(drawn) or UNKNOWN}")
+    return f"Points against dense at the keys per query that are left, by tail. {'; '.join(parts)}."
 
 
 def _line(cells: Cells, bits: str, tail: str, stage: str, series: int) -> Line:
