@@ -86,19 +86,20 @@ README_CELLS = (
     ("sst2", "8888-0.95"), ("cola", "8888-0.80"), ("rte", "8888-0.95"),
 )  # fmt: skip
 TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart", "stsb")
-HEADLINE = ("mrpc", "rte", "sst2", "cola", "squad", "stsb")
+HEADLINE = ("mrpc", "rte", "sst2", "sst2part", "cola", "squad", "stsb")
+SHORT = ("sst2", "sst2part", "cola")
 BITS = "8888"
 PUBLISHED = (0.93, 0.98)
 GOALS = (
     *((task, "8888-0.95", 0.2) for task in HEADLINE),
-    *((task, "8888-0.98", 0.5 if task == "squad" else 1.0) for task in HEADLINE if task not in ("sst2", "cola")),
+    *((task, "8888-0.98", 0.5 if task == "squad" else 1.0) for task in HEADLINE if task not in SHORT),
     ("squad", "8888-0.99", 1.0),
-    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in ("sst2", "cola")),
-    *((task, "4444-0.98", 1.0) for task in HEADLINE if task not in ("sst2", "cola")),
+    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in SHORT),
+    *((task, "4444-0.98", 1.0) for task in HEADLINE if task not in SHORT),
 )
 """Task, cell, and points that it may lose, with any tail. At 0.98, more where a query is left one key.
 
-Texts of SST-2 and CoLA have one left at 0.95, so that 0.98 is the same there.
+The short texts of SST-2 and CoLA have one left at 0.95, so that 0.98 is the same there.
 """
 GOALS_UNTRAINED = (
     ("similarity (Spearman)", "linear32", "0.95", 0.4),
@@ -533,7 +534,8 @@ def evidence_picture(records: Path) -> str:
 def tails_picture(records: Path) -> str:
     """What tails are worth by keys kept per query, task by task, as SVG."""
     panels = tail_lines(read_cells(records), HEADLINE, BITS)
-    return recolored(to_svg(grid_of_lines(panels, "keys per query", "points against dense"), "tails"), PRINT)
+    figure = grid_of_lines(panels, "keys per query", "points against dense", sharey="col")
+    return recolored(to_svg(figure, "tails"), PRINT)
 
 
 def missing_in_words() -> str:

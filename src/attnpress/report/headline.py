@@ -18,9 +18,7 @@ ASKED = ("0.95", "0.98")
 UNTRAINED = ("0.90", "0.95", "0.98", "0.99")
 UNTRAINED_HEADER = ["task (metric)", "tail", "seeds", "dense", "quantized", *UNTRAINED, "keys per query"]
 RULES_WITH_TAIL = ("topk", "mass", "threshold")
-KINDS = ("none", "mean", "linear")
 UNKNOWN = "not yet measured"
-LINE = "\n"
 CELL = re.compile(r"(?P<bits>\d+)-(?P<asked>0\.\d+)(?:-(?P<tail>mean|linear\d*))?(?P<once>-at-once)?")
 """Names of the cells that are compared: bits, sparsity and tail, without other variants."""
 
@@ -223,20 +221,26 @@ def tail_lines(tasks: Mapping[str, Cells], chosen: Sequence[str], bits: str) -> 
 
     Args:
         tasks: cells by task.
-        chosen: the tasks, in this order.
+        chosen: the tasks, in this order; those without a cell with a tail are left out.
         bits: of the cells.
 
     Returns:
-        Lines by the title of their panel, one per task and kind of training; without training, only tasks with a cell
-        with a tail. The title names lines without points.
+        Lines by the title of their panel; two panels for each task.
     """
-    panels, tails = {}, tails_of(tasks.get(task, {}) for task in chosen)
-    for task in chosen:
-        for stage, words in (("progressive", "trained"), ("one_shot", "not trained")):
-            lines = [_line(tasks.get(task, {}), bits, tail, stage, place) for place, tail in enumerate(tails)]
-            if stage == "progressive" or any(line.x for line in lines[1:]):
-                panels[f"{TASKS.get(task, task)}, {words}{_lacking(lines)}"] = lines
-    return panels
+    known = {task: cells for task in chosen if _has_tail(cells := tasks.get(task, {}), bits)}
+    tails = tails_of(known.values())
+    return {
+        f"{TASKS.get(task, task)}, {words}": [
+            _line(cells, bits, tail, stage, place) for place, tail in enumerate(tails)
+        ]
+        for task, cells in known.items()
+        for stage, words in (("progressive", "trained"), ("one_shot", "untrained"))
+    }
+
+
+def _has_tail(cells: Cells, bits: str) -> bool:
+    parts = [CELL.fullmatch(name) for name in cells]
+    return any(one["bits"] == bits and one["tail"] for one in parts if one)
 
 
 def tail_words(panels: Mapping[str, Sequence[Line]]) -> str:
@@ -248,7 +252,7 @@ def tail_words(panels: Mapping[str, Sequence[Line]]) -> str:
             for line in lines
             if line.x
         ]
-        parts.append(f"{title.partition(LINE)[0]}: {', '.join(drawn) or UNKNOWN}")
+        parts.append(f"{title}: {', '.join(drawn) or UNKNOWN}")
     return f"Points against dense at the keys per query that are left, by tail. {'; '.join(parts)}."
 
 
@@ -264,11 +268,6 @@ def _line(cells: Cells, bits: str, tail: str, stage: str, series: int) -> Line:
     ]
     points.sort()
     return Line(tail, [x for x, _ in points], [y for _, y in points], series)
-
-
-def _lacking(lines: Sequence[Line]) -> str:
-    empty = [kind for kind in KINDS if not any(line.x for line in lines if line.label.startswith(kind))]
-    return f"{LINE}{', '.join(empty)}:{LINE}{UNKNOWN}" if empty else ""
 
 
 def _task(task: str, cells: Cells) -> list[str]:

@@ -10,7 +10,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import matplotlib as mpl
 import numpy as np
@@ -286,11 +286,13 @@ def two_axes(panels: Mapping[str, Sequence[Line]], ylabel: str, *, logarithmic: 
 
 
 @mpl.rc_context(STYLE)
-def grid_of_lines(panels: Mapping[str, Sequence[Line]], xlabel: str, ylabel: str) -> Figure:
-    """The same lines in several panels, two per row, with shared axes; x counts from 0."""
+def grid_of_lines(
+    panels: Mapping[str, Sequence[Line]], xlabel: str, ylabel: str, *, sharey: Literal["all", "col"] = "all"
+) -> Figure:
+    """The same lines in several panels, two per row; x counts from 0. Panels share axes; y, with "col", in a column."""
     rows = -(-len(panels) // 2)
     figure = _figure(0.9 + 1.9 * rows)
-    every = figure.subplots(rows, 2, sharex=True, sharey=True, squeeze=False).flatten()
+    every = figure.subplots(rows, 2, sharex=True, sharey=sharey, squeeze=False).flatten()
     for number, (axes, (title, lines)) in enumerate(zip(every, panels.items(), strict=False)):
         _marked(axes, lines)
         axes.set_title(title)
