@@ -94,7 +94,7 @@ GOALS = (
     *((task, "8888-0.95", 0.2) for task in HEADLINE),
     *((task, "8888-0.98", 0.5 if task == "squad" else 1.0) for task in HEADLINE if task not in SHORT),
     ("squad", "8888-0.99", 1.0),
-    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in SHORT),
+    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in ("sst2", "cola")),
     *((task, "4444-0.98", 1.0) for task in HEADLINE if task not in SHORT),
 )
 """Task, cell, and points that it may lose, with any tail. At 0.98, more where a query is left one key.
