@@ -39,7 +39,7 @@ def test_a_finished_run_says_what_its_model_says(
         with torch.no_grad():
             probs = model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
         assert line["label"] == ("no", "yes")[int(probs.argmax())]
-        assert line["score"] == pytest.approx(float(probs.max()), abs=1e-5 if linear == "float" else 0.1)
+        assert line["score"] == pytest.approx(float(probs.max()), abs=1e-5 if linear == "float" else 0.25)
 
 
 def test_a_saved_folder_says_what_its_run_says(

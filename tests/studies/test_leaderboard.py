@@ -79,7 +79,7 @@ def test_every_rule_prunes_about_what_it_is_asked_for(record: BoardRecord) -> No
     assert pruned["inference"] == pytest.approx(0.7, abs=0.05)
     assert pruned["two-of-four"] == pytest.approx(0.5, abs=0.12), "groups at the end of short rows lose less"
     assert pruned["fixed"] == pytest.approx(0.7, abs=0.15), "the model moves, its threshold does not"
-    assert pruned["trained"] == pytest.approx(0.7, abs=0.15)
+    assert 0.55 <= pruned["trained"] <= 0.95, "the penalty counts a soft gate, so the hard cut may exceed the request"
 
 
 def test_only_rules_that_train_have_trained(record: BoardRecord, folder: Path) -> None:
