@@ -7,7 +7,7 @@ slices that fit a processor's cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +33,7 @@ from attnpress.core.rules import rule_of
 from attnpress.core.rules.base import BIN_WIDTH
 from attnpress.core.tail import (
     Tail,
+    TailSums,
     active_tail,
     project_straight_through,
     score_steps,
@@ -54,11 +55,31 @@ ACCELERATOR_SLICE = 2**24
 """Pairs processed at a time on an accelerator, where each pass costs a launch: 64 MiB of float32."""
 
 
-def fake_quantize_attention(call: AttentionCall) -> Tensor:
+class CodedRows(NamedTuple):
+    """The integers of some rows of a call, as float products or a kernel compute them.
+
+    Attributes:
+        codes: P codes [B, Hq, Sq, Sk], uint8 or float32.
+        divisor: sums of codes, at least 1, float32 [B, Hq, Sq, 1]; 1 if P is not quantized.
+        tail: sums of the tails; None without a tail.
+        weighted: sums of code * v_code, float32 [B, Hq, Sq, D]; None if they are still to be computed.
+    """
+
+    codes: Tensor
+    divisor: Tensor
+    tail: TailSums | None
+    weighted: Tensor | None = None
+
+
+CodeRows = Callable[[AttentionCall], CodedRows]
+
+
+def fake_quantize_attention(call: AttentionCall, code_rows: CodeRows | None = None) -> Tensor:
     """Compressed attention with gradients to query, key, value and learned scales (numerics, section 7).
 
     Args:
         call: as for `attention.integer_attention`, but any matrix may stay in floating point (bits None).
+        code_rows: computes the integers of a part of the batch, for instance by a kernel; by float products if None.
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
@@ -69,9 +90,10 @@ def fake_quantize_attention(call: AttentionCall) -> Tensor:
     valid = checked_mask(call)
     warn_of_nan(call.query, call.key, call.value, valid)
     key, value, valid = some_key(call.key, call.value, valid)
+    call = call.with_(key=key, value=value, valid=valid)
     query, spec, scales, cutoff = call.query, call.spec, call.scales, call.cutoff
     heads = query.shape[1]
-    q_codes, k_codes, alpha = scores_operands(call.with_(key=key, value=value, valid=valid))
+    q_codes, k_codes, alpha = scores_operands(call)
     v_codes, v_scale = value.float(), torch.ones(1, 1, 1, 1, device=value.device)
     if spec.v.bits is not None:
         v_scale = static_scale(scales.v, value, spec.v.qmax)
@@ -83,7 +105,7 @@ def fake_quantize_attention(call: AttentionCall) -> Tensor:
         scored = scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
     k_codes, v_codes = (repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes))
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, valid, cutoff, spec, call.dropout
+        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, call, code_rows
     )
     return output
 
@@ -135,36 +157,36 @@ class _Attend(torch.autograd.Function):
         q_scored: Tensor | None,
         k_scored: Tensor | None,
         tail: Tail | None,
-        valid: Tensor | None,
-        cutoff: Tensor | None,
-        spec: AttentionSpec,
-        dropout: float,
+        call: AttentionCall,
+        code_rows: CodeRows | None,
     ) -> Tensor:
+        spec, valid = call.spec, call.valid
         batch, heads, rows, keys = *q.shape[:3], k.shape[2]
         code_dtype = torch.float32 if spec.p.bits is None else torch.uint8
         codes = torch.empty(batch, heads, rows, keys, dtype=code_dtype, device=q.device)
-        kept, keep_share = dropout_mask(codes, dropout)
+        kept, keep_share = dropout_mask(codes, call.dropout)
         divisor = torch.empty(batch, heads, rows, 1, device=q.device)
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
-        bias = None if valid is None else additive_mask(valid)
+        bias = None if valid is None or code_rows is not None else additive_mask(valid)
         allowed = None if valid is None or tail is None else valid.float()
         tails = None if tail is None else TailRows.empty(q, v, linear=spec.tail == "linear")
         for part in batch_slices(codes.shape, q.device):
-            masks, step = (batch_part(valid, part), batch_part(bias, part)), batch_part(alpha, part)
-            weights, divisor[part], _, row_max = code_pairs(q[part], k[part], *masks, step, cutoff, spec)
-            codes[part], survivors = weights, weights
-            if kept is not None:
-                weights = weights * kept[part].float() / keep_share
-            weighted = _weighted(weights, v[part])
-            if tail is not None and tails is not None:
-                rest = tail_pairs(survivors, batch_part(allowed, part))
+            step = batch_part(alpha, part)
+            if code_rows is not None:
+                found = code_rows(call_part(call, part))
+            else:
+                masks = batch_part(valid, part), batch_part(bias, part), batch_part(allowed, part)
                 scored = _scored_part((q, k), (q_scored, k_scored), spec, part)
-                sums = sum_tail_by_products(
-                    rest, row_max, q[part], k[part], v[part], scored, exponent_rate(step), tail, spec.p.qmax
-                )
-                values = weighted_values(sums, score_steps(step, tail, heads))
-                weighted, divisor[part] = with_tail(weighted, divisor[part], sums, values)
-                tails.fill(part, sums, values, divisor[part])
+                found = _code_by_products(q[part], k[part], v[part], scored, *masks, step, call.cutoff, tail, spec)
+            codes[part], divisor[part], weighted = found.codes, found.divisor, found.weighted
+            if kept is not None:
+                weighted = _weighted(found.codes.float() * kept[part].float() / keep_share, v[part])
+            elif weighted is None:
+                weighted = _weighted(found.codes, v[part])
+            if found.tail is not None and tail is not None and tails is not None:
+                values = weighted_values(found.tail, score_steps(step, tail, heads))
+                weighted, divisor[part] = with_tail(weighted, divisor[part], found.tail, values)
+                tails.fill(part, found.tail, values, divisor[part])
             output[part] = (weighted * v_scale) / divisor[part]
         saved = [] if tails is None else tails.tensors()
         ctx.save_for_backward(
@@ -218,8 +240,30 @@ class _Attend(torch.autograd.Function):
             grad_alpha = (moved / alpha).sum_to_size(alpha.shape)
         if ctx.needs_input_grad[4]:
             grad_v_scale = (grad * output / v_scale).sum_to_size(v_scale.shape)
-        rest = (None,) * 5
+        rest = (None,) * 3
         return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, *(grad_scored or (None, None)), *rest
+
+
+def _code_by_products(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scored: tuple[Tensor, Tensor] | None,
+    valid: Tensor | None,
+    bias: Tensor | None,
+    allowed: Tensor | None,
+    alpha: Tensor,
+    cutoff: Tensor | None,
+    tail: Tail | None,
+    spec: AttentionSpec,
+) -> CodedRows:
+    """Integers of a slice by float products; see `code_pairs` and `tail_training.sum_tail_by_products`."""
+    codes, divisor, _, row_max = code_pairs(q, k, valid, bias, alpha, cutoff, spec)
+    if tail is None:
+        return CodedRows(codes, divisor, None)
+    rest = tail_pairs(codes, allowed)
+    sums = sum_tail_by_products(rest, row_max, q, k, v, scored, exponent_rate(alpha), tail, spec.p.qmax)
+    return CodedRows(codes, divisor, sums)
 
 
 class CodedPairs(NamedTuple):
@@ -343,6 +387,13 @@ def batch_slices(shape: Sequence[int], device: torch.device) -> list[slice]:
     pairs = SLICE if device.type == "cpu" else ACCELERATOR_SLICE
     step = max(1, pairs // max(1, heads * rows * keys))
     return [slice(start, start + step) for start in range(0, batch, step)]
+
+
+def call_part(call: AttentionCall, part: slice) -> AttentionCall:
+    """The call of a slice of the batch."""
+    return call.with_(
+        query=call.query[part], key=call.key[part], value=call.value[part], valid=batch_part(call.valid, part)
+    )
 
 
 def batch_part(x: Tensor | None, part: slice) -> Any:

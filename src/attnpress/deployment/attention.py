@@ -12,11 +12,11 @@ from typing import Literal, TypeVar
 from torch import Tensor, nn
 
 from attnpress.core.call import AttentionCall
-from attnpress.core.fake_quantize import fake_quantize_attention
 from attnpress.core.inference import without_gradient
 from attnpress.deployment.linear import int8_encoder, pack_int8, use_int8
 from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
+from attnpress.kernels.training import training_attention
 from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
@@ -98,7 +98,7 @@ def undeploy(model: Model) -> Model:
         raise ValueError("the linear layers are int8, and their float32 weights gone: load the model again")
     _unpack(model)
     for module in attentions(model).values():
-        module.attend = fake_quantize_attention
+        module.attend = training_attention
     return model
 
 
@@ -181,7 +181,7 @@ def _check(name: str, module: CompressedAttention, backend: str) -> None:
 
 
 def _attend(backend: str, call: AttentionCall) -> Tensor:
-    """`fake_quantize_attention` without gradients."""
+    """The attention of a backend, without gradients."""
     if call.dropout > 0:
         raise RuntimeError("a deployed model does not train: call undeploy(model), or model.eval()")
     return without_gradient(ops.attention(call, backend=backend), call.query, call.key, call.value)

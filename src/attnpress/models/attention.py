@@ -14,9 +14,6 @@ from attnpress.config import AttentionSpec, TensorSpec
 from attnpress.config.rules import RULES
 from attnpress.core.arguments import pair_mask, some_key
 from attnpress.core.call import Attend, AttentionCall, Scales
-from attnpress.core.fake_quantize import (
-    fake_quantize_attention,
-)
 from attnpress.core.observer import Reduce, alone
 from attnpress.core.quantizer import positive_scale
 from attnpress.core.rules import rule_of
@@ -31,6 +28,7 @@ from attnpress.core.tail import (
     sees_whole_score,
 )
 from attnpress.core.thresholds import fit_cutoff, fixed_cutoff
+from attnpress.kernels.training import training_attention
 from attnpress.models.state import (
     WIDEST,
     NotCalibratedError,
@@ -117,7 +115,7 @@ class CompressedAttention(nn.Module):
     def __init__(self, spec: AttentionSpec, heads: int, kv_heads: int, head_dim: int, is_cross: bool = False) -> None:
         super().__init__()
         self.spec, self.heads, self.kv_heads, self.head_dim, self.is_cross = spec, heads, kv_heads, head_dim, is_cross
-        self.attend: Attend = fake_quantize_attention
+        self.attend: Attend = training_attention
         self.watchers: list[Watcher] = []
         self.density: Tensor | None = None
         for name, tensor_spec in self.quantized().items():
