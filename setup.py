@@ -46,14 +46,17 @@ FLAGS = {
     "csrc/library.cpp": STABLE,
     "csrc/linear.cpp": STABLE,
     "csrc/linear_scalar.cpp": QUIET,
+    "csrc/gradients.cpp": STABLE,
+    "csrc/gradients_scalar.cpp": QUIET,
     "csrc/dispatch.cpp": [],
     "csrc/mask.cpp": [],
     "csrc/isa_scalar.cpp": ["-fno-tree-vectorize"],  # the honest baseline
 }
 if platform.machine().lower() in ("x86_64", "amd64"):
     FLAGS["csrc/isa_avx2.cpp"] = AVX2
-    FLAGS["csrc/linear_avx2.cpp"] = [*AVX2, *QUIET]
-    FLAGS["csrc/linear_avx512.cpp"] = [*AVX2, *AVX512_CORE, *QUIET]
+    for name in ("linear", "gradients"):
+        FLAGS[f"csrc/{name}_avx2.cpp"] = [*AVX2, *QUIET]
+        FLAGS[f"csrc/{name}_avx512.cpp"] = [*AVX2, *AVX512_CORE, *QUIET]
     # g++ 12 warns about its own headers: GCC bug 105593.
     FLAGS["csrc/isa_avx512vnni.cpp"] = [*AVX2, *AVX512, "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     FLAGS["csrc/isa_amx.cpp"] = [*FLAGS["csrc/isa_avx512vnni.cpp"], *AMX]

@@ -314,10 +314,11 @@ Integers attention_integers(Tensor query, Tensor key, Tensor value, std::optiona
     Tensor v = room({batch, kv_heads, keys, dim}, ScalarType::Char), max = room({batch, heads, rows, 1}, ScalarType::Int);
     Tensor p = room({batch, heads, rows, keys}, ScalarType::Byte), sum = room({batch, heads, rows, 1}, ScalarType::Long);
     Tensor weighted = room({batch, heads, rows, dim}, ScalarType::Long);
-    Tensor count = room({batch, heads, rows, 1}, ScalarType::Int), exponent = room({batch, heads, rows, 1}, ScalarType::Int);
-    Tensor distance = room({batch, heads, rows, 1}, ScalarType::Long), score = room({batch, heads, rows, 1}, ScalarType::Long);
-    Tensor level = room({batch, heads, rows, 1}, ScalarType::Float), total = room({batch, heads, rows, dim}, ScalarType::Long);
-    Tensor slope = room({batch, heads, rows, dim}, ScalarType::Long);
+    const int64_t tailed = tail == "none" ? 0 : batch;  // without a tail there is nothing to record
+    Tensor count = room({tailed, heads, rows, 1}, ScalarType::Int), exponent = room({tailed, heads, rows, 1}, ScalarType::Int);
+    Tensor distance = room({tailed, heads, rows, 1}, ScalarType::Long), score = room({tailed, heads, rows, 1}, ScalarType::Long);
+    Tensor level = room({tailed, heads, rows, 1}, ScalarType::Float), total = room({tailed, heads, rows, dim}, ScalarType::Long);
+    Tensor slope = room({tailed, heads, rows, dim}, ScalarType::Long);
     const attnpress::Trace trace{zeroed<int8_t>(q), zeroed<int8_t>(k), zeroed<int8_t>(v), zeroed<int32_t>(max),
                                  zeroed<uint8_t>(p), zeroed<int64_t>(sum), zeroed<int64_t>(weighted),
                                  zeroed<int32_t>(count), zeroed<int32_t>(exponent), zeroed<int64_t>(distance), zeroed<int64_t>(score),

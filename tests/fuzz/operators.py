@@ -146,7 +146,7 @@ def _operator(rng: random.Random, seed: int) -> str:
     except Exception:
         return "refused"
     # A threshold cannot be got back from theta, nor can which heads have no tail; a packed call is compared elsewhere.
-    told = arguments[10] != "threshold" and len(arguments) <= ops.TAIL_AT
+    told = arguments[10] != "threshold" and len(arguments) <= cpu.TAIL_AT
     if name == "attention" and told and _products(*arguments[:2]) <= COMPARABLE:
         expected = _reference(arguments)
         assert ulps(found, expected) <= 1, f"differs from the reference by {ulps(found, expected)} ulps"

@@ -16,7 +16,7 @@ from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TailName, Tenso
 from attnpress.core.attention import TailedAttention
 from attnpress.core.call import Scales
 from attnpress.core.tail import OFF, Directions, Tail
-from attnpress.kernels import ops
+from attnpress.kernels import cpu, ops
 from tests.kernels.agreement import assert_same
 from tests.kernels.factories import MASKS, Case, cases, make_case, needs_kernel
 from tests.kernels.test_cpu import FEW_BITS, threads
@@ -185,7 +185,7 @@ def test_what_no_calibration_gives_is_refused_in_the_words_of_the_reference(
 def test_whoever_reaches_the_operator_directly_gets_an_error() -> None:
     case = make_case((1, 4, 2, 5, 9, 16), make_spec("linear", 3), cutoff=2.0)
     good = list(ops.compiled_arguments(case))
-    at = ops.TAIL_AT
+    at = cpu.TAIL_AT
     bad = {
         12: "unit", at: "median", at + 1: torch.zeros(3), at + 2: torch.zeros(2, 16), at + 3: torch.zeros(2, 16, 4),
         at + 4: None, at + 5: torch.zeros(2, 1),
@@ -207,8 +207,8 @@ def test_linear_without_directions_says_what_to_do() -> None:
 def test_a_head_that_is_off_has_the_lift_for_it() -> None:
     case = make_case((1, 2, 2, 5, 9, 16), make_spec("mean", 1), cutoff=2.0).with_(cutoff=torch.tensor([math.inf, 1.0]))
     arguments = ops.compiled_arguments(case)
-    assert arguments[ops.TAIL_AT] == "mean"
-    assert float(arguments[ops.TAIL_AT + 1][0]) == OFF
+    assert arguments[cpu.TAIL_AT] == "mean"
+    assert float(arguments[cpu.TAIL_AT + 1][0]) == OFF
 
 
 @given(st.sampled_from(TAILS), st.integers(1, 3))

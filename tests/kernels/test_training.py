@@ -1,4 +1,4 @@
-"""Training steps on the compiled kernel: outputs and gradients are those of float products, bit for bit."""
+"""Training steps on the compiled kernel: the outputs of float products, bit for bit, and their gradients."""
 
 from __future__ import annotations
 
@@ -13,32 +13,36 @@ from torch import Tensor
 
 from attnpress.config import AttentionSpec, ProbsSpec, RuleName, TailName, TensorSpec
 from attnpress.core.call import AttentionCall
-from attnpress.core.fake_quantize import fake_quantize_attention
+from attnpress.core.fake_quantize import StepKernel, Survivors, fake_quantize_attention
 from attnpress.kernels import training
 from attnpress.kernels.cpu import TARGET_VARIABLE
-from attnpress.kernels.training import code_rows, training_attention
+from attnpress.kernels.training import COMPILED, survivor_gradients, training_attention
 from tests.core.factories import differentiable, generator, tensors
 from tests.kernels.factories import MASKS, Case, cases, make_case, needs_kernel
+from tests.kernels.test_cpu import threads
 
 pytestmark = [needs_kernel, pytest.mark.filterwarnings("ignore::attnpress.core.attention.NanWarning")]
 
 PRUNED = AttentionSpec(sparsity=0.9)
 
 
-def step(call: Case, *, compiled: bool, dropout: float) -> list[Tensor]:
+def step(case: Case, kernel: StepKernel | None, dropout: float) -> list[Tensor]:
     """Output, and gradients of what takes some."""
-    leaves = differentiable(call.with_(dropout=dropout))
+    leaves = differentiable(case.with_(dropout=dropout))
     torch.manual_seed(0)
-    output = fake_quantize_attention(leaves, code_rows if compiled else None)
+    output = fake_quantize_attention(leaves, kernel)
     upstream = torch.randn(output.shape, generator=generator(1))
     return [output, *torch.autograd.grad(output, tensors(leaves), upstream)]
 
 
 def assert_same_step(case: Case, dropout: float = 0.0) -> None:
-    call = case.in_mask()
-    found, expected = (step(call, compiled=compiled, dropout=dropout) for compiled in (True, False))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert torch.equal(ours.nan_to_num(nan=7.5), theirs.nan_to_num(nan=7.5))
+    """The same output, bit for bit, and the same gradients but for the rounding of float32 sums."""
+    found, expected = (step(case.in_mask(), kernel, dropout) for kernel in (COMPILED, None))
+    assert torch.equal(found[0], expected[0])
+    for ours, theirs in zip(found[1:], expected[1:], strict=True):
+        assert ours.dtype == theirs.dtype
+        near = 1e-4 if ours.dtype == torch.float32 else 4 * torch.finfo(ours.dtype).eps
+        assert float((ours - theirs).abs().max()) <= near * max(1.0, float(theirs.abs().max()))
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -68,15 +72,83 @@ def test_slices_of_a_long_batch(target: str) -> None:
     assert_same_step(make_case((3, 8, 8, 200, 200, 32), PRUNED, mask="padding", cutoff=3.0))
 
 
+@pytest.mark.parametrize("dim", [4, 12, 32, 80])
+@pytest.mark.parametrize("tail", ["none", "mean", "linear"])
+def test_every_head_size(target: str, tail: TailName, dim: int) -> None:
+    spec = AttentionSpec(sparsity=0.9, tail=tail)
+    assert_same_step(make_case((2, 2, 1, 33, 41, dim), spec, mask="padding", cutoff=3.0), dropout=0.2)
+
+
+@pytest.mark.parametrize("tail", ["none", "mean", "linear"])
+def test_gradients_have_the_same_bits_on_every_target_and_with_any_threads(
+    target: str, tail: TailName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case((3, 4, 2, 40, 40, 32), AttentionSpec(sparsity=0.9, tail=tail), mask="padding", cutoff=3.0)
+    found = survivor_gradients(seen_survivors(case))
+    with threads(3):
+        again = survivor_gradients(seen_survivors(case))
+    monkeypatch.setenv(TARGET_VARIABLE, "scalar")
+    expected = survivor_gradients(seen_survivors(case))
+    assert all(map(torch.equal, found, expected))
+    assert all(map(torch.equal, again, expected))
+
+
+def seen_survivors(case: Case) -> Survivors:
+    """What a step on the case passes to the kernel."""
+    seen = []
+
+    def noted(survivors: Survivors) -> tuple[Tensor, Tensor, Tensor]:
+        seen.append(survivors)
+        return survivor_gradients(survivors)
+
+    step(case, COMPILED._replace(survivor_gradients=noted), 0.1)
+    (found,) = seen
+    made = {name: x.detach() for name, x in found._asdict().items() if isinstance(x, Tensor)}
+    return found._replace(**made)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tail", ["none", "mean", "linear"])
+def test_gradients_are_products_of_the_terms(target: str, tail: TailName) -> None:
+    """By the formula of csrc/gradients.h, in float64."""
+    case = make_case((2, 4, 2, 30, 35, 32), AttentionSpec(sparsity=0.9, tail=tail), mask="padding", cutoff=3.0)
+    survivors = seen_survivors(case)
+    grad, q, k, v, terms = (x.double() for x in (survivors.grad, *survivors[1:4], survivors.terms))
+    codes, kept = survivors.codes.double(), survivors.factor * (survivors.kept if survivors.kept is not None else 1)
+    scale, own, weight, *rest = terms.split(1, -1)
+    inner, seen = grad @ v.mT, q @ k.mT
+    rest += [torch.zeros_like(own)] * (4 - len(rest))
+    level, value_level, slope, value_slope = rest
+    change = (scale * codes * (kept * inner - own) - level - slope * inner) * (codes > 0)
+    weights = (weight * codes * kept - value_level - value_slope * seen) * (codes > 0)
+    expected = change @ k, change.mT @ q, weights.mT @ grad
+    for ours, theirs in zip(survivor_gradients(survivors), expected, strict=True):
+        assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())
+
+
+def test_arguments_of_the_operator_are_checked(target: str) -> None:
+    survivors = seen_survivors(make_case((2, 4, 2, 30, 35, 32), PRUNED, cutoff=3.0))
+    wrong: list[dict[str, Any]] = [
+        {"codes": survivors.codes.float()},
+        {"codes": survivors.codes[:, :, :, 1:]},
+        {"k": survivors.k.mT.contiguous().mT},
+        {"grad": survivors.grad.double()},
+        {"terms": survivors.terms[..., :2].contiguous()},
+        {"v": survivors.v[:1]},
+    ]
+    for change in wrong:
+        with pytest.raises(RuntimeError, match="attnpress"):
+            survivor_gradients(survivors._replace(**change))
+
+
 def calls_of_the_kernel(monkeypatch: pytest.MonkeyPatch, call: AttentionCall) -> int:
     count = 0
 
     def counted(part: AttentionCall) -> Any:
         nonlocal count
         count += 1
-        return code_rows(part)
+        return COMPILED.code_rows(part)
 
-    monkeypatch.setattr(training, "code_rows", counted)
+    monkeypatch.setattr(training, "COMPILED", COMPILED._replace(code_rows=counted))
     training_attention(call)
     return count
 

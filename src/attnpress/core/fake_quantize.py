@@ -41,7 +41,15 @@ from attnpress.core.tail import (
     weighted_values,
     with_tail,
 )
-from attnpress.core.tail_training import TailRows, add_tail_gradients, sum_tail_by_products, tail_pairs
+from attnpress.core.tail_training import (
+    TailRows,
+    add_all_pairs,
+    add_tail_gradients,
+    sees_all_alike,
+    sum_tail_by_products,
+    tail_pairs,
+    tail_slopes,
+)
 
 FINITE = torch.finfo(torch.float32).max
 
@@ -71,15 +79,45 @@ class CodedRows(NamedTuple):
     weighted: Tensor | None = None
 
 
-CodeRows = Callable[[AttentionCall], CodedRows]
+class Survivors(NamedTuple):
+    """What the gradients of pairs with a code are made of; all contiguous.
+
+    Attributes:
+        grad: gradient of the output times the scale of V, float32 [B, Hq, Sq, D].
+        q, k, v: codes, float32, with keys and values repeated for their query heads.
+        codes, kept: P codes, and those that dropout keeps (None without dropout), uint8 [B, Hq, Sq, Sk].
+        factor: of a code that dropout keeps.
+        terms: of each row, float32 [B, Hq, Sq, 3 to 7]: see `csrc/gradients.h`.
+    """
+
+    grad: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    codes: Tensor
+    kept: Tensor | None
+    factor: float
+    terms: Tensor
 
 
-def fake_quantize_attention(call: AttentionCall, code_rows: CodeRows | None = None) -> Tensor:
+class StepKernel(NamedTuple):
+    """A kernel for training steps.
+
+    Attributes:
+        code_rows: the integers of a call.
+        survivor_gradients: gradients of the codes of Q, K and V from pairs with a code.
+    """
+
+    code_rows: Callable[[AttentionCall], CodedRows]
+    survivor_gradients: Callable[[Survivors], tuple[Tensor, Tensor, Tensor]]
+
+
+def fake_quantize_attention(call: AttentionCall, kernel: StepKernel | None = None) -> Tensor:
     """Compressed attention with gradients to query, key, value and learned scales (numerics, section 7).
 
     Args:
         call: as for `attention.integer_attention`, but any matrix may stay in floating point (bits None).
-        code_rows: computes the integers of a part of the batch, for instance by a kernel; by float products if None.
+        kernel: must support the call; float products are used if None.
 
     Returns:
         float32 [B, Hq, Sq, D], stored so that its transpose [B, Sq, Hq, D] is contiguous.
@@ -105,7 +143,7 @@ def fake_quantize_attention(call: AttentionCall, code_rows: CodeRows | None = No
         scored = scored_codes(q_codes, k_codes, spec, tail, project_straight_through)
     k_codes, v_codes = (repeat_heads(codes, heads).expand(-1, heads, -1, -1) for codes in (k_codes, v_codes))
     output: Tensor = _Attend.apply(  # type: ignore[no-untyped-call]
-        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, call, code_rows
+        q_codes, k_codes, v_codes, alpha, v_scale, *(scored or (None, None)), tail, call, kernel
     )
     return output
 
@@ -158,7 +196,7 @@ class _Attend(torch.autograd.Function):
         k_scored: Tensor | None,
         tail: Tail | None,
         call: AttentionCall,
-        code_rows: CodeRows | None,
+        kernel: StepKernel | None,
     ) -> Tensor:
         spec, valid = call.spec, call.valid
         batch, heads, rows, keys = *q.shape[:3], k.shape[2]
@@ -167,13 +205,13 @@ class _Attend(torch.autograd.Function):
         kept, keep_share = dropout_mask(codes, call.dropout)
         divisor = torch.empty(batch, heads, rows, 1, device=q.device)
         output = torch.empty(batch, rows, heads, v.shape[-1], device=q.device).transpose(1, 2)
-        bias = None if valid is None or code_rows is not None else additive_mask(valid)
+        bias = None if valid is None or kernel is not None else additive_mask(valid)
         allowed = None if valid is None or tail is None else valid.float()
         tails = None if tail is None else TailRows.empty(q, v, linear=spec.tail == "linear")
         for part in batch_slices(codes.shape, q.device):
             step = batch_part(alpha, part)
-            if code_rows is not None:
-                found = code_rows(call_part(call, part))
+            if kernel is not None:
+                found = kernel.code_rows(call_part(call, part))
             else:
                 masks = batch_part(valid, part), batch_part(bias, part), batch_part(allowed, part)
                 scored = _scored_part((q, k), (q_scored, k_scored), spec, part)
@@ -192,56 +230,102 @@ class _Attend(torch.autograd.Function):
         ctx.save_for_backward(
             q, k, v, alpha, v_scale, codes, kept, divisor, output, q_scored, k_scored, allowed, *saved
         )
-        ctx.keep_share, ctx.tail, ctx.spec = keep_share, tail, spec
+        ctx.keep_share, ctx.tail, ctx.spec, ctx.kernel = keep_share, tail, spec, kernel
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        q, k, v, alpha, v_scale, codes, kept, divisor, output, q_scored, k_scored, allowed, *saved = ctx.saved_tensors
+        saved, tail_rows = _Saved(*ctx.saved_tensors[: len(_Saved._fields)]), ctx.saved_tensors[len(_Saved._fields) :]
+        tails = TailRows.of(list(tail_rows)) if tail_rows else None
         grad = grads[0].float()
-        grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        tails = TailRows.of(saved) if saved else None
-        grad_scored = [torch.zeros_like(x) for x in (q_scored, k_scored) if x is not None]
-        for part in batch_slices(codes.shape, q.device):
-            scaled, step = grad[part] * v_scale, batch_part(alpha, part)
-            survivors = codes[part].float()
-            weights = survivors / divisor[part]
-            inner = scaled @ v[part].mT
-            own = (grad[part] * output[part]).sum(-1, keepdim=True)
-            change, dropped = inner, weights
-            if kept is not None:
-                factor = kept[part].float().div_(ctx.keep_share)
-                change = inner * factor
-                dropped = factor.mul_(weights)
-            change = torch.sub(change, own).mul_(weights).mul_(step)
-            if tails is not None:
-                found = add_tail_gradients(
-                    TailRows.of([x if x is None else x[part] for x in tails.tensors()]),
-                    tail_pairs(survivors, batch_part(allowed, part)),
-                    _scored_part((q, k), (q_scored, k_scored), ctx.spec, part),
-                    step,
-                    ctx.tail,
-                    scaled,
-                    inner,
-                    own,
-                    dropped,
-                    change,
-                )
-                for whole, one in zip(grad_scored, found or (), strict=True):
-                    whole[part] = one
-            grad_v[part] = dropped.mT @ scaled
-            grad_q[part] = change @ k[part]
-            grad_k[part] = change.mT @ q[part]
+        runs = ctx.kernel is not None and saved.q_scored is None and (tails is None or sees_all_alike(saved.allowed))
+        if runs:
+            grad_q, grad_k, grad_v = _gradients_by_kernel(grad, saved, tails, ctx)
+            grad_scored: list[Tensor] = []
+        else:
+            grad_q, grad_k, grad_v, *grad_scored = _gradients_by_products(grad, saved, tails, ctx)
         grad_alpha = grad_v_scale = None
         if ctx.needs_input_grad[3]:
-            moved = (grad_q * q).sum(-1, keepdim=True)
-            if grad_scored:
-                moved = moved + (grad_scored[0] * q_scored).sum(-1, keepdim=True)
-            grad_alpha = (moved / alpha).sum_to_size(alpha.shape)
+            moved = (grad_q * saved.q).sum(-1, keepdim=True)
+            if grad_scored and saved.q_scored is not None:
+                moved = moved + (grad_scored[0] * saved.q_scored).sum(-1, keepdim=True)
+            grad_alpha = (moved / saved.alpha).sum_to_size(saved.alpha.shape)
         if ctx.needs_input_grad[4]:
-            grad_v_scale = (grad * output / v_scale).sum_to_size(v_scale.shape)
+            grad_v_scale = (grad * saved.output / saved.v_scale).sum_to_size(saved.v_scale.shape)
         rest = (None,) * 3
         return grad_q, grad_k, grad_v, grad_alpha, grad_v_scale, *(grad_scored or (None, None)), *rest
+
+
+class _Saved(NamedTuple):
+    """What the backward pass needs of the forward pass, besides `TailRows`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor
+    v_scale: Tensor
+    codes: Tensor
+    kept: Tensor | None
+    divisor: Tensor
+    output: Tensor
+    q_scored: Tensor | None
+    k_scored: Tensor | None
+    allowed: Tensor | None
+
+
+def _gradients_by_kernel(
+    grad: Tensor, saved: _Saved, tails: TailRows | None, ctx: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the codes of Q, K and V: a kernel adds the pairs with a code, and products of D x D the others."""
+    scaled, own = grad * saved.v_scale, (grad * saved.output).sum(-1, keepdim=True)
+    terms = [saved.alpha.expand_as(saved.divisor) / saved.divisor, own, 1 / saved.divisor]
+    slopes = None if tails is None else tail_slopes(tails, saved.alpha, ctx.tail, scaled, own)
+    if slopes is not None:
+        terms += slopes.terms()
+    scaled, q, k, v = (x.contiguous() for x in (scaled, saved.q, saved.k, saved.v))
+    survivors = Survivors(scaled, q, k, v, saved.codes, saved.kept, 1 / ctx.keep_share, torch.cat(terms, -1))
+    found: tuple[Tensor, Tensor, Tensor] = ctx.kernel.survivor_gradients(survivors)
+    if slopes is not None:
+        add_all_pairs(slopes, saved.allowed, scaled, (q, k, v), found)
+    return found
+
+
+def _gradients_by_products(grad: Tensor, saved: _Saved, tails: TailRows | None, ctx: Any) -> list[Tensor]:
+    """Gradients of the codes of Q, K and V, and of those that directions see, if any."""
+    q, k, v, kept = saved.q, saved.k, saved.v, saved.kept
+    grad_q, grad_k, grad_v = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+    grad_scored = [torch.zeros_like(x) for x in (saved.q_scored, saved.k_scored) if x is not None]
+    for part in batch_slices(saved.codes.shape, q.device):
+        scaled, step = grad[part] * saved.v_scale, batch_part(saved.alpha, part)
+        survivors = saved.codes[part].float()
+        weights = survivors / saved.divisor[part]
+        inner = scaled @ v[part].mT
+        own = (grad[part] * saved.output[part]).sum(-1, keepdim=True)
+        change, dropped = inner, weights
+        if kept is not None:
+            factor = kept[part].float().div_(ctx.keep_share)
+            change = inner * factor
+            dropped = factor.mul_(weights)
+        change = torch.sub(change, own).mul_(weights).mul_(step)
+        if tails is not None:
+            found = add_tail_gradients(
+                TailRows.of([x if x is None else x[part] for x in tails.tensors()]),
+                tail_pairs(survivors, batch_part(saved.allowed, part)),
+                _scored_part((q, k), (saved.q_scored, saved.k_scored), ctx.spec, part),
+                step,
+                ctx.tail,
+                scaled,
+                inner,
+                own,
+                dropped,
+                change,
+            )
+            for whole, one in zip(grad_scored, found or (), strict=True):
+                whole[part] = one
+        grad_v[part] = dropped.mT @ scaled
+        grad_q[part] = change @ k[part]
+        grad_k[part] = change.mT @ q[part]
+    return [grad_q, grad_k, grad_v, *grad_scored]
 
 
 def _code_by_products(

@@ -7,6 +7,7 @@ See `fake_quantize` for the caller.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,6 +103,40 @@ def sum_tail_by_products(
     return TailSums(count, distance, t, u, values, score, slope)
 
 
+class TailSlopes(NamedTuple):
+    """What a pair of the tail adds, with x the product of `scaled` and its value, and s its score.
+
+    level + slope x to the gradient of the product of Q and K, value_level + value_slope s to the weight of its value;
+    float32 [B, Hq, Sq, 1]. Slopes are None with `mean`. With directions, `slope` belongs to the gradient of the
+    projected score, whose level is `moved_level`, and `level` to that of the product.
+    """
+
+    level: Tensor
+    value_level: Tensor
+    slope: Tensor | None = None
+    value_slope: Tensor | None = None
+    moved_level: Tensor | None = None
+
+    def terms(self) -> list[Tensor]:
+        """As columns of `fake_quantize.Survivors.terms`, where the whole score is seen."""
+        return [x for x in (self.level, self.value_level, self.slope, self.value_slope) if x is not None]
+
+
+def tail_slopes(rows: TailRows, alpha: Tensor, tail: Tail, scaled: Tensor, own: Tensor) -> TailSlopes:
+    """See `add_tail_gradients`."""
+    some = rows.count.clamp(min=1)
+    # Each pair of the tail changes the level by 1 / g of the change of its score.
+    common = alpha * rows.level * ((scaled * rows.weighted).sum(-1, keepdim=True) / some - own) * (rows.count > 0)
+    if rows.values is None or rows.mean is None:
+        return TailSlopes(common, rows.level)
+    slope = rows.level * score_steps(alpha, tail, scaled.shape[1])
+    moved_level = slope * -(scaled * rows.values).sum(-1, keepdim=True) / some
+    value_level = rows.level - slope * rows.mean
+    if tail.directions is None:
+        return TailSlopes(common + moved_level * (rows.count > 0), value_level, slope, slope)
+    return TailSlopes(common, value_level, slope, slope, moved_level)
+
+
 def add_tail_gradients(
     rows: TailRows,
     rest: Tensor,
@@ -130,24 +165,56 @@ def add_tail_gradients(
     Returns:
         Gradients of `scored` where directions see the score; else None.
     """
-    some = rows.count.clamp(min=1)
-    # Each pair of the tail changes the level by 1 / g of the change of its score.
-    common = alpha * rows.level * ((scaled * rows.weighted).sum(-1, keepdim=True) / some - own)
-    change.addcmul_(rest, common * (rows.count > 0))
-    if scored is None or rows.values is None or rows.mean is None:
-        weights.addcmul_(rest, rows.level)
+    slopes = tail_slopes(rows, alpha, tail, scaled, own)
+    if scored is None or slopes.slope is None:
+        change.addcmul_(rest, slopes.level)
+        weights.addcmul_(rest, slopes.value_level)
         return None
-    factor = rows.level * score_steps(alpha, tail, scaled.shape[1])
     seen = scored[0] @ scored[1].mT
-    torch.addcmul(rows.level - factor * rows.mean, seen, factor, out=seen)
+    torch.addcmul(slopes.value_level, seen, slopes.slope, out=seen)
     weights.addcmul_(rest, seen)
-    mean_inner = (scaled * rows.values).sum(-1, keepdim=True) / some
-    moved = torch.addcmul(factor * -mean_inner, inner, factor, out=seen)
-    if tail.directions is None:
-        change.addcmul_(rest, moved)
+    if slopes.moved_level is None:
+        change.addcmul_(rest, torch.addcmul(slopes.level, inner, slopes.slope, out=seen))
         return None
-    moved.mul_(rest)
+    change.addcmul_(rest, slopes.level)
+    moved = torch.addcmul(slopes.moved_level, inner, slopes.slope, out=seen).mul_(rest)
     return moved @ scored[1], moved.mT @ scored[0]
+
+
+def sees_all_alike(allowed: Tensor | None) -> bool:
+    """True if all rows of a head have the same valid keys, as `add_all_pairs` needs."""
+    return allowed is None or allowed.shape[2] == 1
+
+
+def add_all_pairs(
+    slopes: TailSlopes,
+    allowed: Tensor | None,
+    scaled: Tensor,
+    codes: tuple[Tensor, Tensor, Tensor],
+    grads: tuple[Tensor, Tensor, Tensor],
+) -> None:
+    """Add to the gradients of the codes what all valid pairs have as pairs of the tail, in place.
+
+    A kernel subtracts it for pairs that have a code. Sums over pairs become products of D x D matrices.
+
+    Args:
+        slopes: where the whole score is seen, or with `mean`.
+        allowed: 1.0 where a pair is valid, [B or 1, Hq or 1, 1, Sk]; None if all are.
+        scaled: gradient of the output times the scale of V, [B, Hq, Sq, D].
+        codes: of Q, K and V, with keys and values repeated for their query heads.
+        grads: their gradients.
+    """
+    q, k, v = codes
+    grad_q, grad_k, grad_v = grads
+    seen: Tensor | float = 1.0 if allowed is None else allowed.mT
+    grad_q.add_(slopes.level * (k * seen).sum(-2, keepdim=True))
+    for_key, for_value = ((x * y).sum(-2, keepdim=True) for x, y in ((slopes.level, q), (slopes.value_level, scaled)))
+    if slopes.slope is not None and slopes.value_slope is not None:
+        grad_q.add_(slopes.slope * (scaled @ ((v * seen).mT @ k)))
+        for_key = for_key + v @ (scaled.mT @ (slopes.slope * q))
+        for_value = for_value + k @ (q.mT @ (slopes.value_slope * scaled))
+    grad_k.add_(seen * for_key)
+    grad_v.add_(seen * for_value)
 
 
 def _product(left: Tensor, right: Tensor, largest: float) -> Tensor:

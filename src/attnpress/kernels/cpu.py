@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,18 @@ def fake_attention(query: Tensor, *others: Any) -> Tensor:
     return query.new_empty((batch, rows, heads, dim), dtype=torch.float32).transpose(1, 2)
 
 
+TAIL_AT = 19
+"""Position of the tail's name among the operators' arguments."""
+
+
+def tail_kind(arguments: Sequence[Any]) -> str:
+    """The tail in the arguments of an operator; they may end before it."""
+    return str(arguments[TAIL_AT]) if len(arguments) > TAIL_AT else "none"
+
+
 def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> tuple[Tensor, ...]:
     each = query.shape[:3]
+    tailed = (0, *each[1:]) if tail_kind((query, key, value, *options)) == "none" else each
     codes = [torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format) for x in (query, key, value)]
     return (
         *codes,
@@ -152,8 +163,11 @@ def _fake_integers(query: Tensor, key: Tensor, value: Tensor, *options: Any) -> 
         query.new_empty((*each, 1), dtype=torch.int64),
         query.new_empty(query.shape, dtype=torch.int64),
         fake_attention(query, key, value, *options),
-        *(query.new_empty((*each, 1), dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64, torch.float32)),
-        query.new_empty(query.shape, dtype=torch.int64),
-        query.new_empty((*each, 1), dtype=torch.int64),
-        query.new_empty(query.shape, dtype=torch.int64),
+        *(
+            query.new_empty((*tailed, 1), dtype=dtype)
+            for dtype in (torch.int32, torch.int32, torch.int64, torch.float32)
+        ),
+        query.new_empty((*tailed, query.shape[3]), dtype=torch.int64),
+        query.new_empty((*tailed, 1), dtype=torch.int64),
+        query.new_empty((*tailed, query.shape[3]), dtype=torch.int64),
     )

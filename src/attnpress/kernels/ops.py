@@ -225,20 +225,18 @@ INTEGERS = (
 )
 """Results of `attention_integers`, in order."""
 
-TAIL_AT = 19
-"""Position of the tail's name among the operators' arguments."""
-
 
 def compiled_integers(call: AttentionCall) -> dict[str, Tensor]:
-    """The integers of the compiled kernel by their names in `IntegerAttention`. Materializes S x S P codes; for tests.
+    """The integers of the compiled kernel by their names in `IntegerAttention`, for training and tests.
+
+    P codes are a matrix of S x S.
 
     With a tail, those of `TailedAttention` are included. Codes of keys that no query may attend to are 0, since the
     kernel does not compute them.
     """
     arguments = compiled_arguments(call)
     found = zip(INTEGERS, _run(torch.ops.attnpress.attention_integers, arguments, call), strict=True)
-    kind = arguments[TAIL_AT] if len(arguments) > TAIL_AT else "none"
-    dropped = {"none": ("tail_",), "mean": ("tail_score", "tail_slope"), "linear": ()}[kind]
+    dropped = {"none": ("tail_",), "mean": ("tail_score", "tail_slope"), "linear": ()}[cpu.tail_kind(arguments)]
     return {name: x for name, x in found if not name.startswith(dropped)}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from attnpress.core.arguments import is_real
 from attnpress.core.call import AttentionCall
-from attnpress.core.fake_quantize import CodedRows, fake_quantize_attention
+from attnpress.core.fake_quantize import CodedRows, StepKernel, Survivors, fake_quantize_attention
 from attnpress.core.rules import runs_on
 from attnpress.core.tail import TailSums
 from attnpress.kernels import cpu, head_size
@@ -31,7 +31,7 @@ def training_attention(call: AttentionCall) -> Tensor:
     Raises:
         ValueError: an argument is invalid. The message names it.
     """
-    return fake_quantize_attention(call, code_rows if _trains(call) and _is_supported(call) else None)
+    return fake_quantize_attention(call, COMPILED if _trains(call) and _is_supported(call) else None)
 
 
 def code_rows(call: AttentionCall) -> CodedRows:
@@ -41,6 +41,18 @@ def code_rows(call: AttentionCall) -> CodedRows:
     if call.spec.p.mode == "unit" and not call.spec.p.renormalize:
         divisor = torch.full_like(divisor, float(call.spec.p.qmax))
     return CodedRows(found["p_codes"], divisor, _tail_sums(found), found["weighted"].float())
+
+
+def survivor_gradients(survivors: Survivors) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the codes of Q, K and V from pairs with a code, float32 [B, Hq, S, D] each.
+
+    The same bits on every target and at any number of threads.
+    """
+    found: tuple[Tensor, Tensor, Tensor] = torch.ops.attnpress.attention_gradients(*survivors)
+    return found
+
+
+COMPILED = StepKernel(code_rows, survivor_gradients)
 
 
 def _tail_sums(found: dict[str, Tensor]) -> TailSums | None:
