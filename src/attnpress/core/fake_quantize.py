@@ -235,7 +235,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
-        saved, tail_rows = _Saved(*ctx.saved_tensors[: len(_Saved._fields)]), ctx.saved_tensors[len(_Saved._fields) :]
+        tensors = ctx.saved_tensors  # gradient checkpointing lets them be read once
+        saved, tail_rows = _Saved(*tensors[: len(_Saved._fields)]), tensors[len(_Saved._fields) :]
         tails = TailRows.of(list(tail_rows)) if tail_rows else None
         grad = grads[0].float()
         runs = ctx.kernel is not None and saved.q_scored is None and (tails is None or sees_all_alike(saved.allowed))
