@@ -45,11 +45,11 @@ Tensor zeros(const std::vector<int64_t>& shape) {
 
 std::tuple<Tensor, Tensor, Tensor> attention_gradients(Tensor grad, Tensor query, Tensor key, Tensor value, Tensor codes,
                                                        std::optional<Tensor> kept, double factor, Tensor terms) {
-    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && terms.dim() == 4, "attnpress: query and key must be [B, H, S, D], terms [B, H, Sq, 3, 5 or 7]");
+    STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && terms.dim() == 4, "attnpress: query and key must be [B, H, S, D], terms [B, H, Sq, 3, 5 or 6]");
     const int64_t batch = query.size(0), heads = query.size(1), rows = query.size(2), dim = query.size(3), keys = key.size(2);
     const int64_t count = terms.size(3);
     STD_TORCH_CHECK(dim >= 4 && dim % 4 == 0, "attnpress: head size must be a multiple of 4, found ", dim);
-    STD_TORCH_CHECK(count == 3 || count == 5 || count == 7, "attnpress: a row has 3, 5 or 7 terms, found ", count);
+    STD_TORCH_CHECK(count == 3 || count == 5 || count == 6, "attnpress: a row has 3, 5 or 6 terms, found ", count);
     const std::vector<int64_t> of_rows{batch, heads, rows, dim}, of_keys{batch, heads, keys, dim}, of_pairs{batch, heads, rows, keys};
     const auto floats = [&](const Tensor& x, const std::vector<int64_t>& shape, const char* name) {
         return static_cast<const float*>(data(x, ScalarType::Float, shape, name));

@@ -64,9 +64,9 @@ ALWAYS_INLINE void add_gradients(const HeadGradients& h) {
                 change -= term[SCORE_LEVEL];
                 weight -= term[VALUE_LEVEL];
             }
-            if (h.count > VALUE_SLOPE) {
-                change -= term[SCORE_SLOPE] * inner;
-                weight -= term[VALUE_SLOPE] * dot<W>(query, h.key + at, h.dim);
+            if (h.count > SLOPE) {
+                change -= term[SLOPE] * inner;
+                weight -= term[SLOPE] * dot<W>(query, h.key + at, h.dim);
             }
             add_scaled<W>(h.grad_query + i * h.dim, h.key + at, change, h.dim);
             add_scaled<W>(h.grad_key + at, query, change, h.dim);

@@ -116,10 +116,10 @@ def test_gradients_are_products_of_the_terms(target: str, tail: TailName) -> Non
     codes, kept = survivors.codes.double(), survivors.factor * (survivors.kept if survivors.kept is not None else 1)
     scale, own, weight, *rest = terms.split(1, -1)
     inner, seen = grad @ v.mT, q @ k.mT
-    rest += [torch.zeros_like(own)] * (4 - len(rest))
-    level, value_level, slope, value_slope = rest
+    rest += [torch.zeros_like(own)] * (3 - len(rest))
+    level, value_level, slope = rest
     change = (scale * codes * (kept * inner - own) - level - slope * inner) * (codes > 0)
-    weights = (weight * codes * kept - value_level - value_slope * seen) * (codes > 0)
+    weights = (weight * codes * kept - value_level - slope * seen) * (codes > 0)
     expected = change @ k, change.mT @ q, weights.mT @ grad
     for ours, theirs in zip(survivor_gradients(survivors), expected, strict=True):
         assert float((ours - theirs).abs().max()) <= 1e-5 * float(theirs.abs().max())

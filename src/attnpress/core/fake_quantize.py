@@ -87,7 +87,7 @@ class Survivors(NamedTuple):
         q, k, v: codes, float32, with keys and values repeated for their query heads.
         codes, kept: P codes, and those that dropout keeps (None without dropout), uint8 [B, Hq, Sq, Sk].
         factor: of a code that dropout keeps.
-        terms: of each row, float32 [B, Hq, Sq, 3 to 7]: see `csrc/gradients.h`.
+        terms: of each row, float32 [B, Hq, Sq, 3 to 6]: see `csrc/gradients.h`.
     """
 
     grad: Tensor

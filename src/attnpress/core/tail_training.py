@@ -104,22 +104,21 @@ def sum_tail_by_products(
 
 
 class TailSlopes(NamedTuple):
-    """What a pair of the tail adds, with x the product of `scaled` and its value, and s its score.
+    """What a pair of the tail adds, with x the product of `scaled` and its value, and s its score; [B, Hq, Sq, 1] each.
 
-    level + slope x to the gradient of the product of Q and K, value_level + value_slope s to the weight of its value;
-    float32 [B, Hq, Sq, 1]. Slopes are None with `mean`. With directions, `slope` belongs to the gradient of the
-    projected score, whose level is `moved_level`, and `level` to that of the product.
+    level + slope x to the gradient of the product of Q and K, and value_level + slope s to the weight of its value. The
+    slope is None with `mean`. With directions, moved_level + slope x belongs to the gradient of the projected score,
+    and `level` alone to that of the product.
     """
 
     level: Tensor
     value_level: Tensor
     slope: Tensor | None = None
-    value_slope: Tensor | None = None
     moved_level: Tensor | None = None
 
     def terms(self) -> list[Tensor]:
         """As columns of `fake_quantize.Survivors.terms`, where the whole score is seen."""
-        return [x for x in (self.level, self.value_level, self.slope, self.value_slope) if x is not None]
+        return [x for x in (self.level, self.value_level, self.slope) if x is not None]
 
 
 def tail_slopes(rows: TailRows, alpha: Tensor, tail: Tail, scaled: Tensor, own: Tensor) -> TailSlopes:
@@ -133,8 +132,8 @@ def tail_slopes(rows: TailRows, alpha: Tensor, tail: Tail, scaled: Tensor, own: 
     moved_level = slope * -(scaled * rows.values).sum(-1, keepdim=True) / some
     value_level = rows.level - slope * rows.mean
     if tail.directions is None:
-        return TailSlopes(common + moved_level * (rows.count > 0), value_level, slope, slope)
-    return TailSlopes(common, value_level, slope, slope, moved_level)
+        return TailSlopes(common + moved_level * (rows.count > 0), value_level, slope)
+    return TailSlopes(common, value_level, slope, moved_level)
 
 
 def add_tail_gradients(
@@ -209,10 +208,10 @@ def add_all_pairs(
     seen: Tensor | float = 1.0 if allowed is None else allowed.mT
     grad_q.add_(slopes.level * (k * seen).sum(-2, keepdim=True))
     for_key, for_value = ((x * y).sum(-2, keepdim=True) for x, y in ((slopes.level, q), (slopes.value_level, scaled)))
-    if slopes.slope is not None and slopes.value_slope is not None:
+    if slopes.slope is not None:
         grad_q.add_(slopes.slope * (scaled @ ((v * seen).mT @ k)))
         for_key = for_key + v @ (scaled.mT @ (slopes.slope * q))
-        for_value = for_value + k @ (q.mT @ (slopes.value_slope * scaled))
+        for_value = for_value + k @ (q.mT @ (slopes.slope * scaled))
     grad_k.add_(seen * for_key)
     grad_v.add_(seen * for_value)
 
