@@ -85,16 +85,16 @@ README_CELLS = (
     ("mrpc", "8888-0.95"), ("mrpc", "4444-0.95"), ("squad", "8888-0.95"), ("squad", "4444-0.95"),
     ("sst2", "8888-0.95"), ("cola", "8888-0.80"), ("rte", "8888-0.95"),
 )  # fmt: skip
-TASKS = ("mrpc", "sst2", "sst2part", "cola", "rte", "squad", "squadpart", "stsb")
-HEADLINE = ("mrpc", "rte", "sst2", "sst2part", "cola", "squad", "stsb")
-SHORT = ("sst2", "sst2part", "cola")
+TASKS = ("mrpc", "sst2", "sst2part", "cola", "colacpu", "rte", "squad", "squadpart", "stsb")
+HEADLINE = ("mrpc", "rte", "sst2", "sst2part", "cola", "colacpu", "squad", "stsb")
+SHORT = ("sst2", "sst2part", "cola", "colacpu")
 BITS = "8888"
 PUBLISHED = (0.93, 0.98)
 GOALS = (
     *((task, "8888-0.95", 0.2) for task in HEADLINE),
     *((task, "8888-0.98", 0.5 if task == "squad" else 1.0) for task in HEADLINE if task not in SHORT),
     ("squad", "8888-0.99", 1.0),
-    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in ("sst2", "cola")),
+    *((task, "4444-0.95", 0.5) for task in HEADLINE if task not in ("sst2", "cola", "colacpu")),
     *((task, "4444-0.98", 1.0) for task in HEADLINE if task not in SHORT),
 )
 """Task, cell, and points that it may lose, with any tail. At 0.98, more where a query is left one key.

@@ -36,6 +36,7 @@ TASKS = {
     "sst2": "SST-2",
     "sst2part": "SST-2, part",
     "cola": "CoLA",
+    "colacpu": "CoLA, on a CPU",
     "rte": "RTE",
     "squad": "SQuAD",
     "squadpart": "SQuAD, part",
