@@ -44,7 +44,7 @@ ASKED = {
         ("docs/tutorial.md", 1),
         ("docs/ecosystem.md", 1),
         ("docs/results.md", 7),
-        ("docs/evidence.md", 15),
+        ("docs/evidence.md", 16),
         ("docs/method.md", 4),
         ("docs/benchmarks.md", 10),
         ("docs/reliability.md", 1),
