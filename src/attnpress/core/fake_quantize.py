@@ -59,6 +59,9 @@ SATURATION = 2.0**56
 SLICE = 2**18
 """Pairs processed at a time on a CPU: about a megabyte of float32, which fits its cache."""
 
+COMPILED_SLICE = 2**22
+"""Pairs that a kernel codes at a time. It fits the cache by itself; many small results would fragment the heap."""
+
 ACCELERATOR_SLICE = 2**24
 """Pairs processed at a time on an accelerator, where each pass costs a launch: 64 MiB of float32."""
 
@@ -208,7 +211,7 @@ class _Attend(torch.autograd.Function):
         bias = None if valid is None or kernel is not None else additive_mask(valid)
         allowed = None if valid is None or tail is None else valid.float()
         tails = None if tail is None else TailRows.empty(q, v, linear=spec.tail == "linear")
-        for part in batch_slices(codes.shape, q.device):
+        for part in batch_slices(codes.shape, q.device, None if kernel is None else COMPILED_SLICE):
             step = batch_part(alpha, part)
             if kernel is not None:
                 found = kernel.code_rows(call_part(call, part))
@@ -466,10 +469,10 @@ def _weighted(weights: Tensor, v: Tensor) -> Tensor:
     return weights @ v
 
 
-def batch_slices(shape: Sequence[int], device: torch.device) -> list[slice]:
-    """Slices of the batch, of `shape` [B, H, Sq, Sk], with a number of pairs suited to the device."""
+def batch_slices(shape: Sequence[int], device: torch.device, pairs: int | None = None) -> list[slice]:
+    """Slices of the batch, of `shape` [B, H, Sq, Sk], with about `pairs` pairs; None takes what suits the device."""
     batch, heads, rows, keys = shape
-    pairs = SLICE if device.type == "cpu" else ACCELERATOR_SLICE
+    pairs = pairs or (SLICE if device.type == "cpu" else ACCELERATOR_SLICE)
     step = max(1, pairs // max(1, heads * rows * keys))
     return [slice(start, start + step) for start in range(0, batch, step)]
 
