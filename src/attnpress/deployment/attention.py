@@ -17,10 +17,10 @@ from attnpress.core.inference import without_gradient
 from attnpress.deployment.linear import int8_encoder, pack_int8, use_int8
 from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
-from attnpress.models.attached import attach, attached_to
+from attnpress.models.attached import attach
 from attnpress.models.attention import CompressedAttention
 from attnpress.models.binding import attentions
-from attnpress.models.encoder import Packing, find_layers, is_int8, plan_of
+from attnpress.models.encoder import Packing, find_layers, is_int8, keep_padding, plan_of
 
 AUTO = "auto"
 
@@ -64,7 +64,7 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
             _check(name, module, chosen[id(module)])
     if "gpu" in chosen.values() and (linear == "int8" or is_int8(model)):
         raise ValueError("int8 linear layers run on the CPU alone: deploy with linear='float', or backend 'cpu'")
-    _unpack(model)
+    keep_padding(model)
     _deploy_linear(model, linear)
     usual: Padding = "skip" if linear == "int8" or is_int8(model) else "keep"
     if (padding or usual) == "skip":
@@ -96,7 +96,7 @@ def undeploy(model: Model) -> Model:
     """
     if is_int8(model):
         raise ValueError("the linear layers are int8, and their float32 weights gone: load the model again")
-    _unpack(model)
+    keep_padding(model)
     for module in attentions(model).values():
         module.attend = fake_quantize_attention
     return model
@@ -119,14 +119,6 @@ def _pack(model: nn.Module) -> None:
         _say_padding(type(model).__name__)
     else:
         attach(encoder, packing=Packing(encoder))
-
-
-def _unpack(model: nn.Module) -> None:
-    encoder = find_layers(model)
-    packing = attached_to(encoder).packing
-    if encoder is not None and packing is not None:
-        packing.remove()
-        attach(encoder, packing=None)
 
 
 @functools.cache

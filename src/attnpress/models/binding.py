@@ -25,7 +25,7 @@ from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import NAME, CompressedAttention
-from attnpress.models.encoder import set_plan
+from attnpress.models.encoder import keep_padding, set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
 from attnpress.models.modes import evaluation_mode
@@ -115,15 +115,20 @@ def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Undo all changes to the model's modules, except values of tensors, if the `with` block fails."""
-    held = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    held = [(vars(module), dict(vars(module))) for module in model.modules()]
+    # Children and hooks are in dictionaries that are changed in place.
+    held += [
+        (inner, dict(inner))
+        for attributes, _ in list(held)
+        for name, inner in attributes.items()
+        if name == "_modules" or ("_hooks" in name and isinstance(inner, dict))
+    ]
     try:
         yield
     except BaseException:
-        for module, attributes, children in held:
-            module._modules.clear()
-            module._modules.update(children)
-            vars(module).clear()
-            vars(module).update(attributes)
+        for changed, before in held:
+            changed.clear()
+            changed.update(before)
         raise
 
 
@@ -154,6 +159,7 @@ def layer_specs(
 
 def unbind(model: Model) -> Model:
     """Remove what `bind` attached, and restore the previous attention implementation. Returns the model."""
+    keep_padding(model)
     for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
