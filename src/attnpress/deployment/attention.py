@@ -19,7 +19,7 @@ from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.models.attached import attach
 from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions
+from attnpress.models.binding import attentions, require_in_use
 from attnpress.models.encoder import Packing, find_layers, is_int8, keep_padding, plan_of
 
 AUTO = "auto"
@@ -58,6 +58,7 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     modules = attentions(model)
     if not modules:
         raise ValueError("the model has no compressed attention: call bind(model, spec) and calibrate it first")
+    require_in_use(model)
     chosen = {id(module): _choose(module) if backend == AUTO else backend for module in modules.values()}
     for name, module in modules.items():
         if not module.spec.is_dense:

@@ -83,7 +83,7 @@ def bind(
             child.train(call.module.training)
             call.module.add_module(NAME, child.to(call.device))
         for root, implementation in zip(roots, before, strict=True):
-            attach(root, implementation=implementation)
+            mark_bound(root, implementation)
             _give_quantizer(root, spec)
     return model
 
@@ -166,11 +166,42 @@ def unbind(model: Model) -> Model:
     bound = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for root in [module for module in bound if attached_to(module).implementation is not None]:
         before = attached_to(root).implementation or ""
-        attach(root, implementation=None)
+        warning = attached_to(root).warning
+        if warning is not None:
+            warning.remove()
+        attach(root, implementation=None, warning=None)
         set_plan(root, None)
         _take_quantizer(root)
         _switch(root, before)
     return model
+
+
+def mark_bound(model: PreTrainedModel, implementation: str) -> None:
+    """Remember a bound model's previous attention implementation, and warn if another one replaces compression."""
+    attach(model, implementation=implementation, warning=model.register_forward_pre_hook(_warn_if_switched))
+
+
+def _warn_if_switched(model: PreTrainedModel, _: Any) -> None:
+    if model.config._attn_implementation != NAME:
+        warnings.warn(f"{_switched(model)}, so nothing is compressed: {BACK}", stacklevel=2)
+
+
+def require_in_use(model: nn.Module) -> None:
+    """Check that no bound model inside was switched to another attention implementation.
+
+    Raises:
+        ConfigError: one was.
+    """
+    for root in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        if attached_to(root).implementation is not None and root.config._attn_implementation != NAME:
+            raise ConfigError(f"{_switched(root)}: {BACK}")
+
+
+BACK = f"call its set_attn_implementation({NAME!r}) to compress again, or unbind it"
+
+
+def _switched(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} was switched to {model.config._attn_implementation!r} attention after bind"
 
 
 def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
@@ -409,12 +440,13 @@ def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
 
 
 def bound_modules(model: nn.Module) -> dict[str, CompressedAttention]:
-    """Like `attentions`, but requires a bound model.
+    """Like `attentions`, but requires a bound model that uses them.
 
     Raises:
-        ConfigError: the model is not bound.
+        ConfigError: the model is not bound, or was switched to another attention implementation.
     """
     modules = attentions(model)
     if not modules:
         raise ConfigError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
+    require_in_use(model)
     return modules

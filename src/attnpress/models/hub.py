@@ -227,8 +227,7 @@ class AttnPressQuantizer(HfQuantizer):
                 module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        from attnpress.models.attached import attach
-        from attnpress.models.binding import attentions, bind
+        from attnpress.models.binding import attentions, bind, mark_bound
         from attnpress.models.encoder import is_int8, set_plan
 
         if self.quantization_config.linear:
@@ -241,7 +240,7 @@ class AttnPressQuantizer(HfQuantizer):
         for name, module in attentions(model).items():
             _check_loaded(name, module)
         _check_ordinary(model)
-        attach(model, implementation="eager")
+        mark_bound(model, "eager")
         if is_int8(model):
             leave_files(model)
 
