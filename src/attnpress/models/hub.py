@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -181,6 +182,12 @@ class AttnPressQuantizer(HfQuantizer):
         if self.pre_quantized:
             config._attn_implementation = NAME
         return config
+
+    def update_dtype(self, dtype: Any) -> Any:
+        """The dtype to load, which has to be float32 where linear layers are int8."""
+        if self.quantization_config.int8 and dtype not in (None, torch.float32):
+            raise ModelError(f"its int8 linear layers compute in float32: load it without {dtype}")
+        return dtype
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """True for tensors of attnpress, so that Transformers leaves the check of their shape to `_check_state`."""
