@@ -33,6 +33,7 @@ from attnpress.models.checkpoint import (
     check_readable,
     check_tensors,
     fault_of,
+    names_in,
     shapes_of,
     wrong_with,
 )
@@ -206,6 +207,7 @@ class AttnPressQuantizer(HfQuantizer):
             )
         files = [str(file) for file in checkpoint_files or ()]
         check_readable(files)
+        self._stored = {name for file in files for name in names_in(file)}
         states = {name: module.make(self.quantization_config.attention) for name, module in modules.items()}
         carriers = {name: _find(model, name) for name in states}
         check_geometry(model, {carriers[name]: state for name, state in states.items()})
@@ -246,7 +248,7 @@ class AttnPressQuantizer(HfQuantizer):
         vars(model).pop("_keys_to_ignore_on_load_missing", None)
         for name, module in attentions(model).items():
             _check_loaded(name, module)
-        _check_ordinary(model)
+        _check_ordinary(model, self._stored)
         mark_bound(model, "eager")
         if is_int8(model):
             leave_files(model)
@@ -260,12 +262,18 @@ class AttnPressQuantizer(HfQuantizer):
 
         Raises:
             NotCalibratedError: scales or thresholds are not set.
-            ModelError: the given weights hold invalid scales, or are of another spec.
+            ModelError: the given weights hold invalid scales, or are of another spec; or the configuration could not be
+                loaded.
         """
         from attnpress.models.binding import attentions
 
         for name, module in attentions(model).items():
             module.require_calibrated(name)
+        if model.config.output_attentions:
+            raise ModelError(
+                "config.output_attentions is True, with which Transformers loads no compressed checkpoint: set it to "
+                "False, and pass output_attentions=True to the model's forward instead"
+            )
         state = model.state_dict()
         given = (saving_call() or {}).get("state_dict")
         if given is not None:
@@ -357,10 +365,14 @@ def _check_loaded(name: str, module: CompressedAttention) -> None:
         module.seen_masses.zero_()
 
 
-def _check_ordinary(model: Any) -> None:
-    """Check that a model of the saved class lacks no weights. Another class may have its own head, to be trained."""
+def _check_ordinary(model: Any, stored: set[str]) -> None:
+    """Check that a model of the saved class lacks no weights. Another class may have its own head, to be trained.
+
+    Weights that are `stored` but not loaded have another shape, which only `ignore_mismatched_sizes` lets through.
+    """
     if type(model).__name__ not in (model.config.architectures or ()):
         return
     lost = [name for name, tensor in model.named_parameters() if not getattr(tensor, "_is_hf_initialized", False)]
+    lost = [name for name in lost if name not in stored]
     if lost:
         raise ModelError(f"damaged: the checkpoint lacks {', '.join(lost[:3])}")
