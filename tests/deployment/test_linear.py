@@ -206,3 +206,47 @@ def test_a_wrapper_and_what_it_holds_are_deployed_as_one(tmp_path: Path) -> None
     assert torch.equal(hidden(deploy(loaded, "reference")), expected)
     with pytest.raises(ValueError, match="int8"):
         undeploy(wrapper.encoder)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_adapters_keep_linear_layers_in_float_until_they_are_merged() -> None:
+    peft = pytest.importorskip("peft")
+    linear.say_float.cache_clear()
+    torch.manual_seed(0)
+    adapters = peft.LoraConfig(target_modules=["query", "value"], init_lora_weights=False)
+    model = peft.get_peft_model(compressed(), adapters).eval()
+    expected = real(hidden(model))
+    with pytest.warns(UserWarning, match=r"lora\.layer\.Linear; merge adapters first"):
+        deploy(model, "reference", linear="int8", padding="keep")
+    assert torch.equal(real(hidden(model)), expected)
+    merged = deploy(model.merge_and_unload(), "reference", linear="int8")
+    assert linear_layers(merged).int8 > 0
+    assert float((real(hidden(merged)) - expected).norm() / expected.norm()) < 0.1
+
+
+def test_only_the_first_of_several_encoders_becomes_int8_and_that_is_said() -> None:
+    model = nn.ModuleList([compressed(), compressed("RoBERTa")])
+    with pytest.warns(UserWarning, match=r"ModuleList holds several encoders, and only the first one's linear layers"):
+        deploy(model, "reference", linear="int8")
+    first, second = model
+    assert (linear_layers(first).int8, linear_layers(second).int8) == (8, 0)
+    deploy(second, "reference", linear="int8")
+    assert linear_layers(second).int8 == 8
+
+
+def test_a_layer_that_is_used_twice_becomes_int8_once() -> None:
+    model = compressed()
+    model.encoder.layer[1] = model.encoder.layer[0]
+    expected = real(hidden(model))
+    deploy(model, "reference", linear="int8")
+    assert linear_layers(model).int8 == 4
+    assert float((real(hidden(model)) - expected).norm() / expected.norm()) < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_an_int8_model_is_not_converted(dtype: torch.dtype) -> None:
+    model = deploy(compressed(), "reference", linear="int8")
+    expected = hidden(model)
+    with pytest.raises(TypeError, match=f"int8 linear layers computes in float32 and cannot be converted to {dtype}"):
+        model.to(dtype)
+    assert torch.equal(hidden(model.float().to("cpu")), expected)

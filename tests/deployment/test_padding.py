@@ -9,9 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from attnpress.deployment.attention import deploy, undeploy
-from attnpress.models.binding import attentions
-from attnpress.training.calibration import watching
-from tests.deployment.int8_models import BACKENDS, BATCH, FAMILY, compressed, hidden, ragged, real
+from attnpress.models.binding import attentions, bind, unbind
+from attnpress.training.calibration import calibrate, watching
+from tests.deployment.int8_models import BACKENDS, BATCH, BATCHES, FAMILY, PRUNED, compressed, hidden, ragged, real
+from tests.models.factories import make_model
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -84,3 +85,22 @@ def test_a_failed_call_leaves_nothing_behind() -> None:
     full = ragged(6, 6)
     assert torch.equal(hidden(model, full), hidden(deploy(compressed(), "reference"), full))
     assert torch.equal(hidden(model), expected)
+
+
+@pytest.mark.parametrize("name", ["BERT", "ModernBERT"])
+def test_unbinding_brings_padding_back(name: str) -> None:
+    model = deploy(compressed(name), "reference", padding="skip")
+    assert torch.equal(real(hidden(unbind(model))), real(hidden(make_model(name))))
+
+
+def test_binding_anew_brings_padding_back() -> None:
+    model = deploy(compressed(), "reference", padding="skip")
+    calibrate(bind(model, PRUNED), BATCHES)
+    assert torch.equal(hidden(model), hidden(compressed()))
+
+
+@pytest.mark.filterwarnings("ignore:.*set_attn_implementation")
+def test_another_attention_gets_the_padded_batch() -> None:
+    model = deploy(compressed(), "reference", padding="skip")
+    model.set_attn_implementation("sdpa")
+    assert torch.allclose(real(hidden(model)), real(hidden(make_model())), atol=1e-5)

@@ -171,3 +171,10 @@ def test_damaged_plans_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"damaged: error.*much"):
         AutoModel.from_pretrained(tmp_path)
+
+
+def test_int8_layers_are_loaded_in_float32_alone(tmp_path: Path) -> None:
+    deploy(compressed(), "reference", linear="int8").save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"compute in float32: load it without torch\.bfloat16"):
+        AutoModel.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert AutoModel.from_pretrained(tmp_path, dtype="auto").dtype == torch.float32

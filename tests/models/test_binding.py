@@ -25,7 +25,8 @@ from transformers import (
     T5EncoderModel,
 )
 
-from attnpress.config import DENSE, AttentionSpec, TensorSpec
+from attnpress.config import DENSE, AttentionSpec, ConfigError, TensorSpec
+from attnpress.deployment.attention import deploy
 from attnpress.models.attention import NAME
 from attnpress.models.binding import attentions, bind, captured_outputs, unbind
 from attnpress.models.forward import UnsupportedModelError
@@ -318,3 +319,24 @@ def test_frozen_parts_keep_their_mode() -> None:
     modes = {name: module.training for name, module in model.named_modules()}
     bind(model, PRUNED)
     assert {name: module.training for name, module in model.named_modules() if NAME not in name} == modes
+
+
+def test_a_model_switched_to_another_attention_warns_and_is_neither_calibrated_nor_deployed() -> None:
+    model = compressed()
+    expected = outputs(model, make_batch())
+    model.set_attn_implementation("sdpa")
+    with pytest.warns(UserWarning, match="BertModel was switched to 'sdpa' attention after bind, so nothing is"):
+        outputs(model, make_batch())
+    for call in (lambda: calibrate(model, [make_batch()]), lambda: deploy(model, "reference")):
+        with pytest.raises(ConfigError, match=r"switched to 'sdpa' attention after bind: call its set_attn_impl"):
+            call()
+    model.set_attn_implementation(NAME)
+    assert torch.equal(outputs(model, make_batch()), expected)
+
+
+def test_an_unbound_model_may_use_any_attention(recwarn: pytest.WarningsRecorder) -> None:
+    model = unbind(compressed())
+    model.set_attn_implementation("eager")
+    outputs(model, make_batch())
+    assert not [warning for warning in recwarn if "attention after bind" in str(warning.message)]
+    assert not model._forward_pre_hooks

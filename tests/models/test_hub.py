@@ -23,10 +23,10 @@ from transformers import (
     pipeline,
 )
 
-from attnpress.config import ConfigError, ScheduleSpec
+from attnpress.config import AttentionSpec, ConfigError, ScheduleSpec
 from attnpress.models.binding import attentions, bind, unbind
 from attnpress.models.forward import UnsupportedModelError
-from attnpress.models.hub import AttnPressConfig
+from attnpress.models.hub import AttnPressConfig, ModelError
 from attnpress.models.loading import WEIGHTS
 from attnpress.training.calibration import calibrate
 from attnpress.training.driver import SparsityDriver
@@ -265,3 +265,21 @@ def test_weights_quantized_by_another_method_cannot_be_stored_with_it(tmp_path: 
         bind(model, SPECS["relative"])
     assert model.hf_quantizer is theirs
     assert unbind(model).hf_quantizer is theirs
+
+
+def test_a_head_of_another_size_is_made_anew_where_that_is_asked_for(tmp_path: Path) -> None:
+    model = make_classifier(num_labels=2)
+    calibrate(bind(model, AttentionSpec(sparsity=0.5)), [make_batch()])
+    model.save_pretrained(tmp_path)
+    options: Any = {"num_labels": 5, "ignore_mismatched_sizes": True}
+    loaded: Any = type(model).from_pretrained(tmp_path, **options)
+    assert (loaded.num_labels, len(attentions(loaded))) == (5, len(attentions(model)))
+
+
+def test_a_configuration_that_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    model = make_classifier()
+    model.set_attn_implementation("eager")
+    model.config.output_attentions = True
+    calibrate(bind(model, AttentionSpec(sparsity=0.5)), [make_batch()])
+    with pytest.raises(ModelError, match=r"config\.output_attentions is True"):
+        model.save_pretrained(tmp_path)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import BatchEncoding
 
 from attnpress.models.inputs import BatchError, forward_inputs, listed
+from attnpress.models.outputs import outputs
 from tests.models.factories import make_classifier
 
 IDS, MASK = torch.tensor([[2, 5, 6, 3], [2, 7, 3, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]])
@@ -125,3 +126,14 @@ def test_batches_are_several_and_not_used_up() -> None:
     for one in (INPUTS, IDS, BatchEncoding(dict(INPUTS))):
         with pytest.raises(BatchError, match=r"calibrate takes several batches, found one .*: put it into a list"):
             listed(one, "calibrate")  # type: ignore[arg-type]
+
+
+def test_tokens_that_the_model_does_not_have_are_named_with_their_range() -> None:
+    with pytest.raises(BatchError, match=r"batch 1: Bert.* cannot be called .*ids int64 \[1, 2\] from 3 to 9999"):
+        list(outputs(make_classifier(), [INPUTS, {"input_ids": [[3, 9999]]}]))
+
+
+@pytest.mark.parametrize("batches", [None, 3])
+def test_what_is_no_row_of_batches_is_refused(batches: Any) -> None:
+    with pytest.raises(BatchError, match="calibrate takes a list of batches or a data loader, found"):
+        listed(batches, "calibrate")

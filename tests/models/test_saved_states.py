@@ -59,7 +59,7 @@ def test_a_state_of_another_spec_is_not_saved(tmp_path: Path) -> None:
 def test_a_whole_of_which_a_part_is_bound_is_not_saved_as_if_nothing_were(tmp_path: Path) -> None:
     model = make_classifier(num_labels=3)
     calibrate(bind(model.get_submodule("bert"), SPECS["relative"]), [make_batch(seed=3)])
-    with pytest.raises(ValueError, match="only a part of this BertForSequenceClassification is bound"):
+    with pytest.raises(ValueError, match="BertForSequenceClassification was not bound itself"):
         model.save_pretrained(tmp_path / "whole")
     body: Any = model.get_submodule("bert")
     body.save_pretrained(tmp_path / "part")

@@ -332,3 +332,18 @@ def test_a_predictor_is_stored_and_a_state_without_one_says_nothing_of_it() -> N
     spec = AttentionSpec(sparsity=0.5, rule="threshold", predictor_bits=4)
     assert unpack_extra(pack_extra(spec, ())).spec == spec
     assert b"predictor_bits" not in bytes(pack_extra(AttentionSpec(sparsity=0.5), ()).tolist())
+
+
+def test_thresholds_that_a_state_lacks_have_to_be_fitted() -> None:
+    state = {name: x for name, x in pruned(0.7).state_dict().items() if not name.endswith(".cutoff")}
+    model = made(AttentionSpec(sparsity=0.5))
+    model.load_state_dict(state, strict=False)
+    with pytest.raises(NotCalibratedError, match="cutoff not set"):
+        logits(model)
+
+
+def test_a_model_is_copied_after_a_training_step_with_trained_thresholds() -> None:
+    model = calibrated(AttentionSpec(sparsity=0.5, threshold_penalty=1.0)).train()
+    model(**make_batch())
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin.eval()), logits(model.eval()))

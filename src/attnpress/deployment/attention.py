@@ -17,10 +17,10 @@ from attnpress.deployment.linear import int8_encoder, pack_int8, use_int8
 from attnpress.kernels import cpu, gpu, ops
 from attnpress.kernels.cpu import BackendUnavailableError
 from attnpress.kernels.training import training_attention
-from attnpress.models.attached import attach, attached_to
+from attnpress.models.attached import attach
 from attnpress.models.attention import CompressedAttention
-from attnpress.models.binding import attentions
-from attnpress.models.encoder import Packing, find_layers, is_int8, plan_of
+from attnpress.models.binding import attentions, require_in_use
+from attnpress.models.encoder import Packing, find_layers, is_int8, keep_padding, plan_of
 
 AUTO = "auto"
 
@@ -58,13 +58,14 @@ def deploy(model: Model, backend: str = AUTO, *, linear: Linear = "float", paddi
     modules = attentions(model)
     if not modules:
         raise ValueError("the model has no compressed attention: call bind(model, spec) and calibrate it first")
+    require_in_use(model)
     chosen = {id(module): _choose(module) if backend == AUTO else backend for module in modules.values()}
     for name, module in modules.items():
         if not module.spec.is_dense:
             _check(name, module, chosen[id(module)])
     if "gpu" in chosen.values() and (linear == "int8" or is_int8(model)):
         raise ValueError("int8 linear layers run on the CPU alone: deploy with linear='float', or backend 'cpu'")
-    _unpack(model)
+    keep_padding(model)
     _deploy_linear(model, linear)
     usual: Padding = "skip" if linear == "int8" or is_int8(model) else "keep"
     if (padding or usual) == "skip":
@@ -96,7 +97,7 @@ def undeploy(model: Model) -> Model:
     """
     if is_int8(model):
         raise ValueError("the linear layers are int8, and their float32 weights gone: load the model again")
-    _unpack(model)
+    keep_padding(model)
     for module in attentions(model).values():
         module.attend = training_attention
     return model
@@ -119,14 +120,6 @@ def _pack(model: nn.Module) -> None:
         _say_padding(type(model).__name__)
     else:
         attach(encoder, packing=Packing(encoder))
-
-
-def _unpack(model: nn.Module) -> None:
-    encoder = find_layers(model)
-    packing = attached_to(encoder).packing
-    if encoder is not None and packing is not None:
-        packing.remove()
-        attach(encoder, packing=None)
 
 
 @functools.cache

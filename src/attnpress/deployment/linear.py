@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from attnpress.config import RunConfig
 from attnpress.core.linear import ACTIVATION_BITS, Bits, ProductPlan, fake_quantize_linear
 from attnpress.kernels.linear import PASSES, PackedProduct
-from attnpress.models.encoder import entries, find_layers, is_int8, place_int8, plan_of, set_plan
+from attnpress.models.encoder import (
+    entries,
+    family_of,
+    find_layers,
+    is_int8,
+    place_int8,
+    plan_of,
+    products,
+    set_plan,
+)
 from attnpress.models.inputs import Batch, forward_inputs, listed
 from attnpress.models.linear import Int8Linear
 from attnpress.models.ordered import OrderedLinear, place_ordered
@@ -106,6 +115,13 @@ def int8_encoder(model: nn.Module) -> nn.Module | None:
         return None
     if is_int8(model):
         raise ValueError("the linear layers are int8 already, and their float32 weights gone: load the model again")
+    wrapped = next((layer for _, layers in products(encoder) for layer in layers if type(layer) is not nn.Linear), None)
+    if wrapped is not None:
+        kind = f"{type(wrapped).__module__}.{type(wrapped).__qualname__}"
+        say_float(type(model).__name__, f"some are {kind}; merge adapters first, by merge_and_unload")
+        return None
+    if sum(family_of(module) is not None for module in model.modules()) > 1:
+        _say_first(type(model).__name__)
     return encoder
 
 
@@ -131,6 +147,15 @@ def pack_int8(model: nn.Module) -> None:
 def say_float(name: str, reason: str) -> None:
     """Warn, once, that a model's linear layers stay in float."""
     warnings.warn(f"{name}: linear layers stay in float, since {reason}", stacklevel=4)
+
+
+@functools.cache
+def _say_first(name: str) -> None:
+    warnings.warn(
+        f"{name} holds several encoders, and only the first one's linear layers become int8: call calibrate_linear and "
+        "deploy for each of them",
+        stacklevel=4,
+    )
 
 
 def real_tokens(batch: Batch) -> Tensor | None:

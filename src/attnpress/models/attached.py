@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from attnpress.core.linear import ProductPlan
 
@@ -20,12 +21,14 @@ class Attached:
 
     Attributes:
         implementation: for a bound Transformers model, its previous attention implementation.
+        warning: for a bound Transformers model, the hook that warns if it no longer uses compressed attention.
         plan: for an encoder, the plan of its int8 layers, by product; None if there is no plan.
         packing: for an encoder, the hooks that run it without padding (`models.encoder.Packing`); None if there are
             none.
     """
 
     implementation: str | None = None
+    warning: RemovableHandle | None = None
     plan: Mapping[str, ProductPlan] | None = None
     packing: Any = None
 

@@ -331,6 +331,10 @@ class CompressedAttention(nn.Module):
         scales, cutoff = self.scales(), self.active_cutoff()
         return AttentionCall(query, key, value, valid, scales, cutoff, self.spec, scaling, real, dropout, bounds)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the density of the last training step, whose graph cannot be copied."""
+        return vars(self) | {"density": None}
+
     def get_extra_state(self) -> Tensor:
         """The spec with the current sparsity, and what is not set yet; uint8, see `models.state.pack_extra`."""
         refuse_part()
@@ -374,7 +378,7 @@ class CompressedAttention(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if EXTRA in own:
-            self.unset |= lost - {"cutoff"}
+            self.unset |= lost if self.spec.sparsity > 0 else lost - {"cutoff"}
         elif own:
             missing_keys[:] = [key for key in missing_keys if key != prefix + EXTRA]
             self.unset -= own.keys()

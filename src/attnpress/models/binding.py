@@ -25,7 +25,7 @@ from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attached import attach, attached_to
 from attnpress.models.attention import NAME, CompressedAttention
-from attnpress.models.encoder import set_plan
+from attnpress.models.encoder import keep_padding, set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
 from attnpress.models.modes import evaluation_mode
@@ -83,7 +83,7 @@ def bind(
             child.train(call.module.training)
             call.module.add_module(NAME, child.to(call.device))
         for root, implementation in zip(roots, before, strict=True):
-            attach(root, implementation=implementation)
+            mark_bound(root, implementation)
             _give_quantizer(root, spec)
     return model
 
@@ -115,15 +115,20 @@ def transformers_models(model: nn.Module) -> list[PreTrainedModel]:
 @contextmanager
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Undo all changes to the model's modules, except values of tensors, if the `with` block fails."""
-    held = [(module, dict(vars(module)), dict(module._modules)) for module in model.modules()]
+    held = [(vars(module), dict(vars(module))) for module in model.modules()]
+    # Children and hooks are in dictionaries that are changed in place.
+    held += [
+        (inner, dict(inner))
+        for attributes, _ in list(held)
+        for name, inner in attributes.items()
+        if name == "_modules" or ("_hooks" in name and isinstance(inner, dict))
+    ]
     try:
         yield
     except BaseException:
-        for module, attributes, children in held:
-            module._modules.clear()
-            module._modules.update(children)
-            vars(module).clear()
-            vars(module).update(attributes)
+        for changed, before in held:
+            changed.clear()
+            changed.update(before)
         raise
 
 
@@ -154,17 +159,49 @@ def layer_specs(
 
 def unbind(model: Model) -> Model:
     """Remove what `bind` attached, and restore the previous attention implementation. Returns the model."""
+    keep_padding(model)
     for module in list(model.modules()):
         if isinstance(getattr(module, NAME, None), CompressedAttention):
             delattr(module, NAME)
     bound = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     for root in [module for module in bound if attached_to(module).implementation is not None]:
         before = attached_to(root).implementation or ""
-        attach(root, implementation=None)
+        warning = attached_to(root).warning
+        if warning is not None:
+            warning.remove()
+        attach(root, implementation=None, warning=None)
         set_plan(root, None)
         _take_quantizer(root)
         _switch(root, before)
     return model
+
+
+def mark_bound(model: PreTrainedModel, implementation: str) -> None:
+    """Remember a bound model's previous attention implementation, and warn if another one replaces compression."""
+    attach(model, implementation=implementation, warning=model.register_forward_pre_hook(_warn_if_switched))
+
+
+def _warn_if_switched(model: PreTrainedModel, _: Any) -> None:
+    if model.config._attn_implementation != NAME:
+        warnings.warn(f"{_switched(model)}, so nothing is compressed: {BACK}", stacklevel=2)
+
+
+def require_in_use(model: nn.Module) -> None:
+    """Check that no bound model inside was switched to another attention implementation.
+
+    Raises:
+        ConfigError: one was.
+    """
+    for root in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
+        if attached_to(root).implementation is not None and root.config._attn_implementation != NAME:
+            raise ConfigError(f"{_switched(root)}: {BACK}")
+
+
+BACK = f"call its set_attn_implementation({NAME!r}) to compress again, or unbind it"
+
+
+def _switched(model: PreTrainedModel) -> str:
+    return f"{type(model).__name__} was switched to {model.config._attn_implementation!r} attention after bind"
 
 
 def attentions(model: nn.Module) -> dict[str, CompressedAttention]:
@@ -403,12 +440,13 @@ def _unsupported(model: PreTrainedModel) -> UnsupportedModelError:
 
 
 def bound_modules(model: nn.Module) -> dict[str, CompressedAttention]:
-    """Like `attentions`, but requires a bound model.
+    """Like `attentions`, but requires a bound model that uses them.
 
     Raises:
-        ConfigError: the model is not bound.
+        ConfigError: the model is not bound, or was switched to another attention implementation.
     """
     modules = attentions(model)
     if not modules:
         raise ConfigError(f"{type(model).__name__} is not bound: call bind(model, spec) first")
+    require_in_use(model)
     return modules

@@ -48,7 +48,7 @@ def check_tensors(files: Iterable[str], states: Mapping[str, CompressedAttention
         ModelError: a tensor is missing or unexpected, or has an invalid shape, dtype or value. The message names the
             file.
     """
-    found = {name: file for file in files for name in _names(file) if f".{NAME}." in name}
+    found = {name: file for file in files for name in names_in(file) if f".{NAME}." in name}
     held = {name.rpartition(f".{NAME}.")[0] for name in found}
     if held and held.isdisjoint(states) and len(held) == len(states):
         return  # some families rename tensors in files; these are checked after loading
@@ -139,7 +139,8 @@ def _check_state(module: str, state: CompressedAttention, found: Mapping[str, st
         raise ModelError(f"{where}.cutoff {kept}, but config.json asks for a sparsity of {asked:g}")
 
 
-def _names(file: str) -> list[str]:
+def names_in(file: str) -> list[str]:
+    """Names of the tensors in a safetensors file."""
     with safe_open(file, "pt") as opened:
         return list(opened.keys())
 

@@ -142,7 +142,10 @@ def states(encoder: nn.Module) -> Iterator[CompressedAttention]:
 def products(encoder: Any) -> Iterator[tuple[str, list[nn.Linear]]]:
     """Every product of the encoder by name, such as "0.qkv", with the linear layers that it computes."""
     family = family_of(encoder) or BERT
-    for index, layer in enumerate(getattr(encoder, family.row)):
+    row = list(getattr(encoder, family.row))
+    for index, layer in enumerate(row):
+        if layer in row[:index]:
+            continue  # a layer that is used several times
         for name, places in family.products.items():
             yield f"{index}.{name}", [layer.get_submodule(place) for place in places]
 
@@ -261,6 +264,15 @@ class Packing:
             handle.remove()
 
 
+def keep_padding(model: nn.Module) -> None:
+    """Run all encoders of a model with padding again."""
+    for module in model.modules():
+        packing = attached_to(module).packing
+        if packing is not None:
+            packing.remove()
+            attach(module, packing=None)
+
+
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 
 
@@ -300,8 +312,10 @@ def _packed(call: inspect.BoundArguments, real: Tensor, by_token: Mapping[str, T
 
 
 def _is_looked_into(encoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether a caller or a watcher needs the padded batch, or the model is being compiled."""
+    """Whether a caller, a watcher or another attention needs the padded batch, or the model is being compiled."""
     config = next(found for module in encoder.modules() if (found := getattr(module, "config", None)) is not None)
+    if config._attn_implementation != NAME:
+        return True  # only compressed attention knows the bounds of packed sequences
     asked = ("output_hidden_states", "output_attentions")
     wants_each_layer = any(kwargs.get(name) or getattr(config, name) for name in asked)
     return wants_each_layer or torch.compiler.is_compiling() or any(state.watchers for state in states(encoder))

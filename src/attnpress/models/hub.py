@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ from attnpress.models.checkpoint import (
     check_readable,
     check_tensors,
     fault_of,
+    names_in,
     shapes_of,
     wrong_with,
 )
@@ -182,6 +184,12 @@ class AttnPressQuantizer(HfQuantizer):
             config._attn_implementation = NAME
         return config
 
+    def update_dtype(self, dtype: Any) -> Any:
+        """The dtype to load, which has to be float32 where linear layers are int8."""
+        if self.quantization_config.int8 and dtype not in (None, torch.float32):
+            raise ModelError(f"its int8 linear layers compute in float32: load it without {dtype}")
+        return dtype
+
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
         """True for tensors of attnpress, so that Transformers leaves the check of their shape to `_check_state`."""
         return f".{NAME}." in param_name
@@ -199,6 +207,7 @@ class AttnPressQuantizer(HfQuantizer):
             )
         files = [str(file) for file in checkpoint_files or ()]
         check_readable(files)
+        self._stored = {name for file in files for name in names_in(file)}
         states = {name: module.make(self.quantization_config.attention) for name, module in modules.items()}
         carriers = {name: _find(model, name) for name in states}
         check_geometry(model, {carriers[name]: state for name, state in states.items()})
@@ -227,8 +236,7 @@ class AttnPressQuantizer(HfQuantizer):
                 module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
-        from attnpress.models.attached import attach
-        from attnpress.models.binding import attentions, bind
+        from attnpress.models.binding import attentions, bind, mark_bound
         from attnpress.models.encoder import is_int8, set_plan
 
         if self.quantization_config.linear:
@@ -240,8 +248,8 @@ class AttnPressQuantizer(HfQuantizer):
         vars(model).pop("_keys_to_ignore_on_load_missing", None)
         for name, module in attentions(model).items():
             _check_loaded(name, module)
-        _check_ordinary(model)
-        attach(model, implementation="eager")
+        _check_ordinary(model, self._stored)
+        mark_bound(model, "eager")
         if is_int8(model):
             leave_files(model)
 
@@ -254,12 +262,18 @@ class AttnPressQuantizer(HfQuantizer):
 
         Raises:
             NotCalibratedError: scales or thresholds are not set.
-            ModelError: the given weights hold invalid scales, or are of another spec.
+            ModelError: the given weights hold invalid scales, or are of another spec; or the configuration could not be
+                loaded.
         """
         from attnpress.models.binding import attentions
 
         for name, module in attentions(model).items():
             module.require_calibrated(name)
+        if model.config.output_attentions:
+            raise ModelError(
+                "config.output_attentions is True, with which Transformers loads no compressed checkpoint: set it to "
+                "False, and pass output_attentions=True to the model's forward instead"
+            )
         state = model.state_dict()
         given = (saving_call() or {}).get("state_dict")
         if given is not None:
@@ -351,10 +365,14 @@ def _check_loaded(name: str, module: CompressedAttention) -> None:
         module.seen_masses.zero_()
 
 
-def _check_ordinary(model: Any) -> None:
-    """Check that a model of the saved class lacks no weights. Another class may have its own head, to be trained."""
+def _check_ordinary(model: Any, stored: set[str]) -> None:
+    """Check that a model of the saved class lacks no weights. Another class may have its own head, to be trained.
+
+    Weights that are `stored` but not loaded have another shape, which only `ignore_mismatched_sizes` lets through.
+    """
     if type(model).__name__ not in (model.config.architectures or ()):
         return
     lost = [name for name, tensor in model.named_parameters() if not getattr(tensor, "_is_hf_initialized", False)]
+    lost = [name for name in lost if name not in stored]
     if lost:
         raise ModelError(f"damaged: the checkpoint lacks {', '.join(lost[:3])}")

@@ -37,6 +37,8 @@ def listed(batches: Iterable[Batch], needed_by: str) -> list[Batch]:
     """
     if isinstance(batches, Mapping | torch.Tensor | str):
         raise BatchError(f"{needed_by} takes several batches, found one {type(batches).__name__}: put it into a list")
+    if not isinstance(batches, Iterable):
+        raise BatchError(f"{needed_by} takes a list of batches or a data loader, found {type(batches).__name__}")
     kept = list(batches)
     if not kept:
         raise BatchError(
@@ -82,6 +84,13 @@ def forward_inputs(model: nn.Module, batch: Batch, number: int = 0) -> dict[str,
             found[name] = send_to_device(value, device)
     _check_rows(found, number)
     return found
+
+
+def describe(inputs: Mapping[str, Any]) -> str:
+    """Names, dtypes, shapes and ranges of a batch's tensors, for messages."""
+    found = {name: x for name, x in inputs.items() if isinstance(x, torch.Tensor) and x.numel()}
+    kinds = {name: f"{name} {str(x.dtype).removeprefix('torch.')} {list(x.shape)}" for name, x in found.items()}
+    return ", ".join(f"{kinds[name]} from {x.min().item():g} to {x.max().item():g}" for name, x in found.items())
 
 
 def _arguments(model: nn.Module) -> tuple[set[str], bool]:

@@ -30,7 +30,18 @@ MakeProduct = Callable[[Tensor, Tensor, Tensor | None, int], Product]
 """From codes and scales of the weight, the bias, and the bits of the input's codes."""
 
 
-class Int8Linear(nn.Module):
+class _Float32(nn.Module):
+    """Base class of layers that compute in float32, so that no model that has them can be converted."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> _Float32:
+        found = fn(torch.empty(0)).dtype
+        if found != torch.float32:
+            raise TypeError(f"a model with int8 linear layers computes in float32 and cannot be converted to {found}")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+class Int8Linear(_Float32):
     """Int8 replacement for one `nn.Linear`, or for several with the same input, for inference.
 
     Args:
@@ -125,7 +136,7 @@ class Int8Linear(nn.Module):
         )
 
 
-class HalfEmbedding(nn.Module):
+class HalfEmbedding(_Float32):
     """Word embedding in half precision, for inference. Values are stored as int16, safe from dtype conversions.
 
     Args:

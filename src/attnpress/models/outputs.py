@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnpress.models.inputs import Batch, forward_inputs
+from attnpress.models.inputs import Batch, BatchError, describe, forward_inputs
 from attnpress.models.modes import evaluation_mode
 from attnpress.models.pipeline import called_with_batches
 
@@ -26,11 +26,18 @@ def outputs(model: nn.Module, batches: Iterable[Batch]) -> Iterator[Any]:
     """The model's output for each batch, in evaluation mode, on its own device, without labels or gradients.
 
     Raises:
-        BatchError: see `forward_inputs`.
+        BatchError: see `forward_inputs`; also if the batch holds tokens or positions that the model does not have.
     """
     with evaluation_mode(model):
         for number, batch in enumerate(batches):
             inputs = forward_inputs(model, batch, number)
-            with torch.no_grad():
-                output = called_with_batches(model)(**inputs)
+            try:
+                with torch.no_grad():
+                    output = called_with_batches(model)(**inputs)
+            except (IndexError, TypeError) as error:  # of tokens and positions that the model does not have
+                reason = " ".join(str(error).split())
+                raise BatchError(
+                    f"batch {number}: {type(model).__name__} cannot be called with it ({reason}); it holds "
+                    f"{describe(inputs)}"
+                ) from error
             yield output

@@ -201,6 +201,6 @@ def refuse_part() -> None:
     whole = None if saving is None else saving["self"]
     if whole is not None and getattr(whole, "hf_quantizer", None) is None:
         raise StateError(
-            f"only a part of this {type(whole).__name__} is bound, and a checkpoint of the whole would come back "
-            "without compression: unbind the part, bind the whole model and calibrate it, or save the part alone"
+            f"this {type(whole).__name__} was not bound itself but shares bound attention, and its checkpoint would "
+            "come back without compression: save the model that was given to bind, or bind and calibrate this one"
         )
