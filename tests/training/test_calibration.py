@@ -14,7 +14,7 @@ from attnpress.config import DENSE, AttentionSpec, RuleName, TensorSpec
 from attnpress.core.cost import PairCounts
 from attnpress.core.rules import rule_of
 from attnpress.models.binding import attentions, bind
-from attnpress.models.inputs import Batch
+from attnpress.models.inputs import Batch, BatchError
 from attnpress.models.outputs import outputs
 from attnpress.models.watchers import Counting, Fitting, watched
 from attnpress.training.calibration import REFITS, calibrate, fit_thresholds, watching
@@ -203,7 +203,7 @@ def test_padding_alone_is_refused_whatever_the_rule(spec: AttentionSpec) -> None
 
 def test_a_failed_calibration_leaves_no_observer_behind() -> None:
     model = bind(make_model(), AttentionSpec())
-    with pytest.raises(IndexError):
+    with pytest.raises(BatchError, match="cannot be called with it"):
         calibrate(model, [{"input_ids": torch.full((2, 5), 10**6)}])
     assert all(not module.watchers for module in attentions(model).values())
 
