@@ -46,7 +46,7 @@ from transformers import (
 
 from attnpress.config import AttentionSpec
 from attnpress.models.attention import NAME
-from attnpress.models.binding import attentions, bind
+from attnpress.models.binding import _warn_if_switched, attentions, bind
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import UnsupportedModelError
 from attnpress.models.watchers import Counting, watched
@@ -116,7 +116,8 @@ def test_an_example_is_made_for_every_kind_of_input(name: str) -> None:
     assert len(attentions(model)) == modules
     assert [parameter.requires_grad for name, parameter in model.named_parameters() if NAME not in name] == frozen
     assert all(parameter.grad is None for parameter in model.parameters())
-    assert not any(module._forward_pre_hooks for module in model.modules()), "nothing listens any more"
+    listening = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
+    assert all(hook is _warn_if_switched for hook in listening), "nothing listens to the example any more"
 
 
 @pytest.mark.parametrize("name", TAKEN)

@@ -53,6 +53,11 @@ EXTRA = "_extra_state"
 """Suffix of extra states in a state dict of torch."""
 
 
+def is_compressed(config: Any) -> bool:
+    """True if a model with this configuration uses compressed attention, or attention that wraps it (timed)."""
+    return str(config._attn_implementation).startswith(NAME)
+
+
 class Watcher:
     """Base class of objects that observe the calls of attention modules; see `models.watchers`.
 

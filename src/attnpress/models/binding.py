@@ -24,7 +24,7 @@ from attnpress.config import LARGEST_HEAD, AttentionSpec, ConfigError
 from attnpress.core.call import Attend, AttentionCall
 from attnpress.core.soft_gate import density_penalty
 from attnpress.models.attached import attach, attached_to
-from attnpress.models.attention import NAME, CompressedAttention
+from attnpress.models.attention import NAME, CompressedAttention, is_compressed
 from attnpress.models.encoder import keep_padding, set_plan
 from attnpress.models.example import example_inputs
 from attnpress.models.forward import NotedCall, UnsupportedModelError, noted
@@ -182,7 +182,7 @@ def mark_bound(model: PreTrainedModel, implementation: str) -> None:
 
 
 def _warn_if_switched(model: PreTrainedModel, _: Any) -> None:
-    if model.config._attn_implementation != NAME:
+    if not is_compressed(model.config):
         warnings.warn(f"{_switched(model)}, so nothing is compressed: {BACK}", stacklevel=2)
 
 
@@ -193,7 +193,7 @@ def require_in_use(model: nn.Module) -> None:
         ConfigError: one was.
     """
     for root in [module for module in model.modules() if isinstance(module, PreTrainedModel)]:
-        if attached_to(root).implementation is not None and root.config._attn_implementation != NAME:
+        if attached_to(root).implementation is not None and not is_compressed(root.config):
             raise ConfigError(f"{_switched(root)}: {BACK}")
 
 

@@ -22,7 +22,7 @@ from transformers.models.bert.modeling_bert import eager_attention_forward  # no
 
 from attnpress.core.linear import ProductPlan
 from attnpress.models.attached import attach, attached_to
-from attnpress.models.attention import NAME, CompressedAttention
+from attnpress.models.attention import NAME, CompressedAttention, is_compressed
 from attnpress.models.forward import BOUNDS, attention_forward
 from attnpress.models.linear import HalfEmbedding, Int8Linear, Int8Output
 
@@ -314,7 +314,7 @@ def _packed(call: inspect.BoundArguments, real: Tensor, by_token: Mapping[str, T
 def _is_looked_into(encoder: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     """Whether a caller, a watcher or another attention needs the padded batch, or the model is being compiled."""
     config = next(found for module in encoder.modules() if (found := getattr(module, "config", None)) is not None)
-    if config._attn_implementation != NAME:
+    if not is_compressed(config):
         return True  # only compressed attention knows the bounds of packed sequences
     asked = ("output_hidden_states", "output_attentions")
     wants_each_layer = any(kwargs.get(name) or getattr(config, name) for name in asked)
